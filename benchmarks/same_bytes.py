@@ -1,0 +1,140 @@
+"""Same bytes: ISD against AR over prompts x settings x plans, token by token.
+
+    python benchmarks/same_bytes.py MODEL ... [--dtype float64] [--prompts 4] [--max-tokens 40] [--out FILE]
+
+A pair is one prompt under one setting; it counts as equal if every plan gives AR's tokens. Prompts run from one token
+to one short of the context. Where a pair differs (float32), the first difference is reported with its margin: how far apart the
+best two of log p + noise were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from idlm import LLM, Idlm, SamplingParams, load
+from idlm.decoding.law import history, law
+from idlm.decoding.noise import gumbel
+
+PLANS = [(n, branches) for n in (1, 2, 3, 4, 8) for branches in (("all", "chain") if n > 1 else ("all",))]
+PENALTIES = {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2}
+FILTERS = {"top_k": 12, "top_p": 0.9, "min_p": 0.02}
+SETTINGS = [
+    {"temperature": 0.0},
+    {"temperature": 0.0, **PENALTIES},
+    {"temperature": 0.0, "logit_bias": {5: 1.5}, "banned_tokens": (7,)},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 12},
+    {"temperature": 1.0, "top_p": 0.8},
+    {"temperature": 1.5, "min_p": 0.05},
+    {"temperature": 0.9, "repetition_penalty": 1.3},
+    {"temperature": 0.9, "presence_penalty": 0.5},
+    {"temperature": 0.9, "frequency_penalty": 0.5},
+    {"temperature": 1.2, **FILTERS, **PENALTIES, "logit_bias": {5: 1.5}, "banned_tokens": (7,)},
+]
+
+
+def prompts_for(idlm: Idlm, number: int) -> list[list[int]]:
+    """Token prompts whose lengths run from 1 to the context less one, real text where the model has it."""
+    text = list(itertools.islice(itertools.cycle(real_tokens(idlm)), idlm.context))
+    lengths = torch.linspace(1, idlm.context - 1, number).round().int().tolist()
+    return [text[:length] for length in lengths]
+
+
+def real_tokens(idlm: Idlm) -> list[int]:
+    """Tokens the model would meet: its own problem, or the story it tells from its first token."""
+    if idlm.name.startswith("nano") and idlm.tokenizer is not None:
+        from idlm.nano.problems import held_out_problems
+
+        template = idlm.tokenizer.apply_chat_template
+        question = [{"role": "user", "content": held_out_problems(1)[0].question}]
+        return list(idlm.tokenizer(template(question, tokenize=False, add_generation_prompt=True)).input_ids)
+    start = idlm.model.config.bos_token_id
+    params = SamplingParams(max_tokens=idlm.context - 1, seed=0, ignore_eos=True)
+    told = LLM(idlm, stride=1).generate([[1 if start is None else start]], params)[0]
+    return told.prompt_token_ids + told.token_ids
+
+
+def margin(idlm: Idlm, prompt: list[int], output: list[int], params: SamplingParams) -> float:
+    """The best less the second best of log p + noise for the token after `output`."""
+    text = torch.tensor(prompt + output)
+    causal = torch.ones(len(text), len(text), dtype=torch.bool).tril()
+    logits = idlm.forward(text, torch.arange(len(text)), causal)[-1:]
+    if params.greedy:
+        params = SamplingParams(**{**vars(params), "temperature": 1.0})
+        noise = torch.zeros(1, 1)
+    else:
+        noise = gumbel(params.seed or 0, torch.tensor([len(text)]), logits.shape[-1])
+    best = (law(logits, params, history(prompt, output, [], logits.shape[-1]), idlm.mask_id) + noise).topk(2).values[0]
+    return float(best[0] - best[1])
+
+
+def sweep(idlm: Idlm, number: int, max_tokens: int) -> dict[str, object]:
+    """Count the pairs of one model."""
+    llms = {plan: LLM(idlm, stride=plan[0], branches=plan[1]) for plan in PLANS}
+    pairs = equal = tokens = 0
+    differences = []
+    for prompt, (index, setting) in itertools.product(prompts_for(idlm, number), enumerate(SETTINGS)):
+        params = SamplingParams(max_tokens=max_tokens, seed=index, ignore_eos=True, **setting)  # type: ignore[arg-type]
+        outputs = {plan: llm.generate([prompt], params)[0].token_ids for plan, llm in llms.items()}
+        expected = outputs[1, "all"]
+        wrong = [plan for plan, output in outputs.items() if output != expected]
+        pairs, equal, tokens = pairs + 1, equal + (not wrong), tokens + len(expected)
+        if wrong:
+            at = next(i for i, (a, b) in enumerate(zip(expected, outputs[wrong[0]], strict=True)) if a != b)
+            differences.append(
+                {
+                    "setting": index,
+                    "plan": wrong[0],
+                    "position": at,
+                    "margin": margin(idlm, prompt, expected[:at], params),
+                }
+            )
+    return {"pairs": pairs, "equal": equal, "plans": len(PLANS), "ar_tokens": tokens, "differences": differences}
+
+
+def main() -> int:
+    """Run the sweep; exit status 1 where a float64 pair differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="folders or bundled names; FOLDER+ADAPTER names an adapter too")
+    parser.add_argument("--dtype", default="float64")
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--max-tokens", type=int, default=40)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    report: dict[str, object] = {
+        "dtype": args.dtype,
+        "environment": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "machine": platform.machine(),
+        },
+    }
+    rows: dict[str, dict[str, object]] = {}
+    for name in args.models:
+        started = time.perf_counter()
+        folder, _, adapter = name.partition("+")
+        rows[Path(folder).name] = sweep(
+            load(folder, adapter=adapter or None, dtype=args.dtype), args.prompts, args.max_tokens
+        )
+        print(f"{name}: {rows[Path(folder).name]} in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    report["models"] = rows
+    report["pairs"], report["equal"] = (sum(int(str(row[key])) for row in rows.values()) for key in ("pairs", "equal"))
+    text = json.dumps(report, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+    return int(args.dtype == "float64" and report["pairs"] != report["equal"])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

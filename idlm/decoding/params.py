@@ -1,0 +1,124 @@
+"""`SamplingParams`: what one request asks for. Every field is per request; there are no global settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from idlm.decoding.errors import InputError
+
+VERIFICATIONS = ("coupled", "ratio", "relaxed")
+SEED_LIMIT = 2**63
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of one request are chosen, and when it ends.
+
+    Attributes:
+        max_tokens: the most tokens to generate.
+        temperature: 0 is greedy.
+        top_k: keep the k likeliest tokens; 0 or -1 keeps all.
+        top_p: keep the smallest set of likeliest tokens that holds this probability.
+        min_p: drop tokens less likely than this share of the likeliest one.
+        repetition_penalty: divides positive logits (multiplies negative ones) of tokens in the prompt or the output.
+        presence_penalty: subtracted once from the logit of every token in the output.
+        frequency_penalty: subtracted from a token's logit for each time it is in the output.
+        logit_bias: token id -> added to its logit.
+        banned_tokens: ids that never come out.
+        seed: of the request's noise, 0 <= seed < 2**63; None draws one, which the result reports.
+        stop_token_ids: ids that end the output, beside the model's own end token.
+        ignore_eos: go on after the model's own end token.
+        verification: "coupled" and "ratio" are exact; "relaxed" is approximate and needs `tau`.
+        tau: relaxed only: also accept a draft whose probability is at least tau times the likeliest token's.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    banned_tokens: tuple[int, ...] = ()
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    verification: str = "coupled"
+    tau: float | None = None
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_tokens()
+        if self.verification not in VERIFICATIONS:
+            raise InputError(f"verification {self.verification!r} is unknown; use one of {', '.join(VERIFICATIONS)}")
+        if (self.tau is not None) != (self.verification == "relaxed"):
+            raise InputError(
+                f"tau={self.tau} with verification={self.verification!r}; tau goes with 'relaxed', and only with it"
+            )
+
+    def _check_numbers(self) -> None:
+        _integer("max_tokens", self.max_tokens, 1, 2**31)
+        _integer("top_k", self.top_k, -1, 2**31)
+        if self.seed is not None:
+            _integer("seed", self.seed, 0, SEED_LIMIT)
+        _number("temperature", self.temperature, 0.0, 1e4)
+        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 1e4, open_low=True)
+        _number("presence_penalty", self.presence_penalty, -1e4, 1e4)
+        _number("frequency_penalty", self.frequency_penalty, -1e4, 1e4)
+        if self.tau is not None:
+            _number("tau", self.tau, 0.0, 1.0, open_low=True)
+
+    def _check_tokens(self) -> None:
+        if not isinstance(self.logit_bias, Mapping):
+            raise InputError(f"logit_bias={self.logit_bias!r} is not a mapping; use {{token id: bias}}")
+        for token, bias in self.logit_bias.items():
+            _integer("logit_bias token", token, 0, 2**31)
+            _number(f"logit_bias[{token}]", bias, -1e4, 1e4)
+        for name in ("banned_tokens", "stop_token_ids"):
+            value = getattr(self, name)
+            if isinstance(value, str) or not hasattr(value, "__iter__"):
+                raise InputError(f"{name}={value!r} is not a sequence of token ids; use for example [2, 5]")
+            object.__setattr__(self, name, tuple(value))
+            for token in getattr(self, name):
+                _integer(f"{name} entry", token, 0, 2**31)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the law is a point mass."""
+        return self.temperature == 0
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the law depends on the tokens before."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Refuse token ids that the model does not have.
+
+        Raises:
+            InputError: an id of `logit_bias`, `banned_tokens` or `stop_token_ids` is not below `vocab_size`.
+        """
+        for name in ("logit_bias", "banned_tokens", "stop_token_ids"):
+            outside = [token for token in getattr(self, name) if token >= vocab_size]
+            if outside:
+                raise InputError(f"{name} names token {outside[0]}; the model's ids are 0..{vocab_size - 1}")
+
+
+def _integer(name: str, value: object, low: int, below: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"{name}={value!r} is not an integer; give a whole number from {low}")
+    if not low <= value < below:
+        raise InputError(f"{name}={value} is out of range; use {low} <= {name} < {below}")
+
+
+def _number(name: str, value: object, low: float, high: float, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{name}={value!r} is not a number; give one from {low} to {high}")
+    if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+        raise InputError(f"{name}={value} is out of range; use {low} {'<' if open_low else '<='} {name} <= {high}")

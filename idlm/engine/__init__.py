@@ -1,0 +1,1 @@
+"""The machinery: turns the mathematics of `decoding` and a model into generated text."""

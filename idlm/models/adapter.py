@@ -1,0 +1,277 @@
+"""Gated LoRA on disk: PEFT's two files, and beside them what PEFT has no field for.
+
+    adapter_config.json         PEFT's: rank, alpha, targets
+    adapter_model.safetensors   PEFT's names: base_model.model.<module>.lora_A.weight [r, in], lora_B.weight [out, r]
+    idlm.json                   format, gating, MASK id, block size, fingerprint of the base
+    mask_row.safetensors        mask_row [D]
+
+A PEFT folder without the last two is read as a gated LoRA too; its MASK row is then the base's own embedding row.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from idlm.decoding.errors import InputError
+from idlm.models.gated_lora import Gate, LoraSpec, adapter_parameters, attach
+from idlm.models.idlm_model import Idlm
+from idlm.models.sources import read_json
+from idlm.models.weights import TensorInfo, embedding_rows, file_tensors, fingerprint, output_head
+
+__all__ = ["AdapterInfo", "fingerprint", "load_into", "read", "save"]
+
+FORMAT = 1
+CONFIG, TENSORS, EXTRA, MASK_ROW = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "idlm.json",
+    "mask_row.safetensors",
+)
+PREFIX = "base_model.model."
+TENSOR_NAME = re.compile(re.escape(PREFIX) + r"(.+)\.(lora_[AB])\.weight")
+
+UNDERSTOOD = {"peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "init_lora_weights"}
+HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "lora_dropout",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "task_type",
+}
+OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
+PUBLISHED_MASKS = {"qwen3": 151669}
+"""The unused embedding row that published I-DLM adapters took for MASK, for bases that name none."""
+
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+"""Ways to start a LoRA that leave the base's weights alone; others (pissa, olora, corda, loftq) change them."""
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter folder says. The last three are None for a PEFT folder without idlm.json."""
+
+    folder: Path
+    spec: LoraSpec
+    base_name: str | None
+    mask_id: int | None = None
+    block_size: int | None = None
+    base_fingerprint: str | None = None
+
+    @property
+    def ours(self) -> bool:
+        """Whether the folder has its own MASK row and names its base's fingerprint."""
+        return self.base_fingerprint is not None
+
+
+def read(folder: Path) -> AdapterInfo:
+    """Read an adapter folder's JSON; no tensors.
+
+    Raises:
+        InputError: no adapter there, or a PEFT feature that is not implemented: it names the key and the value.
+    """
+    config = read_json(folder / CONFIG)
+    _refuse_features(config, folder)
+    if not (folder / TENSORS).exists():
+        raise InputError(f"no {TENSORS} in {str(folder)!r}; save the adapter as safetensors (pickle is never read)")
+    targets = sorted({module.rpartition(".")[2] for module, _ in _modules(folder)})
+    spec = LoraSpec(*_rank_alpha(config, folder), tuple(targets))
+    base = config.get("base_model_name_or_path")
+    if not (folder / EXTRA).exists():
+        return AdapterInfo(folder, spec, base)
+    return AdapterInfo(folder, spec, base, *_read_extra(folder))
+
+
+def _refuse_features(config: dict[str, Any], folder: Path) -> None:
+    where = f"{str(folder / CONFIG)!r}"
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{where} has peft_type {config.get('peft_type')!r}; only LORA is supported")
+    start = config.get("init_lora_weights", True)
+    if start not in PLAIN_STARTS:
+        raise InputError(
+            f"{where} has init_lora_weights {start!r}, which changes the base; convert it to plain LoRA with peft"
+        )
+    for key, value in config.items():
+        if key not in UNDERSTOOD | HARMLESS and value not in OFF:
+            raise InputError(f"{where} has {key} {value!r}, which is not supported; train the adapter without it")
+
+
+def _rank_alpha(config: dict[str, Any], folder: Path) -> tuple[int, float]:
+    """Rank and alpha; rank-stabilised LoRA scales by alpha / sqrt(r), which is plain LoRA with another alpha."""
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+        raise InputError(
+            f"{str(folder / CONFIG)!r} has r {rank!r} and lora_alpha {alpha!r}; both must be positive numbers"
+        )
+    return rank, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+def _read_extra(folder: Path) -> tuple[int, int | None, str]:
+    """MASK id, block size and the base's fingerprint of idlm.json."""
+    extra, where = read_json(folder / EXTRA), f"{str(folder / EXTRA)!r}"
+    if extra.get("format") != FORMAT:
+        raise InputError(f"{where} has format {extra.get('format')!r}, not {FORMAT}; use the idlm that wrote it")
+    if extra.get("gated") is not True:
+        raise InputError(f"{where} has gated {extra.get('gated')!r}; only gated adapters are supported")
+    mask, block, base = (extra.get(key) for key in ("mask_token_id", "block_size", "base_fingerprint"))
+    if type(mask) is not int or mask < 0:
+        raise InputError(f"{where} has mask_token_id {mask!r}; it must be a token id")
+    if block is not None and (type(block) is not int or block < 1):
+        raise InputError(f"{where} has block_size {block!r}; it must be a positive integer or null")
+    if not isinstance(base, str):
+        raise InputError(f"{where} has base_fingerprint {base!r}; it must be a sha256 in hexadecimal")
+    return mask, block, base
+
+
+def _modules(folder: Path) -> dict[tuple[str, str], TensorInfo]:
+    """The adapter's tensors by (module, "lora_A" or "lora_B")."""
+    found = {}
+    for name, info in file_tensors(folder / TENSORS).items():
+        match = TENSOR_NAME.fullmatch(name)
+        if match is None:
+            raise InputError(
+                f"unexpected tensor {name!r} in {str(folder / TENSORS)!r}; only lora_A and lora_B are supported"
+            )
+        found[match[1], match[2]] = info
+    if not found:
+        raise InputError(f"{str(folder / TENSORS)!r} holds no tensors; give a trained adapter")
+    return found
+
+
+def save(
+    model: Idlm | PreTrainedModel,
+    spec: LoraSpec,
+    folder: str | Path,
+    base_fingerprint: str,
+    mask_id: int,
+    block_size: int | None,
+) -> None:
+    """Write the adapter attached to `model` into `folder`, which is made if need be."""
+    name, inner = (model.name, model.model) if isinstance(model, Idlm) else (model.name_or_path, model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {key: p.detach().cpu().contiguous() for key, p in adapter_parameters(inner).items()}
+    row = next(t for key, t in tensors.items() if key.endswith("mask_row"))
+    loras = {f"{PREFIX}{key}.weight": t for key, t in tensors.items() if not key.endswith("mask_row")}
+    save_file(loras, folder / TENSORS, metadata={"format": "pt"})
+    save_file({"mask_row": row}, folder / MASK_ROW, metadata={"format": "pt"})
+    _write_json(folder / CONFIG, _peft_config(spec, name or ""))
+    extra = {"format": FORMAT, "gated": True, "mask_token_id": mask_id, "block_size": block_size}
+    _write_json(folder / EXTRA, extra | {"base_fingerprint": base_fingerprint})
+
+
+def _peft_config(spec: LoraSpec, base_name: str) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": spec.rank,
+        "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
+        "target_modules": list(spec.targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def load_into(model: PreTrainedModel, folder: str | Path, mask_id: int | None = None) -> tuple[Gate, int, int | None]:
+    """Attach the adapter in `folder` to `model`, in place; nothing is changed when it is refused.
+
+    Args:
+        model: a model without an adapter.
+        folder: ours, or PEFT's.
+        mask_id: the base's own MASK id, for a folder that names none; else the config's `mask_token_id`.
+
+    Returns:
+        the gate, the MASK id, the block size trained (None where the folder does not say).
+
+    Raises:
+        InputError: an adapter for another base, a feature that is not implemented, or tensors that do not fit.
+    """
+    info = read(Path(folder))
+    if info.base_fingerprint is not None and info.base_fingerprint != (base := fingerprint(model)):
+        raise InputError(
+            f"adapter {str(folder)!r} is for base {info.base_name!r} with fingerprint {info.base_fingerprint[:16]}, "
+            f"not {model.name_or_path!r} with {base[:16]}; give the base it was trained on"
+        )
+    _check_modules(model, info)
+    mask, row = _mask_row(model, info, mask_id)
+    gate = attach(model, info.spec, mask)
+    _fill(model, load_file(info.folder / TENSORS), row)
+    return gate, mask, info.block_size
+
+
+def _check_modules(model: PreTrainedModel, info: AdapterInfo) -> None:
+    """Every tensor has its linear layer, and every linear layer that `attach` will wrap has its tensors."""
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    tensors, rank, where = _modules(info.folder), info.spec.rank, f"adapter {str(info.folder)!r}"
+    for (module, kind), tensor in tensors.items():
+        if module not in linear:
+            raise InputError(
+                f"{where} targets {module!r}, no linear layer of {model.name_or_path!r}; give its own base"
+            )
+        if linear[module] is output_head(model):
+            raise InputError(f"{where} targets the output head {module!r}, which is not supported; train it without")
+        layer = linear[module]
+        shape = (rank, layer.in_features) if kind == "lora_A" else (layer.out_features, rank)
+        if tensor.shape != shape:
+            raise InputError(
+                f"{where}: {module}.{kind} has shape {list(tensor.shape)}, not {list(shape)}; give its own base"
+            )
+    wanted = {(m, kind) for m in linear for kind in ("lora_A", "lora_B") if m.rpartition(".")[2] in info.spec.targets}
+    if missing := sorted(wanted - set(tensors)):
+        raise InputError(
+            f"{where} lacks {len(missing)} tensors, {'.'.join(missing[0])} first; all layers must be adapted"
+        )
+
+
+def _mask_row(model: PreTrainedModel, info: AdapterInfo, base_mask: int | None) -> tuple[int, Tensor]:
+    """The MASK id and its row [D]: the adapter's own, else the base's row of the base's MASK id."""
+    weight = embedding_rows(model)
+    rows, width = weight.shape
+    mask, where = info.mask_id, f"adapter {str(info.folder)!r}"
+    if mask is not None:
+        if mask > rows:
+            raise InputError(f"{where}: mask_token_id {mask} is outside the vocabulary of {rows}; give its own base")
+        return mask, _own_row(info.folder, width)
+    mask = getattr(model.config, "mask_token_id", None) if base_mask is None else base_mask
+    mask = PUBLISHED_MASKS.get(model.config.model_type) if mask is None else mask
+    if mask is None or not 0 <= mask < rows:
+        raise InputError(
+            f"{where} has no MASK row and its base names none; set mask_token_id in the base's config.json"
+        )
+    return mask, weight[mask].detach().clone()
+
+
+def _own_row(folder: Path, width: int) -> Tensor:
+    stored = file_tensors(folder / MASK_ROW)
+    if set(stored) != {"mask_row"} or stored["mask_row"].shape != (width,):
+        raise InputError(
+            f"{str(folder / MASK_ROW)!r} holds no mask_row of shape [{width}]; give the adapter's own base"
+        )
+    return load_file(folder / MASK_ROW)["mask_row"]
+
+
+@torch.no_grad()
+def _fill(model: PreTrainedModel, tensors: Mapping[str, Tensor], row: Tensor) -> None:
+    for name, parameter in adapter_parameters(model).items():
+        parameter.copy_(row if name.endswith("mask_row") else tensors[f"{PREFIX}{name}.weight"])

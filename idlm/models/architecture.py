@@ -1,0 +1,162 @@
+"""What a model folder's config says: the architecture, refused where a window cannot express it, and the MASK token."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from idlm.decoding.errors import InputError
+from idlm.models.sources import first_line, read_json
+
+SDAR = "sdar"
+"""The model_type of published I-DLM checkpoints: Qwen3 in all but name, whose own code is not needed."""
+
+FULL_ATTENTION = {"full_attention", "attention", "global"}
+LAYER_KEYS = ("layer_types", "layers_block_type", "block_types", "attention_layers")
+SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+MOVING_ROPE = ("dynamic", "longrope")
+"""Rotary embeddings whose frequencies change with the longest position of a forward, so with the drafts in it."""
+
+EXPERTS = re.compile(r"num_(\w+_)?experts|n_routed_experts|moe_num_experts")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The transformers config of a model folder, built without running any code from it.
+
+    Raises:
+        InputError: no valid config.json, or an architecture that is refused; the message says which and why.
+    """
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise InputError(f"{str(folder)!r} is an adapter; give its base as the model and this folder as the adapter")
+    raw = read_json(folder / "config.json")
+    if raw.get("model_type") == SDAR:
+        raw |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    _refuse_family(raw, folder)
+    code = {"auto_map", "model_type", "attn_implementation", "_attn_implementation"}
+    try:
+        keys = {k: v for k, v in raw.items() if k not in code}
+        config: PreTrainedConfig = CONFIG_MAPPING[raw["model_type"]].from_dict(keys)
+        reason = _experts(config.to_dict()) or _layers(config) or _attention(config)
+    except Exception as error:  # each config class has its own checks and its own kinds of error
+        text = " ".join(str(error).split())
+        raise InputError(
+            f"{str(folder / 'config.json')!r} is not a valid {raw['model_type']} config: {text}"
+        ) from error
+    if reason is not None:
+        raise InputError(f"{str(folder)!r} ({config.model_type}) {reason}")
+    return config
+
+
+def _refuse_family(raw: dict[str, Any], folder: Path) -> None:
+    """Refuse what transformers itself has no decoder-only model for."""
+    family, classes = str(raw.get("model_type")), raw.get("architectures") or []
+    where = f"{str(folder)!r} (model_type {family!r})"
+    if family not in CONFIG_MAPPING:
+        if "auto_map" in raw:
+            raise InputError(f"{where} needs its own code, which is never run; use a model that transformers has")
+        raise InputError(f"{where} is unknown to this transformers; upgrade transformers or use another model")
+    if raw.get("is_encoder_decoder", getattr(CONFIG_MAPPING[family], "is_encoder_decoder", False)):
+        raise InputError(f"{where} is an encoder-decoder model; use a decoder-only one")
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family)
+    if known is None or (classes and known not in classes):
+        raise InputError(f"{where}, architecture {classes}, is no causal language model; use a decoder-only one")
+
+
+def _experts(keys: dict[str, Any]) -> str | None:
+    """Look in the config's JSON, nested parts too: every family has its own name for the number of experts."""
+    for key, value in keys.items():
+        if EXPERTS.fullmatch(key) and isinstance(value, int) and value > 1:
+            return f"is a mixture of experts ({key} {value}); only dense models are supported"
+        if isinstance(value, dict) and (found := _experts(value)):
+            return found
+    return None
+
+
+def _layers(config: PreTrainedConfig) -> str | None:
+    if not isinstance(getattr(config, "num_attention_heads", None), int):
+        return "has no attention heads (a linear-attention or state-space model); use a model with full attention"
+    window = getattr(config, "sliding_window", None)
+    # a window at least as long as the context never hides anything
+    slides = window is not None and getattr(config, "use_sliding_window", True) and window < _context(config)
+    if slides:
+        return f"has sliding_window {window}, which is not supported yet; use a model with full attention"
+    allowed = FULL_ATTENTION if window is None else FULL_ATTENTION | {"sliding_attention"}
+    for key in LAYER_KEYS:
+        for kind in getattr(config, key, None) or []:
+            if kind not in allowed:
+                return f"has {kind} layers ({key}), which are not supported yet; use a model with full attention"
+    return None
+
+
+def _attention(config: PreTrainedConfig) -> str | None:
+    for key in SOFTCAPS:
+        if getattr(config, key, None) is not None:
+            return f"has {key} {getattr(config, key)}, which is not supported; use a model without it"
+    if not _context(config):
+        return "has no max_position_embeddings in its config; use a model that names its context"
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if kind in MOVING_ROPE:
+        return f"has rope_type {kind}, whose positions depend on the drafts; use a model with another rope_type"
+    if getattr(config, "quantization_config", None) is not None:
+        return "is quantised (quantization_config); use the unquantised weights"
+    return None
+
+
+def _context(config: PreTrainedConfig) -> int:
+    return int(getattr(config, "max_position_embeddings", None) or 0)
+
+
+def read_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase | None:
+    """The folder's tokenizer, or None where it has none; none of the folder's code runs.
+
+    Raises:
+        InputError: the tokenizer's files are broken.
+    """
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, config=config, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise InputError(f"the tokenizer in {str(folder)!r} cannot be read: {first_line(error)}") from error
+    return tokenizer
+
+
+def mask_token(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, str]:
+    """The MASK id and its source: "config.json", "tokenizer", or "added" (the row after the vocabulary's last).
+
+    Raises:
+        InputError: the id is neither a row of the embedding nor the one after its last.
+    """
+    rows = int(config.vocab_size)
+    mask, source = getattr(config, "mask_token_id", None), "config.json"
+    if mask is None and tokenizer is not None:
+        mask, source = tokenizer.mask_token_id, "tokenizer"
+    if mask is None:
+        return rows, "added"
+    if isinstance(mask, bool) or not isinstance(mask, int) or not 0 <= mask <= rows:
+        raise InputError(f"mask_token_id {mask!r} ({source}) is outside the vocabulary of {rows}; name one of its rows")
+    return mask, source
+
+
+def trained_block_size(config: PreTrainedConfig) -> int | None:
+    """The block size a fully trained I-DLM's config names; None for an AR model.
+
+    `block_size` alone is not taken as a sign: some AR configs use the word for their context.
+
+    Raises:
+        InputError: it is not a positive integer.
+    """
+    block = getattr(config, "block_size", None)
+    if block is None or getattr(config, "mask_token_id", None) is None:
+        return None
+    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+        raise InputError(f"block_size {block!r} in config.json is not a positive integer; correct it")
+    return block

@@ -1,0 +1,147 @@
+"""Gated LoRA: `y = W x + g (alpha / r) B A x` with g = 1 on MASK rows and 0 on every other row.
+
+The MASK rows of every layout are one run of rows (training puts them first, a window last), so the gate is a slice: rows
+outside it are computed by the base's own kernels alone and stay bit-equal to the base model's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from idlm.decoding.errors import InputError
+
+NO_ROWS = slice(0, 0)
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """What is adapted: the rank r, alpha, and the names of the linear layers (their last path component)."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"LoRA rank {self.rank} is not positive; use 8 to 128")
+        if not self.targets:
+            raise InputError("LoRA targets are empty; name linear layers such as q_proj, v_proj, down_proj")
+
+    @property
+    def scale(self) -> float:
+        """alpha / r."""
+        return self.alpha / self.rank
+
+
+class Gate:
+    """Which rows of the running forward are MASK rows; shared by all gated layers of one model."""
+
+    def __init__(self) -> None:
+        self.rows = NO_ROWS
+
+    @contextmanager
+    def open(self, rows: slice) -> Iterator[None]:
+        """Run one forward with `rows` (along the row dimension) as its MASK rows."""
+        self.rows = rows
+        try:
+            yield
+        finally:
+            self.rows = NO_ROWS
+
+
+class GatedLinear(nn.Module):
+    """A frozen linear layer with a low-rank update on the MASK rows only."""
+
+    def __init__(self, base: nn.Linear, spec: LoraSpec, gate: Gate) -> None:
+        super().__init__()
+        self.base = base
+        self.gate = gate
+        self.scale = spec.scale
+        self.lora_A = nn.Parameter(base.weight.new_empty(spec.rank, base.in_features))
+        self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, spec.rank))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, Q, in] -> [B, Q, out]."""
+        y: Tensor = self.base(x)
+        if self.gate.rows == NO_ROWS:
+            return y
+        update = F.linear(F.linear(x[:, self.gate.rows], self.lora_A), self.lora_B)
+        y[:, self.gate.rows].add_(update, alpha=self.scale)
+        return y
+
+
+class MaskEmbedding(nn.Module):
+    """The base's embedding, with the MASK row kept beside it.
+
+    `mask_id` may equal the number of rows: the base then never grows, and MASK exists only here.
+    """
+
+    def __init__(self, base: nn.Embedding, mask_id: int) -> None:
+        super().__init__()
+        self.base = base
+        self.mask_id = mask_id
+        self.mask_row = nn.Parameter(base.weight.detach().mean(dim=0))
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's rows [V, D]; transformers ties the output head to them."""
+        return self.base.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[B, Q] -> [B, Q, D]."""
+        is_mask = tokens == self.mask_id
+        rows = self.base(tokens.masked_fill(is_mask, 0))
+        return torch.where(is_mask.unsqueeze(-1), self.mask_row, rows)
+
+
+def attach(model: PreTrainedModel, spec: LoraSpec, mask_id: int) -> Gate:
+    """Freeze `model` and give it a gated LoRA, in place.
+
+    Raises:
+        InputError: a target names no linear layer of the model, or the MASK id is neither a row of the embedding nor the
+            one after its last.
+    """
+    embedding = model.get_input_embeddings()
+    if not isinstance(embedding, nn.Embedding):
+        raise InputError("the model has an adapter already; load the base model again")
+    if not 0 <= mask_id <= embedding.num_embeddings:
+        raise InputError(
+            f"mask_token_id {mask_id} is outside 0..{embedding.num_embeddings}, the embedding's rows and one more"
+        )
+    model.requires_grad_(False)
+    gate = Gate()
+    for target in spec.targets:
+        if not _wrap(model, target, spec, gate):
+            raise InputError(
+                f"LoRA target {target!r} names no linear layer of {type(model).__name__}; see idlm inspect"
+            )
+    model.set_input_embeddings(MaskEmbedding(embedding, mask_id))
+    return gate
+
+
+def _wrap(model: nn.Module, target: str, spec: LoraSpec, gate: Gate) -> int:
+    """Wrap every linear layer whose last name is `target`; return their number."""
+    found = [
+        (parent, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if name == target and isinstance(child, nn.Linear)
+    ]
+    for parent, child in found:
+        setattr(parent, target, GatedLinear(child, spec, gate))
+    return len(found)
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters by name: every lora_A, lora_B and the MASK row."""
+    ends = ("lora_A", "lora_B", "mask_row")
+    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] in ends}

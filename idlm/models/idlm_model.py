@@ -1,0 +1,112 @@
+"""`Idlm`: a stock transformers model, its MASK token and its gate, as one thing that can be asked for rows.
+
+Shapes: B batch, Q rows of this forward, S rows they may look at, D hidden size, V logit columns, T rows of one sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from idlm.decoding.errors import InputError
+from idlm.models.attention import KVCache
+from idlm.models.gated_lora import NO_ROWS, Gate
+
+
+@dataclass
+class Idlm:
+    """A loaded model.
+
+    Attributes:
+        model: transformers' own model, whose attention is `idlm.models.attention`.
+        tokenizer: its tokenizer, or None where the folder has none.
+        mask_id: the MASK token; equals `vocab_size` where only the adapter has a row for it.
+        gate: the adapter's gate; None for a plain or fully fine-tuned model.
+        block_size: the largest block trained, b; strides up to b + 1 draft as trained. None: never trained to draft.
+        name: what the user called it.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    mask_id: int
+    gate: Gate | None = None
+    block_size: int | None = None
+    name: str = ""
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of the logits, V."""
+        return int(self._output.weight.shape[0])
+
+    @property
+    def context(self) -> int:
+        """The most positions a sequence may have."""
+        return int(self.model.config.max_position_embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' type."""
+        return self.model.dtype
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens that end a sequence, from the generation config or the model's own."""
+        eos = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        eos = self.model.config.eos_token_id if eos is None else eos
+        return frozenset([eos] if isinstance(eos, int) else eos or [])
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        visible: Tensor,
+        mask_rows: slice = NO_ROWS,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Hidden states [B, Q, D] of the rows `tokens` [B, Q] at `positions` [B, Q].
+
+        `visible` is bool, broadcastable to [B, 1, Q, S]. Positions past the context are clamped: only masks and drafts
+        that no sequence can hold have them, and models with learned positions would fail on them.
+        """
+        gate = self.gate or Gate()
+        with gate.open(mask_rows):
+            output = self.model.base_model(
+                input_ids=tokens,
+                position_ids=positions.clamp(max=self.context - 1),
+                visible=visible,
+                cache=cache,
+                use_cache=False,
+            )
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., D]."""
+        logits: Tensor = self._output(hidden)
+        return logits
+
+    @property
+    def _output(self) -> nn.Linear:
+        output: nn.Linear = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        return output
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+        """Logits [T, V] of one sequence's rows [T] under `visible` [T, T]; the form `decoding.reference` asks for.
+
+        Raises:
+            InputError: the MASK rows are not one run.
+        """
+        masks = torch.nonzero(tokens == self.mask_id).flatten().tolist()
+        rows = slice(masks[0], masks[-1] + 1) if masks else NO_ROWS
+        if rows.stop - rows.start != len(masks):
+            raise InputError(f"the MASK rows {masks} are not one run; put them side by side")
+        return self.head(self.hidden(tokens[None], positions[None], visible[None, None], rows))[0]

@@ -1,0 +1,77 @@
+"""Where checkpoints come from: the bundled names, folders, ids on the Hugging Face hub; and reading their JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+from idlm.decoding.errors import InputError
+
+WEIGHTS = Path(__file__).parents[1] / "nano" / "weights"
+BUNDLED = {
+    "nano": (WEIGHTS / "base", WEIGHTS / "lora"),
+    "nano-base": (WEIGHTS / "base", None),
+    "nano-full": (WEIGHTS / "full", None),
+}
+"""The bundled models: folder, and the adapter that the name includes."""
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+"""Configs, weights, tokenizers and chat templates: no pickle and no code is ever downloaded."""
+
+
+def resolve(name: str | Path) -> tuple[Path, Path | None]:
+    """The folder that `name` stands for, and the adapter that belongs to the name (only for "nano").
+
+    Raises:
+        InputError: there is no such folder, and the hub has none either or cannot be reached.
+    """
+    if str(name) in BUNDLED:
+        return BUNDLED[str(name)]
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder, None
+    if folder.exists():
+        raise InputError(f"{str(name)!r} is a file; give the folder that holds it")
+    if isinstance(name, Path) or not HUB_ID.fullmatch(name):
+        raise InputError(
+            f"no folder {str(name)!r}; give a folder, a hub id such as Qwen/Qwen3-0.6B, or {', '.join(BUNDLED)}"
+        )
+    return _download(name), None
+
+
+def _download(hub_id: str) -> Path:
+    """Fetch a repository of the hub into its usual cache."""
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub's client and the network libraries under it each raise their own kinds
+        raise InputError(
+            f"no folder {hub_id!r}, and the hub gave none ({first_line(error)}); check the name"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        InputError: there is no such file, or it holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no {path.name} in {str(path.parent)!r}; give a folder that holds one") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(path)!r} is not valid JSON ({first_line(error)}); download it again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{str(path)!r} holds a JSON {type(value).__name__}, not an object; download it again")
+    return value
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, for messages of one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

@@ -1,0 +1,172 @@
+"""Tensor files (safetensors): what they hold, from their headers alone; and the fingerprint of a model's weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from idlm.decoding.errors import InputError
+from idlm.models.gated_lora import GatedLinear, MaskEmbedding, adapter_parameters
+from idlm.models.sources import read_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+CHUNK = 4 << 20
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor on disk: its dtype by safetensors' name, its shape, and its bytes' place in `file`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def model_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """The tensors of a model folder, by name.
+
+    Raises:
+        InputError: no safetensors weights (pickle is never read), a missing shard, a truncated file.
+    """
+    return {name: info for file in _weight_files(folder) for name, info in file_tensors(file).items()}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).exists():
+        shards = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise InputError(f"{str(folder / INDEX)!r} has no weight_map; download it again")
+        return [folder / Path(str(name)).name for name in sorted(set(shards.values()))]
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern) if p.name != "training_args.bin")
+    if pickles:
+        raise InputError(f"{str(folder)!r} has pickle weights only ({pickles[0]}); save it as safetensors first")
+    raise InputError(f"no {SINGLE} in {str(folder)!r}; give a folder with safetensors weights")
+
+
+def file_tensors(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, from its header: 8 bytes of length n, n bytes of JSON, the tensors' bytes.
+
+    Raises:
+        InputError: there is no such file, or it is shorter or longer than its header says.
+    """
+    if not path.exists():
+        raise InputError(f"no {path.name} in {str(path.parent)!r}; download it again")
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, size)))
+        header.pop("__metadata__", None)
+        tensors = {name: _info(path, entry, 8 + length) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{str(path)!r} is truncated or no safetensors file; download it again") from None
+    expected = max((info.stop for info in tensors.values()), default=8 + length)
+    if size != expected:
+        raise InputError(f"{str(path)!r} has {size} bytes, not the {expected} its header names; download it again")
+    return tensors
+
+
+def _info(path: Path, entry: dict[str, list[int]], data: int) -> TensorInfo:
+    start, stop = entry["data_offsets"]
+    return TensorInfo(path, str(entry["dtype"]), tuple(entry["shape"]), data + start, data + stop)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """sha256 of a model's weights: the same with and without an adapter, and in whatever dtype they were loaded.
+
+    It covers name, dtype, shape and all bytes of each tensor of the folder the model came from; a model that came from no
+    folder is hashed in memory. Tensors are hashed apart and in parallel, so an 8B model takes seconds.
+    """
+    folder = Path(model.name_or_path or "")
+    if model.name_or_path and any((folder / name).exists() for name in (SINGLE, INDEX)):
+        return folder_fingerprint(folder)
+    return _digest(
+        (name, _dtype_name(t), tuple(t.shape), _hash_tensor(t)) for name, t in _base_parameters(model).items()
+    )
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """`fingerprint` of the model stored in `folder`."""
+    tensors = model_tensors(folder)
+    with ThreadPoolExecutor() as pool:
+        hashes = list(pool.map(_hash_stored, tensors.values()))
+    return _digest((n, t.dtype, t.shape, h) for (n, t), h in zip(tensors.items(), hashes, strict=True))
+
+
+def _digest(parts: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
+    return hashlib.sha256(json.dumps(sorted(parts)).encode()).hexdigest()
+
+
+def _hash_stored(info: TensorInfo) -> str:
+    digest = hashlib.sha256()
+    with info.file.open("rb") as file:
+        file.seek(info.start)
+        left = info.stop - info.start
+        while left and (chunk := file.read(min(CHUNK, left))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()
+
+
+def _hash_tensor(tensor: Tensor) -> str:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return next(name for name, dtype in DTYPES.items() if dtype == tensor.dtype)
+
+
+def _base_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The base's parameters by the names they have without an adapter; tied ones once, as transformers stores them."""
+    wrapped = {name for name, module in model.named_modules() if isinstance(module, (GatedLinear, MaskEmbedding))}
+    own = adapter_parameters(model)
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        owner, _, last = name.rpartition(".base.")
+        if name not in own:
+            found[f"{owner}.{last}" if owner in wrapped else name] = parameter
+    return found
+
+
+def embedding_rows(model: PreTrainedModel) -> Tensor:
+    """The input embedding's weight [rows, D]."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def output_head(model: PreTrainedModel) -> nn.Linear:
+    """The layer that turns hidden states into logits."""
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    assert isinstance(head, nn.Linear)
+    return head

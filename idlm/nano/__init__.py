@@ -1,0 +1,1 @@
+"""The bundled model and the generator of its data."""

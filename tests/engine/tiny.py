@@ -1,0 +1,62 @@
+"""Random models of every family, in memory, float64, small enough to recompute from scratch at each step."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from idlm.models import attention
+from idlm.models.gated_lora import LoraSpec, adapter_parameters, attach
+from idlm.models.idlm_model import Idlm
+
+CLASSES = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"tie_word_embeddings": True}),
+}
+FAMILIES = tuple(CLASSES)
+VOCAB = 24
+
+
+def tiny_model(family: str) -> PreTrainedModel:
+    """A random model whose laws are neither flat nor sharp."""
+    model_class, config_class, extra = CLASSES[family]
+    config = config_class(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=48,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation=attention.NAME,
+        **extra,
+    )
+    torch.manual_seed(0)
+    return model_class(config).to(torch.float64).eval()
+
+
+def tiny_idlm(family: str, adapter: bool = True) -> Idlm:
+    """The model with a random gated LoRA and a virtual MASK, or bare and without a MASK row."""
+    model = tiny_model(family)
+    if not adapter:
+        return Idlm(model, None, VOCAB, name=family)
+    gate = attach(model, LoraSpec(4, 8.0, ("q_proj", "v_proj", "down_proj")), VOCAB)
+    for parameter in adapter_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return Idlm(model, None, VOCAB, gate, block_size=3, name=family)
