@@ -3,8 +3,8 @@
     python benchmarks/same_bytes.py MODEL ... [--dtype float64] [--prompts 4] [--max-tokens 40] [--out FILE]
 
 A pair is one prompt under one setting; it counts as equal if every plan gives AR's tokens. Prompts run from one token
-to one short of the context. Where a pair differs (float32), the first difference is reported with its margin: how far apart the
-best two of log p + noise were.
+to one short of the context. Where a pair differs (float32), the first difference is reported with its margin: how far
+apart the best two of log p + noise were.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,10 @@ def _refuse_family(raw: dict[str, Any], folder: Path) -> None:
         raise InputError(f"{where}, architecture {classes}, is no causal language model; use a decoder-only one")
 
 
-def _experts(keys: dict[str, Any]) -> str | None:
+def _experts(keys: Mapping[Any, Any]) -> str | None:
     """Look in the config's JSON, nested parts too: every family has its own name for the number of experts."""
     for key, value in keys.items():
-        if EXPERTS.fullmatch(key) and isinstance(value, int) and value > 1:
+        if EXPERTS.fullmatch(str(key)) and isinstance(value, int) and value > 1:
             return f"is a mixture of experts ({key} {value}); only dense models are supported"
         if isinstance(value, dict) and (found := _experts(value)):
             return found

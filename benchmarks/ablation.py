@@ -1,0 +1,96 @@
+"""What of the training recipe earns its place: variants of one recipe, the same steps and batches, judged by decoding.
+
+    python benchmarks/ablation.py [--steps 150] [--batch 8] [--problems 40] [--only NAME ...] [--out FILE]
+
+Every variant starts from the bundled base and sees the same texts in the same order. Acceptance per depth and TPF come
+from greedy decoding of held-out problems, at N = 4 and N = 8 with all outcomes; `seconds` is the training time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+from idlm import LLM, SamplingParams, load
+from idlm.evaluation.accuracy import evaluate
+from idlm.evaluation.metrics import summary
+from idlm.nano.problems import held_out_problems
+from idlm.training.config import load_config
+from idlm.training.trainer import train
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+LORA, FULL = "nano-lora.yaml", "nano-full.yaml"
+DIRECT = {"stages.0.block_size": 7}
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    "lora: CE + TV, random phase, direct b=7": (LORA, DIRECT),
+    "lora: fixed phase": (LORA, DIRECT | {"random_phase": False}),
+    "lora: CE only": (LORA, DIRECT | {"stages.0.soft": "none", "stages.1.soft": "none"}),
+    "lora: CE + KL": (LORA, DIRECT | {"stages.0.soft": "kl", "stages.1.soft": "kl"}),
+    "lora: TV only": (LORA, DIRECT | {"stages.0.hard": 0.0, "stages.1.hard": 0.0}),
+    "lora: curriculum b=3, 7": (LORA, {}),
+    "full: lambda 0.2": (FULL, DIRECT | {"stages.0.lambda": 0.2, "stages.1.lambda": 0.2}),
+    "full: lambda auto": (FULL, DIRECT | {"stages.0.lambda": "auto", "stages.1.lambda": "auto"}),
+}
+
+
+def run(config: str, overrides: dict[str, object], steps: int, batch: int, problems: int) -> dict[str, object]:
+    """Train one variant and decode with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        common: dict[str, object] = {
+            "output_dir": folder,
+            "batch_size": batch,
+            "stages.0.steps": steps // 3,
+            "stages.1.steps": steps - steps // 3,
+            "optimizer.warmup": 10,
+            "eval_steps": steps,
+            "save_steps": steps,
+        }
+        started = time.perf_counter()
+        train(load_config(CONFIGS / config, [f"--{key}={value}" for key, value in {**common, **overrides}.items()]))
+        seconds = time.perf_counter() - started
+        final = str(Path(folder) / "final")
+        idlm = load("nano-base", adapter=final) if config == LORA else load(final)
+    row: dict[str, object] = {"seconds": seconds}
+    for stride in (4, 8):
+        llm = LLM(idlm, stride=stride)
+        found = evaluate(llm, held_out_problems(problems), SamplingParams(temperature=0, max_tokens=256))
+        totals = summary(found.results)
+        row[f"N={stride}"] = {"tpf": totals["tpf"], "acceptance": totals["acceptance"], "accuracy": found.share}
+    return row
+
+
+def main() -> None:
+    """Run the variants one after the other and print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--problems", type=int, default=40)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    report: dict[str, object] = {
+        "steps": args.steps,
+        "batch": args.batch,
+        "problems": args.problems,
+        "environment": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    variants: dict[str, object] = {}
+    for name in args.only:
+        variants[name] = run(*VARIANTS[name], args.steps, args.batch, args.problems)
+        print(name, json.dumps(variants[name]), file=sys.stderr)
+    text = json.dumps(report | {"variants": variants}, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

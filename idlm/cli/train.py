@@ -1,0 +1,30 @@
+"""`idlm train CONFIG.yaml [--a.b=c] [--json]`: run a training config."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Annotated
+
+import typer
+
+CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Settings of the command: what Typer does not know is an override of the config."""
+
+
+def train(
+    context: typer.Context,
+    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="The run; configs/ has examples.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    """Train a base model, or convert a model to an I-DLM, as CONFIG.yaml says.
+
+    Any key of the config can be set here: --optimizer.lr=0.001 --stages.0.steps=50 --resume=true
+    """
+    from idlm.training.config import load_config  # here, because torch takes seconds to import
+    from idlm.training.trainer import train as run
+
+    result = run(load_config(config, context.args))
+    if os.environ.get("RANK", "0") != "0":
+        return  # under torchrun one process speaks for all
+    typer.echo(json.dumps(result) if as_json else "\n".join(f"{key}: {value}" for key, value in result.items()))

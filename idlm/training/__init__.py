@@ -1,0 +1,1 @@
+"""Conversion of a causal LM into an I-DLM, and the training of its base: one config, one run."""

@@ -1,0 +1,197 @@
+"""The training config: YAML read strictly into dataclasses.
+
+Every key is checked: an unknown one is refused with the nearest known key, a value of another type with the type
+expected. `--a.b=c` on the command line overrides the key b of section a; list items go by number: `--stages.0.steps=5`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from idlm.decoding.errors import InputError
+from idlm.training.strict import as_tree, build, override_key, read_yaml
+
+__all__ = ["TrainConfig", "as_tree", "load_config", "parse_config"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model trained: a checkpoint (`path`: folder, hub id or bundled name), or an `architecture` from scratch."""
+
+    path: str | None = None
+    architecture: dict[str, Any] | None = None
+    tokenizer: str = "nano"
+    dtype: Literal["float32", "float64"] = "float32"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The gated LoRA of `method: lora`."""
+
+    rank: int = 32
+    alpha: float = 64.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on.
+
+    `nano`: the project's own problems. `jsonl`: rows {prompt | messages, response} of the file `path`. `self`:
+    responses that the model generates, before training, to `prompts`: `bos` (the empty prompt), `nano` (the project's
+    problems), or a jsonl file of {prompt | messages}. `examples` limits the rows; of the last two sources the last
+    `held_out` rows are held out.
+    """
+
+    source: Literal["nano", "jsonl", "self"] = "nano"
+    path: str | None = None
+    prompts: str = "bos"
+    examples: int | None = None
+    held_out: int = 64
+    seed: int = 0
+    temperature: float = 1.0
+    max_tokens: int = 256
+    generate_batch: int = 64
+    max_length: int | None = None
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A stretch of the curriculum: the block size b and the weights of the loss for `steps` steps.
+
+    The loss is `hard` CE_noisy + `lambda` CE_clean + `soft_weight` times the soft term. `lambda` is a number or `auto`
+    (CE_noisy / CE_clean of the step before, 1 at first); left out, it is 0.2 for a full fine-tune and 0 for a gated
+    LoRA, whose clean rows are frozen.
+    """
+
+    steps: int
+    block_size: int = 1
+    hard: float = 1.0
+    lambda_: float | Literal["auto"] | None = None
+    soft: Literal["none", "kl", "tv"] = "none"
+    soft_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, or Muon for the hidden matrices and AdamW for the rest; one schedule over all stages.
+
+    `wsd` warms up, stays, and falls linearly to 0 over the last share `decay` of the steps.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    schedule: Literal["linear", "cosine", "wsd"] = "cosine"
+    decay: float = 0.6
+    warmup: int = 50
+    grad_clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    `batch_size` counts sequences per forward, `accumulation` forwards per step (and rank). `resume` continues from the
+    newest checkpoint in `output_dir` and starts from the beginning where there is none.
+    """
+
+    output_dir: str
+    stages: tuple[StageConfig, ...]
+    objective: Literal["idlm", "ar"] = "idlm"
+    method: Literal["lora", "full"] = "lora"
+    random_phase: bool = True
+    seed: int = 0
+    resume: bool = False
+    device: Literal["auto", "cpu"] = "auto"
+    threads: int | None = None
+    bf16: bool = False
+    batch_size: int = 16
+    accumulation: int = 1
+    log_steps: int = 10
+    eval_steps: int = 100
+    save_steps: int = 100
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return sum(stage.steps for stage in self.stages)
+
+    def stage(self, step: int) -> StageConfig:
+        """The stage of the optimiser step number `step`, counted from 0; the last one ever after."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        return self.stages[-1]
+
+    def lambda_of(self, stage: StageConfig) -> float | Literal["auto"]:
+        """The weight of CE_clean in a stage."""
+        if stage.lambda_ is not None:
+            return stage.lambda_
+        return 0.2 if self.method == "full" else 0.0
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
+    """Read a YAML file and apply `--a.b=c` overrides.
+
+    Raises:
+        InputError: the file is missing or not YAML, or a key or value in it or in an override is wrong.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the config {str(path)!r} ({error}); give the path of a YAML file") from None
+    tree = read_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise InputError(f"the config {str(path)!r} is a {type(tree).__name__}, not a mapping of keys; see configs/")
+    for override in overrides:
+        override_key(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> TrainConfig:
+    """Turn a tree of plain values into a checked config; raises InputError as `load_config` does."""
+    config: TrainConfig = build(TrainConfig, tree, "")
+    _check(config)
+    return config
+
+
+def _check(config: TrainConfig) -> None:
+    """The checks across keys: each message names the key to change."""
+    positive = {
+        "stages.*.steps": min((s.steps for s in config.stages), default=0),
+        "stages.*.block_size": min((s.block_size for s in config.stages), default=0),
+        "batch_size": config.batch_size, "accumulation": config.accumulation, "log_steps": config.log_steps,
+        "eval_steps": config.eval_steps, "save_steps": config.save_steps, "data.held_out": config.data.held_out,
+        "data.max_tokens": config.data.max_tokens, "data.generate_batch": config.data.generate_batch,
+        "threads": 1 if config.threads is None else config.threads,
+        "data.examples": 1 if config.data.examples is None else config.data.examples,
+        "data.max_length": 2 if config.data.max_length is None else config.data.max_length - 1,
+    }  # fmt: skip
+    for key, value in positive.items():
+        if value < 1:
+            raise InputError(f"{key} is too small; it must be at least {2 if key == 'data.max_length' else 1}")
+    if not (config.optimizer.lr > 0 and config.optimizer.lr < float("inf")):
+        raise InputError(f"optimizer.lr is {config.optimizer.lr}; it must be a positive number")
+    if not 0 < config.optimizer.decay <= 1:
+        raise InputError(
+            f"optimizer.decay is {config.optimizer.decay}; it is a share of the steps, above 0 and up to 1"
+        )
+    if (config.model.path is None) == (config.model.architecture is None):
+        raise InputError("model.path and model.architecture: give exactly one of the two")
+    if config.data.source == "jsonl" and config.data.path is None:
+        raise InputError("data.path is missing; data.source: jsonl needs the file's path")
+    if config.data.temperature < 0:
+        raise InputError(f"data.temperature is {config.data.temperature}; it must be 0 or more")
+    if config.objective == "ar" and config.method == "lora":
+        raise InputError("method is 'lora'; objective: ar trains all weights, set method: full")
+    if config.method == "lora" and any(stage.lambda_ for stage in config.stages):
+        raise InputError("lambda has no effect with method: lora, whose clean rows are the frozen base; leave it out")

@@ -1,0 +1,142 @@
+"""Self-distillation: responses written by the model that is being converted, so that conversion needs only prompts.
+
+They are sampled with transformers' own `generate` in batches of equal settings; batch i is a function of (seed, i), so
+a generation cut off half-way continues to the same file.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from transformers import GenerationConfig
+
+from idlm.decoding.errors import InputError
+from idlm.models.attention import NAME
+from idlm.models.idlm_model import Idlm
+from idlm.nano.problems import training_problems
+from idlm.training.config import DataConfig
+from idlm.training.data import Example, chat_prompts, fit, need_tokenizer, prompt_ids, read_jsonl
+
+
+def distill(config: DataConfig, idlm: Idlm, file: Path) -> list[Example]:
+    """The examples of `data.source: self`: read from `file`, after writing there what is still missing.
+
+    The file's first line holds the settings, every other one {"prompt": ids, "response": ids}.
+
+    Raises:
+        InputError: a prompt is broken or leaves no room, or the file was made with other settings.
+    """
+    prompts = [_checked(prompt, row, config, idlm) for prompt, row in prompts_of(config, idlm)]
+    settings = _settings(config, idlm)
+    rows = _read(file, settings)
+    size = config.generate_batch
+    rows = rows[: len(prompts)] if len(rows) >= len(prompts) else rows[: len(rows) // size * size]
+    starts = range(len(rows), len(prompts), size)
+    if starts:
+        _write(file, [settings, *rows], "w")
+        for at in track(starts, "generating responses", console=Console(stderr=True)):
+            batch = prompts[at : at + size]
+            responses = generate(idlm, batch, config, seed=config.seed * 1_000_003 + at // size)
+            new = [{"prompt": p, "response": r} for p, r in zip(batch, responses, strict=True)]
+            _write(file, new, "a")
+            rows += new
+    return [Example(row["prompt"], row["response"], f"{file} row {i}") for i, row in enumerate(rows, start=1)]
+
+
+def prompts_of(config: DataConfig, idlm: Idlm) -> list[tuple[list[int], str]]:
+    """Token ids and name of each prompt that `data.prompts` and `data.examples` ask for."""
+    if config.prompts in ("bos", "nano") and config.examples is None:
+        raise InputError(f"data.examples is missing; data.prompts: {config.prompts} needs to know how many to generate")
+    if config.prompts == "bos":
+        bos = idlm.model.config.bos_token_id
+        if bos is None:
+            raise InputError(f"the model {idlm.name!r} has no BOS token; give data.prompts a jsonl file of prompts")
+        return [([bos], "the BOS prompt")] * int(config.examples or 0)
+    if config.prompts == "nano":
+        chosen = islice(training_problems(config.seed), config.examples)
+        chats = [[{"role": "user", "content": p.question}] for p in chosen]
+        return [(ids, f"problem {i}") for i, ids in enumerate(chat_prompts(chats, need_tokenizer(idlm)))]
+    rows = islice(read_jsonl(config.prompts), config.examples)
+    return [(prompt_ids(row, name, idlm), name) for name, row in rows]
+
+
+def _checked(prompt: list[int], row: str, config: DataConfig, idlm: Idlm) -> list[int]:
+    """The prompt, if it is one and leaves room for a response."""
+    return fit(Example(prompt, [0], row), min(config.max_length or idlm.context, idlm.context)).prompt
+
+
+@torch.no_grad()
+def generate(idlm: Idlm, prompts: list[list[int]], config: DataConfig, seed: int) -> list[list[int]]:
+    """One sampled response (greedy at temperature 0) to each prompt, its end token included."""
+    limit = min(config.max_length or idlm.context, idlm.context)
+    longest = max(len(p) for p in prompts)
+    rows = [[0] * (longest - len(p)) + p for p in prompts]
+    attended = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+    sampling: dict[str, Any] = {"do_sample": False}
+    if config.temperature > 0:
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
+    settings = GenerationConfig(
+        max_length=longest + max(min(config.max_tokens, limit - longest), 1),
+        eos_token_id=sorted(idlm.eos_ids) or None,
+        pad_token_id=0,
+        **sampling,
+    )
+    model = idlm.model
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        model.set_attn_implementation("sdpa")
+        try:
+            output = model.eval().generate(
+                torch.tensor(rows, device=model.device),
+                attention_mask=torch.tensor(attended, device=model.device),
+                generation_config=settings,
+            )
+        finally:
+            model.set_attn_implementation(NAME)
+    return [_until_end(response, idlm.eos_ids) for response in output[:, longest:]]
+
+
+def _until_end(response: Tensor, ends: frozenset[int]) -> list[int]:
+    """The tokens up to the first end token."""
+    tokens: list[int] = response.tolist()
+    end = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:end]
+
+
+def _settings(config: DataConfig, idlm: Idlm) -> dict[str, Any]:
+    """What the responses depend on, besides the weights."""
+    keys = ("prompts", "seed", "temperature", "max_tokens", "generate_batch", "max_length")
+    return {"model": idlm.name, **{key: getattr(config, key) for key in keys}}
+
+
+def _read(file: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that are there already; a last line cut off by a kill does not count."""
+    if not file.exists():
+        return []
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    for key in settings if rows else ():
+        if rows[0].get(key) != settings[key]:
+            raise InputError(
+                f"{file} was generated with {key} {rows[0].get(key)!r}, now it is {settings[key]!r}; "
+                "delete the file or restore the setting"
+            )
+    return rows[1:]
+
+
+def _write(file: Path, rows: list[dict[str, Any]], mode: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open(mode, encoding="utf-8") as out:
+        out.writelines(json.dumps(row) + "\n" for row in rows)

@@ -1,0 +1,61 @@
+"""How well a model drafts, measured on held-out texts while it trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from idlm.training.config import TrainConfig
+from idlm.training.data import Draws, Example, as_texts, collate
+from idlm.training.objective import Objective, Wanted, clean_rows
+
+
+@torch.no_grad()
+def measure(objective: Objective, examples: list[Example], config: TrainConfig, step: int) -> dict[str, Any]:
+    """Per draft depth alpha and argmax acceptance, and the TPF they imply; for plain AR the cross-entropy per token.
+
+    Measured on the true text (teacher forced): acceptance at depth k does not know that the drafts before were
+    accepted. The block size is that of the stage of step `step`.
+    """
+    was_training = objective.training
+    objective.eval()
+    block_size = config.stage(max(step, 0)).block_size
+    ordered = sorted(examples, key=lambda e: e.length)
+    # always at random phases, whatever is trained: decoding drafts from anywhere
+    draws = Draws(ordered, len(ordered), len(ordered), config.seed, random_phase=True)
+    draws.order = list(range(len(ordered)))
+    items, size = [draws[i] for i in range(len(draws))], config.batch_size
+    batches = [collate(items[at : at + size]) for at in range(0, len(items), size)]
+    sums = torch.stack([_sums(objective, batch, config, block_size) for batch in batches]).sum(0)
+    objective.train(was_training)
+    return summary(sums, config.objective, block_size)
+
+
+def _sums(objective: Objective, batch: dict[str, Tensor], config: TrainConfig, block_size: int) -> Tensor:
+    """Sums over one batch: [3, b] of `Objective.measure`; for plain AR [2]: rows and nats."""
+    batch = {name: tensor.to(objective.balance.device) for name, tensor in batch.items()}
+    if config.objective == "idlm":
+        return objective.measure(as_texts(batch), block_size).cpu()
+    rows = clean_rows(batch["prompt"], batch["length"], batch["tokens"].shape[1]).sum()
+    terms = objective.forward(as_texts(batch), Wanted(0, clean=True))
+    return torch.stack([rows.double(), terms.clean.double()]).cpu()
+
+
+def summary(sums: Tensor, objective: str, block_size: int) -> dict[str, Any]:
+    """Names for the sums of `measure`."""
+    if objective == "ar":
+        return {"held_out_ce": float(sums[1] / sums[0])}
+    rows, alpha, agree = sums
+    shares = {"alpha": (alpha / rows.clamp(min=1)).tolist(), "acceptance": (agree / rows.clamp(min=1)).tolist()}
+    return {"block_size": block_size, **shares, "tpf": tpf(shares["acceptance"]), "tpf_sampled": tpf(shares["alpha"])}
+
+
+def tpf(acceptance: list[float]) -> float:
+    """Tokens per forward with drafts for all outcomes: 1 + a_1 + a_1 a_2 + ... ."""
+    total = reached = 1.0
+    for share in acceptance:
+        reached *= share
+        total += reached
+    return total

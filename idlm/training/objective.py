@@ -1,0 +1,202 @@
+"""The training objective: layout, masks and loss of one batch.
+
+Shapes: B batch, L padded length of the clean text x_0, R padded number of MASK rows, D hidden size, V logit columns,
+n supervised rows. P is the prompt's length, b the block size.
+
+The layout written down in the design is `[x_t | x_0]`, with x_t as long as x_0. Here x_t holds its MASK rows alone:
+
+* the clean prompt rows of x_t see what the same rows of x_0 see and compute the same, so a MASK row whose block begins
+  in the prompt looks at the prompt in x_0 instead;
+* the MASK row of the last response token predicts nothing and no other row sees it, so it is left out;
+* x_0 never sees x_t, so the halves run one after the other, the MASK rows over the stored keys and values of x_0. With
+  a frozen base the first half then needs no gradient.
+
+What is computed is the same (the tests compare it with the full layout in float64).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from idlm.models.idlm_model import Idlm
+
+EXCLUDED = -1e30
+"""The logit of MASK, which is never emitted; finite, because 0 * infinity would spoil the soft terms."""
+
+
+class Texts(NamedTuple):
+    """A batch of clean texts, padded on the right.
+
+    tokens [B, L]; prompt, length [B] (P >= 1 and P < length); phase [B], any number >= 0: taken modulo b.
+    """
+
+    tokens: Tensor
+    prompt: Tensor
+    length: Tensor
+    phase: Tensor
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which terms a step needs: MASK rows in blocks of `block_size` (0: none, plain AR), CE_clean, the soft term."""
+
+    block_size: int
+    clean: bool
+    soft: Literal["none", "kl", "tv"] = "none"
+
+
+class Terms(NamedTuple):
+    """Sums over the supervised rows of a batch, in nats (soft: nats for kl, probability for tv); 0 where not wanted."""
+
+    noisy: Tensor
+    clean: Tensor
+    soft: Tensor
+
+
+class CleanHalf:
+    """Keys and values of x_0, kept for the MASK rows: a `KVCache` of one forward and the next."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """First forward: keep x_0's. Second: put the MASK rows' in front of them, [B, G, R + L, E]."""
+        if layer not in self.layers:
+            self.layers[layer] = (key, value)
+            return key, value
+        clean_key, clean_value = self.layers[layer]
+        return torch.cat([key, clean_key], dim=2), torch.cat([value, clean_value], dim=2)
+
+
+def mask_rows(prompt: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions [B, R] of the MASK rows (P .. length-2, then padding); which of them are no padding [B, R] (bool)."""
+    count = length - prompt - 1
+    row = torch.arange(max(int(count.max()), 1), device=prompt.device)
+    return prompt[:, None] + row, row < count[:, None]
+
+
+def clean_rows(prompt: Tensor, length: Tensor, width: int) -> Tensor:
+    """Which rows of x_0 have a response token as target, [B, width] (bool): P-1 .. length-2."""
+    position = torch.arange(width, device=prompt.device)
+    return (position >= prompt[:, None] - 1) & (position < length[:, None] - 1)
+
+
+def visible(positions: Tensor, prompt: Tensor, phase: Tensor, block_size: int, width: int) -> Tensor:
+    """What the MASK rows at `positions` [B, R] see of `[x_t | x_0]`: bool [B, 1, R, R + width]."""
+    start = (positions + phase[:, None]) // block_size * block_size - phase[:, None]
+    own = (start[:, :, None] == start[:, None, :]) & (positions[:, :, None] >= positions[:, None, :])
+    text = torch.arange(width, device=positions.device) < torch.maximum(start, prompt[:, None])[:, :, None]
+    return torch.cat([own, text], dim=2)[:, None]
+
+
+def soft_term(noisy: Tensor, clean: Tensor, kind: str) -> Tensor:
+    """Sum over the rows of the distance of q = softmax(noisy) from its teacher p = softmax(clean), both [n, V].
+
+    "kl" is KL(p || q); "tv" the total variation, which is one minus the acceptance rate sum min(p, q). p has no
+    gradient.
+    """
+    teacher = clean.detach().log_softmax(-1)
+    student = noisy.log_softmax(-1)
+    if kind == "kl":
+        return (teacher.exp() * (teacher - student)).sum()
+    return 0.5 * (teacher.exp() - student.exp()).abs().sum()
+
+
+class Objective(nn.Module):
+    """The model with its loss: what `Trainer` trains, so that data parallelism wraps both forwards as one.
+
+    Args:
+        idlm: the model.
+        trains_clean: whether the clean half takes gradients (not with a gated LoRA).
+        emits_mask: whether softmaxes include the MASK column, as the plain AR loss does.
+    """
+
+    balance: Tensor
+
+    def __init__(self, idlm: Idlm, trains_clean: bool, emits_mask: bool = False) -> None:
+        super().__init__()
+        self.model = idlm.model
+        self.idlm = idlm
+        self.trains_clean = trains_clean
+        self.emits_mask = emits_mask
+        self.register_buffer("balance", torch.ones((), dtype=torch.float64))
+        self.accepts_loss_kwargs = True
+
+    def forward(self, texts: Texts, wanted: Wanted) -> Terms:
+        """The sums of the wanted terms over the batch."""
+        noisy_logits, clean_logits = self.logits(texts, wanted.block_size, wanted.clean or wanted.soft != "none")
+        zero = texts.tokens.new_zeros((), dtype=torch.float32)
+        noisy = clean = soft = zero
+        positions, is_row = mask_rows(texts.prompt, texts.length)
+        if wanted.block_size:
+            noisy = F.cross_entropy(noisy_logits, _next(texts.tokens, positions)[is_row], reduction="sum")
+        if wanted.clean:
+            is_target = F.pad(clean_rows(texts.prompt, texts.length, texts.tokens.shape[1]), (1, 0))[:, :-1]
+            clean = F.cross_entropy(clean_logits, texts.tokens[is_target], reduction="sum")
+        if wanted.soft != "none":
+            soft = soft_term(noisy_logits, clean_logits[self.teachers(texts)], wanted.soft)
+        return Terms(noisy, clean, soft)
+
+    def logits(self, texts: Texts, block_size: int, clean: bool) -> tuple[Tensor, Tensor]:
+        """Logits of the supervised MASK rows [n, V] and supervised clean rows [n', V]; empty where not asked for."""
+        half = CleanHalf()
+        width = texts.tokens.shape[1]
+        none = texts.tokens.new_zeros((0, self.idlm.vocab_size), dtype=torch.float32)
+        with torch.set_grad_enabled(self.trains_clean and torch.is_grad_enabled()):
+            place = torch.arange(width, device=texts.tokens.device).expand_as(texts.tokens)
+            hidden = self.idlm.hidden(texts.tokens, place, _causal(place), cache=half)
+            clean_logits = self._head(hidden[clean_rows(texts.prompt, texts.length, width)]) if clean else none
+        if not block_size:
+            return none, clean_logits
+        positions, is_row = mask_rows(texts.prompt, texts.length)
+        seen = visible(positions, texts.prompt, texts.phase % block_size, block_size, width)
+        masks = torch.full_like(positions, self.idlm.mask_id)
+        hidden = self.idlm.hidden(masks, positions, seen, slice(0, masks.shape[1]), half)
+        return self._head(hidden[is_row]), clean_logits
+
+    @staticmethod
+    def teachers(texts: Texts) -> Tensor:
+        """Which of the n' supervised clean rows predict the token of a MASK row: all but each text's first, [n']."""
+        width = texts.tokens.shape[1]
+        first = torch.arange(width, device=texts.tokens.device) == texts.prompt[:, None] - 1
+        return ~first[clean_rows(texts.prompt, texts.length, width)]
+
+    @torch.no_grad()
+    def measure(self, texts: Texts, block_size: int) -> Tensor:
+        """Sums per draft depth 1..b: rows, sum_v min(p, q), and rows whose argmax agrees; [3, b] in float64.
+
+        The MASK row at the k-th place of its block knows everything before the block, and so is a draft of depth k.
+        """
+        noisy, clean = self.logits(texts, block_size, clean=True)
+        teacher, student = clean[self.teachers(texts)].softmax(-1), noisy.softmax(-1)
+        positions, is_row = mask_rows(texts.prompt, texts.length)
+        start = (positions + texts.phase[:, None] % block_size) // block_size * block_size
+        start = torch.maximum(start - texts.phase[:, None] % block_size, texts.prompt[:, None])
+        depth = (positions - start)[is_row]
+        agree = teacher.argmax(-1) == student.argmax(-1)
+        rows = torch.stack([torch.ones_like(depth), torch.minimum(teacher, student).sum(-1), agree]).double()
+        return rows.new_zeros(3, block_size).index_add_(1, depth, rows)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Logits [n, V] of hidden rows [n, D], at least float32, without MASK."""
+        logits = self.idlm.head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if not self.emits_mask and self.idlm.mask_id < logits.shape[-1]:
+            logits = logits.index_fill(-1, torch.tensor(self.idlm.mask_id, device=logits.device), EXCLUDED)
+        return logits
+
+
+def _causal(place: Tensor) -> Tensor:
+    """Plain causal visibility [1, 1, L, L]; padding is on the right, so no text sees it."""
+    width = place.shape[1]
+    return torch.ones(width, width, dtype=torch.bool, device=place.device).tril()[None, None]
+
+
+def _next(tokens: Tensor, positions: Tensor) -> Tensor:
+    """The tokens after `positions` [B, R]; anything for padding rows."""
+    return tokens.gather(1, (positions + 1).clamp(max=tokens.shape[1] - 1))

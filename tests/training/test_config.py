@@ -1,0 +1,124 @@
+"""The config is read strictly, and every error names the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from idlm.decoding.errors import InputError
+from idlm.training.config import as_tree, load_config, parse_config
+
+TREE = {
+    "output_dir": "out",
+    "stages": [{"steps": 5, "block_size": 2}, {"steps": 7, "block_size": 3}],
+    "model": {"path": "m"},
+}
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(TREE))
+    return path
+
+
+def test_defaults_types_and_round_trip(file: Path) -> None:
+    config = load_config(file)
+    assert config.steps == 12
+    assert config.lora.targets[0] == "q_proj"
+    assert parse_config(as_tree(config)) == config
+    assert parse_config(yaml.safe_load(yaml.safe_dump(as_tree(config)))) == config
+
+
+def test_stage_is_a_function_of_the_step(file: Path) -> None:
+    config = load_config(file)
+    assert [config.stage(step).block_size for step in range(14)] == [2] * 5 + [3] * 9
+
+
+def test_lambda_defaults_by_method(file: Path) -> None:
+    full = load_config(file, ["--method=full"])
+    assert full.lambda_of(full.stages[0]) == 0.2
+    lora = load_config(file)
+    assert lora.lambda_of(lora.stages[0]) == 0.0
+    auto = load_config(file, ["--method=full", "--stages.0.lambda=auto"])
+    assert auto.lambda_of(auto.stages[0]) == "auto"
+
+
+def test_overrides(file: Path) -> None:
+    overrides = [
+        "--optimizer.lr=1e-4",
+        "--stages.1.steps=9",
+        "--resume=true",
+        "--optimizer.betas=[0.8, 0.9]",
+        "--threads=null",
+    ]
+    config = load_config(file, overrides)
+    assert config.optimizer.lr == 1e-4
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert config.stages[1].steps == 9
+    assert config.resume is True
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("--optimizr.lr=1", ["optimizr", "optimizer"]),
+        ("--optimizer.learning=1", ["optimizer.learning", "nearest"]),
+        ("--stages.0.blok_size=2", ["stages.0.blok_size", "stages.0.block_size"]),
+        ("--stages.5.steps=2", ["stages.5.steps", "'5'", "2 items"]),
+        ("--stages.one.steps=2", ["'one'"]),
+        ("--stages.0.steps.x=2", ["--stages.0.steps.x"]),
+        ("--stages=[]", ["stages", "at least 1"]),
+        ("--stages=3", ["stages", "3", "list"]),
+        ("--optimizer=3", ["optimizer", "3", "section"]),
+        ("--optimizer.lr=fast", ["optimizer.lr", "'fast'", "float"]),
+        ("--optimizer.lr=-1", ["optimizer.lr", "-1", "positive"]),
+        ("--optimizer.lr=nan", ["optimizer.lr", "nan"]),
+        ("--optimizer.betas=[0.9]", ["optimizer.betas", "list of 2"]),
+        ("--optimizer.name=sgd", ["optimizer.name", "'sgd'", "adamw or muon"]),
+        ("--batch_size=2.5", ["batch_size", "2.5", "int"]),
+        ("--batch_size=true", ["batch_size", "True", "int"]),
+        ("--batch_size=0", ["batch_size", "at least 1"]),
+        ("--resume=1", ["resume", "1", "bool"]),
+        ("--threads=0", ["threads", "at least 1"]),
+        ("--stages.0.lambda=automatic", ["stages.0.lambda", "'automatic'", "float or auto or null"]),
+        ("--stages.0.lambda=0.2", ["lambda", "method: lora"]),
+        ("--data.source=jsonl", ["data.path"]),
+        ("--data.temperature=-1", ["data.temperature", "-1"]),
+        ("--data.max_length=1", ["data.max_length", "at least 2"]),
+        ("--model.path=null", ["model.path", "model.architecture"]),
+        ("--objective=ar", ["method", "full"]),
+        ("--optimizer.decay=1.5", ["optimizer.decay", "1.5"]),
+        ("--model.dtype=bfloat16", ["model.dtype", "float32 or float64"]),
+        ("--batch_size", ["--batch_size", "--key=value"]),
+        ("batch_size=3", ["batch_size=3", "--key=value"]),
+        ("--batch_size=[", ["--batch_size=[", "YAML"]),
+    ],
+)
+def test_wrong_overrides_are_refused_in_one_line(file: Path, override: str, words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(file, [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("text", ["- 1", "a: [", "", "stages: 3"])
+def test_wrong_files_are_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError):
+        load_config(path)
+
+
+def test_missing_file_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match="nowhere.yaml"):
+        load_config("nowhere.yaml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_the_project_own_configs_are_valid(path: Path) -> None:
+    assert load_config(path).steps > 0

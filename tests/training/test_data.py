@@ -1,0 +1,117 @@
+"""Order, batches, and the errors of bad rows."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from idlm.decoding.errors import InputError
+from idlm.nano.problems import is_held_out, problem, training_problems
+from idlm.nano.tokenizer import END, train_tokenizer
+from idlm.training.config import DataConfig
+from idlm.training.data import Draws, Example, collate, corpus, draw_order, fit, nano_examples
+from tests.training import tiny
+
+
+@given(
+    lengths=st.lists(st.integers(2, 50), min_size=1, max_size=40),
+    batch=st.integers(1, 5),
+    steps=st.integers(1, 40),
+    seed=st.integers(0, 3),
+)
+def test_order_passes_evenly_over_the_examples(lengths: list[int], batch: int, steps: int, seed: int) -> None:
+    order = draw_order(lengths, steps * batch, batch, seed)
+    assert len(order) == steps * batch
+    assert order == draw_order(lengths, steps * batch, batch, seed)
+    if len(order) % len(lengths) == 0:
+        assert set(Counter(order).values()) == {len(order) // len(lengths)}
+
+
+def test_order_depends_on_the_seed_and_sorts_by_length() -> None:
+    lengths = [10 + i % 50 for i in range(400)]
+    order = draw_order(lengths, 400, 4, 0)
+    assert order != draw_order(lengths, 400, 4, 1)
+    spread = [max(b) - min(b) for b in ([lengths[i] for i in order[at : at + 4]] for at in range(0, 400, 4))]
+    assert sum(spread) / len(spread) < 6
+    firsts = [lengths[i] for i in order[::4]]
+    assert firsts != sorted(firsts)
+
+
+def test_draw_is_the_same_whatever_was_drawn_before() -> None:
+    examples = tiny.examples()
+    first, second = (Draws(examples, 80, 4, seed=3, random_phase=True) for _ in range(2))
+    assert [first[i] for i in range(80)][::-1] == [second[i] for i in reversed(range(80))]
+    phases = [first[i]["phase"] % 4 for i in range(80)]
+    assert set(phases) == {0, 1, 2, 3}
+    assert {Draws(examples, 80, 4, seed=3, random_phase=False)[i]["phase"] for i in range(80)} == {0}
+
+
+def test_collate_pads_on_the_right() -> None:
+    items = [
+        {"text": Example([5], [6, 7]), "example": 3, "phase": 9},
+        {"text": Example([1, 2], [3, 4]), "example": 0, "phase": 2},
+    ]
+    batch = collate(items)
+    assert batch["tokens"].tolist() == [[5, 6, 7, 0], [1, 2, 3, 4]]
+    assert (batch["prompt"].tolist(), batch["length"].tolist()) == ([1, 2], [3, 4])
+    assert (batch["phase"].tolist(), batch["example"].tolist()) == ([9, 2], [3, 0])
+
+
+def test_long_responses_are_cut_and_long_prompts_refused() -> None:
+    assert fit(Example([1, 2], [3, 4, 5]), 4) == Example([1, 2], [3, 4])
+    for example, word in [
+        (Example([1] * 4, [2], "row 7"), "row 7: the prompt has 4 tokens"),
+        (Example([], [2], "row 7"), "row 7: the prompt has no tokens"),
+        (Example([1], [], "row 7"), "row 7: the response has no tokens"),
+    ]:
+        with pytest.raises(InputError, match=word):
+            fit(example, 4)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"prompt": [1], "response": []}', ["line 2", "no response"]),
+        ('{"prompt": [1]}', ["line 2", "no response"]),
+        ('{"prompt": [], "response": [1]}', ["line 2", "prompt has no tokens"]),
+        ('{"response": [1]}', ["line 2", "no prompt"]),
+        ('{"prompt": [99], "response": [1]}', ["line 2", "below 23"]),
+        ('{"prompt": 3, "response": [1]}', ["line 2", "the prompt"]),
+        ('{"prompt": "text", "response": [1]}', ["tokenizer"]),
+        ('{"messages": [], "response": [1]}', ["tokenizer"]),
+        ("[1, 2]", ["line 2", "not an object"]),
+        ("{", ["line 2", "not JSON"]),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, line: str, words: list[str]) -> None:
+    path = tmp_path / "data.jsonl"
+    good = json.dumps({"prompt": [1], "response": [2, 3]})
+    path.write_text("\n".join([good, line, good, good]))
+    with pytest.raises(InputError) as caught:
+        corpus(DataConfig(source="jsonl", path=str(path), held_out=1), tiny.model(), 10, tmp_path)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_last_rows_are_held_out(tmp_path: Path) -> None:
+    path = tiny.write_jsonl(tmp_path / "data.jsonl", tiny.examples(10))
+    data = corpus(DataConfig(source="jsonl", path=str(path), held_out=3), tiny.model(), 10, tmp_path)
+    assert [e.prompt for e in data.training + data.held_out] == [e.prompt for e in tiny.examples(10)]
+    assert len(data.held_out) == 3
+    with pytest.raises(InputError, match="held_out is 10 but there are 10 rows"):
+        corpus(DataConfig(source="jsonl", path=str(path), held_out=10), tiny.model(), 10, tmp_path)
+
+
+def test_nano_examples_are_chats_with_worked_solutions() -> None:
+    tokenizer = train_tokenizer(problems=200)
+    problems = [problem(0, i) for i in range(5)]
+    for example, p in zip(nano_examples(iter(problems), tokenizer), problems, strict=True):
+        assert tokenizer.decode(example.prompt) == f"<|im_start|>user\n{p.question}<|im_end|>\n<|im_start|>assistant\n"
+        assert tokenizer.decode(example.response) == p.solution + END
+    stream = training_problems(0)
+    assert not any(is_held_out(next(stream).question) for _ in range(200))

@@ -1,0 +1,204 @@
+"""`train` from config to exported model: killed and resumed, reloaded, in two processes; and its refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+from typer.testing import CliRunner
+
+from idlm.cli import app
+from idlm.decoding.errors import InputError
+from idlm.models.loading import load
+from idlm.nano.tokenizer import train_tokenizer
+from idlm.training.config import TrainConfig, as_tree
+from idlm.training.objective import Objective
+from idlm.training.trainer import train
+from tests.training import tiny
+
+ROOT = Path(__file__).parents[2]
+RUN = """
+import sys
+from idlm.training.config import load_config
+from idlm.training.trainer import train
+train(load_config(sys.argv[1]))
+"""
+LORA = {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "v_proj"]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with a model and its data."""
+    tiny.model("full", torch.float32).model.save_pretrained(tmp_path / "model")
+    tiny.write_jsonl(tmp_path / "data.jsonl", tiny.examples())
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a small tokenizer of the project's own kind."""
+    path = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(vocab_size=300, problems=50).save_pretrained(path)
+    return str(path)
+
+
+def config(folder: Path, method: str, **changes: Any) -> TrainConfig:
+    return tiny.config(folder, method=method, lora=LORA, **changes)
+
+
+def start(run: TrainConfig, folder: Path, launcher: tuple[str, ...] = ("-c", RUN)) -> subprocess.Popen[bytes]:
+    """The run in a process of its own."""
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(as_tree(run)))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(path)], env=environment, cwd=folder, stderr=subprocess.DEVNULL
+    )
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of an exported model or adapter."""
+    from safetensors.torch import load_file
+
+    return {f"{p.name}/{k}": t for p in sorted(folder.glob("*.safetensors")) for k, t in load_file(p).items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and len(one) > 1 and all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_killed_and_resumed_is_bit_identical(folder: Path, method: str) -> None:
+    long = {"stages": [{"steps": 30, "block_size": 2}, {"steps": 30, "block_size": 3, "soft": "tv"}], "save_steps": 3}
+    train(config(folder, method, output_dir=str(folder / "straight"), **long))
+    killed = config(folder, method, output_dir=str(folder / "killed"), **long)
+    process = start(killed, folder)
+    writing, done = folder / "killed" / ".writing" / "checkpoint-24", folder / "killed" / "checkpoint-24"
+    while process.poll() is None and not writing.exists() and not done.exists():
+        time.sleep(0.0005)
+    process.kill()
+    assert process.wait() == -9, "the run ended before it was killed"
+    assert not (folder / "killed" / "final").exists()
+    with pytest.raises(InputError, match="holds checkpoint-"):
+        train(killed)
+    result = train(config(folder, method, output_dir=str(folder / "killed"), resume=True, **long))
+    assert result["steps"] == 60
+    assert same(weights(folder / "straight" / "final"), weights(folder / "killed" / "final"))
+    assert not same(weights(folder / "straight" / "final"), weights(folder / "model"))
+
+
+def test_resume_needs_the_same_config(folder: Path) -> None:
+    train(config(folder, "lora", save_steps=2))
+    with pytest.raises(InputError, match="cannot resume: optimizer.lr was 0.01, now it is 0.02"):
+        train(config(folder, "lora", save_steps=2, resume=True, optimizer={"lr": 0.02, "warmup": 0}))
+    assert train(config(folder, "lora", save_steps=1, resume=True))["steps"] == 3
+
+
+def test_resume_without_a_checkpoint_starts(folder: Path) -> None:
+    assert train(config(folder, "lora", resume=True))["steps"] == 3
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_exported_model_gives_the_trained_logits(
+    folder: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[Objective] = []
+    original = Objective.__init__
+
+    def keep(self: Objective, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        trained.append(self)
+
+    monkeypatch.setattr(Objective, "__init__", keep)
+    result = train(config(folder, method, stages=[{"steps": 4, "block_size": 1}, {"steps": 4, "block_size": 3}]))
+    final = Path(result["output"])
+    again = load(folder / "model", adapter=final) if method == "lora" else load(final)
+    assert again.block_size == 3
+    batch = tiny.texts([(2, 8), (3, 5)], [0, 1])
+    with torch.no_grad():
+        mine = trained[0].eval().logits(batch, 3, clean=True)
+        theirs = Objective(again, trains_clean=False).eval().logits(batch, 3, clean=True)
+    assert mine[0].shape[0] == 11
+    for one, other in zip(mine, theirs, strict=True):
+        assert torch.equal(one, other)
+    base = Objective(load(folder / "model"), trains_clean=False).logits(batch, 0, clean=True)[1]
+    assert torch.equal(base, theirs[1]) == (method == "lora")
+
+
+def test_plain_ar_from_scratch(folder: Path, tokenizer: str) -> None:
+    architecture = {k: v for k, v in tiny.KEYS.items() if not k.endswith("_token_id")} | {"vocab_size": 320}
+    run = tiny.config(
+        folder,
+        objective="ar",
+        stages=[{"steps": 12}],
+        data={"source": "nano", "examples": 48, "held_out": 4, "max_length": 400},
+        model={
+            "architecture": {"model_type": "qwen3", **architecture, "max_position_embeddings": 512},
+            "tokenizer": tokenizer,
+        },
+    )
+    result = train(run)
+    losses = [json.loads(line).get("loss") for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert result["held_out_ce"] < [x for x in losses if x][0]
+    final = load(result["output"])
+    assert final.tokenizer is not None and final.mask_id == final.tokenizer.mask_token_id
+    assert final.block_size is None
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_bf16_keeps_float32_weights(folder: Path, method: str) -> None:
+    result = train(config(folder, method, bf16=True))
+    assert {t.dtype for t in weights(Path(result["output"])).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "words"),
+    [
+        ({"model_type": "qwenn"}, ["model_type", "'qwenn'"]),
+        ({"model_type": "qwen3", "hiden_size": 8}, ["model.architecture.hiden_size", "key of it is hidden_size"]),
+        ({"model_type": "qwen3", "vocab_size": 5}, ["vocab_size is 5"]),
+        ({"model_type": "qwen3", "num_attention_heads": "x"}, ["model.architecture is refused"]),
+        ({}, ["model_type is None"]),
+    ],
+)
+def test_bad_architectures_are_refused(
+    folder: Path, tokenizer: str, architecture: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(InputError) as caught:
+        train(tiny.config(folder, objective="ar", model={"architecture": architecture, "tokenizer": tokenizer}))
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
+
+
+def test_the_command_prints_one_json_object(folder: Path) -> None:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(as_tree(config(folder, "lora"))))
+    done = CliRunner().invoke(app, ["train", str(path), "--stages.0.steps=2", "--json"])
+    assert done.exit_code == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["steps"] == 2 and len(result["acceptance"]) == 2
+    wrong = CliRunner().invoke(app, ["train", str(path), "--stages.0.stepps=2"])
+    assert wrong.exit_code == 2
+    assert wrong.stdout == "" and "stages.0.steps" in wrong.stderr and wrong.stderr.count("\n") == 1
+
+
+def test_two_processes_train_as_one(folder: Path) -> None:
+    stage = {"steps": 4, "block_size": 3, "lambda": "auto", "soft": "tv"}
+    alone = config(folder, "full", output_dir=str(folder / "one"), stages=[stage], batch_size=8)
+    train(alone)
+    both = config(folder, "full", output_dir=str(folder / "two"), stages=[stage], batch_size=4)
+    (folder / "run.py").write_text(RUN)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(folder / "run.py"))
+    assert start(both, folder, launcher).wait(timeout=120) == 0
+    one, two = weights(folder / "one" / "final"), weights(folder / "two" / "final")
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
