@@ -104,41 +104,40 @@ class MaskEmbedding(nn.Module):
 
 
 def attach(model: PreTrainedModel, spec: LoraSpec, mask_id: int) -> Gate:
-    """Freeze `model` and give it a gated LoRA, in place.
+    """Freeze `model` and give it a gated LoRA, in place; a refused one leaves it as it was.
 
     Raises:
-        InputError: a target names no linear layer of the model, or the MASK id is neither a row of the embedding nor the
-            one after its last.
+        InputError: a target names no linear layer inside the model, or the MASK id is neither a row of the embedding nor
+            the one after its last.
     """
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding):
         raise InputError("the model has an adapter already; load the base model again")
-    if not 0 <= mask_id <= embedding.num_embeddings:
-        raise InputError(
-            f"mask_token_id {mask_id} is outside 0..{embedding.num_embeddings}, the embedding's rows and one more"
-        )
+    rows = embedding.num_embeddings
+    if not 0 <= mask_id <= rows:
+        raise InputError(f"mask_token_id {mask_id} is outside 0..{rows}, the embedding's rows and one more")
+    places = [place for target in spec.targets for place in _places(model, target)]
     model.requires_grad_(False)
     gate = Gate()
-    for target in spec.targets:
-        if not _wrap(model, target, spec, gate):
-            raise InputError(
-                f"LoRA target {target!r} names no linear layer of {type(model).__name__}; see idlm inspect"
-            )
+    for parent, name, layer in places:
+        setattr(parent, name, GatedLinear(layer, spec, gate))
     model.set_input_embeddings(MaskEmbedding(embedding, mask_id))
     return gate
 
 
-def _wrap(model: nn.Module, target: str, spec: LoraSpec, gate: Gate) -> int:
-    """Wrap every linear layer whose last name is `target`; return their number."""
+def _places(model: PreTrainedModel, target: str) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """Every linear layer of the backbone whose last name is `target`; the head is outside: it runs on chosen rows only."""
+    backbone: nn.Module = model.base_model
     found = [
-        (parent, child)
-        for parent in model.modules()
+        (parent, name, child)
+        for parent in backbone.modules()
         for name, child in parent.named_children()
         if name == target and isinstance(child, nn.Linear)
     ]
-    for parent, child in found:
-        setattr(parent, target, GatedLinear(child, spec, gate))
-    return len(found)
+    if not found:
+        what = type(backbone).__name__
+        raise InputError(f"LoRA target {target!r} names no linear layer inside {what}; name others, such as q_proj")
+    return found
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

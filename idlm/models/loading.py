@@ -28,7 +28,7 @@ PROBE_VISIBLE = ((1, 0, 0, 0), (1, 1, 0, 0), (1, 1, 1, 0), (1, 0, 0, 1))
 """Four rows with two continuations of the first: rows 0, 1, 2 are one text and rows 0, 3 another."""
 
 PROBE_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-"""Largest relative difference (2-norm of the logits) that rounding explains; eager attention's softmax is float32 even in float64."""
+"""Largest relative difference (2-norm of the logits) due to rounding; eager softmax is float32 even in float64."""
 
 
 def load(
@@ -153,8 +153,8 @@ def _quiet() -> Iterator[None]:
 def check_architecture(idlm: Idlm) -> None:
     """Run four rows through the model's stock path and through ours; they must agree, and each layer must write once.
 
-    This finds what configs have no common word for: scaled logits, ALiBi, attention sinks, layers that drop `visible` or
-    share their keys.
+    This finds what configs have no common word for: scaled logits, ALiBi, attention sinks, layers that drop `visible`
+    or share their keys.
 
     Raises:
         InputError: they disagree, or the model cannot run this way at all.

@@ -1,6 +1,7 @@
 """Held-out accuracy and TPF of the bundled models, one JSON object: `python -m idlm.nano.evaluate`.
 
-The AR base is asked first, greedily; every other run reports beside its own figures whether it gave the same tokens.
+The base is asked through transformers' own batched `generate`, which shares no decoding code with ours; every other run
+reports in how many problems it gave the very tokens of that.
 """
 
 from __future__ import annotations
@@ -8,69 +9,81 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from idlm.cli.common import progress
 from idlm.decoding.params import SamplingParams
 from idlm.engine.llm import LLM
-from idlm.evaluation.accuracy import Accuracy, evaluate
+from idlm.evaluation.accuracy import evaluate
 from idlm.evaluation.metrics import summary
-from idlm.evaluation.speed import same_tokens
 from idlm.models.loading import load
-from idlm.nano.problems import held_out_problems
+from idlm.nano.problems import Problem, held_out_problems, read_answer
 
-RUNS: tuple[tuple[str, int, str], ...] = (
-    ("nano-base", 1, "all"),
-    ("nano", 4, "all"),
-    ("nano", 4, "chain"),
-    ("nano", 8, "all"),
-    ("nano", 8, "chain"),
-    ("nano-full", 1, "all"),
-    ("nano-full", 4, "all"),
-    ("nano-full", 4, "chain"),
-    ("nano-full", 8, "all"),
-    ("nano-full", 8, "chain"),
-)
+BASE = Path(__file__).parent / "weights" / "base"
+RUNS: dict[str, tuple[str, int, str]] = {
+    f"{model} N={stride} {branches}": (model, stride, branches)
+    for model in ("nano", "nano-full")
+    for stride, branches in ((1, "all"), (4, "all"), (4, "chain"), (8, "all"), (8, "chain"))
+}
 """Model, stride, branches."""
-PARAMS = SamplingParams(max_tokens=256, temperature=0.0)
+LIMIT = 256
 
 
-def figures(run: tuple[str, int, str], found: Accuracy, base: Accuracy | None) -> dict[str, object]:
-    """One entry of the report."""
-    model, stride, branches = run
-    return {
-        "model": model,
-        "stride": stride,
-        "branches": branches,
-        "accuracy": found.share,
-        "correct": found.correct,
-        "same_tokens_as_base": None if base is None else same_tokens(found.results, base.results),
-        **summary(found.results),
-        "seconds": found.seconds,
-    }
+def base_outputs(problems: Sequence[Problem], batch: int = 100) -> list[list[int]]:
+    """Greedy outputs of the base by transformers' `generate`, stop token included."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(BASE).eval()
+    outputs = []
+    for first in range(0, len(problems), batch):
+        chats = [[{"role": "user", "content": problem.question}] for problem in problems[first : first + batch]]
+        prompts = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        )
+        with torch.inference_mode():
+            rows = model.generate(**prompts, max_new_tokens=LIMIT, do_sample=False)
+        for row in rows[:, prompts["input_ids"].shape[1] :].tolist():
+            end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+            outputs.append(row[:end])
+    return outputs
+
+
+def share_right(problems: Sequence[Problem], outputs: Sequence[Sequence[int]]) -> float:
+    """The share of exact answers."""
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    texts = (tokenizer.decode(output, skip_special_tokens=True) for output in outputs)
+    right = [read_answer(text) == problem.answer for text, problem in zip(texts, problems, strict=True)]
+    return sum(right) / len(right)
 
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", type=int, default=2000)
-    parser.add_argument("--models", nargs="+", default=["nano-base", "nano", "nano-full"])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
     problems = held_out_problems(options.problems)
-    base: Accuracy | None = None
-    report = []
-    for run in (run for run in RUNS if run[0] in options.models):
-        llm = LLM(load(run[0]), stride=run[1], branches=run[2])
-        with progress(f"{run[0]} N={run[1]} {run[2]}", len(problems)) as advance:
-            found = evaluate(llm, problems, PARAMS, advance)
-        base = found if run[0] == "nano-base" else base
-        report.append(figures(run, found, base))
-        print(json.dumps(report[-1]), file=sys.stderr)
-    print(json.dumps({"problems": len(problems), "runs": report}))
+    base = base_outputs(problems)
+    report: dict[str, dict[str, object]] = {"nano-base, transformers": {"accuracy": share_right(problems, base)}}
+    for name in options.runs:
+        model, stride, branches = RUNS[name]
+        params = SamplingParams(max_tokens=LIMIT, temperature=0.0)
+        found = evaluate(LLM(load(model), stride=stride, branches=branches), problems, params)
+        same = sum(result.token_ids == output for result, output in zip(found.results, base, strict=True))
+        report[name] = {
+            "accuracy": found.share,
+            "same_tokens_as_base": same / len(problems),
+            **summary(found.results),
+            "seconds": found.seconds,
+        }
+        print(name, json.dumps(report[name]), file=sys.stderr)
+    environment = {"torch": torch.__version__, "threads": options.threads}
+    print(json.dumps({"problems": len(problems), "environment": environment, "runs": report}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,47 @@
+"""The command line `idlm`: one thin file per command, and one line on stderr for every mistake a user can make."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from idlm import __version__
+from idlm.cli import demo, generate, inspect, train, verify
+from idlm.cli.errors import OneLineErrors
+
+# read when transformers and tqdm are imported: an error stays one line, and bars are for terminals
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+app = typer.Typer(
+    cls=OneLineErrors, add_completion=False, pretty_exceptions_enable=False, context_settings={"max_content_width": 100}
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"idlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Decode several tokens per forward pass, with unchanged output."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+app.command("demo")(demo.demo)
+app.command("generate")(generate.generate)
+app.command("train", context_settings=train.CONTEXT)(train.train)
+app.command("verify")(verify.verify)
+app.command("inspect")(inspect.inspect)

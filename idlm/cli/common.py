@@ -1,0 +1,51 @@
+"""What several commands share: their options, JSON output, and a progress bar on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Literal
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A folder, a hub id, or a bundled model: nano, nano-base, nano-full.", show_default=False
+    ),
+]
+Adapter = Annotated[
+    str | None, typer.Option(metavar="FOLDER", help="A gated LoRA for the model.", rich_help_panel="Model")
+]
+Dtype = Annotated[
+    Literal["auto", "float64", "float32", "bfloat16"],
+    typer.Option(help="Type of the weights; auto is the checkpoint's.", rich_help_panel="Model"),
+]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.", rich_help_panel="Model")]
+Stride = Annotated[
+    int, typer.Option(metavar="N", help="The most tokens a forward commits; 1 is plain AR.", rich_help_panel="Decoding")
+]
+BranchesOption = Annotated[
+    Literal["all", "chain"],
+    typer.Option(help="Draft for every outcome, or for full acceptance only.", rich_help_panel="Decoding"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+
+
+def print_json(value: Mapping[str, object]) -> None:
+    """The one object that `--json` promises, on one line."""
+    typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr while the block runs (none where stderr is no terminal); call what it gives after each step."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,122 @@
+"""`idlm demo`: AR and ISD answer the same questions in turn, on the bundled model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from idlm.cli import common
+from idlm.decoding.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from idlm.engine.llm import Result
+    from idlm.models.idlm_model import Idlm
+
+COLOURS = {"first": "white", "accepted": "green", "corrected": "bold red", "bonus": "bold cyan"}
+LEGEND = {
+    "accepted": "a draft that AR would have chosen too",
+    "corrected": "a wrong draft, replaced",
+    "bonus": "the token after the drafts, all accepted",
+}
+
+
+def demo(
+    stride: common.Stride = 4,
+    questions: Annotated[int, typer.Option(help="Held-out problems to answer.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Times each decoder runs, in turn; medians are reported.")] = 5,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    as_json: common.Json = False,
+) -> None:
+    """Decode with AR and with ISD on the bundled model: same bytes, fewer forward passes, less time."""
+    _check(stride, questions=questions, rounds=rounds, threads=threads)
+
+    import torch
+
+    from idlm.decoding.params import SamplingParams
+    from idlm.engine.llm import LLM
+    from idlm.evaluation.speed import race
+    from idlm.models.loading import load
+    from idlm.nano.problems import held_out_problems
+
+    torch.set_num_threads(threads)
+    idlm = load("nano")
+    asked = [problem.question for problem in held_out_problems(questions)]
+    params = SamplingParams(max_tokens=256, temperature=0.0)
+
+    def run(llm: LLM) -> list[Result]:
+        return [llm.chat([{"role": "user", "content": question}], params) for question in asked]
+
+    ar, isd = LLM(idlm, stride=1), LLM(idlm, stride=stride)
+    with common.progress("AR and ISD in turn", 2 * (rounds + 1)) as advance:
+        laps = race({"ar": lambda: run(ar), "isd": lambda: run(isd)}, rounds, advance)
+    report = _report(laps) | {"stride": stride, "prompts": questions, "rounds": rounds, "threads": threads}
+    if as_json:
+        common.print_json(report)
+    else:
+        _show(idlm, asked, laps["isd"].results, report)
+    raise typer.Exit(0 if report["identical"] else 1)
+
+
+def _check(stride: int, **counts: int) -> None:
+    from idlm.decoding.window import parse_branches
+
+    parse_branches("all", stride)
+    for name, value in counts.items():
+        if not 1 <= value <= 1000:
+            raise InputError(f"--{name} {value} is out of range; use 1 to 1000")
+
+
+def _report(laps: Any) -> dict[str, Any]:
+    """The figures; the speed-up is the ratio of the medians."""
+    from idlm.evaluation.metrics import summary
+    from idlm.evaluation.speed import same_tokens
+
+    ar, isd = laps["ar"], laps["isd"]
+    totals = summary(isd.results)
+    return {
+        "identical": same_tokens(ar.results, isd.results),
+        "tpf": totals["tpf"],
+        "acceptance": totals["acceptance"],
+        "ar_tokens_per_second": ar.tokens_per_second,
+        "isd_tokens_per_second": isd.tokens_per_second,
+        "speedup": isd.tokens_per_second / ar.tokens_per_second,
+        "tokens": totals["tokens"],
+        "ar_forwards": summary(ar.results)["forwards"],
+        "forwards": totals["forwards"],
+    }
+
+
+def _show(idlm: Idlm, questions: list[str], results: list[Result], report: dict[str, Any]) -> None:
+    """The answers with each token in the colour of its source, a legend, and the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    for question, result in zip(questions, results, strict=True):
+        console.print(question, style="dim", markup=False)
+        console.print(_coloured(idlm, result), end="\n\n")
+    for source, meaning in LEGEND.items():
+        console.print(f"[{COLOURS[source]}]{source}[/] {meaning}")
+    table = Table("", "AR", "ISD")
+    table.add_row("forward passes", str(report["ar_forwards"]), str(report["forwards"]))
+    table.add_row("tokens per forward", f"{report['tokens'] / report['ar_forwards']:.2f}", f"{report['tpf']:.2f}")
+    table.add_row("tokens per second", *(f"{report[f'{side}_tokens_per_second']:.0f}" for side in ("ar", "isd")))
+    console.print(table)
+    depths = ", ".join("-" if a is None else f"{a:.3f}" for a in report["acceptance"])
+    console.print(f"acceptance by depth: {depths}")
+    same = "the same bytes" if report["identical"] else "[bold red]DIFFERENT bytes[/]"
+    console.print(f"{same}, {report['speedup']:.2f} times as fast")
+
+
+def _coloured(idlm: Idlm, result: Result) -> Text:
+    """The answer, token by token; special tokens left out."""
+    from rich.text import Text
+
+    text = Text()
+    for token, source in zip(result.token_ids, result.sources, strict=True):
+        assert idlm.tokenizer is not None  # the bundled model has one
+        text.append(str(idlm.tokenizer.decode([token], skip_special_tokens=True)), style=COLOURS[source])
+    return text

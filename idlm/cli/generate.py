@@ -1,0 +1,80 @@
+"""`idlm generate MODEL [PROMPT]...`: complete prompts with ISD."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from idlm.cli import common, prompts
+from idlm.cli.sampling import with_sampling
+from idlm.decoding.errors import InputError
+from idlm.decoding.params import SamplingParams
+
+if TYPE_CHECKING:
+    from idlm.engine.llm import Result
+
+
+@with_sampling
+def generate(
+    model: common.Model,
+    prompt: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to complete.")] = None,
+    *,
+    prompts_file: Annotated[
+        Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts: .txt one a line, or .jsonl.")
+    ] = None,
+    adapter: common.Adapter = None,
+    stride: common.Stride = 4,
+    branches: common.BranchesOption = "all",
+    chat: Annotated[bool, typer.Option("--chat/--raw", help="Use the model's chat template, if it has one.")] = True,
+    dtype: common.Dtype = "auto",
+    device: common.Device = "cpu",
+    as_json: common.Json = False,
+    sampling: SamplingParams,
+) -> None:
+    """Complete prompts, several tokens per forward pass."""
+    asked = prompts.given(prompt or [], prompts_file)
+    if not asked:
+        raise InputError("no prompt given; write one after the model's name, or name a file with --prompts")
+
+    from idlm.decoding.window import parse_branches
+    from idlm.engine.llm import LLM
+    from idlm.models.loading import load
+
+    parse_branches(branches, stride)  # before the model is loaded, which can take minutes
+    llm = LLM(load(model, adapter=adapter, dtype=dtype, device=device), stride=stride, branches=branches)
+    ids = [one.encode(llm.idlm, chat) for one in asked]
+    started = perf_counter()
+    results: list[Result] = []
+    with common.progress("generating", len(ids)) as advance:
+        for one in ids:
+            results += llm.generate([one], sampling)
+            advance()
+    report(model, stride, branches, results, perf_counter() - started, as_json)
+
+
+def report(model: str, stride: int, branches: str, results: list[Result], seconds: float, as_json: bool) -> None:
+    """Texts on stdout and a summary on stderr, or everything as one object."""
+    from idlm.evaluation.metrics import summary
+
+    totals = {**summary(results), "seconds": seconds}
+    if not as_json:
+        for result in results:
+            typer.echo(result.text or " ".join(map(str, result.token_ids)))
+        line = "{tokens} tokens in {forwards} forwards: TPF {tpf:.2f}, {seconds:.2f} s"
+        typer.echo(line.format(**totals), err=True)
+        return
+    answers = [
+        {
+            "text": result.text,
+            "token_ids": result.token_ids,
+            "prompt_token_ids": result.prompt_token_ids,
+            "finish_reason": result.finish_reason,
+            "seed": result.seed,
+            **summary([result]),
+        }
+        for result in results
+    ]
+    common.print_json({"model": model, "stride": stride, "branches": branches, **totals, "results": answers})

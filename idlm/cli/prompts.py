@@ -1,0 +1,113 @@
+"""Where prompts come from: arguments, a file, or what fits the model; as token ids either way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from idlm.decoding.errors import InputError
+
+if TYPE_CHECKING:
+    from idlm.models.idlm_model import Idlm
+
+BUILT_IN = (
+    "Once upon a time",
+    "The quick brown fox",
+    "In the beginning there was",
+    "def main():",
+)
+HELD_OUT = 8
+"""Held-out problems that the bundled models are asked."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What was asked: a text, a conversation, or token ids."""
+
+    text: str | None = None
+    messages: Sequence[Mapping[str, str]] | None = None
+    token_ids: Sequence[int] | None = None
+
+    def encode(self, idlm: Idlm, chat: bool) -> list[int]:
+        """Its tokens; a text goes through the model's chat template if `chat` and there is one.
+
+        Raises:
+            InputError: the model has no tokenizer, or no chat template for a conversation.
+        """
+        if self.token_ids is not None:
+            return list(self.token_ids)
+        tokenizer: Any = idlm.tokenizer
+        if tokenizer is None:
+            raise InputError(f"model {idlm.name!r} has no tokenizer; give 'prompt_token_ids' in a .jsonl file")
+        messages = self.messages
+        if messages is None and chat and tokenizer.chat_template:
+            messages = [{"role": "user", "content": self.text or ""}]
+        if messages is None:
+            return list(tokenizer(self.text).input_ids)
+        if not tokenizer.chat_template:
+            raise InputError(f"model {idlm.name!r} has no chat template for 'messages'; give 'prompt' instead")
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def given(texts: Sequence[str], file: Path | None) -> list[Prompt]:
+    """The prompts of the command line and of `file`; none where neither was given."""
+    return [Prompt(text) for text in texts] + (read(file) if file else [])
+
+
+def read(file: Path) -> list[Prompt]:
+    """The prompts of a .txt file (one a line) or a .jsonl file (one object a line).
+
+    Raises:
+        InputError: the file cannot be read, or a line is not a prompt; the message names the file and the line.
+    """
+    if file.suffix not in (".txt", ".jsonl"):
+        raise InputError(f"prompts file '{file}' is neither .txt (one prompt a line) nor .jsonl; rename or convert it")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        raise InputError(f"prompts file '{file}': {reason}; give a readable UTF-8 file") from None
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise InputError(f"prompts file '{file}' holds no prompt; write one a line")
+    if file.suffix == ".txt":
+        return [Prompt(line) for _, line in numbered]
+    return [_parse(line, f"{file}:{number}") for number, line in numbered]
+
+
+def _parse(line: str, place: str) -> Prompt:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{place} is not JSON ({error.msg}); write one object a line") from None
+    if isinstance(record, dict):
+        text, messages, ids = (record.get(key) for key in ("prompt", "messages", "prompt_token_ids"))
+        if isinstance(text, str):
+            return Prompt(text)
+        if isinstance(messages, list) and messages and all(map(_is_message, messages)):
+            return Prompt(messages=messages)
+        if isinstance(ids, list) and ids:
+            return Prompt(token_ids=ids)
+    raise InputError(
+        f"{place} is no prompt: {line[:60]!r}; "
+        'write {"prompt": "..."}, {"messages": [{"role": "user", "content": "..."}]} or {"prompt_token_ids": [1, 2]}'
+    )
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+
+
+def defaults(idlm: Idlm) -> list[Prompt]:
+    """Prompts for a model about which none were given: problems for ours, a few openings, or the start token alone."""
+    if idlm.name in ("nano", "nano-base", "nano-full"):
+        from idlm.nano.problems import held_out_problems
+
+        return [Prompt(problem.question) for problem in held_out_problems(HELD_OUT)]
+    if idlm.tokenizer is not None:
+        return [Prompt(text) for text in BUILT_IN]
+    return [Prompt(token_ids=[idlm.model.config.bos_token_id or 0])]

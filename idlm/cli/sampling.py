@@ -1,0 +1,80 @@
+"""The sampling options, written once: `@with_sampling` gives them to a command as one `SamplingParams`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import typer
+
+from idlm.decoding.errors import InputError
+from idlm.decoding.params import SamplingParams
+
+
+def _option(help: str, **settings: Any) -> Any:
+    return typer.Option(help=help, rich_help_panel="Sampling", **settings)
+
+
+def sampling_params(
+    max_tokens: Annotated[int, _option("The most tokens to generate.")] = 128,
+    temperature: Annotated[float, _option("0 is greedy.")] = 1.0,
+    top_k: Annotated[int, _option("Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, _option("Keep the likeliest tokens that hold this probability.")] = 1.0,
+    min_p: Annotated[float, _option("Drop tokens less likely than this share of the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, _option("Divide the logits of tokens that were there; 1 is none.")] = 1.0,
+    presence_penalty: Annotated[float, _option("Subtract from the logits of tokens in the output.")] = 0.0,
+    frequency_penalty: Annotated[float, _option("The same, for each time they are in it.")] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None, _option("Add to a token's logit; can be repeated.", metavar="TOKEN_ID=BIAS")
+    ] = None,
+    banned_token: Annotated[list[int] | None, _option("Never emit this token id; can be repeated.")] = None,
+    seed: Annotated[int | None, _option("Seed of the noise; drawn and reported if not given.")] = None,
+    ignore_eos: Annotated[bool, _option("Go on after the model's end token.")] = False,
+    verification: Annotated[
+        Literal["coupled", "ratio", "relaxed"], _option("Which drafts stand; relaxed is approximate.")
+    ] = "coupled",
+    tau: Annotated[float | None, _option("Relaxed only: the share of the likeliest that is enough.")] = None,
+) -> SamplingParams:
+    """The options as `SamplingParams`, which checks them."""
+    return SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=dict(_bias(entry) for entry in logit_bias or []),
+        banned_tokens=tuple(banned_token or ()),
+        seed=seed,
+        ignore_eos=ignore_eos,
+        verification=verification,
+        tau=tau,
+    )
+
+
+def _bias(entry: str) -> tuple[int, float]:
+    token, _, bias = entry.partition("=")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise InputError(f"--logit-bias {entry!r} is not TOKEN_ID=BIAS; write for example 42=-1.5") from None
+
+
+def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace the parameter `sampling` of a command by the sampling options."""
+    own = inspect.signature(command, eval_str=True)
+    options = inspect.signature(sampling_params, eval_str=True).parameters
+
+    def run(**values: Any) -> None:
+        chosen = {name: values.pop(name) for name in options}
+        command(sampling=sampling_params(**chosen), **values)
+
+    kept = [parameter for parameter in own.parameters.values() if parameter.name != "sampling"]
+    added = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options.values()]
+    run.__doc__ = command.__doc__
+    run.__signature__ = own.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*kept, *added]}
+    return run

@@ -1,0 +1,41 @@
+"""The figures of a list of results, under the names used everywhere: TPF, acceptance by depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+from idlm.engine.llm import Result
+
+
+class Summary(TypedDict):
+    """Totals over results.
+
+    Attributes:
+        tpf: tokens per forward, prefills counted.
+        reached, accepted: drafts by depth (index k - 1): looked at, and of those accepted.
+        acceptance: accepted / reached; None where no draft of that depth was reached.
+    """
+
+    tokens: int
+    forwards: int
+    tpf: float
+    reached: list[int]
+    accepted: list[int]
+    acceptance: list[float | None]
+
+
+def summary(results: Sequence[Result]) -> Summary:
+    """The totals of results that were decoded with one stride."""
+    tokens = sum(len(r.token_ids) for r in results)
+    forwards = sum(r.forwards for r in results)
+    reached = [sum(column) for column in zip(*(r.reached for r in results), strict=True)]
+    accepted = [sum(column) for column in zip(*(r.accepted for r in results), strict=True)]
+    return Summary(
+        tokens=tokens,
+        forwards=forwards,
+        tpf=tokens / forwards,
+        reached=reached,
+        accepted=accepted,
+        acceptance=[a / r if r else None for a, r in zip(accepted, reached, strict=True)],
+    )

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from idlm.decoding.window import Window, outcomes
+from idlm.models import attention
+from idlm.models.gated_lora import LoraSpec, adapter_parameters, attach
+from idlm.models.idlm_model import Idlm
+from tests.models import tiny
+
+MASK = 3
+
+
+def model_of(family: str) -> PreTrainedModel:
+    model = tiny.tiny_model(family).double()
+    model.set_attn_implementation(attention.NAME)
+    return model
+
+
+def slow_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Tensor:
+    """Row by row: softmax over the visible keys of the query's group; [B, Q, H, E]."""
+    batch, heads, rows, size = query.shape
+    group = heads // key.shape[1]
+    out = torch.zeros(batch, rows, heads, size, dtype=query.dtype)
+    for b in range(batch):
+        for h in range(heads):
+            for i in range(rows):
+                seen = visible[i].nonzero().flatten()
+                scores = key[b, h // group, seen] @ query[b, h, i] * scaling
+                out[b, i, h] = scores.softmax(0) @ value[b, h // group, seen]
+    return out
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]),
+    rows=st.integers(1, 5),
+    before=st.integers(0, 4),
+    seed=st.integers(0, 2**20),
+)
+def test_attention_is_softmax_over_what_is_visible(heads: tuple[int, int], rows: int, before: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    query = torch.randn(2, heads[0], rows, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 2, heads[1], before + rows, 8, dtype=torch.float64)
+    visible = torch.rand(rows, before + rows) < 0.5
+    visible[torch.arange(rows), before + torch.arange(rows)] = True
+    mixed, _ = attention.attention(nn.Module(), query, key, value, None, 0.3, visible=visible[None, None])
+    torch.testing.assert_close(mixed, slow_attention(query, key, value, visible, 0.3))
+
+
+def test_no_mask_is_causal() -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 5, 8, dtype=torch.float64)
+    mixed, _ = attention.attention(nn.Module(), query, key, value, None, 0.3)
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()
+    torch.testing.assert_close(mixed, slow_attention(query, key, value, causal, 0.3))
+
+
+def window_rows(stride: int, branches: str, prefix: int) -> tuple[Tensor, Tensor, Tensor, range]:
+    """A full window after `prefix` committed tokens, as one sequence: tokens, positions, visible, MASK rows."""
+    layout = Window(stride, stride - 1, outcomes(branches, stride - 1))
+    first, total = prefix + layout.verify_rows, prefix + layout.width
+    tokens = torch.cat([10 + 2 * torch.arange(first), torch.full((total - first,), MASK)])
+    visible = torch.zeros(total, total, dtype=torch.bool)
+    visible[:prefix, :prefix] = torch.ones(prefix, prefix).tril() > 0
+    visible[prefix:, :prefix] = True
+    visible[prefix:, prefix:] = layout.visible
+    return tokens, torch.cat([torch.arange(prefix), prefix + layout.offsets]), visible, range(first, total)
+
+
+def reaches(visible: Tensor) -> Tensor:
+    """Which rows' tokens can move which rows' logits through any number of layers: the closure of `visible`."""
+    reach = visible.clone()
+    for _ in range(len(visible)):
+        reach = (reach.int() @ reach.int()) > 0
+    return reach
+
+
+@pytest.mark.parametrize("branches", ["all", "chain"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_no_row_of_a_window_depends_on_what_it_may_not_see(family: str, branches: str) -> None:
+    """Every token of prefix and window is changed in turn; exactly the rows that see it may move."""
+    model = model_of(family)
+    idlm = Idlm(model, None, MASK, attach(model, LoraSpec(4, 8.0, ("q_proj", "v_proj")), MASK))
+    torch.manual_seed(0)
+    for parameter in adapter_parameters(model).values():
+        nn.init.normal_(parameter, std=0.3)
+    tokens, positions, visible, masks = window_rows(stride=3, branches=branches, prefix=3)
+    base = idlm.forward(tokens, positions, visible)
+    reach = reaches(visible)
+    for j in range(len(tokens)):
+        if j in masks:
+            continue
+        changed = tokens.clone()
+        changed[j] += 1
+        moved = (idlm.forward(changed, positions, visible) - base).abs().amax(dim=-1) > 1e-12
+        assert torch.equal(moved, reach[:, j])
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_no_row_depends_on_a_mask_row_it_may_not_see(family: str) -> None:
+    """The MASK rows are changed one at a time, by giving them an ordinary token's embedding."""
+    idlm = Idlm(model_of(family), None, MASK)
+    tokens, positions, visible, masks = window_rows(stride=3, branches="all", prefix=2)
+    base, reach = idlm.forward(tokens, positions, visible), reaches(visible)
+    for j in masks:
+        changed = tokens.clone()
+        changed[j] = 9
+        moved = (plain_rows(idlm, changed, positions, visible) - base).abs().amax(dim=-1) > 1e-12
+        assert torch.equal(moved, reach[:, j])
+
+
+def plain_rows(idlm: Idlm, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return idlm.head(idlm.hidden(tokens[None], positions[None], visible[None, None]))[0]
