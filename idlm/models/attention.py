@@ -2,8 +2,8 @@
 
 Shapes: B batch, H query heads, G key/value heads, Q query rows, S key rows, E head size.
 
-Training, the reference decoder and the cached decoder all call the model with ``visible=...``; the model hands it down to
-this function untouched, so a window, a training layout and plain causal text differ only in that mask.
+Training, the reference decoder and the cached decoder all call the model with `visible=...`; the model hands it down
+to this function untouched, so a window, a training layout and plain causal text differ only in that mask.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class KVCache(Protocol):
     """What the function needs of a cache."""
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the rows of one layer, [B, G, Q, E] each; return all keys and values its queries may look at, [B, G, S, E]."""
+        """Store one layer's rows, [B, G, Q, E]; return all keys and values its queries may look at, [B, G, S, E]."""
 
 
 def attention(

@@ -1,7 +1,7 @@
 """Gated LoRA: `y = W x + g (alpha / r) B A x` with g = 1 on MASK rows and 0 on every other row.
 
-The MASK rows of every layout are one run of rows (training puts them first, a window last), so the gate is a slice: rows
-outside it are computed by the base's own kernels alone and stay bit-equal to the base model's.
+The MASK rows of every layout are one run of rows (training puts them first, a window last), so the gate is a slice:
+rows outside it are computed by the base's own kernels alone and stay bit-equal to the base model's.
 """
 
 from __future__ import annotations
@@ -72,10 +72,11 @@ class GatedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, Q, in] -> [B, Q, out]."""
         y: Tensor = self.base(x)
-        if self.gate.rows == NO_ROWS:
+        rows = self.gate.rows
+        if rows.start == rows.stop:  # plain AR pays nothing for the adapter
             return y
-        update = F.linear(F.linear(x[:, self.gate.rows], self.lora_A), self.lora_B)
-        y[:, self.gate.rows].add_(update, alpha=self.scale)
+        update = F.linear(F.linear(x[:, rows], self.lora_A), self.lora_B)
+        y[:, rows].add_(update, alpha=self.scale)
         return y
 
 
@@ -107,8 +108,8 @@ def attach(model: PreTrainedModel, spec: LoraSpec, mask_id: int) -> Gate:
     """Freeze `model` and give it a gated LoRA, in place; a refused one leaves it as it was.
 
     Raises:
-        InputError: a target names no linear layer inside the model, or the MASK id is neither a row of the embedding nor
-            the one after its last.
+        InputError: a target names no linear layer inside the model, or the MASK id is neither a row of the embedding
+            nor the one after its last.
     """
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding):
@@ -126,7 +127,7 @@ def attach(model: PreTrainedModel, spec: LoraSpec, mask_id: int) -> Gate:
 
 
 def _places(model: PreTrainedModel, target: str) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """Every linear layer of the backbone whose last name is `target`; the head is outside: it runs on chosen rows only."""
+    """The backbone's linear layers whose last name is `target`; the head is outside: it runs on chosen rows."""
     backbone: nn.Module = model.base_model
     found = [
         (parent, name, child)

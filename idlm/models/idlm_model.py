@@ -1,6 +1,6 @@
 """`Idlm`: a stock transformers model, its MASK token and its gate, as one thing that can be asked for rows.
 
-Shapes: B batch, Q rows of this forward, S rows they may look at, D hidden size, V logit columns, T rows of one sequence.
+Shapes: B batch, Q rows of this forward, S rows they may look at, D hidden size, V logit columns, T rows of one text.
 """
 
 from __future__ import annotations
