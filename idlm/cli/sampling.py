@@ -17,7 +17,7 @@ def _option(help: str, **settings: Any) -> Any:
 
 
 def sampling_params(
-    max_tokens: Annotated[int, _option("The most tokens to generate.")] = 128,
+    max_tokens: Annotated[int, _option("The most tokens to generate.")] = 256,
     temperature: Annotated[float, _option("0 is greedy.")] = 1.0,
     top_k: Annotated[int, _option("Keep the k likeliest tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, _option("Keep the likeliest tokens that hold this probability.")] = 1.0,

@@ -34,7 +34,7 @@ class SamplingParams:
         tau: relaxed only: also accept a draft whose probability is at least tau times the likeliest token's.
     """
 
-    max_tokens: int = 128
+    max_tokens: int = 256
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0

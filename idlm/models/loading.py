@@ -141,13 +141,16 @@ def _kind(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' multi-line warnings away: what they warn of becomes one error here."""
-    level = logging.get_verbosity()
+    """Keep transformers' bar and its multi-line warnings away: what they warn of becomes one error here."""
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(ERROR)
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def check_architecture(idlm: Idlm) -> None:

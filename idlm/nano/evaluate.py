@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,7 +40,7 @@ def base_outputs(problems: Sequence[Problem], batch: int = 100) -> list[list[int
     outputs = []
     for first in range(0, len(problems), batch):
         chats = [[{"role": "user", "content": problem.question}] for problem in problems[first : first + batch]]
-        prompts = tokenizer.apply_chat_template(
+        prompts: Any = tokenizer.apply_chat_template(
             chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
         with torch.inference_mode():
@@ -50,10 +51,10 @@ def base_outputs(problems: Sequence[Problem], batch: int = 100) -> list[list[int
     return outputs
 
 
-def share_right(problems: Sequence[Problem], outputs: Sequence[Sequence[int]]) -> float:
+def share_right(problems: Sequence[Problem], outputs: list[list[int]]) -> float:
     """The share of exact answers."""
     tokenizer = AutoTokenizer.from_pretrained(BASE)
-    texts = (tokenizer.decode(output, skip_special_tokens=True) for output in outputs)
+    texts = (str(tokenizer.decode(output, skip_special_tokens=True)) for output in outputs)
     right = [read_answer(text) == problem.answer for text, problem in zip(texts, problems, strict=True)]
     return sum(right) / len(right)
 

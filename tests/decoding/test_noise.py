@@ -38,7 +38,7 @@ def test_streams_seeds_and_positions_differ() -> None:
 
 
 def test_uniform_is_uniform() -> None:
-    """Kolmogorov-Smirnov on 20,000 numbers; bound sqrt(ln(2 / 1e-9) / 2) from the DKW inequality: a 1e-9 false alarm."""
+    """Kolmogorov-Smirnov on 20,000 numbers; bound sqrt(ln(2 / 1e-9) / 2) by the DKW inequality: false alarm 1e-9."""
     ordered = uniform(5, torch.arange(20_000)).sort().values
     steps = torch.arange(1, 20_001, dtype=torch.float64) / 20_000
     distance = torch.maximum((steps - ordered).max(), (ordered - steps + 1 / 20_000).max())

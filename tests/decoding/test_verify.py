@@ -121,7 +121,7 @@ def exact_sequences(toy: Toy, prompt: list[int], params: SamplingParams) -> dict
 
 
 def worst_deviation(toy: Toy, params: SamplingParams, runs: int) -> tuple[float, float]:
-    """The largest deviation of a sequence's frequency from its probability, in units of its own bound; and the bound's level.
+    """The largest deviation of a sequence's frequency from its probability, in units of its bound; and the level.
 
     Bernstein's inequality bounds P(|freq - p| > t) by 2 exp(-n t^2 / (2 p (1 - p) + 2 t / 3)); t solves it for
     1e-6 / (number of sequences), so that by the union bound the whole test has a false-alarm rate of at most 1e-6.

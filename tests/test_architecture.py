@@ -1,0 +1,59 @@
+"""The house rules: imports run one way, files and functions stay readable."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import idlm
+
+ROOT = Path(idlm.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+MAY_IMPORT = {
+    "decoding": set(),
+    "models": {"decoding"},
+    "kernels": {"decoding"},
+    "engine": {"decoding", "models", "kernels"},
+    "nano": {"decoding", "models", "engine", "evaluation"},
+    "training": {"decoding", "models", "nano"},
+    "evaluation": {"decoding", "models", "engine", "nano"},
+    "cli": {"decoding", "models", "engine", "nano", "training", "evaluation"},
+}
+
+
+def imports(file: Path) -> set[str]:
+    """Full names of the modules that `file` imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in FILES if file.parent != ROOT], ids=lambda f: str(f.relative_to(ROOT))
+)
+def test_imports_run_one_way(file: Path) -> None:
+    package = file.relative_to(ROOT).parts[0]
+    ours = {name.split(".")[1] for name in imports(file) if name.startswith("idlm.")} - {package, "__version__"}
+    assert ours <= MAY_IMPORT[package], f"{file} imports {ours - MAY_IMPORT[package]}"
+
+
+def test_the_mathematics_import_torch_and_nothing_else() -> None:
+    allowed = {"torch", "idlm", "__future__", "collections", "dataclasses", "enum", "functools", "math", "typing"}
+    for file in (ROOT / "decoding").glob("*.py"):
+        assert {name.split(".")[0] for name in imports(file)} <= allowed, file
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_files_and_functions_stay_short(file: Path) -> None:
+    text = file.read_text()
+    assert len(text.splitlines()) <= 300
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, f"{file}: {node.name}"
