@@ -1,0 +1,122 @@
+"""Every command does its job and prints one JSON object on stdout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from idlm.cli import app
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: object, status: int = 0) -> dict[str, Any]:
+    """The object a command prints."""
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    assert result.exit_code == status, result.output
+    assert result.stdout.count("\n") == 1
+    report = json.loads(result.stdout)
+    assert isinstance(report, dict)
+    return report
+
+
+def test_demo() -> None:
+    report = run("demo", "--questions", 1, "--rounds", 1, "--threads", 1)
+    assert report["identical"] is True
+    assert report["tpf"] > 3 and len(report["acceptance"]) == 3
+    rates = report["isd_tokens_per_second"], report["ar_tokens_per_second"]
+    assert report["speedup"] == pytest.approx(rates[0] / rates[1])
+
+
+def test_demo_in_words() -> None:
+    result = CliRunner().invoke(app, ["demo", "--questions", "1", "--rounds", "1", "--threads", "1"])
+    assert result.exit_code == 0 and "the same bytes" in result.stdout and "The answer is" in result.stdout
+
+
+def test_generate(checkpoint: Path) -> None:
+    shared = (
+        checkpoint / "base",
+        "Mia has 3 apples.",
+        "--adapter",
+        checkpoint / "lora",
+        "--seed",
+        5,
+        "--max-tokens",
+        9,
+    )
+    isd, ar = run("generate", *shared, "--stride", 3), run("generate", *shared, "--stride", 1)
+    assert isd["results"][0]["token_ids"] == ar["results"][0]["token_ids"]
+    assert len(isd["results"][0]["token_ids"]) == 9 and ar["forwards"] == 9
+    assert isd["results"][0]["seed"] == 5
+
+
+def test_generate_reads_every_form_of_prompt(checkpoint: Path, tmp_path: Path) -> None:
+    forms = [{"prompt": "Tom"}, {"messages": [{"role": "user", "content": "Tom"}]}, {"prompt_token_ids": [5, 6]}]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(form) + "\n" for form in forms))
+    report = run("generate", checkpoint / "base", "--prompts", file, "--stride", 1, "--max-tokens", 3)
+    lengths = [len(result["prompt_token_ids"]) for result in report["results"]]
+    assert lengths[0] == lengths[1] and lengths[2] == 2  # a text goes through the chat template unless --raw
+
+
+def test_verify(checkpoint: Path) -> None:
+    shared = ("verify", checkpoint / "base", "--adapter", checkpoint / "lora", "--dtype", "float64", "--max-tokens", 12)
+    for plan in (("--stride", 4), ("--stride", 3, "--branches", "chain", "--top-p", 0.8, "--presence-penalty", 0.5)):
+        report = run(*shared, *plan)
+        assert report["identical"] is True and report["compared_tokens"] > 12 and report["dtype"] == "float64"
+
+
+def test_verify_says_where_outputs_differ(checkpoint: Path) -> None:
+    loose = ("--verification", "relaxed", "--tau", 1e-9, "--stride", 4, "--max-tokens", 12)
+    report = run("verify", checkpoint / "base", "--adapter", checkpoint / "lora", *loose, status=1)
+    assert report["identical"] is False
+    first = report["differences"][0]
+    assert first["ar_token"] != first["isd_token"] and first["isd_margin"] < first["ar_margin"]
+
+
+def test_verify_tests_the_law_of_the_ratio_rule(checkpoint: Path) -> None:
+    report = run("verify", checkpoint / "base", "--adapter", checkpoint / "lora", "--verification", "ratio")
+    assert report["same_law"] is True and report["statistic"] < report["bound"]
+
+
+def test_inspect(checkpoint: Path) -> None:
+    model, adapter = run("inspect", checkpoint / "base"), run("inspect", checkpoint / "lora")
+    assert model["family"] == "qwen3" and model["can_decode_isd"] is False
+    assert adapter["adapter_rank"] == 4 and adapter["max_stride"] == 4
+
+
+def test_train(checkpoint: Path, tmp_path: Path) -> None:
+    config = {
+        "output_dir": str(tmp_path / "run"),
+        "stages": [{"block_size": 1, "steps": 2}],
+        "batch_size": 2,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "model": {"path": str(checkpoint / "base")},
+        "data": {"held_out": 2, "max_length": 160},
+        "lora": {"rank": 2, "alpha": 2, "targets": ["q_proj"]},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    report = run("train", tmp_path / "run.yaml", "--seed=3")
+    assert run("inspect", report["output"])["max_stride"] == 2
+
+
+def test_version_and_help_come_without_torch() -> None:
+    """The command line must answer before torch could be imported."""
+    code = "import sys; from idlm.cli import app; assert 'torch' not in sys.modules; app(['--version'])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and result.stdout.startswith("idlm "), result.stderr
+
+
+def test_the_help_page_is_up_to_date(tmp_path: Path) -> None:
+    page = tmp_path / "cli.md"
+    command = ["idlm.cli", "utils", "docs", "--name", "idlm", "--title", "Command line", "--output", str(page)]
+    subprocess.run([sys.executable, "-m", "typer", *command], check=True, capture_output=True, cwd=ROOT, timeout=120)
+    assert page.read_text() == (ROOT / "docs" / "cli.md").read_text(), "run `make docs`"
