@@ -1,6 +1,6 @@
 """Same bytes: ISD against AR over prompts x settings x plans, token by token.
 
-    python benchmarks/same_bytes.py MODEL ... [--dtype float64] [--prompts 4] [--max-tokens 40] [--out FILE]
+    python -m benchmarks.same_bytes MODEL ... [--dtype float64] [--prompts 4] [--max-tokens 40] [--out FILE]
 
 A pair is one prompt under one setting; it counts as equal if every plan gives AR's tokens. Prompts run from one token
 to one short of the context. Where a pair differs (float32), the first difference is reported with its margin: how far
@@ -23,6 +23,7 @@ import transformers
 from idlm import LLM, Idlm, SamplingParams, load
 from idlm.decoding.law import history, law
 from idlm.decoding.noise import gumbel
+from tests.engine.tiny import FAMILIES, tiny_idlm
 
 PLANS = [(n, branches) for n in (1, 2, 3, 4, 8) for branches in (("all", "chain") if n > 1 else ("all",))]
 PENALTIES = {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2}
@@ -77,6 +78,15 @@ def margin(idlm: Idlm, prompt: list[int], output: list[int], params: SamplingPar
     return float(best[0] - best[1])
 
 
+def named(name: str, dtype: str) -> Idlm:
+    """A checkpoint, with `FOLDER+ADAPTER` for one with an adapter; `random-qwen3` and the like are made on the spot."""
+    family = name.removeprefix("random-")
+    if family in FAMILIES and family != name:
+        return tiny_idlm(family)
+    folder, _, adapter = name.partition("+")
+    return load(folder, adapter=adapter or None, dtype=dtype)
+
+
 def sweep(idlm: Idlm, number: int, max_tokens: int) -> dict[str, object]:
     """Count the pairs of one model."""
     llms = {plan: LLM(idlm, stride=plan[0], branches=plan[1]) for plan in PLANS}
@@ -104,7 +114,7 @@ def sweep(idlm: Idlm, number: int, max_tokens: int) -> dict[str, object]:
 def main() -> int:
     """Run the sweep; exit status 1 where a float64 pair differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="folders or bundled names; FOLDER+ADAPTER names an adapter too")
+    parser.add_argument("models", nargs="+", help="folder, FOLDER+ADAPTER, bundled name, random-FAMILY")
     parser.add_argument("--dtype", default="float64")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=40)
@@ -122,11 +132,8 @@ def main() -> int:
     rows: dict[str, dict[str, object]] = {}
     for name in args.models:
         started = time.perf_counter()
-        folder, _, adapter = name.partition("+")
-        rows[Path(folder).name] = sweep(
-            load(folder, adapter=adapter or None, dtype=args.dtype), args.prompts, args.max_tokens
-        )
-        print(f"{name}: {rows[Path(folder).name]} in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        row = rows[name.rpartition("/")[2]] = sweep(named(name, args.dtype), args.prompts, args.max_tokens)
+        print(f"{name}: {row} in {time.perf_counter() - started:.0f} s", file=sys.stderr)
     report["models"] = rows
     report["pairs"], report["equal"] = (sum(int(str(row[key])) for row in rows.values()) for key in ("pairs", "equal"))
     text = json.dumps(report, indent=1)

@@ -144,13 +144,13 @@ def _quiet() -> Iterator[None]:
     """Keep transformers' bar and its multi-line warnings away: what they warn of becomes one error here."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(ERROR)
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         logging.set_verbosity(level)
         if bar:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def check_architecture(idlm: Idlm) -> None:

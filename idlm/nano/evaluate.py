@@ -1,7 +1,7 @@
 """Held-out accuracy and TPF of the bundled models, one JSON object: `python -m idlm.nano.evaluate`.
 
-The base is asked through transformers' own batched `generate`, which shares no decoding code with ours; every other run
-reports in how many problems it gave the very tokens of that.
+The base and the full fine-tune are asked through transformers' own batched `generate`, which shares no decoding code
+with ours; every other run reports in how many problems it gave the very tokens of that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from idlm.evaluation.metrics import summary
 from idlm.models.loading import load
 from idlm.nano.problems import Problem, held_out_problems, read_answer
 
-BASE = Path(__file__).parent / "weights" / "base"
+WEIGHTS = Path(__file__).parent / "weights"
+FOLDERS = {"nano": WEIGHTS / "base", "nano-full": WEIGHTS / "full"}
 RUNS: dict[str, tuple[str, int, str]] = {
     f"{model} N={stride} {branches}": (model, stride, branches)
     for model in ("nano", "nano-full")
@@ -33,10 +34,10 @@ RUNS: dict[str, tuple[str, int, str]] = {
 LIMIT = 256
 
 
-def base_outputs(problems: Sequence[Problem], batch: int = 100) -> list[list[int]]:
-    """Greedy outputs of the base by transformers' `generate`, stop token included."""
-    tokenizer = AutoTokenizer.from_pretrained(BASE, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(BASE).eval()
+def stock_outputs(folder: Path, problems: Sequence[Problem], batch: int = 100) -> list[list[int]]:
+    """Greedy outputs of a model by transformers' `generate`, stop token included."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
     outputs = []
     for first in range(0, len(problems), batch):
         chats = [[{"role": "user", "content": problem.question}] for problem in problems[first : first + batch]]
@@ -53,7 +54,7 @@ def base_outputs(problems: Sequence[Problem], batch: int = 100) -> list[list[int
 
 def share_right(problems: Sequence[Problem], outputs: list[list[int]]) -> float:
     """The share of exact answers."""
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDERS["nano"])
     texts = (str(tokenizer.decode(output, skip_special_tokens=True)) for output in outputs)
     right = [read_answer(text) == problem.answer for text, problem in zip(texts, problems, strict=True)]
     return sum(right) / len(right)
@@ -69,16 +70,19 @@ def main() -> None:
     torch.set_num_threads(options.threads)
 
     problems = held_out_problems(options.problems)
-    base = base_outputs(problems)
-    report: dict[str, dict[str, object]] = {"nano-base, transformers": {"accuracy": share_right(problems, base)}}
-    for name in options.runs:
-        model, stride, branches = RUNS[name]
+    chosen = [RUNS[name] for name in options.runs]
+    stock = {model: stock_outputs(FOLDERS[model], problems) for model in dict.fromkeys(run[0] for run in chosen)}
+    report: dict[str, dict[str, object]] = {
+        f"{FOLDERS[model].name}, transformers": {"accuracy": share_right(problems, outputs)}
+        for model, outputs in stock.items()
+    }
+    for name, (model, stride, branches) in zip(options.runs, chosen, strict=True):
         params = SamplingParams(max_tokens=LIMIT, temperature=0.0)
         found = evaluate(LLM(load(model), stride=stride, branches=branches), problems, params)
-        same = sum(result.token_ids == output for result, output in zip(found.results, base, strict=True))
+        same = sum(result.token_ids == output for result, output in zip(found.results, stock[model], strict=True))
         report[name] = {
             "accuracy": found.share,
-            "same_tokens_as_base": same / len(problems),
+            "same_tokens_as_transformers": same / len(problems),
             **summary(found.results),
             "seconds": found.seconds,
         }

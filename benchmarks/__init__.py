@@ -1,0 +1,1 @@
+"""Measurements: run from the repository root; figures go to benchmarks/results."""
