@@ -27,7 +27,7 @@ def demo(
     stride: common.Stride = 4,
     questions: Annotated[int, typer.Option(help="Held-out problems to answer.")] = 4,
     rounds: Annotated[int, typer.Option(help="Times each decoder runs, in turn; medians are reported.")] = 5,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads; small models gain nothing from more.")] = 1,
     as_json: common.Json = False,
 ) -> None:
     """Decode with AR and with ISD on the bundled model: same bytes, fewer forward passes, less time."""
