@@ -88,8 +88,9 @@ def _law(idlm: Idlm, ids: list[list[int]], *settings: Any) -> tuple[bool, dict[s
 
 def _show(idlm: Idlm, report: dict[str, Any]) -> None:
     """The verdict in words, and each difference on a line of its own."""
-    where = "stride {stride}, branches {branches}, {verification}, {dtype}, {prompts} prompts, TPF {tpf:.2f}".format(
-        **report
+    rule = report["verification"] + (" (approximate)" if report["verification"] == "relaxed" else "")
+    where = "stride {stride}, branches {branches}, {rule}, {dtype}, {prompts} prompts, TPF {tpf:.2f}".format(
+        **report, rule=rule
     )
     if "same_law" in report:
         verdict = "the law is AR's" if report["same_law"] else "the law is NOT AR's"
