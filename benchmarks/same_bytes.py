@@ -3,8 +3,8 @@
     python -m benchmarks.same_bytes MODEL ... [--dtype float64] [--prompts 4] [--max-tokens 40] [--out FILE]
 
 A pair is one prompt under one setting; it counts as equal if every plan gives AR's tokens. Prompts run from one token
-to one short of the context. Where a pair differs (float32), the first difference is reported with its margin: how far
-apart the best two of log p + noise were.
+to one short of the context. Where a pair differs (float32), the first difference is reported with AR's margin: how far
+its token's log p + noise stood above the best other one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import torch
 import transformers
 
 from idlm import LLM, Idlm, SamplingParams, load
-from idlm.decoding.law import history, law
-from idlm.decoding.noise import gumbel
+from idlm.evaluation.parity import first_difference, margin, token_scores
 from tests.engine.tiny import FAMILIES, tiny_idlm
 
 PLANS = [(n, branches) for n in (1, 2, 3, 4, 8) for branches in (("all", "chain") if n > 1 else ("all",))]
@@ -64,20 +63,6 @@ def real_tokens(idlm: Idlm) -> list[int]:
     return told.prompt_token_ids + told.token_ids
 
 
-def margin(idlm: Idlm, prompt: list[int], output: list[int], params: SamplingParams) -> float:
-    """The best less the second best of log p + noise for the token after `output`."""
-    text = torch.tensor(prompt + output)
-    causal = torch.ones(len(text), len(text), dtype=torch.bool).tril()
-    logits = idlm.forward(text, torch.arange(len(text)), causal)[-1:]
-    if params.greedy:
-        params = SamplingParams(**{**vars(params), "temperature": 1.0})
-        noise = torch.zeros(1, 1)
-    else:
-        noise = gumbel(params.seed or 0, torch.tensor([len(text)]), logits.shape[-1])
-    best = (law(logits, params, history(prompt, output, [], logits.shape[-1]), idlm.mask_id) + noise).topk(2).values[0]
-    return float(best[0] - best[1])
-
-
 def named(name: str, dtype: str) -> Idlm:
     """A checkpoint, with `FOLDER+ADAPTER` for one with an adapter; `random-qwen3` and the like are made on the spot."""
     family = name.removeprefix("random-")
@@ -99,13 +84,14 @@ def sweep(idlm: Idlm, number: int, max_tokens: int) -> dict[str, object]:
         wrong = [plan for plan, output in outputs.items() if output != expected]
         pairs, equal, tokens = pairs + 1, equal + (not wrong), tokens + len(expected)
         if wrong:
-            at = next(i for i, (a, b) in enumerate(zip(expected, outputs[wrong[0]], strict=True)) if a != b)
+            at = first_difference(expected, outputs[wrong[0]]) or 0
+            scores = token_scores(idlm, prompt, expected[:at], params)
             differences.append(
                 {
                     "setting": index,
                     "plan": wrong[0],
                     "position": at,
-                    "margin": margin(idlm, prompt, expected[:at], params),
+                    "margin": margin(scores, expected[at]),
                 }
             )
     return {"pairs": pairs, "equal": equal, "plans": len(PLANS), "ar_tokens": tokens, "differences": differences}

@@ -103,7 +103,7 @@ def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
 
 def _difference(idlm: Idlm, prompt: int, at: int, ar: Result, isd: Result, params: SamplingParams) -> Difference:
     tokens = [result.token_ids[at] if at < len(result.token_ids) else None for result in (ar, isd)]
-    scores = _scores(idlm, ar.prompt_token_ids, ar.token_ids[:at], params)
+    scores = token_scores(idlm, ar.prompt_token_ids, ar.token_ids[:at], params)
     margins = [None if token is None else margin(scores, token) for token in tokens]
     return Difference(prompt, at, *tokens, *margins)
 
@@ -115,7 +115,7 @@ def margin(scores: Tensor, token: int) -> float:
     return float(scores[token] - others.max())
 
 
-def _scores(idlm: Idlm, prompt: list[int], output: list[int], params: SamplingParams) -> Tensor:
+def token_scores(idlm: Idlm, prompt: list[int], output: list[int], params: SamplingParams) -> Tensor:
     """What the argmax runs over after `output`, [V], in float64 from logits of the model's own precision."""
     soft = replace(params, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) if params.greedy else params
     log_p = _laws(idlm, prompt, output, soft, first=len(output))[0]
