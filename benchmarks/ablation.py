@@ -1,6 +1,6 @@
 """What of the training recipe earns its place: variants of one recipe, the same steps and batches, judged by decoding.
 
-    python benchmarks/ablation.py [--steps 150] [--batch 8] [--problems 40] [--only NAME ...] [--out FILE]
+    python benchmarks/ablation.py [--steps 150] [--batch 8] [--problems 40] [--seeds 0] [--only NAME ...] [--out FILE]
 
 Every variant starts from the bundled base and sees the same texts in the same order. Acceptance per depth and TPF come
 from greedy decoding of held-out problems, at N = 4 and N = 8 with all outcomes; `seconds` is the training time.
@@ -40,11 +40,15 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
 }
 
 
-def run(config: str, overrides: dict[str, object], steps: int, batch: int, problems: int) -> dict[str, object]:
+def run(
+    config: str, overrides: dict[str, object], seed: int, steps: int, batch: int, problems: int
+) -> dict[str, object]:
     """Train one variant and decode with it."""
     with tempfile.TemporaryDirectory() as folder:
         common: dict[str, object] = {
             "output_dir": folder,
+            "seed": seed,
+            "data.seed": 2 + seed,
             "batch_size": batch,
             "stages.0.steps": steps // 3,
             "stages.1.steps": steps - steps // 3,
@@ -72,6 +76,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--problems", type=int, default=40)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -80,12 +85,14 @@ def main() -> None:
         "steps": args.steps,
         "batch": args.batch,
         "problems": args.problems,
+        "seeds": args.seeds,
         "environment": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    variants: dict[str, object] = {}
-    for name in args.only:
-        variants[name] = run(*VARIANTS[name], args.steps, args.batch, args.problems)
-        print(name, json.dumps(variants[name]), file=sys.stderr)
+    variants: dict[str, list[object]] = {name: [] for name in args.only}
+    for seed in args.seeds:
+        for name in args.only:
+            variants[name].append(run(*VARIANTS[name], seed, args.steps, args.batch, args.problems))
+            print(name, f"seed {seed}", json.dumps(variants[name][-1]), file=sys.stderr)
     text = json.dumps(report | {"variants": variants}, indent=1)
     print(text)
     if args.out:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from idlm import __version__
-from idlm.cli import demo, generate, inspect, train, verify
+from idlm.cli import bench, demo, generate, inspect, train, verify
 from idlm.cli.errors import OneLineErrors
 
 # read when transformers and tqdm are imported: an error stays one line, and bars are for terminals
@@ -40,6 +40,7 @@ def main(
         typer.echo(context.get_help())
 
 
+app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("train", context_settings=train.CONTEXT)(train.train)

@@ -27,8 +27,11 @@ Stride = Annotated[
     int, typer.Option(metavar="N", help="The most tokens a forward commits; 1 is plain AR.", rich_help_panel="Decoding")
 ]
 BranchesOption = Annotated[
-    Literal["all", "chain"],
-    typer.Option(help="Draft for every outcome, or for full acceptance only.", rich_help_panel="Decoding"),
+    Literal["all", "chain", "planner"],
+    typer.Option(
+        help="Draft for every outcome, or for full acceptance only; or whichever plan up to stride N is fastest here.",
+        rich_help_panel="Decoding",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 

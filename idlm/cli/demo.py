@@ -49,7 +49,7 @@ def demo(
     def run(llm: LLM) -> list[Result]:
         return [llm.chat([{"role": "user", "content": question}], params) for question in asked]
 
-    ar, isd = LLM(idlm, stride=1), LLM(idlm, stride=stride)
+    ar, isd = LLM(idlm, stride=1, max_num_seqs=1), LLM(idlm, stride=stride, max_num_seqs=1)
     with common.progress("AR and ISD in turn", 2 * (rounds + 1)) as advance:
         laps = race({"ar": lambda: run(ar), "isd": lambda: run(isd)}, rounds, advance)
     report = _report(laps) | {"stride": stride, "prompts": questions, "rounds": rounds, "threads": threads}
@@ -61,9 +61,9 @@ def demo(
 
 
 def _check(stride: int, **counts: int) -> None:
-    from idlm.decoding.window import parse_branches
+    from idlm.engine.build import plans_for
 
-    parse_branches("all", stride)
+    plans_for(stride, "all")
     for name, value in counts.items():
         if not 1 <= value <= 1000:
             raise InputError(f"--{name} {value} is out of range; use 1 to 1000")

@@ -39,19 +39,16 @@ def generate(
     if not asked:
         raise InputError("no prompt given; write one after the model's name, or name a file with --prompts")
 
-    from idlm.decoding.window import parse_branches
+    from idlm.engine.build import plans_for
     from idlm.engine.llm import LLM
     from idlm.models.loading import load
 
-    parse_branches(branches, stride)  # before the model is loaded, which can take minutes
+    plans_for(stride, branches)  # before the model is loaded, which can take minutes
     llm = LLM(load(model, adapter=adapter, dtype=dtype, device=device), stride=stride, branches=branches)
     ids = [one.encode(llm.idlm, chat) for one in asked]
     started = perf_counter()
-    results: list[Result] = []
-    with common.progress("generating", len(ids)) as advance:
-        for one in ids:
-            results += llm.generate([one], sampling)
-            advance()
+    first = llm.generate(ids, sampling, use_tqdm=True)
+    results = [sample for one in first for sample in (one, *one.samples)]
     report(model, stride, branches, results, perf_counter() - started, as_json)
 
 

@@ -28,6 +28,9 @@ def sampling_params(
     logit_bias: Annotated[
         list[str] | None, _option("Add to a token's logit; can be repeated.", metavar="TOKEN_ID=BIAS")
     ] = None,
+    stop: Annotated[list[str] | None, _option("End at this text, which is left out; can be repeated.")] = None,
+    min_tokens: Annotated[int, _option("No end before so many tokens.")] = 0,
+    n: Annotated[int, _option("Samples of each prompt.")] = 1,
     banned_token: Annotated[list[int] | None, _option("Never emit this token id; can be repeated.")] = None,
     seed: Annotated[int | None, _option("Seed of the noise; drawn and reported if not given.")] = None,
     ignore_eos: Annotated[bool, _option("Go on after the model's end token.")] = False,
@@ -38,7 +41,10 @@ def sampling_params(
 ) -> SamplingParams:
     """The options as `SamplingParams`, which checks them."""
     return SamplingParams(
+        n=n,
         max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        stop=tuple(stop or ()),
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,

@@ -39,10 +39,10 @@ def verify(
     """
     asked = prompts.given([], prompts_file)
 
-    from idlm.decoding.window import parse_branches
+    from idlm.engine.build import plans_for
     from idlm.models.loading import load
 
-    parse_branches(branches, stride)  # before the model is loaded, which can take minutes
+    plans_for(stride, branches)  # before the model is loaded, which can take minutes
     idlm = load(model, adapter=adapter, dtype=dtype, device=device)
     ids = [one.encode(idlm, chat) for one in asked or prompts.defaults(idlm)]
     check = _law if sampling.verification == "ratio" else _tokens

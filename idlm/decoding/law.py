@@ -8,7 +8,7 @@ Shapes: R rows, V tokens of the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,11 +46,18 @@ def history(prompt: Sequence[int], output: Sequence[int], drafts: Sequence[int],
     return History(seen, counts)
 
 
-def adjust(logits: Tensor, params: SamplingParams, before: History | None = None, mask_id: int | None = None) -> Tensor:
+def adjust(
+    logits: Tensor,
+    params: SamplingParams,
+    before: History | None = None,
+    mask_id: int | None = None,
+    held_back: Iterable[int] = (),
+) -> Tensor:
     """Logits [R, V] after penalties, logit bias and bans, in at least float32; greedy decoding takes their argmax.
 
     The penalties are those of vLLM and the OpenAI API: repetition counts prompt and output, presence and frequency the
-    output alone. `mask_id` is banned wherever it has a column.
+    output alone. `mask_id` is banned wherever it has a column, and so is `held_back`: the stop ids of a request that
+    has fewer than `min_tokens` tokens.
     """
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     if params.penalised:
@@ -59,7 +66,7 @@ def adjust(logits: Tensor, params: SamplingParams, before: History | None = None
         scores = _penalise(scores, params, before)
     for token, bias in params.logit_bias.items():
         scores[:, token] += bias
-    banned = list(params.banned_tokens)
+    banned = [*params.banned_tokens, *held_back]
     if mask_id is not None and mask_id < scores.shape[-1]:
         banned.append(mask_id)
     scores[:, banned] = NEVER
@@ -74,13 +81,19 @@ def _penalise(scores: Tensor, params: SamplingParams, before: History) -> Tensor
     return scores - params.frequency_penalty * counts - params.presence_penalty * (counts > 0)
 
 
-def law(logits: Tensor, params: SamplingParams, before: History | None = None, mask_id: int | None = None) -> Tensor:
+def law(
+    logits: Tensor,
+    params: SamplingParams,
+    before: History | None = None,
+    mask_id: int | None = None,
+    held_back: Iterable[int] = (),
+) -> Tensor:
     """Log-probabilities [R, V] that tokens are chosen by; -inf for a token that cannot come out.
 
     In order: penalties, logit bias, bans; temperature; top-k, top-p, min-p (each on what is left); normalise.
     Temperature 0 is the point mass on the argmax (the lowest id among equals).
     """
-    scores = adjust(logits, params, before, mask_id)
+    scores = adjust(logits, params, before, mask_id, held_back)
     if params.greedy:
         point = torch.full_like(scores, NEVER)
         return point.scatter_(1, scores.argmax(dim=-1, keepdim=True), 0.0)

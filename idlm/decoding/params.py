@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from idlm.decoding.errors import InputError
 
 VERIFICATIONS = ("coupled", "ratio", "relaxed")
 SEED_LIMIT = 2**63
+MOST_SAMPLES = 64
+MOST_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,10 @@ class SamplingParams:
     """How the tokens of one request are chosen, and when it ends.
 
     Attributes:
+        n: samples of one prompt. Sample i has seed + i, so it is what a request with n=1 and that seed gives.
         max_tokens: the most tokens to generate.
+        min_tokens: the model's end token and `stop_token_ids` cannot come out before so many tokens have, and no stop
+            string is looked for in them.
         temperature: 0 is greedy.
         top_k: keep the k likeliest tokens; 0 or -1 keeps all.
         top_p: keep the smallest set of likeliest tokens that holds this probability.
@@ -29,12 +34,20 @@ class SamplingParams:
         banned_tokens: ids that never come out.
         seed: of the request's noise, 0 <= seed < 2**63; None draws one, which the result reports.
         stop_token_ids: ids that end the output, beside the model's own end token.
+        stop: strings that end the output as soon as its text holds one; given as one string or several.
+        include_stop_str_in_output: keep the stop string at the end of the text.
         ignore_eos: go on after the model's own end token.
+        skip_special_tokens: leave special tokens out of the text.
+        logprobs: for each token of the output the so many likeliest, with log-probabilities; 0 gives the token's own
+            alone, None none.
+        prompt_logprobs: the same for the tokens of the prompt.
         verification: "coupled" and "ratio" are exact; "relaxed" is approximate and needs `tau`.
         tau: relaxed only: also accept a draft whose probability is at least tau times the likeliest token's.
     """
 
+    n: int = 1
     max_tokens: int = 256
+    min_tokens: int = 0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -46,13 +59,20 @@ class SamplingParams:
     banned_tokens: tuple[int, ...] = ()
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+    stop: str | Sequence[str] = ()
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
     verification: str = "coupled"
     tau: float | None = None
 
     def __post_init__(self) -> None:
+        self._check_counts()
         self._check_numbers()
         self._check_tokens()
+        self._check_text()
         if self.verification not in VERIFICATIONS:
             raise InputError(f"verification {self.verification!r} is unknown; use one of {', '.join(VERIFICATIONS)}")
         if (self.tau is not None) != (self.verification == "relaxed"):
@@ -60,11 +80,23 @@ class SamplingParams:
                 f"tau={self.tau} with verification={self.verification!r}; tau goes with 'relaxed', and only with it"
             )
 
-    def _check_numbers(self) -> None:
+    def _check_counts(self) -> None:
+        _integer("n", self.n, 1, MOST_SAMPLES + 1)
         _integer("max_tokens", self.max_tokens, 1, 2**31)
+        _integer("min_tokens", self.min_tokens, 0, 2**31)
+        if self.min_tokens > self.max_tokens:
+            raise InputError(
+                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}; lower one or raise the other"
+            )
         _integer("top_k", self.top_k, -1, 2**31)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, MOST_LOGPROBS + 1)
         if self.seed is not None:
             _integer("seed", self.seed, 0, SEED_LIMIT)
+            _integer("seed + n - 1", self.seed + self.n - 1, 0, SEED_LIMIT)
+
+    def _check_numbers(self) -> None:
         _number("temperature", self.temperature, 0.0, 1e4)
         _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _number("min_p", self.min_p, 0.0, 1.0)
@@ -87,6 +119,17 @@ class SamplingParams:
             object.__setattr__(self, name, tuple(value))
             for token in getattr(self, name):
                 _integer(f"{name} entry", token, 0, 2**31)
+
+    def _check_text(self) -> None:
+        if not isinstance(self.stop, str) and not hasattr(self.stop, "__iter__"):
+            raise InputError(f"stop={self.stop!r} is not text; use a string, or a list of strings")
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise InputError(f"stop entry {text!r} is not a non-empty string; use text, or stop=() for none")
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}={getattr(self, name)!r} is neither True nor False; use one of them")
 
     @property
     def greedy(self) -> bool:

@@ -54,7 +54,8 @@ class _Request:
     def law(self, logits: Tensor, output: Sequence[int]) -> Tensor:
         """The law [V] of the token that comes after `output`."""
         before = history(self.prompt, output, [], logits.shape[-1])
-        return law(logits[None], self.params, before, self.mask_id)[0]
+        held_back = self.stop_ids if len(output) < self.params.min_tokens else ()
+        return law(logits[None], self.params, before, self.mask_id, held_back)[0]
 
     def noise(self, position: int, vocab_size: int, stream: Stream = Stream.TOKEN) -> Tensor:
         """The noise [V] at a position; none when greedy."""

@@ -1,16 +1,20 @@
 """`Window`: the rows of one decode forward and what each may see.
 
-With v drafts to verify and K = N - 1 masks per outcome, the rows are
+With K = N - 1 drafts to verify and G groups of K masks, the rows are
 
-    pending, d_1 .. d_v,                    the verify rows: they give p of d_1 .. d_v and of the bonus token
-    m_{j,1} .. m_{j,K}  for each outcome j  the masks: they draft K tokens after d_1 .. d_j and the next one
+    pending, d_1 .. d_K                     the verify rows: they give p of d_1 .. d_K and of the bonus token
+    m_{g,1} .. m_{g,K}  for each group g    the masks: they draft K tokens after d_1 .. d_j and the next one,
+                                            where j is the outcome that group g serves
 
 A row sees the cache, itself, and
 
     d_k       pending, d_1 .. d_k
-    m_{j,k}   pending, d_1 .. d_j, m_{j,1} .. m_{j,k}
+    m_{g,k}   pending, d_1 .. d_j, m_{g,1} .. m_{g,k}
 
-The layout depends on (N, v, outcomes) alone, so it is built once.
+Shapes depend on (N, branches) alone. Only v <= K of the drafts may be valid: none before the first masks or after the
+chain broke, fewer when the stride has just grown. Then the outcomes are 0..v, the rows past d_v hold leftovers that
+nothing else sees, and groups without an outcome of their own repeat the last one's. So each v has its own row of the
+tables below, and a step picks it on the device.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from torch import Tensor
 from idlm.decoding.errors import InputError
 
 MAX_STRIDE = 64
+MAX_WIDTH = 64
+"""Rows of a window whose visibility fits a 64-bit word."""
 Branches = str | tuple[int, ...]
 """Which outcomes get masks: "all", "chain" (only that every draft stands), or the numbers of accepted drafts."""
 
@@ -57,67 +63,81 @@ def outcomes(branches: Branches, drafts: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Window:
-    """A layout: `stride` N, `drafts` v (0 or K), and the outcomes that get masks.
+    """The layout of a plan: stride N and branches.
 
     Attributes:
-        offsets: int64 [W], each row's position less the pending token's.
-        visible: bool [W, W], row may see row; every row sees the whole cache besides.
+        groups: G, sets of masks; N with all outcomes, 1 for the chain, 0 at stride 1.
+        offsets: int64 [K + 1, W], by number of valid drafts: each row's position less the pending token's.
+        words: int64 [K + 1, W]: row r may see row s of the window where bit s of its word is set; it sees the whole
+            cache besides. None where W > 64.
+        visible: bool [K + 1, W, W], the same written out.
+        group: int64 [K + 1, K + 1], by valid drafts and accepted ones: the group of that outcome, or -1 where it has
+            none and the next window starts without drafts.
+
+    Raises:
+        InputError: more than 64 rows.
     """
 
     stride: int
-    drafts: int
-    outcomes: tuple[int, ...]
+    branches: Branches
+    groups: int = field(init=False)
     offsets: Tensor = field(init=False, repr=False, compare=False)
-    visible: Tensor = field(init=False, repr=False, compare=False)
+    words: Tensor = field(init=False, repr=False, compare=False)
+    group: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "offsets", self._offsets())
-        object.__setattr__(self, "visible", self._visible())
+        served = [outcomes(self.branches, v) for v in range(self.stride)] if self.masks else [()]
+        object.__setattr__(self, "groups", max(map(len, served)))
+        if self.width > MAX_WIDTH:
+            raise InputError(
+                f"stride={self.stride} with branches={self.branches!r} needs {self.width} rows and a "
+                f"window holds {MAX_WIDTH}; use a smaller stride"
+            )
+        table = [[_index(chosen, j) for j in range(self.stride)] for chosen in served]
+        served = [chosen + chosen[-1:] * (self.groups - len(chosen)) for chosen in served]
+        object.__setattr__(self, "offsets", torch.stack([self._offsets(chosen) for chosen in served]))
+        object.__setattr__(self, "words", torch.stack([self._words(chosen) for chosen in served]))
+        object.__setattr__(self, "group", torch.tensor(table))
 
     @property
     def masks(self) -> int:
-        """Masks per outcome, K = N - 1."""
+        """Masks per group, and drafts: K = N - 1."""
         return self.stride - 1
 
     @property
     def verify_rows(self) -> int:
-        """The pending token and the drafts: the first 1 + v rows."""
-        return 1 + self.drafts
+        """The pending token and the drafts: the first N rows."""
+        return self.stride
+
+    @property
+    def mask_rows(self) -> int:
+        """The rows that hold MASK: all others."""
+        return self.groups * self.masks
 
     @property
     def width(self) -> int:
-        """All rows, W; N**2 with all outcomes of a full window."""
-        return self.verify_rows + len(self.outcomes) * self.masks
+        """All rows, W; N**2 with all outcomes, 2 N - 1 for the chain."""
+        return self.verify_rows + self.mask_rows
 
-    @property
-    def mask_rows(self) -> slice:
-        """The rows that hold MASK: the gate of the adapter."""
-        return slice(self.verify_rows, self.width)
+    def _offsets(self, served: tuple[int, ...]) -> Tensor:
+        masks = [j + torch.arange(1, self.stride) for j in served]
+        return torch.cat([torch.arange(self.stride), *masks])
 
-    def branch(self, accepted: int) -> slice | None:
-        """The mask rows of the outcome `accepted`, or None where it has no masks: the next window starts cold."""
-        if accepted not in self.outcomes or not self.masks:
-            return None
-        first = self.verify_rows + self.outcomes.index(accepted) * self.masks
-        return slice(first, first + self.masks)
-
-    def _offsets(self) -> Tensor:
-        verify = torch.arange(self.verify_rows)
-        masks = [j + torch.arange(1, self.masks + 1) for j in self.outcomes]
-        return torch.cat([verify, *masks])
-
-    def _visible(self) -> Tensor:
+    def _words(self, served: tuple[int, ...]) -> Tensor:
         visible = torch.zeros(self.width, self.width, dtype=torch.bool)
-        visible[: self.verify_rows, : self.verify_rows] = torch.ones(self.verify_rows, self.verify_rows).tril() > 0
-        for number, j in enumerate(self.outcomes):
-            first = self.verify_rows + number * self.masks
-            rows = slice(first, first + self.masks)
+        visible[: self.stride, : self.stride] = torch.ones(self.stride, self.stride).tril() > 0
+        for number, j in enumerate(served):
+            rows = slice(self.stride + number * self.masks, self.stride + (number + 1) * self.masks)
             visible[rows, : j + 1] = True
             visible[rows, rows] = torch.ones(self.masks, self.masks).tril() > 0
-        return visible
+        return (visible << torch.arange(self.width)).sum(dim=-1)
+
+
+def _index(served: tuple[int, ...], accepted: int) -> int:
+    return served.index(accepted) if accepted in served else -1
 
 
 @lru_cache(maxsize=256)
-def window(stride: int, drafts: int, branches: Branches) -> Window:
-    """The layout for `drafts` drafts (0 when there are none yet, else stride - 1) under `branches`."""
-    return Window(stride, drafts, outcomes(branches, drafts))
+def window(stride: int, branches: Branches) -> Window:
+    """The layout of a plan, made once."""
+    return Window(stride, branches)

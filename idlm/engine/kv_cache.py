@@ -1,52 +1,117 @@
-"""`ContiguousCache`: keys and values of one sequence, written in place.
+"""`KVCache`: the pages of all layers, and the attention of a batch of windows over them.
 
-Region of one layer, for a window of W rows whose pending token has position s:
+Rows of one forward lie flat, [1, T]: the real rows of every segment first, slot by slot, then the MASK rows of every
+segment, so that the adapter's gate is one slice and the linear layers see plain matrices:
 
-    0 .. s-1            s .. s+v                     s+v+1 .. s+W-1
-    committed tokens    pending and drafts           masks (scratch)
+    segment 0: B slots x R real rows | segment 1 ... || segment 0: B slots x M masks | segment 1 ...
 
-The next window starts at its own pending token and overwrites the masks and what was rejected: nothing is trimmed.
+Real rows are written to the pages at their positions; the next window overwrites what was rejected, so there is nothing
+to trim. MASK rows never enter the pages.
+
+Shapes: B slots, R real rows and M masks a slot, W = R + M, H query heads, G key/value heads, E head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from idlm.decoding.errors import InputError
+from idlm.kernels.batch_invariant import InvariantMeta, invariant_attention, invariant_meta
+from idlm.kernels.window_attention import WindowMeta, cache_rows, window_attention, window_meta, write_pages
 
-class ContiguousCache:
-    """Keys and values [layers, 1, G, capacity, E]; grows by doubling.
+
+@dataclass(frozen=True)
+class Segment:
+    """Slots whose windows have one shape.
 
     Attributes:
-        start: where the rows of the running forward go.
+        masks: M.
+        meta: what each row sees.
+        rows: int64 [B, R], the cache rows that the real rows are written to.
     """
 
-    def __init__(self) -> None:
-        self.start = 0
-        self._layers: list[tuple[Tensor, Tensor]] = []
-
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """See `idlm.models.attention.KVCache`: S is everything up to the last row written."""
-        end = self.start + key.shape[2]
-        if layer == len(self._layers):
-            self._layers.append((key.new_empty(0), value.new_empty(0)))
-        keys, values = (self._room(old, new, end) for old, new in zip(self._layers[layer], (key, value), strict=True))
-        self._layers[layer] = keys, values
-        keys[:, :, self.start : end] = key
-        values[:, :, self.start : end] = value
-        return keys[:, :, :end], values[:, :, :end]
-
-    def _room(self, old: Tensor, rows: Tensor, end: int) -> Tensor:
-        """A buffer like `old` with room for `end` rows."""
-        if old.numel() and old.shape[2] >= end:
-            return old
-        batch, heads, _, size = rows.shape
-        new = rows.new_empty(batch, heads, 2 * end, size)
-        if old.numel():
-            new[:, :, : old.shape[2]] = old
-        return new
+    masks: int
+    meta: WindowMeta | InvariantMeta
+    rows: Tensor
 
 
-def visible_rows(window: Tensor, prefix: int) -> Tensor:
-    """What the rows of a window [W, W] see, with `prefix` committed tokens before them: bool [W, prefix + W]."""
-    return torch.cat([window.new_ones(window.shape[0], prefix), window], dim=1)
+class KVCache:
+    """Keys and values of every layer, [2, pages, page, G, E] each; page 0 takes what nobody wants.
+
+    Attributes:
+        segments: what the running forward's rows are; set before each forward.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int, int]],
+        pages: int,
+        page_size: int,
+        like: Tensor,
+        deterministic: bool = False,
+    ) -> None:
+        """`shapes` are (H, G, E) by layer; `like` has the type and the device of the keys; `deterministic`: see `batch_invariant`."""
+        if len(set(shapes)) > 1:
+            raise InputError(f"layers with attention of different shapes {sorted(set(shapes))} are not supported")
+        self.heads, groups, size = shapes[0]
+        self.page_size = page_size
+        self._meta = invariant_meta if deterministic else window_meta
+        self._attention: Callable[..., Tensor] = invariant_attention if deterministic else window_attention
+        self.pages = [like.new_zeros(2, pages, page_size, groups, size) for _ in shapes]
+        self.segments: Sequence[Segment] = ()
+
+    def columns(self, tokens: int) -> int:
+        """Page-table columns that `tokens` tokens need."""
+        return -(-tokens // self.page_size)
+
+    def segment(self, table: Tensor, prefix: Tensor, words: Tensor | None, positions: Tensor, masks: int) -> Segment:
+        """The windows of slots with `prefix` [B] cached tokens and page tables `table` [B, M].
+
+        The real rows go to `positions` int64 [B, R]; to the trash page where the table does not reach. `words` as in
+        `window_meta`.
+        """
+        width = positions.shape[1] + masks
+        end = table.shape[1] * self.page_size
+        inside = cache_rows(table, positions.clamp(max=end - 1), self.page_size)
+        rows = torch.where(positions < end, inside, 0)
+        return Segment(masks, self._meta(self.pages[0], table, prefix, words, width, self.heads), rows)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """See `idlm.models.attention.Cache`; the rows lie as the head of this file says."""
+        rows = [one[0].transpose(0, 1) for one in (query, key, value)]
+        if len(self.segments) == 1:
+            return torch.cat(self._segment(self.segments[0], layer, rows, scale))[None]
+        mixed = [
+            self._segment(segment, layer, [one[place] for one in rows], scale)
+            for segment, place in zip(self.segments, _places(self.segments, query.device), strict=True)
+        ]
+        return torch.cat([part for parts in zip(*mixed, strict=True) for part in parts])[None]
+
+    def _segment(self, segment: Segment, layer: int, rows: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+        """Write and attend for one segment's rows [B R + B M, heads, E]; the values mixed, of real rows and masks."""
+        query, key, value = (_by_slot(one, segment) for one in rows)
+        pages, real = self.pages[layer], segment.rows.shape[1]
+        write_pages(pages, key[:, :real], value[:, :real], segment.rows)
+        mixed = self._attention(query, key, value, pages, segment.meta, scale)
+        return mixed[:, :real].flatten(0, 1), mixed[:, real:].flatten(0, 1)
+
+
+def _by_slot(rows: Tensor, segment: Segment) -> Tensor:
+    """[B R + B M, ...] -> [B, R + M, ...]."""
+    if not segment.masks:
+        return rows.unflatten(0, (-1, segment.rows.shape[1]))
+    first = segment.rows.numel()
+    real, masks = rows[:first].unflatten(0, (-1, segment.rows.shape[1])), rows[first:].unflatten(0, (-1, segment.masks))
+    return torch.cat([real, masks], dim=1)
+
+
+def _places(segments: Sequence[Segment], device: torch.device) -> list[Tensor]:
+    """The flat rows of each segment: its real ones, then its masks."""
+    real = [s.rows.numel() for s in segments]
+    masks = [s.rows.shape[0] * s.masks for s in segments]
+    rows = torch.arange(sum(real) + sum(masks), device=device).split(real + masks)
+    return [torch.cat([rows[i], rows[len(segments) + i]]) for i in range(len(segments))]

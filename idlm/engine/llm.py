@@ -3,55 +3,28 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, overload
 
 import torch
+from tqdm.auto import tqdm
 
 from idlm.decoding.errors import InputError
 from idlm.decoding.params import SEED_LIMIT, SamplingParams
-from idlm.decoding.window import parse_branches
-from idlm.engine.decoder import CachedDecoder, Step
+from idlm.engine.build import DEFAULT_SLOTS, build_engine
+from idlm.engine.engine import Engine
+from idlm.engine.request import Result, Update
+from idlm.models.adapter import load_more
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import load
+from idlm.models.sources import resolve
+
+__all__ = ["LLM", "Result"]
 
 Prompt = str | Sequence[int]
-
-
-@dataclass
-class Result:
-    """One finished request.
-
-    Attributes:
-        prompt_token_ids, token_ids: the prompt and the output; the output keeps its stop token.
-        text: the output as text, special tokens left out; empty where the model has no tokenizer.
-        finish_reason: "stop" or "length".
-        seed: of the noise: the same seed gives the same tokens at any stride.
-        forwards: forward passes, the prefill included.
-        reached: by depth (index k - 1): drafts looked at, all before them having been accepted.
-        accepted: by depth: drafts accepted.
-        sources: for each token "first" (from the prefill), "accepted", "corrected" or "bonus".
-    """
-
-    prompt_token_ids: list[int]
-    seed: int
-    reached: list[int]
-    accepted: list[int]
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str = "length"
-    forwards: int = 0
-    sources: list[str] = field(default_factory=list)
-
-    @property
-    def tpf(self) -> float:
-        """Tokens per forward, the prefill counted."""
-        return len(self.token_ids) / self.forwards
-
-    @property
-    def acceptance(self) -> list[float]:
-        """By depth: accepted / reached; 0 where no draft was reached."""
-        return [a / r if r else 0.0 for a, r in zip(self.accepted, self.reached, strict=True)]
+Message = Mapping[str, Any]
 
 
 class LLM:
@@ -60,11 +33,26 @@ class LLM:
     Args:
         model: a folder, a hub id, a bundled name ("nano", "nano-base", "nano-full"), or a loaded `Idlm`.
         adapter: a gated LoRA's folder.
+        adapters: more gated LoRAs of the same base, by the name that requests give: `generate(..., adapter=name)`. The
+            first one given is the default; `adapter` is called "default".
         stride: N, the most tokens a forward commits; 1 is plain AR.
-        branches: "all" drafts for every outcome of the verification, "chain" only for the one where every draft stands;
-            or the numbers of accepted drafts to draft for.
+        branches: "all" drafts for every outcome of the verification, "chain" only for the one where every draft
+            stands; numbers of accepted drafts, for those; "planner" picks stride (up to `stride`) and branches at each
+            step from measured costs and running acceptance.
+        max_num_seqs: the most requests at once; others wait.
+        kv_memory: for the KV cache: bytes, or a string such as "512MiB"; None takes what `max_num_seqs` requests of
+            full length need, within a share of the memory there is.
+        page_size: tokens a page of the KV cache holds.
+        prefill_tokens: prompt tokens that one step may prefill beside running requests; None follows the step's time.
         dtype: "auto" (the checkpoint's), or a torch dtype or its name.
         device: where to run.
+        deterministic: batch-invariant kernels: a token's logits do not depend on the rows beside it, also in float32
+            and bfloat16. Slower.
+        simulate_acceptance: by depth: accept drafts by chance, whatever the tokens. For measuring shapes without
+            trained weights; the output means nothing.
+
+    Attributes:
+        engine: what runs the requests; `engine.metrics` counts.
 
     Raises:
         InputError: an argument cannot be used; the message says why and what to do.
@@ -78,42 +66,161 @@ class LLM:
         branches: str | Iterable[int] = "all",
         dtype: str | torch.dtype = "auto",
         device: str = "cpu",
+        *,
+        adapters: Mapping[str, str] | None = None,
+        max_num_seqs: int = DEFAULT_SLOTS,
+        kv_memory: int | str | None = None,
+        page_size: int = 16,
+        prefill_tokens: int | None = None,
+        deterministic: bool = False,
+        simulate_acceptance: Sequence[float] | None = None,
     ) -> None:
-        plan = parse_branches(branches, stride)
         if isinstance(model, Idlm) and adapter is not None:
             raise InputError(f"adapter={adapter!r} with a loaded model; give it to idlm.load instead")
-        self.idlm = model if isinstance(model, Idlm) else load(model, adapter=adapter, dtype=dtype, device=device)
+        named = ({} if adapter is None else {"default": adapter}) | dict(adapters or {})
+        if isinstance(model, str):
+            model = load(model, dtype=dtype, device=device)
+        names = ["default", *named] if model.gate is not None else list(named)
+        for folder in named.values():
+            load_more(model, resolve(folder)[0])
+        self.idlm = model
+        self.engine: Engine = build_engine(
+            self.idlm,
+            stride=stride,
+            branches=branches,
+            adapters=names,
+            max_num_seqs=max_num_seqs,
+            kv_memory=kv_memory,
+            page_size=page_size,
+            prefill_tokens=prefill_tokens,
+            deterministic=deterministic,
+            simulate_acceptance=simulate_acceptance,
+        )
         self.stride = stride
-        self._decoder = CachedDecoder(self.idlm, stride, plan)
 
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        use_tqdm: bool = False,
     ) -> list[Result]:
         """Complete each prompt (text, or token ids); one result for each, in order.
 
         Every prompt is checked before the first is run.
 
+        Args:
+            adapter: which adapter drafts.
+            priority: lower goes first.
+            timeout: seconds for each request, after which it ends as it is.
+            use_tqdm: show a progress bar.
+
         Raises:
             InputError: a prompt is empty, longer than the context, or holds a MASK or ids the model does not have.
         """
-        ids = [self._encode(prompt) for prompt in _as_prompts(prompts)]
+        ids = [self.encode(prompt) for prompt in _as_prompts(prompts)]
         params = _as_params(sampling_params, len(ids))
-        for one in params:
+        for prompt, one in zip(ids, params, strict=True):
             one.check_vocabulary(self.idlm.vocab_size)
-        return [self._complete(prompt, one) for prompt, one in zip(ids, params, strict=True)]
+            self.engine.intake.check_size(prompt, one)
+        options = {"adapter": adapter, "priority": priority, "timeout": timeout}
+        with self._requests() as add:
+            groups = [add(prompt, one, **options) for prompt, one in zip(ids, params, strict=True)]
+            done: dict[str, Result] = {}
+            with tqdm(total=len(groups), desc="requests", disable=not use_tqdm) as bar:
+                while len(done) < sum(map(len, groups)):
+                    for update in self.engine.step():
+                        if update.result is not None:
+                            done[update.request_id] = update.result
+                            bar.update(len(groups) / sum(map(len, groups)))
+        return [_gather([done[one] for one in group]) for group in groups]
 
-    def chat(self, messages: Sequence[dict[str, str]], sampling_params: SamplingParams | None = None) -> Result:
-        """Answer a conversation of {"role", "content"} messages, through the model's own chat template."""
-        tokenizer = self.idlm.tokenizer
+    @overload
+    def chat(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **options: Any
+    ) -> Result: ...
+
+    @overload
+    def chat(
+        self, messages: Sequence[Sequence[Message]], sampling_params: SamplingParams | None = None, **options: Any
+    ) -> list[Result]: ...
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | None = None,
+        **options: Any,
+    ) -> Result | list[Result]:
+        """Answer a conversation of {"role", "content"} messages through the model's own chat template; or several.
+
+        `options` as for `generate`.
+        """
+        tokenizer: Any = self.idlm.tokenizer
         if tokenizer is None or not tokenizer.chat_template:
             raise InputError(f"model {self.idlm.name!r} has no chat template; use generate with plain text")
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-        return self.generate([ids], sampling_params)[0]
+        if not messages:
+            raise InputError("messages=[] holds no message; give at least one {'role', 'content'}")
+        single = isinstance(messages[0], Mapping)
+        prompts = []
+        for conversation in [messages] if single else messages:
+            text = tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
+            prompts.append(tokenizer(text, add_special_tokens=False).input_ids)
+        results = self.generate(prompts, sampling_params, **options)
+        return results[0] if single else results
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Iterator[Update]:
+        """Complete one prompt, piece by piece; the last update carries the result.
+
+        Raises:
+            InputError: as `generate`, before the first piece; or n > 1.
+        """
+        (params,) = _as_params(sampling_params, 1)
+        if params.n > 1:
+            raise InputError(f"n={params.n} cannot be streamed by LLM.stream; use n=1, or generate")
+        ids = self.encode(prompt)
+        params.check_vocabulary(self.idlm.vocab_size)
+        self.engine.intake.check_size(ids, params)
+        return self._stream(ids, params, adapter)
+
+    def _stream(self, ids: list[int], params: SamplingParams, adapter: str | None) -> Iterator[Update]:
+        with self._requests() as add:
+            (mine,) = add(ids, params, adapter=adapter)
+            while True:
+                for update in self.engine.step():
+                    if update.request_id == mine:
+                        yield update
+                        if update.result is not None:
+                            return
+
+    @contextmanager
+    def _requests(self) -> Iterator[Callable[..., list[str]]]:
+        """Gives a function that adds all samples of a prompt; what has not finished at the end is aborted."""
+        added: list[str] = []
+
+        def add(prompt: list[int], params: SamplingParams, **options: Any) -> list[str]:
+            seed = secrets.randbelow(SEED_LIMIT) if params.seed is None else params.seed
+            seeds = [(seed + sample) % SEED_LIMIT for sample in range(params.n)]
+            group = [self.engine.add(prompt, replace(params, n=1), one, **options) for one in seeds]
+            added.extend(group)
+            return group
+
+        try:
+            yield add
+        finally:
+            for one in added:
+                self.engine.abort(one)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The token ids of a prompt, checked.
+
+        Raises:
+            InputError: it is empty, longer than the context, or holds a MASK or ids the model does not have.
+        """
         if isinstance(prompt, str):
             if self.idlm.tokenizer is None:
                 raise InputError(f"model {self.idlm.name!r} has no tokenizer; give the prompt as token ids")
@@ -132,42 +239,11 @@ class LLM:
             raise InputError(f"prompt token {token} is outside the vocabulary 0..{self.idlm.vocab_size - 1}")
         return token
 
-    def _complete(self, prompt: list[int], params: SamplingParams) -> Result:
-        seed = secrets.randbelow(SEED_LIMIT) if params.seed is None else params.seed
-        depth = self.stride - 1
-        result = Result(prompt, seed, reached=[0] * depth, accepted=[0] * depth)
-        stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else self.idlm.eos_ids)
-        limit = min(params.max_tokens, self.idlm.context - len(prompt))
-        for step in self._decoder.steps(prompt, params, seed):
-            _extend(result, step, stop_ids, limit)
-            if result.finish_reason == "stop" or len(result.token_ids) == limit:
-                break
-        if self.idlm.tokenizer is not None:
-            result.text = str(self.idlm.tokenizer.decode(result.token_ids, skip_special_tokens=True))
-        return result
 
-
-def _extend(result: Result, step: Step, stop_ids: set[int], limit: int) -> None:
-    """Add a step's tokens as far as the request wants them; drafts past its end are not counted."""
-    result.forwards += 1
-    for index, token in enumerate(step.tokens):
-        result.token_ids.append(token)
-        result.sources.append(_source(step, index, first=result.forwards == 1))
-        if index < step.drafted:
-            result.reached[index] += 1
-            result.accepted[index] += index < step.accepted
-        if token in stop_ids:
-            result.finish_reason = "stop"
-        if token in stop_ids or len(result.token_ids) == limit:
-            return
-
-
-def _source(step: Step, index: int, first: bool) -> str:
-    if first:
-        return "first"
-    if index < step.accepted:
-        return "accepted"
-    return "corrected" if index < step.drafted else "bonus"
+def _gather(samples: list[Result]) -> Result:
+    """The first sample, with the others of the same prompt in it."""
+    first, *others = samples
+    return replace(first, samples=others) if others else first
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -25,19 +25,14 @@ class Accuracy:
         return self.correct / len(self.results)
 
 
-def evaluate(
-    llm: LLM, problems: Sequence[Problem], params: SamplingParams, advance: Callable[[], None] = lambda: None
-) -> Accuracy:
-    """Ask every problem through the chat template, and read the answers.
+def evaluate(llm: LLM, problems: Sequence[Problem], params: SamplingParams) -> Accuracy:
+    """Ask every problem through the chat template, all in one batch, and read the answers.
 
     Raises:
         InputError: the model has no chat template.
     """
     started = perf_counter()
-    correct, results = 0, []
-    for problem in problems:
-        result = llm.chat([{"role": "user", "content": problem.question}], params)
-        correct += read_answer(result.text) == problem.answer
-        results.append(result)
-        advance()
-    return Accuracy(correct, results, perf_counter() - started)
+    asked = [[{"role": "user", "content": problem.question}] for problem in problems]
+    results = llm.chat(asked, params)
+    right = [read_answer(one.text) == problem.answer for one, problem in zip(results, problems, strict=True)]
+    return Accuracy(sum(right), results, perf_counter() - started)

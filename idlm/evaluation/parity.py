@@ -80,7 +80,8 @@ def compare(
     Raises:
         InputError: a prompt or a parameter cannot be used.
     """
-    ar, isd = LLM(idlm, stride=1), LLM(idlm, stride=stride, branches=branches)
+    ar = LLM(idlm, stride=1, max_num_seqs=1)
+    isd = LLM(idlm, stride=stride, branches=branches, max_num_seqs=1)
     compared, differences, results = 0, [], []
     for number, (prompt, one) in enumerate(zip(prompts, numbered_seeds(params, len(prompts)), strict=True)):
         left, right = ar.generate([list(prompt)], one)[0], isd.generate([list(prompt)], one)[0]
@@ -176,7 +177,7 @@ def check_law(
     Raises:
         InputError: a prompt or a parameter cannot be used.
     """
-    llm = LLM(idlm, stride=stride, branches=branches)
+    llm = LLM(idlm, stride=stride, branches=branches, max_num_seqs=1)
     values, impossible, results = [], 0, []
     generator = torch.Generator().manual_seed(params.seed or 0)
     for prompt, one in zip(prompts, numbered_seeds(replace(params, ignore_eos=True), len(prompts)), strict=True):

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from idlm.decoding.errors import InputError
-from idlm.models.gated_lora import Gate, LoraSpec, adapter_parameters, attach
+from idlm.models.gated_lora import Gate, LoraSpec, adapter_parameters, attach, attach_more
 from idlm.models.idlm_model import Idlm
+from idlm.models.peft_config import refuse_features
 from idlm.models.sources import read_json
 from idlm.models.weights import TensorInfo, embedding_rows, file_tensors, fingerprint, output_head
 
@@ -41,24 +42,8 @@ CONFIG, TENSORS, EXTRA, MASK_ROW = (
 PREFIX = "base_model.model."
 TENSOR_NAME = re.compile(re.escape(PREFIX) + r"(.+)\.(lora_[AB])\.weight")
 
-UNDERSTOOD = {"peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "init_lora_weights"}
-HARMLESS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "lora_dropout",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "task_type",
-}
-OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
 PUBLISHED_MASKS = {"qwen3": 151669}
 """The unused embedding row that published I-DLM adapters took for MASK, for bases that name none."""
-
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Ways to start a LoRA that leave the base's weights alone; others (pissa, olora, corda, loftq) change them."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +70,7 @@ def read(folder: Path) -> AdapterInfo:
         InputError: no adapter there, or a PEFT feature that is not implemented: it names the key and the value.
     """
     config = read_json(folder / CONFIG)
-    _refuse_features(config, folder)
+    refuse_features(config, f"{str(folder / CONFIG)!r}")
     if not (folder / TENSORS).exists():
         raise InputError(f"no {TENSORS} in {str(folder)!r}; save the adapter as safetensors (pickle is never read)")
     targets = sorted({module.rpartition(".")[2] for module, _ in _modules(folder)})
@@ -94,20 +79,6 @@ def read(folder: Path) -> AdapterInfo:
     if not (folder / EXTRA).exists():
         return AdapterInfo(folder, spec, base)
     return AdapterInfo(folder, spec, base, *_read_extra(folder))
-
-
-def _refuse_features(config: dict[str, Any], folder: Path) -> None:
-    where = f"{str(folder / CONFIG)!r}"
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"{where} has peft_type {config.get('peft_type')!r}; only LORA is supported")
-    start = config.get("init_lora_weights", True)
-    if start not in PLAIN_STARTS:
-        raise InputError(
-            f"{where} has init_lora_weights {start!r}, which changes the base; convert it to plain LoRA with peft"
-        )
-    for key, value in config.items():
-        if key not in UNDERSTOOD | HARMLESS and value not in OFF:
-            raise InputError(f"{where} has {key} {value!r}, which is not supported; train the adapter without it")
 
 
 def _rank_alpha(config: dict[str, Any], folder: Path) -> tuple[int, float]:
@@ -207,22 +178,50 @@ def load_into(model: PreTrainedModel, folder: str | Path, mask_id: int | None = 
     Raises:
         InputError: an adapter for another base, a feature that is not implemented, or tensors that do not fit.
     """
-    info = read(Path(folder))
-    if info.base_fingerprint is not None and info.base_fingerprint != (base := fingerprint(model)):
-        raise InputError(
-            f"adapter {str(folder)!r} is for base {info.base_name!r} with fingerprint {info.base_fingerprint[:16]}, "
-            f"not {model.name_or_path!r} with {base[:16]}; give the base it was trained on"
-        )
-    _check_modules(model, info)
+    info = _checked(model, Path(folder))
     mask, row = _mask_row(model, info, mask_id)
     gate = attach(model, info.spec, mask)
     _fill(model, load_file(info.folder / TENSORS), row)
     return gate, mask, info.block_size
 
 
+def load_more(idlm: Idlm, folder: Path) -> int:
+    """Give a model another adapter, for requests that name it; returns its number, 0 for the first.
+
+    Raises:
+        InputError: as `load_into`; or it has another MASK id than the first.
+    """
+    if idlm.gate is None:
+        own = idlm.mask_id if idlm.mask_id < idlm.vocab_size else None
+        idlm.gate, idlm.mask_id, idlm.block_size = load_into(idlm.model, folder, own)
+        return 0
+    info = _checked(idlm.model, folder)
+    mask, row = _mask_row(idlm.model, info, idlm.mask_id)
+    if mask != idlm.mask_id:
+        raise InputError(
+            f"adapter {str(folder)!r} has mask_token_id {mask}, the first one {idlm.mask_id}; serve it apart"
+        )
+    stored = load_file(folder / TENSORS)
+    tensors = {(module, kind): stored[f"{PREFIX}{module}.{kind}.weight"] for module, kind in _modules(folder)}
+    return attach_more(idlm.model, idlm.gate, info.spec, tensors, row)
+
+
+def _checked(model: PreTrainedModel, folder: Path) -> AdapterInfo:
+    """What the folder says, which fits the model."""
+    info = read(folder)
+    if info.base_fingerprint is not None and info.base_fingerprint != (base := fingerprint(model)):
+        raise InputError(
+            f"adapter {str(folder)!r} is for base {info.base_name!r} with fingerprint {info.base_fingerprint[:16]}, "
+            f"not {model.name_or_path!r} with {base[:16]}; give the base it was trained on"
+        )
+    _check_modules(model, info)
+    return info
+
+
 def _check_modules(model: PreTrainedModel, info: AdapterInfo) -> None:
     """Every tensor has its linear layer, and every linear layer that `attach` will wrap has its tensors."""
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    named = model.named_modules()
+    linear = {name.removesuffix(".base"): module for name, module in named if isinstance(module, nn.Linear)}
     tensors, rank, where = _modules(info.folder), info.spec.rank, f"adapter {str(info.folder)!r}"
     for (module, kind), tensor in tensors.items():
         if module not in linear:

@@ -2,8 +2,8 @@
 
 Shapes: B batch, H query heads, G key/value heads, Q query rows, S key rows, E head size.
 
-Training, the reference decoder and the cached decoder all call the model with `visible=...`; the model hands it down
-to this function untouched, so a window, a training layout and plain causal text differ only in that mask.
+Training and the reference decoder call the model with `visible=...`, the engine with `cache=...`; the model hands them
+down to this function untouched, so a window, a training layout and plain causal text differ only in that.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ NAME = "idlm"
 """The name under which transformers knows the function."""
 
 
-class KVCache(Protocol):
+class Cache(Protocol):
     """What the function needs of a cache."""
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's rows, [B, G, Q, E]; return all keys and values its queries may look at, [B, G, S, E]."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Keep one layer's rows and mix the values that each query may see, those of earlier forwards included.
+
+        query [B, H, Q, E], key and value [B, G, Q, E] -> [B, Q, H, E].
+        """
+        ...
 
 
 def attention(
@@ -34,7 +38,7 @@ def attention(
     scaling: float,
     dropout: float = 0.0,
     visible: Tensor | None = None,
-    cache: KVCache | None = None,
+    cache: Cache | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention over what `visible` allows; plain causal attention without it.
@@ -45,14 +49,20 @@ def attention(
         attention_mask: transformers' own argument; used only by callers that know no `visible` (its `generate`).
         scaling, dropout: as in transformers.
         visible: bool, broadcastable to [B, H, Q, S]; True where a query row may see a key row.
-        cache: where the rows' keys and values go and where earlier ones come from.
+        cache: keeps the rows' keys and values and knows what they may see; `visible` is not looked at then.
 
     Returns:
         the mixed values [B, Q, H, E], and None in place of the attention weights.
     """
     if cache is not None:
-        key, value = cache.write(module.layer_idx, key, value)  # type: ignore[arg-type]
-    mask = attention_mask if visible is None else visible
+        return cache.attend(module.layer_idx, query, key, value, scaling), None  # type: ignore[arg-type]
+    return attend(query, key, value, attention_mask if visible is None else visible, scaling, dropout), None
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float = 0.0
+) -> Tensor:
+    """Attention under a boolean mask; plain causal without one. Shapes as in `attention`."""
     mixed = F.scaled_dot_product_attention(
         query,
         key,
@@ -63,7 +73,7 @@ def attention(
         scale=scaling,
         enable_gqa=key.shape[1] != query.shape[1],
     )
-    return mixed.transpose(1, 2), None
+    return mixed.transpose(1, 2)
 
 
 AttentionInterface.register(NAME, attention)

@@ -7,9 +7,10 @@ rows outside it are computed by the base's own kernels alone and stay bit-equal 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +43,18 @@ class LoraSpec:
 
 
 class Gate:
-    """Which rows of the running forward are MASK rows; shared by all gated layers of one model."""
+    """Which rows of the running forward are MASK rows, and whose; shared by all gated layers of one model.
+
+    Attributes:
+        rows: a slice along the row dimension.
+        adapters: how many adapters the model has.
+        adapter: int64 [MASK rows], which of them each MASK row uses; looked at where there are several.
+    """
 
     def __init__(self) -> None:
         self.rows = NO_ROWS
+        self.adapters = 1
+        self.adapter: Tensor | None = None
 
     @contextmanager
     def open(self, rows: slice) -> Iterator[None]:
@@ -57,14 +66,28 @@ class Gate:
             self.rows = NO_ROWS
 
 
+class LowRank(NamedTuple):
+    """A further adapter's update of one layer: A [r, in], B [out, r], alpha / r; `number` is the adapter's."""
+
+    number: int
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
 class GatedLinear(nn.Module):
-    """A frozen linear layer with a low-rank update on the MASK rows only."""
+    """A frozen linear layer with a low-rank update on the MASK rows only.
+
+    `more` holds other adapters' updates. All are computed for all MASK rows, and each row takes its own: the shapes do
+    not depend on who is in the batch, and the cost grows with the number of adapters loaded.
+    """
 
     def __init__(self, base: nn.Linear, spec: LoraSpec, gate: Gate) -> None:
         super().__init__()
         self.base = base
         self.gate = gate
         self.scale = spec.scale
+        self.more: list[LowRank] = []
         self.lora_A = nn.Parameter(base.weight.new_empty(spec.rank, base.in_features))
         self.lora_B = nn.Parameter(base.weight.new_zeros(base.out_features, spec.rank))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -75,21 +98,32 @@ class GatedLinear(nn.Module):
         rows = self.gate.rows
         if rows.start == rows.stop:  # plain AR pays nothing for the adapter
             return y
-        update = F.linear(F.linear(x[:, rows], self.lora_A), self.lora_B)
-        y[:, rows].add_(update, alpha=self.scale)
+        masks = x[:, rows]
+        update = F.linear(F.linear(masks, self.lora_A), self.lora_B)
+        if self.gate.adapters == 1:
+            y[:, rows].add_(update, alpha=self.scale)
+            return y
+        assert self.gate.adapter is not None  # noqa: S101
+        updates = [(0, update * self.scale)]
+        updates += [(more.number, F.linear(F.linear(masks, more.a), more.b) * more.scale) for more in self.more]
+        for index, one in updates:
+            y[:, rows].add_(one * self.gate.adapter.eq(index)[:, None])
         return y
 
 
 class MaskEmbedding(nn.Module):
     """The base's embedding, with the MASK row kept beside it.
 
-    `mask_id` may equal the number of rows: the base then never grows, and MASK exists only here.
+    `mask_id` may equal the number of rows: the base then never grows, and MASK exists only here. `more` holds the MASK
+    rows of further adapters.
     """
 
-    def __init__(self, base: nn.Embedding, mask_id: int) -> None:
+    def __init__(self, base: nn.Embedding, mask_id: int, gate: Gate) -> None:
         super().__init__()
         self.base = base
         self.mask_id = mask_id
+        self.gate = gate
+        self.more: list[Tensor] = []
         self.mask_row = nn.Parameter(base.weight.detach().mean(dim=0))
 
     @property
@@ -100,8 +134,14 @@ class MaskEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, Q] -> [B, Q, D]."""
         is_mask = tokens == self.mask_id
-        rows = self.base(tokens.masked_fill(is_mask, 0))
-        return torch.where(is_mask.unsqueeze(-1), self.mask_row, rows)
+        rows: Tensor = self.base(tokens.masked_fill(is_mask, 0))
+        if not self.more:
+            return torch.where(is_mask.unsqueeze(-1), self.mask_row, rows)
+        masks = self.gate.rows
+        if masks == NO_ROWS:
+            return rows
+        own = torch.stack([self.mask_row, *self.more])[self.gate.adapter]
+        return torch.cat([rows[:, : masks.start], own[None], rows[:, masks.stop :]], dim=1)
 
 
 def attach(model: PreTrainedModel, spec: LoraSpec, mask_id: int) -> Gate:
@@ -122,7 +162,7 @@ def attach(model: PreTrainedModel, spec: LoraSpec, mask_id: int) -> Gate:
     gate = Gate()
     for parent, name, layer in places:
         setattr(parent, name, GatedLinear(layer, spec, gate))
-    model.set_input_embeddings(MaskEmbedding(embedding, mask_id))
+    model.set_input_embeddings(MaskEmbedding(embedding, mask_id, gate))
     return gate
 
 
@@ -139,6 +179,32 @@ def _places(model: PreTrainedModel, target: str) -> list[tuple[nn.Module, str, n
         what = type(backbone).__name__
         raise InputError(f"LoRA target {target!r} names no linear layer inside {what}; name others, such as q_proj")
     return found
+
+
+@torch.no_grad()
+def attach_more(
+    model: PreTrainedModel, gate: Gate, spec: LoraSpec, tensors: Mapping[tuple[str, str], Tensor], mask_row: Tensor
+) -> int:
+    """Give a model that has an adapter another one; returns its number.
+
+    `tensors` maps (module, "lora_A" or "lora_B") to its update. A layer that only the new one adapts is gated with an
+    update of zero for the others.
+    """
+    index = gate.adapters
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, MaskEmbedding)  # noqa: S101
+    for module in sorted({module for module, _ in tensors}):
+        layer = model.get_submodule(module)
+        if isinstance(layer, nn.Linear):
+            parent, _, name = module.rpartition(".")
+            layer = GatedLinear(layer, LoraSpec(1, 1.0, spec.targets), gate)
+            setattr(model.get_submodule(parent), name, layer)
+        assert isinstance(layer, GatedLinear)  # noqa: S101
+        a, b = (tensors[module, kind].to(layer.base.weight) for kind in ("lora_A", "lora_B"))
+        layer.more.append(LowRank(index, a, b, spec.scale))
+    embedding.more.append(mask_row.to(embedding.weight))
+    gate.adapters += 1
+    return index
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

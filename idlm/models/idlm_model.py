@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from idlm.decoding.errors import InputError
-from idlm.models.attention import KVCache
+from idlm.models.attention import Cache
 from idlm.models.gated_lora import NO_ROWS, Gate
 
 
@@ -67,14 +67,14 @@ class Idlm:
         self,
         tokens: Tensor,
         positions: Tensor,
-        visible: Tensor,
+        visible: Tensor | None,
         mask_rows: slice = NO_ROWS,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Hidden states [B, Q, D] of the rows `tokens` [B, Q] at `positions` [B, Q].
 
-        `visible` is bool, broadcastable to [B, 1, Q, S]. Positions past the context are clamped: only masks and drafts
-        that no sequence can hold have them, and models with learned positions would fail on them.
+        `visible` is bool, broadcastable to [B, 1, Q, S]; None where a cache knows. Positions past the context are
+        clamped: only masks and drafts that no sequence can hold have them; learned positions would fail on them.
         """
         gate = self.gate or Gate()
         with gate.open(mask_rows):

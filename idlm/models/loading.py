@@ -16,7 +16,7 @@ from transformers.utils import logging
 from idlm.decoding.errors import InputError
 from idlm.models import adapter as adapters
 from idlm.models.architecture import mask_token, read_config, read_tokenizer, trained_block_size
-from idlm.models.attention import NAME
+from idlm.models.attention import NAME, attend
 from idlm.models.idlm_model import Idlm
 from idlm.models.sources import first_line, resolve
 from idlm.models.weights import embedding_rows, model_tensors, output_head
@@ -124,15 +124,16 @@ def _read_model(folder: Path, config: PreTrainedConfig, dtype: str | torch.dtype
     return model
 
 
-class _Recorder:
-    """A cache that stores nothing and notes which layers wrote to it."""
+class _Probe:
+    """A cache that keeps nothing and notes which layers asked it."""
 
-    def __init__(self) -> None:
+    def __init__(self, visible: Tensor) -> None:
+        self.visible = visible
         self.layers: list[int] = []
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         self.layers.append(layer)
-        return key, value
+        return attend(query, key, value, self.visible, scale)
 
 
 def _kind(error: Exception) -> str:
@@ -166,10 +167,10 @@ def check_architecture(idlm: Idlm) -> None:
     tokens = torch.tensor([k * step % idlm.vocab_size for k in range(1, 5)], device=idlm.device)
     positions = torch.tensor(PROBE_POSITIONS, device=idlm.device)
     visible = torch.tensor(PROBE_VISIBLE, dtype=torch.bool, device=idlm.device)
-    cache = _Recorder()
+    cache = _Probe(visible[None, None])
     what = f"{idlm.name!r}: the architecture {type(idlm.model).__name__} cannot be expressed"
     try:
-        ours = _our_logits(idlm, tokens, positions, visible, cache).double()
+        ours = _our_logits(idlm, tokens, positions, cache).double()
         stock = _stock_logits(idlm.model, tokens).double()
     except Exception as error:  # whatever a foreign forward raises
         raise InputError(f"{what} ({_kind(error)}); use another model") from error
@@ -183,9 +184,9 @@ def check_architecture(idlm: Idlm) -> None:
 
 
 @torch.inference_mode()
-def _our_logits(idlm: Idlm, tokens: Tensor, positions: Tensor, visible: Tensor, cache: _Recorder) -> Tensor:
+def _our_logits(idlm: Idlm, tokens: Tensor, positions: Tensor, cache: _Probe) -> Tensor:
     """Logits [4, V] of the probe's rows in one forward."""
-    return idlm.head(idlm.hidden(tokens[None], positions[None], visible[None, None], cache=cache))[0]
+    return idlm.head(idlm.hidden(tokens[None], positions[None], None, cache=cache))[0]
 
 
 @torch.inference_mode()

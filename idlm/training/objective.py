@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from idlm.models.attention import attend
 from idlm.models.idlm_model import Idlm
 
 EXCLUDED = -1e30
@@ -59,18 +60,24 @@ class Terms(NamedTuple):
 
 
 class CleanHalf:
-    """Keys and values of x_0, kept for the MASK rows: a `KVCache` of one forward and the next."""
+    """Keys and values of x_0, kept for the MASK rows: the `Cache` of one forward and the next.
 
-    def __init__(self) -> None:
+    Attributes:
+        visible: what the rows of the running forward see.
+    """
+
+    def __init__(self, visible: Tensor) -> None:
+        self.visible = visible
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def write(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """First forward: keep x_0's. Second: put the MASK rows' in front of them, [B, G, R + L, E]."""
-        if layer not in self.layers:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """First forward: keep x_0's rows. Second: put the MASK rows' in front of them, [B, G, R + L, E]."""
+        if layer in self.layers:
+            clean_key, clean_value = self.layers[layer]
+            key, value = torch.cat([key, clean_key], dim=2), torch.cat([value, clean_value], dim=2)
+        else:
             self.layers[layer] = (key, value)
-            return key, value
-        clean_key, clean_value = self.layers[layer]
-        return torch.cat([key, clean_key], dim=2), torch.cat([value, clean_value], dim=2)
+        return attend(query, key, value, self.visible, scale)
 
 
 def mask_rows(prompt: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,19 +151,19 @@ class Objective(nn.Module):
 
     def logits(self, texts: Texts, block_size: int, clean: bool) -> tuple[Tensor, Tensor]:
         """Logits of the supervised MASK rows [n, V] and supervised clean rows [n', V]; empty where not asked for."""
-        half = CleanHalf()
         width = texts.tokens.shape[1]
         none = texts.tokens.new_zeros((0, self.idlm.vocab_size), dtype=torch.float32)
         with torch.set_grad_enabled(self.trains_clean and torch.is_grad_enabled()):
             place = torch.arange(width, device=texts.tokens.device).expand_as(texts.tokens)
-            hidden = self.idlm.hidden(texts.tokens, place, _causal(place), cache=half)
+            half = CleanHalf(_causal(place))
+            hidden = self.idlm.hidden(texts.tokens, place, None, cache=half)
             clean_logits = self._head(hidden[clean_rows(texts.prompt, texts.length, width)]) if clean else none
         if not block_size:
             return none, clean_logits
         positions, is_row = mask_rows(texts.prompt, texts.length)
-        seen = visible(positions, texts.prompt, texts.phase % block_size, block_size, width)
+        half.visible = visible(positions, texts.prompt, texts.phase % block_size, block_size, width)
         masks = torch.full_like(positions, self.idlm.mask_id)
-        hidden = self.idlm.hidden(masks, positions, seen, slice(0, masks.shape[1]), half)
+        hidden = self.idlm.hidden(masks, positions, None, slice(0, masks.shape[1]), half)
         return self._head(hidden[is_row]), clean_logits
 
     @staticmethod

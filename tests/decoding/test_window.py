@@ -1,65 +1,74 @@
 """The layout of a window against a double loop over rows described one by one."""
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from idlm import InputError
-from idlm.decoding.window import Branches, outcomes, parse_branches, window
-from idlm.engine.kv_cache import visible_rows
+from idlm.decoding.window import Branches, Window, outcomes, parse_branches, window
 
 
-def described(stride: int, drafts: int, branches: Branches) -> list[tuple[str, int, int]]:
-    """Each row as (kind, outcome, depth)."""
-    rows = [("verify", 0, k) for k in range(drafts + 1)]
-    return rows + [("mask", j, k) for j in outcomes(branches, drafts) for k in range(1, stride)]
+def described(layout: Window, valid: int) -> list[tuple[str, int, int]]:
+    """Each row as (kind, outcome, depth), with `valid` drafts; groups past the outcomes repeat the last one."""
+    served = list(outcomes(layout.branches, valid))
+    served += served[-1:] * (layout.groups - len(served))
+    rows = [("verify", k, k) for k in range(layout.stride)]
+    return rows + [("mask", j, k) for j in served for k in range(1, layout.stride)]
 
 
-def may_see(query: tuple[str, int, int], key: tuple[str, int, int]) -> bool:
-    """DESIGN section 4, row by row."""
-    if query[0] == "verify":
-        return key[0] == "verify" and key[2] <= query[2]
-    if key[0] == "verify":
-        return key[2] <= query[1]
-    return key[1] == query[1] and key[2] <= query[2]
+def may_see(query: int, key: int, rows: list[tuple[str, int, int]], layout: Window) -> bool:
+    """DESIGN section 4, row by row; a mask sees no other group's."""
+    if key > query:
+        return False
+    if rows[key][0] == "verify":
+        return rows[key][2] <= rows[query][1]
+    same_group = (query - layout.stride) // layout.masks == (key - layout.stride) // layout.masks
+    return rows[query][0] == "mask" and same_group
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> tuple[int, int, Branches]:
+def plans(draw: st.DrawFn) -> tuple[int, Branches]:
     stride = draw(st.integers(1, 8))
     some = st.sets(st.integers(0, stride - 1), min_size=1).map(lambda chosen: tuple(sorted(chosen)))
-    return stride, draw(st.sampled_from([0, stride - 1])), draw(st.one_of(st.sampled_from(["all", "chain"]), some))
+    return stride, draw(st.one_of(st.sampled_from(["all", "chain"]), some))
 
 
-@given(plans())
-def test_layout_equals_the_double_loop(plan: tuple[int, int, Branches]) -> None:
-    stride, drafts, branches = plan
-    layout, rows = window(*plan), described(*plan)
-    assert layout.width == len(rows)
-    for i, query in enumerate(rows):
-        position = query[2] if query[0] == "verify" else query[1] + query[2]
-        assert layout.offsets[i] == position
-        for j, key in enumerate(rows):
-            assert layout.visible[i, j] == may_see(query, key)
-    masks = range(layout.width)[layout.mask_rows]
-    assert [row[0] == "mask" for row in rows] == [i in masks for i in range(layout.width)]
-    for j in range(drafts + 1):
-        branch = layout.branch(j)
-        mine = [i for i, row in enumerate(rows) if row[0] == "mask" and row[1] == j]
-        assert mine == ([] if branch is None else list(range(branch.start, branch.stop)))
+@given(plans(), st.data())
+def test_layout_equals_the_double_loop(plan: tuple[int, Branches], data: st.DataObject) -> None:
+    layout = window(*plan)
+    valid = data.draw(st.integers(0, layout.masks))
+    rows = described(layout, valid)
+    assert layout.width == len(rows) == layout.stride + layout.mask_rows
+    for i, (kind, outcome, depth) in enumerate(rows):
+        assert layout.offsets[valid, i] == (depth if kind == "verify" else outcome + depth)
+        word = int(layout.words[valid, i])
+        for j in range(len(rows)):
+            assert (word >> j & 1) == may_see(i, j, rows, layout)
+
+
+@given(plans(), st.data())
+def test_each_outcome_finds_its_own_masks(plan: tuple[int, Branches], data: st.DataObject) -> None:
+    layout = window(*plan)
+    valid = data.draw(st.integers(0, layout.masks))
+    rows = described(layout, valid)
+    for accepted in range(layout.stride):
+        group = int(layout.group[valid, accepted])
+        if layout.masks and accepted in outcomes(layout.branches, valid):
+            assert rows[layout.stride + group * layout.masks] == ("mask", accepted, 1)
+        else:
+            assert group == -1
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4, 8])
 def test_widths(stride: int) -> None:
-    assert window(stride, stride - 1, "all").width == stride**2
-    assert window(stride, stride - 1, "chain").width == 2 * stride - 1
+    assert window(stride, "all").width == stride**2
+    assert window(stride, "chain").width == 2 * stride - 1
 
 
-def test_every_row_sees_the_whole_prefix() -> None:
-    layout = window(3, 2, "all")
-    visible = visible_rows(layout.visible, 5)
-    assert visible[:, :5].all() and torch.equal(visible[:, 5:], layout.visible)
+def test_a_window_wider_than_a_word_is_refused() -> None:
+    assert window(32, "chain").width == 63
+    with pytest.raises(InputError, match="81 rows"):
+        window(9, "all")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from idlm.models import attention
-from idlm.models.gated_lora import LoraSpec, adapter_parameters, attach
+from idlm.models.gated_lora import LoraSpec, adapter_parameters, attach, attach_more
 from idlm.models.idlm_model import Idlm
 
 CLASSES = {
@@ -60,3 +60,18 @@ def tiny_idlm(family: str, adapter: bool = True) -> Idlm:
     for parameter in adapter_parameters(model).values():
         torch.nn.init.normal_(parameter, std=0.3)
     return Idlm(model, None, VOCAB, gate, block_size=3, name=family)
+
+
+def with_second_adapter(idlm: Idlm) -> Idlm:
+    """Another random adapter beside the first: of another rank, on other layers."""
+    assert idlm.gate is not None
+    generator = torch.Generator().manual_seed(7)
+    tensors = {}
+    for layer in range(2):
+        for name, shape in (("self_attn.k_proj", (32, 16)), ("mlp.down_proj", (48, 32))):
+            module = f"model.layers.{layer}.{name}"
+            tensors[module, "lora_A"] = torch.randn(3, shape[0], generator=generator, dtype=torch.float64) * 0.3
+            tensors[module, "lora_B"] = torch.randn(shape[1], 3, generator=generator, dtype=torch.float64) * 0.3
+    row = torch.randn(32, generator=generator, dtype=torch.float64) * 0.3
+    attach_more(idlm.model, idlm.gate, LoraSpec(3, 6.0, ("k_proj", "down_proj")), tensors, row)
+    return idlm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from idlm import LLM, InputError, SamplingParams
-from idlm.engine.llm import Result
+from idlm.engine.request import Result, Timing
 from idlm.evaluation.accuracy import evaluate
 from idlm.evaluation.metrics import summary
 from idlm.evaluation.speed import Lap, race, same_tokens
@@ -14,7 +14,7 @@ from tests.engine.tiny import tiny_idlm
 
 
 def result(tokens: int, forwards: int, reached: list[int], accepted: list[int]) -> Result:
-    return Result([1], 0, reached, accepted, token_ids=list(range(tokens)), forwards=forwards)
+    return Result([1], 0, reached, accepted, Timing(0.0), token_ids=list(range(tokens)), forwards=forwards)
 
 
 def test_totals_weigh_results_by_their_size() -> None:

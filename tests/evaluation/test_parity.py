@@ -1,12 +1,13 @@
 """The proofs can prove, and can fail."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from idlm import SamplingParams
-from idlm.engine import decoder
+from idlm.engine import step
 from idlm.evaluation.parity import check_law, compare, first_difference, kolmogorov_smirnov, transform
 from tests.engine.tiny import tiny_idlm
 
@@ -45,14 +46,14 @@ def test_the_ratio_rule_passes_the_law_test() -> None:
 
 def test_argmax_drafts_under_the_ratio_rule_fail_the_law_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts by argmax, judged as if they had been sampled from q: the law test must notice."""
-    draft = decoder._Request._draft
+    draft = step.draft
 
-    def argmax(self: decoder._Request, logits: torch.Tensor) -> decoder._Drafts:
-        drawn = draft(self, logits)
-        assert drawn.log_q is not None
-        return decoder._Drafts(drawn.log_q.argmax(dim=-1), drawn.log_q)
+    def argmax(*args: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        _, log_q = draft(*args)
+        assert log_q is not None
+        return log_q.argmax(dim=-1), log_q
 
-    monkeypatch.setattr(decoder._Request, "_draft", argmax)
+    monkeypatch.setattr(step, "draft", argmax)
     params = SamplingParams(seed=3, max_tokens=40, verification="ratio", temperature=1.0)
     test, _ = check_law(tiny_idlm("qwen2"), PROMPTS * 10, params, stride=4)
     assert not test.passed

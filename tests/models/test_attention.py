@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from idlm.decoding.window import Window, outcomes
+from idlm.decoding.window import Window
 from idlm.models import attention
 from idlm.models.gated_lora import LoraSpec, adapter_parameters, attach
 from idlm.models.idlm_model import Idlm
@@ -63,14 +63,14 @@ def test_no_mask_is_causal() -> None:
 
 def window_rows(stride: int, branches: str, prefix: int) -> tuple[Tensor, Tensor, Tensor, range]:
     """A full window after `prefix` committed tokens, as one sequence: tokens, positions, visible, MASK rows."""
-    layout = Window(stride, stride - 1, outcomes(branches, stride - 1))
+    layout = Window(stride, branches)
     first, total = prefix + layout.verify_rows, prefix + layout.width
     tokens = torch.cat([10 + 2 * torch.arange(first), torch.full((total - first,), MASK)])
     visible = torch.zeros(total, total, dtype=torch.bool)
     visible[:prefix, :prefix] = torch.ones(prefix, prefix).tril() > 0
     visible[prefix:, :prefix] = True
-    visible[prefix:, prefix:] = layout.visible
-    return tokens, torch.cat([torch.arange(prefix), prefix + layout.offsets]), visible, range(first, total)
+    visible[prefix:, prefix:] = layout.words[-1][:, None] >> torch.arange(layout.width) & 1 > 0
+    return tokens, torch.cat([torch.arange(prefix), prefix + layout.offsets[-1]]), visible, range(first, total)
 
 
 def reaches(visible: Tensor) -> Tensor:

@@ -1,0 +1,203 @@
+"""`idlm bench MODEL`: AR, chain ISD, all-outcomes ISD and the planner under load, in turn, on the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from idlm.cli import common, prompts
+from idlm.decoding.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from idlm.evaluation.serving_bench import Row
+    from idlm.models.idlm_model import Idlm
+
+MODES = ("ar", "chain", "all", "planner")
+
+
+def bench(
+    model: common.Model,
+    modes: Annotated[str, typer.Option(metavar="A,B", help="What to compare, and in which order.")] = ",".join(MODES),
+    concurrency: Annotated[str, typer.Option(metavar="C,D", help="Requests in flight.")] = "1,8,32",
+    requests: Annotated[int, typer.Option(help="Requests a run; at least twice those in flight are made.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Runs of each mode, in turn, after one to warm up.")] = 3,
+    simulate_acceptance: Annotated[
+        str | None,
+        typer.Option(metavar="P,Q", help="Accept drafts by chance, by depth: for shapes without trained weights."),
+    ] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts: .txt one a line, or .jsonl.")
+    ] = None,
+    stride: Annotated[
+        int,
+        typer.Option(metavar="N", help="N of chain and all; the planner's largest.", rich_help_panel="Decoding"),
+    ] = 4,
+    adapter: common.Adapter = None,
+    dtype: common.Dtype = "auto",
+    device: common.Device = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads; small models gain nothing from more.")] = 1,
+    as_json: common.Json = False,
+) -> None:
+    """Measure speed under load: tokens per second, latency, TPF and memory of each mode, in turn, on the same weights.
+
+    Requests are greedy, with prompt and output lengths mixed from a fixed seed: the prompts of FILE, held-out problems
+    for the bundled models, or random tokens (then acceptance means nothing: simulate it).
+    """
+    chosen = _modes(modes)
+    in_flight = [_count("concurrency", text, 1024) for text in _split("concurrency", concurrency)]
+    shares = None if simulate_acceptance is None else _shares(simulate_acceptance)
+    _check(stride, chosen, requests=requests, repeats=repeats, threads=threads)
+    asked = prompts.given([], prompts_file)
+
+    import torch
+
+    from idlm.evaluation.closed_loop import contestants
+    from idlm.evaluation.environment import environment
+    from idlm.evaluation.serving_bench import bench as run
+    from idlm.evaluation.workload import workload
+    from idlm.models.loading import load
+
+    torch.set_num_threads(threads)
+    idlm = load(model, adapter=adapter, dtype=dtype, device=device)
+    draw = workload(idlm, [one.encode(idlm, chat=True) for one in asked])
+    ours = contestants(idlm, chosen, stride, max(in_flight), shares)
+    runs = len(in_flight) * (repeats + 1) * len(ours)
+    with common.progress("measuring in turn", runs) as advance:
+        rows = run(ours, draw, in_flight, requests, repeats, advance)
+    settings = {"model": model, "adapter": adapter, "stride": stride, "simulated_acceptance": shares}
+    report = {"rows": rows, "environment": environment() | settings | _work(idlm, requests, repeats)}
+    if as_json:
+        common.print_json(report)
+    else:
+        show(report)
+
+
+def _work(idlm: Idlm, requests: int, repeats: int) -> dict[str, object]:
+    dtype = str(idlm.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "device": str(idlm.device), "requests": requests, "repeats": repeats}
+
+
+def _split(name: str, text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise InputError(f"--{name} {text!r} has an empty entry; write one or more, joined by commas")
+    twice = [part for part in parts if parts.count(part) > 1]
+    if twice:
+        raise InputError(f"--{name} {text!r} names {twice[0]} twice; name it once")
+    return parts
+
+
+def _modes(text: str) -> list[str]:
+    chosen = _split("modes", text)
+    unknown = [mode for mode in chosen if mode not in MODES]
+    if unknown:
+        raise InputError(f"--modes: {unknown[0]!r} is unknown; use {', '.join(MODES)}, joined by commas")
+    return chosen
+
+
+def _count(name: str, text: str, most: int) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= most:
+        raise InputError(f"--{name} {text} is out of range; use 1 to {most}")
+    return int(text)
+
+
+def _shares(text: str) -> list[float]:
+    """The entries may repeat, unlike the others'."""
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        shares = [-1.0]
+    if not all(0 <= share <= 1 for share in shares):
+        raise InputError(f"--simulate-acceptance {text!r} is not by-depth acceptance; write for example 0.9,0.88,0.85")
+    return shares
+
+
+def _check(stride: int, modes: Sequence[str], **counts: int) -> None:
+    from idlm.decoding.window import parse_branches
+
+    parse_branches("all", stride)
+    drafting = [mode for mode in modes if mode != "ar"]
+    if stride == 1 and drafting:
+        raise InputError(f"--stride 1 is AR; use 2 or more for {', '.join(drafting)}, or --modes ar")
+    for name, value in counts.items():
+        _count(name, str(value), 10_000)
+
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "": lambda row: str(row["concurrency"]),
+    "mode": lambda row: _name(row),
+    "tok/s": lambda row: _number(row["tokens_per_second"], 0),
+    "x AR": lambda row: _number(row["speedup_over_ar"], 2),
+    "TPF": lambda row: _number(row["tpf"], 2),
+    "TTFT": lambda row: _pair(row, "ttft_ms"),
+    "TPOT": lambda row: _pair(row, "tpot_ms"),
+    "gap": lambda row: _number(row["worst_gap_ms"], 0),
+    "FLOPs": lambda row: _number(row["flops_per_token_over_ar"], 2),
+}
+LEGEND = (
+    "First column: requests in flight. TTFT, TPOT: ms to the first token and per token after it, median/p99. "
+    "gap: worst ms between two steps of a running request. FLOPs: per token, AR's are 1."
+)
+
+
+def _name(row: Row) -> str:
+    own = str(row["mode"]) if row["engine"] == "idlm" else f"{row['engine']} {row['mode']}"
+    return f"{own} (simulated)" if row["simulated"] else own
+
+
+def _float(value: Any) -> float:
+    return float(value)
+
+
+def _number(value: Any, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _pair(row: Row, name: str) -> str:
+    return "/".join(f"{ms:.0f}" if ms >= 10 else f"{ms:.1f}" for ms in (_float(row[name]), _float(row[f"{name}_p99"])))
+
+
+def show(report: dict[str, Any]) -> None:
+    """The table, the planner's reasons, and a plot of tokens per second."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    rows: list[Row] = report["rows"]
+    table = Table(*COLUMNS, title=_title(report["environment"]), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.columns[1].no_wrap = True
+    for row in rows:
+        table.add_row(*(column(row) for column in COLUMNS.values()))
+    console.print(table)
+    console.print(LEGEND, style="dim", markup=False)
+    for row in rows:
+        if row["mode"] == "planner":
+            console.print(f"planner at {row['concurrency']}: {row['reason']}", markup=False)
+    console.print(_plot(rows, "Tokens per second, " + _title(report["environment"])))
+
+
+def _title(environment: dict[str, Any]) -> str:
+    shares = environment["simulated_acceptance"]
+    simulated = "" if shares is None else f", SIMULATED acceptance {', '.join(map(str, shares))}"
+    return "{model}, {dtype}, {device}, stride {stride}".format(**environment) + simulated
+
+
+def _plot(rows: Sequence[Row], title: str) -> Table:
+    """A bar for every mode, a section for every number in flight."""
+    from rich.bar import Bar
+    from rich.table import Table
+
+    rates = [_float(row["tokens_per_second"]) for row in rows]
+    plot = Table(box=None, show_header=False, title=title, title_justify="left")
+    before = None
+    for row, rate in zip(rows, rates, strict=True):
+        first, before = row["concurrency"] != before, row["concurrency"]
+        bar = Bar(max(rates), 0, rate, width=40)
+        plot.add_row(str(before) if first else "", _name(row), bar, f"{rate:.0f}")
+    return plot

@@ -1,0 +1,248 @@
+"""`Settings`: what the requests of a batch ask for, as tensors with one row per slot.
+
+A request stays in its slot until it ends, and its row is written in place, so the tensors can be read by a recorded
+step. `Features` says, on the host, which parts of the law any live slot needs: a step runs those and no others.
+
+Shapes: B slots, V logit columns, N tokens committed by one step at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from idlm.decoding.noise import GOLDEN, Stream, split_mix
+from idlm.decoding.params import VERIFICATIONS, SamplingParams
+
+NEVER = float("-inf")
+ALWAYS = float("inf")
+COUPLED, RATIO, RELAXED = range(3)
+"""Values of `Settings.rule`: positions in `VERIFICATIONS`."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What any of a batch's requests needs; without one, its tensor operations are left out of the step.
+
+    A slot's tokens do not depend on it: what a slot does not ask for leaves its numbers as they are, to the bit.
+
+    Attributes:
+        sampled: a temperature above 0.
+        filtered: top-k, top-p or min-p.
+        ranked: top-k or top-p, which need a sort.
+        penalised: a repetition, presence or frequency penalty.
+        biased: logit bias or banned tokens.
+        held: stop ids that cannot come out yet (min_tokens).
+        ratio: verification by the ratio rule.
+        relaxed: verification by the relaxed rule (approximate).
+    """
+
+    sampled: bool = False
+    filtered: bool = False
+    ranked: bool = False
+    penalised: bool = False
+    biased: bool = False
+    held: bool = False
+    ratio: bool = False
+    relaxed: bool = False
+
+    @classmethod
+    def of(cls, params: SamplingParams, stop_ids: Sequence[int]) -> Features:
+        """What one request needs; a point mass has nothing to filter."""
+        ranked = not params.greedy and (params.top_k > 0 or params.top_p < 1)
+        return cls(
+            sampled=not params.greedy,
+            filtered=ranked or (not params.greedy and params.min_p > 0),
+            ranked=ranked,
+            penalised=params.penalised,
+            biased=bool(params.logit_bias or params.banned_tokens),
+            held=params.min_tokens > 0 and len(stop_ids) > 0,
+            ratio=params.verification == "ratio",
+            relaxed=params.verification == "relaxed",
+        )
+
+    def __or__(self, other: Features) -> Features:
+        return Features(*(getattr(self, one.name) or getattr(other, one.name) for one in fields(self)))
+
+    @property
+    def choice_only(self) -> bool:
+        """Whether a step needs no more than argmax(scores + temperature * noise), a bias at most."""
+        return not (self.filtered or self.penalised or self.held or self.ratio or self.relaxed)
+
+
+@dataclass
+class Settings:
+    """The rows of B slots; see `SamplingParams` for what the numbers mean. A free slot is greedy.
+
+    The last four are as large as the logits, so they are None until a request needs them.
+
+    Attributes:
+        vocab_size: V.
+        mask_id: the id that never comes out, wherever it has a column.
+        temperature, min_p, repetition, presence, frequency: float64 [B].
+        top_p: float64 [B]; inf keeps all.
+        top_k: int64 [B]; V keeps all.
+        log_tau: float64 [B], log of tau; inf outside the relaxed rule.
+        keys: int64 [B, 3], where the noise of the slot's seed starts: for its tokens, its drafts, its acceptances.
+        rule: int64 [B], COUPLED, RATIO or RELAXED.
+        hold_until: int64 [B], the number of outputs before which the stop ids cannot come out.
+        prompt_length: int64 [B].
+        steps: int64 [V], what each token adds to the state of the noise; the same for all.
+        bias: float64 [B, V], added to the logits; -inf for banned tokens and MASK.
+        stop: bool [B, V], the ids that end the output.
+        seen: bool [B, V], the token is in the prompt or in the output.
+        counts: int32 [B, V], how often it is in the output.
+    """
+
+    temperature: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    repetition: Tensor
+    presence: Tensor
+    frequency: Tensor
+    log_tau: Tensor
+    top_k: Tensor
+    keys: Tensor
+    rule: Tensor
+    hold_until: Tensor
+    prompt_length: Tensor
+    steps: Tensor
+    vocab_size: int
+    mask_id: int
+    bias: Tensor | None = None
+    stop: Tensor | None = None
+    seen: Tensor | None = None
+    counts: Tensor | None = None
+    _live: list[Features | None] = field(default_factory=list)
+
+    @classmethod
+    def empty(cls, slots: int, vocab_size: int, mask_id: int, device: torch.device | str = "cpu") -> Settings:
+        """All slots free."""
+
+        def numbers(value: float) -> Tensor:
+            return torch.full((slots,), value, dtype=torch.float64, device=device)
+
+        def integers(*shape: int, value: int = 0) -> Tensor:
+            return torch.full(shape, value, dtype=torch.int64, device=device)
+
+        return cls(
+            temperature=numbers(0.0),
+            top_p=numbers(ALWAYS),
+            min_p=numbers(0.0),
+            repetition=numbers(1.0),
+            presence=numbers(0.0),
+            frequency=numbers(0.0),
+            log_tau=numbers(ALWAYS),
+            top_k=integers(slots, value=vocab_size),
+            keys=integers(slots, 3),
+            rule=integers(slots),
+            hold_until=integers(slots),
+            prompt_length=integers(slots),
+            steps=torch.arange(1, vocab_size + 1, device=device) * GOLDEN,
+            vocab_size=vocab_size,
+            mask_id=mask_id,
+            _live=[None] * slots,
+        )
+
+    @property
+    def features(self) -> Features:
+        """What the live slots need together; read on the host, no synchronisation."""
+        together = Features()
+        for one in self._live:
+            together = together if one is None else together | one
+        return together
+
+    def put(
+        self,
+        slot: int,
+        params: SamplingParams,
+        seed: int,
+        prompt: Sequence[int],
+        output: Sequence[int] = (),
+        stop_ids: Iterable[int] = (),
+    ) -> None:
+        """Write a request's row: new, or resumed with the `output` it already has.
+
+        `stop_ids` are all the ids that end it: its own, and the model's end token unless that is ignored.
+        """
+        ends = sorted(set(stop_ids))
+        needs = Features.of(params, ends)
+        self._live[slot] = needs
+        self._put_numbers(slot, params, needs)
+        self.prompt_length[slot] = len(prompt)
+        rule = VERIFICATIONS.index(params.verification)
+        streams = torch.tensor([Stream.TOKEN, Stream.DRAFT if rule == RATIO else Stream.TOKEN, Stream.ACCEPT])
+        self.keys[slot] = split_mix(torch.tensor(seed), streams).to(self.keys.device)
+        self.rule[slot] = rule
+        self._put_bias(slot, params, needs)
+        if needs.held:
+            self._put_stop(slot, ends)
+        if needs.penalised:
+            self._put_history(slot, prompt, output)
+
+    def clear(self, slot: int) -> None:
+        """Free a slot; its row becomes that of a greedy request without wishes."""
+        self.put(slot, SamplingParams(temperature=0), 0, ())
+        self._live[slot] = None
+
+    def record(self, tokens: Tensor, number: Tensor) -> None:
+        """Count the tokens just committed, on the device: the first `number` [B] of each row of `tokens` [B, N].
+
+        Needed where `features.penalised`; nothing happens while no request ever was.
+        """
+        if self.seen is None or self.counts is None:
+            return
+        fresh = torch.arange(tokens.shape[1], device=tokens.device) < number[:, None]
+        self.counts.scatter_add_(1, tokens.clamp(0, self.vocab_size - 1), fresh.to(torch.int32))
+        self.seen.logical_or_(self.counts > 0)
+
+    def _put_numbers(self, slot: int, params: SamplingParams, needs: Features) -> None:
+        self.temperature[slot] = params.temperature
+        self.top_p[slot] = params.top_p if needs.filtered and params.top_p < 1 else ALWAYS
+        self.top_k[slot] = (
+            min(params.top_k, self.vocab_size) if needs.filtered and params.top_k > 0 else self.vocab_size
+        )
+        self.min_p[slot] = params.min_p if needs.filtered else 0.0
+        self.repetition[slot] = params.repetition_penalty
+        self.presence[slot] = params.presence_penalty
+        self.frequency[slot] = params.frequency_penalty
+        # by torch, as `verify.relaxed` takes it
+        self.log_tau[slot] = ALWAYS if params.tau is None else torch.tensor(params.tau, dtype=torch.float64).log()
+        self.hold_until[slot] = params.min_tokens if needs.held else 0
+
+    def _put_bias(self, slot: int, params: SamplingParams, needs: Features) -> None:
+        if self.bias is None:
+            if not needs.biased:
+                return
+            self.bias = self._table(torch.float64)
+            self._ban(self.bias, [self.mask_id])
+        row = torch.zeros(self.vocab_size, dtype=torch.float64)
+        for token, bias in params.logit_bias.items():
+            row[token] = bias
+        self._ban(row, [*params.banned_tokens, self.mask_id])
+        self.bias[slot] = row.to(self.bias.device)
+
+    def _ban(self, rows: Tensor, tokens: Iterable[int]) -> None:
+        rows[..., [token for token in tokens if token < self.vocab_size]] = NEVER
+
+    def _put_stop(self, slot: int, ends: list[int]) -> None:
+        if self.stop is None:
+            self.stop = self._table(torch.bool)
+        self.stop[slot] = False
+        self.stop[slot, ends] = True
+
+    def _put_history(self, slot: int, prompt: Sequence[int], output: Sequence[int]) -> None:
+        if self.seen is None or self.counts is None:
+            self.seen, self.counts = self._table(torch.bool), self._table(torch.int32)
+        before = torch.tensor(list(output), dtype=torch.int64)
+        counts = torch.bincount(before, minlength=self.vocab_size)
+        seen = counts > 0
+        # ids past the logit columns (an added MASK row) have no logit to penalise
+        seen[[token for token in prompt if token < self.vocab_size]] = True
+        self.seen[slot], self.counts[slot] = seen.to(self.seen.device), counts.to(self.counts)
+
+    def _table(self, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(len(self._live), self.vocab_size, dtype=dtype, device=self.steps.device)

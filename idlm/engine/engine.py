@@ -1,0 +1,275 @@
+"""`Engine`: many requests, one batch, step by step.
+
+A request's life:
+    1. `add` queues it; the intake refuses what cannot be done before it costs anything
+    2. the scheduler gives it a slot and pages, those of the prefix cache first
+    3. its prompt is prefilled in chunks between the others' steps; the last chunk brings its first token and drafts
+    4. each step verifies its drafts, commits what stands and drafts again
+    5. the host reads the step's result (one step late on a GPU), finds stop strings, hands out the text
+    6. it ends: by a stop, its limit, `abort`, or its deadline; its slot is free, its full pages stay cached
+    7. when pages run out, the last one in the order gives its own up, waits, and is prefilled again
+    8. `check` finds every slot and page accounted for
+
+Nothing here looks at a tensor's value before `read`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+from idlm.decoding.params import SamplingParams
+from idlm.decoding.plan import Plan
+from idlm.engine.intake import Intake
+from idlm.engine.logprobs import add_prompt_logprobs, logprob_entries
+from idlm.engine.metrics import Metrics
+from idlm.engine.pages import PagePool
+from idlm.engine.planner import Planner
+from idlm.engine.request import Logprob, Request, Update
+from idlm.engine.runner import Launched, Runner
+from idlm.engine.scheduler import Scheduler, longest
+from idlm.engine.step import Chunk, Kind
+
+PREFILL_ALONE = 2048
+"""Prompt tokens of one step while nobody decodes."""
+
+
+@dataclass
+class _Flight:
+    """A launched step and whom it concerns, in the order of its rows."""
+
+    launched: Launched
+    requests: list[Request]
+    tokens: int
+    prefill: list[tuple[Request, Chunk]]
+
+
+class Engine:
+    """The loop.
+
+    Args:
+        runner: the device side.
+        planner: says which plan to run.
+        pages, page_size: of the runner's cache.
+        slots: the most requests at once.
+        late: steps launched before the results of one are read: 1 hides the host behind a GPU, 0 suits a CPU.
+        prefill_tokens: prompt tokens a step may add while others decode; None: about one and a half steps' worth.
+        adapters: names of the adapters, by index.
+        root: see `Scheduler`.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        planner: Planner,
+        pages: int,
+        page_size: int,
+        slots: int,
+        late: int = 0,
+        prefill_tokens: int | None = None,
+        adapters: Sequence[str] = (),
+        root: bytes = b"",
+    ) -> None:
+        self.runner, self.planner, self.late = runner, planner, late
+        self.scheduler = Scheduler(slots, PagePool(pages, page_size), root)
+        self.metrics = Metrics()
+        self.intake = Intake(runner.idlm, runner.depth, self.scheduler.pool, adapters)
+        self._prefill_tokens = prefill_tokens
+        self._requests: dict[str, Request] = {}
+        self._flights: deque[_Flight] = deque()
+        self._ended: list[Update] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._requests or self._flights or self._ended)
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        adapter: str | None = None,
+        drafting: bool = True,
+        priority: int = 0,
+        timeout: float | None = None,
+        salt: bytes = b"",
+    ) -> str:
+        """Queue a request for one sample; returns its id. The arguments are those of `Intake.request`.
+
+        Raises:
+            InputError: it could never run here.
+        """
+        request = self.intake.request(prompt, params, seed, adapter, drafting, priority, timeout, salt)
+        self._requests[request.id] = request
+        self.scheduler.wait(request)
+        return request.id
+
+    def abort(self, request_id: str) -> bool:
+        """End a request in whatever state it is; False where it is not known (any more)."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self._end(request, "abort")
+        return True
+
+    def step(self) -> list[Update]:
+        """Admit, launch one step, and return what the steps before have brought."""
+        started, device = perf_counter(), self.metrics.device_seconds
+        self._expire()
+        self._admit()
+        earlier = len(self._flights)
+        worked = self._prefill()
+        worked |= self._decode()
+        keep = max(0, len(self._flights) - earlier) if self.late else 0
+        while len(self._flights) > keep:
+            self._absorb(self._flights.popleft())
+        self._ended, updates = [], self._ended
+        if worked:
+            self.metrics.count_step(perf_counter() - started, self.metrics.device_seconds - device)
+        return updates
+
+    def run(self) -> Iterable[Update]:
+        """Step until nothing is left."""
+        while self.busy:
+            yield from self.step()
+
+    def drain(self) -> None:
+        """Read what is under way, so that host and device agree."""
+        while self._flights:
+            self._absorb(self._flights.popleft())
+
+    def check(self) -> None:
+        """Check that no slot and no page is lost; see `Scheduler.check`."""
+        self.scheduler.check()
+
+    def _expire(self) -> None:
+        now = perf_counter()
+        for request in list(self._requests.values()):
+            if request.deadline is not None and now >= request.deadline:
+                self._end(request, "timeout")
+
+    def _admit(self) -> None:
+        while (request := self.scheduler.admit()) is not None:
+            assert request.slot is not None  # noqa: S101
+            self.runner.seat(
+                request.slot,
+                request.prompt,
+                request.result.token_ids,
+                request.params,
+                request.result.seed,
+                request.limit,
+                sorted(request.stop_ids),
+                request.adapter,
+                request.drafting,
+            )
+            self.runner.map_pages([(request.slot, column, page) for column, page in enumerate(request.pages)])
+
+    def _budget(self) -> int:
+        """Prompt tokens this step may prefill."""
+        if not self.scheduler.decoding:
+            return PREFILL_ALONE
+        return self._prefill_tokens or self.metrics.prefill_budget()
+
+    def _prefill(self) -> bool:
+        work = self.scheduler.chunks(self._budget())
+        if not work:
+            return False
+        plan = self.planner.widest
+        started = perf_counter()
+        launched = self.runner.prefill(self._kind(plan), [chunk for _, chunk in work])
+        self.metrics.count_prefill(sum(len(chunk.tokens) for _, chunk in work), perf_counter() - started)
+        for request, chunk in work:
+            if chunk.last:
+                self.scheduler.publish(request, len(request.text))
+        last = [request for request, chunk in work if chunk.last]
+        self._flights.append(_Flight(launched, last, 1, work))
+        return True
+
+    def _decode(self) -> bool:
+        if not self.scheduler.decoding:
+            return False
+        plan = self.planner.choose(len(self.scheduler.decoding))
+        if not self._grow(plan):
+            return False
+        requests = list(self.scheduler.decoding)
+        started = perf_counter()
+        slots = [request.slot for request in requests if request.slot is not None]
+        launched = self.runner.decode(self._kind(plan), slots, longest(requests) + self._ahead(plan))
+        self.metrics.count_decode(plan, len(slots), perf_counter() - started)
+        self._flights.append(_Flight(launched, requests, plan.stride, []))
+        return True
+
+    def _ahead(self, plan: Plan) -> int:
+        """Tokens by which the device may be past what the host knows, and the drafts of the step to come."""
+        return sum(flight.tokens for flight in self._flights) + plan.drafts
+
+    def _grow(self, plan: Plan) -> bool:
+        """Pages for the step to come; where they run out, someone gives theirs up."""
+        entries = []
+        for request in sorted(self.scheduler.decoding, key=lambda one: one.order):
+            while request.slot is not None and not request.finished:
+                fresh = self.scheduler.grow(request, min(request.length + self._ahead(plan), request.limit))
+                if fresh is not None:
+                    entries += fresh
+                    break
+                self._preempt()
+        seated = {request.slot for request in self.scheduler.running}
+        self.runner.map_pages([entry for entry in entries if entry[0] in seated])
+        return bool(self.scheduler.decoding)
+
+    def _preempt(self) -> None:
+        """Take the last one's pages; first what is under way is read: it may bring the end of somebody."""
+        if self._flights:
+            self.drain()
+            return
+        slot = self.scheduler.preempt(self.scheduler.victim())
+        if slot is not None:
+            self.runner.clear(slot)
+        self.metrics.preemptions += 1
+
+    def _kind(self, plan: Plan) -> Kind:
+        wanted = [r.params.logprobs for r in self.scheduler.running if r.params.logprobs is not None]
+        return Kind(plan, self.runner.settings.features, max(wanted) if wanted else None)
+
+    def _absorb(self, flight: _Flight) -> None:
+        """Read a step's result and give each request its part."""
+        started = perf_counter()
+        outcome = flight.launched.read()
+        self.metrics.device_seconds += perf_counter() - started
+        if flight.prefill and outcome.prompt is not None:
+            add_prompt_logprobs(self.runner.idlm, flight.prefill, outcome.prompt)
+        reached, accepted = [0] * self.runner.depth, [0] * self.runner.depth
+        for row, (request, packed) in enumerate(zip(flight.requests, outcome.packed.tolist(), strict=False)):
+            *tokens, number, drafted, stood, _ = packed
+            if number == 0 or request.finished or request.slot is None:
+                continue
+            for depth in range(min(drafted, stood + 1)):
+                reached[depth] += 1
+                accepted[depth] += depth < stood
+            self._deliver(request, tokens[:number], drafted, stood, logprob_entries(outcome, row, request))
+        if not flight.prefill:
+            self.planner.observe(reached, accepted)
+
+    def _deliver(
+        self, request: Request, tokens: list[int], drafted: int, accepted: int, chances: list[dict[int, Logprob]]
+    ) -> None:
+        kept, text = request.extend(tokens, drafted, accepted)
+        self.metrics.tokens += len(kept)
+        if request.result.logprobs is not None:
+            request.result.logprobs += chances[: len(kept)]
+        if request.complete:
+            self._end(request, None, kept, text)
+        else:
+            self._ended.append(Update(request.id, kept, text))
+
+    def _end(self, request: Request, reason: str | None, tokens: Sequence[int] = (), text: str = "") -> None:
+        """Free what it holds and report it."""
+        slot = self.scheduler.leave(request)
+        if slot is not None:
+            self.runner.clear(slot)
+        rest = request.finish(reason)
+        del self._requests[request.id]
+        self._ended.append(Update(request.id, list(tokens), text + rest, request.result))

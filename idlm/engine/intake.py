@@ -1,0 +1,109 @@
+"""`Intake`: turns what a caller asks for into a `Request`, or refuses it before it costs anything."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from time import perf_counter
+
+from idlm.decoding.errors import InputError
+from idlm.decoding.params import SamplingParams
+from idlm.engine.pages import PagePool
+from idlm.engine.request import Request, Result, Timing
+from idlm.engine.text import TextStream
+from idlm.models.idlm_model import Idlm
+
+
+class Intake:
+    """Makes requests for one engine.
+
+    Args:
+        depth: K, the most drafts a plan has.
+        pool: the pages that a request has to fit into.
+        adapters: names of the adapters, by index.
+    """
+
+    def __init__(self, idlm: Idlm, depth: int, pool: PagePool, adapters: Sequence[str]) -> None:
+        self.idlm, self.depth, self.pool = idlm, depth, pool
+        self.adapters = list(adapters)
+        self._numbers = itertools.count()
+
+    def request(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        adapter: str | None = None,
+        drafting: bool = True,
+        priority: int = 0,
+        timeout: float | None = None,
+        salt: bytes = b"",
+    ) -> Request:
+        """A request for one sample.
+
+        Args:
+            prompt: token ids, which the caller has checked against the vocabulary.
+            adapter: which one drafts; None: the first.
+            drafting: False is plain AR.
+            priority: the lower one goes first.
+            timeout: seconds after which it ends as it is, with finish reason "timeout".
+            salt: requests share cached prefixes only with those of the same salt.
+
+        Raises:
+            InputError: it could never run here.
+        """
+        self.check_size(prompt, params)
+        number, now = next(self._numbers), perf_counter()
+        result = Result(list(prompt), seed, [0] * self.depth, [0] * self.depth, Timing(now))
+        if params.logprobs is not None:
+            result.logprobs = []
+        return Request(
+            id=f"request-{number}",
+            prompt=list(prompt),
+            params=params,
+            result=result,
+            limit=self._limit(prompt, params),
+            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.idlm.eos_ids),
+            adapter=self._adapter(adapter),
+            drafting=drafting,
+            order=(priority, number),
+            deadline=None if timeout is None else now + timeout,
+            stream=self._stream(params),
+            salt=salt,
+        )
+
+    def check_size(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Refuse a request that the whole pool could not hold.
+
+        Raises:
+            InputError: it needs more pages than there are.
+        """
+        needed = -(-self._limit(prompt, params) // self.pool.page_size)
+        if needed > self.pool.total:
+            raise InputError(
+                f"a request of {len(prompt)} prompt tokens and max_tokens={params.max_tokens} needs {needed} pages of "
+                f"{self.pool.total}; lower max_tokens or raise kv_memory"
+            )
+
+    def _limit(self, prompt: Sequence[int], params: SamplingParams) -> int:
+        return min(len(prompt) + params.max_tokens, self.idlm.context)
+
+    def _adapter(self, name: str | None) -> int:
+        if name is None:
+            return 0
+        if name not in self.adapters:
+            raise InputError(f"adapter {name!r} is not loaded; use one of {', '.join(self.adapters) or '(none)'}")
+        return self.adapters.index(name)
+
+    def _stream(self, params: SamplingParams) -> TextStream | None:
+        if self.idlm.tokenizer is None:
+            if params.stop:
+                raise InputError(f"stop={params.stop!r} needs a tokenizer, which the model lacks; use stop_token_ids")
+            return None
+        return TextStream(
+            self.idlm.tokenizer,
+            params.skip_special_tokens,
+            (params.stop,) if isinstance(params.stop, str) else params.stop,
+            params.include_stop_str_in_output,
+            params.min_tokens,
+        )

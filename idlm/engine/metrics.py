@@ -1,0 +1,77 @@
+"""`Metrics`: what an engine has done so far."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from idlm.decoding.plan import Plan
+
+GAP_SHARE = 1.5
+"""A prefill chunk beside running requests may take this many decode steps, so that their wait stays below three."""
+SMOOTHING = 0.2
+FIRST_BUDGET = 64
+SMALLEST_BUDGET, LARGEST_BUDGET = 16, 4096
+
+
+@dataclass
+class Metrics:
+    """Counters since the start; times in seconds.
+
+    Attributes:
+        steps: engine steps that launched something; tokens: committed for callers.
+        decode_steps, rows: forwards of running requests, and the requests in them, summed.
+        plans: how often each plan was run, by name.
+        step_seconds: of all steps; device_seconds: of it, launching and waiting for the device.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    prefill_tokens: int = 0
+    prefills: int = 0
+    decode_steps: int = 0
+    rows: int = 0
+    window_rows: int = 0
+    preemptions: int = 0
+    plans: Counter[str] = field(default_factory=Counter)
+    step_seconds: float = 0.0
+    device_seconds: float = 0.0
+    _decode_average: float | None = None
+    _prefill_average: float | None = None
+
+    @property
+    def host_seconds(self) -> float:
+        """Time in which the device had nothing of ours to wait for: scheduling, text, bookkeeping."""
+        return self.step_seconds - self.device_seconds
+
+    def count_step(self, seconds: float, device: float) -> None:
+        """A step ended."""
+        self.steps += 1
+        self.step_seconds += seconds
+
+    def count_prefill(self, tokens: int, seconds: float) -> None:
+        """A prefill of so many prompt tokens was run."""
+        self.prefills += 1
+        self.prefill_tokens += tokens
+        self.device_seconds += seconds
+        self._prefill_average = _smooth(self._prefill_average, seconds / tokens)
+
+    def count_decode(self, plan: Plan, batch: int, seconds: float) -> None:
+        """A decode step was run."""
+        self.decode_steps += 1
+        self.rows += batch
+        self.window_rows += batch * plan.width
+        self.plans[plan.name] += 1
+        self.device_seconds += seconds
+        self._decode_average = _smooth(self._decode_average, seconds)
+
+    def prefill_budget(self) -> int:
+        """Prompt tokens that take about `GAP_SHARE` decode steps, from what both have taken lately."""
+        if self._decode_average is None or self._prefill_average is None:
+            return FIRST_BUDGET
+        fitting = int(GAP_SHARE * self._decode_average / self._prefill_average)
+        return min(max(fitting, SMALLEST_BUDGET), LARGEST_BUDGET)
+
+
+def _smooth(average: float | None, value: float) -> float:
+    return value if average is None else average + SMOOTHING * (value - average)

@@ -1,0 +1,170 @@
+"""`Runner`: launches steps on the device and brings their results back.
+
+It owns what lies on the device (model, pages, slots, settings) and knows nothing of requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from idlm.decoding.params import SamplingParams
+from idlm.decoding.plan import Plan
+from idlm.decoding.settings import Features, Settings
+from idlm.engine.kv_cache import KVCache
+from idlm.engine.record import Recorder
+from idlm.engine.slots import Slots
+from idlm.engine.step import Chunk, Core, Kind, Outcome
+from idlm.models.idlm_model import Idlm
+
+MEASURE_PREFIX = 256
+"""Cached tokens of the slots that step costs are measured on."""
+
+
+@dataclass
+class Launched:
+    """A step under way; `read` waits for it."""
+
+    outcome: Outcome
+    done: torch.cuda.Event | None = None
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> Launched:
+        """Start the copies to the host."""
+        if outcome.packed.device.type != "cuda":
+            return cls(outcome)
+        packed = outcome.packed.to("cpu", non_blocking=True)
+        chances = tuple(tensor.to("cpu", non_blocking=True) for tensor in outcome.logprobs)
+        done = torch.cuda.Event()
+        done.record()
+        return cls(Outcome(packed, chances, outcome.prompt), done)
+
+    def read(self) -> Outcome:
+        """The outcome, on the host."""
+        if self.done is not None:
+            self.done.synchronize()
+        return self.outcome
+
+
+class Runner:
+    """The device side of an engine.
+
+    Args:
+        slots: the most requests at once.
+        depth: K, the most drafts a plan has.
+        pages, page_size: of the KV cache; page 0 is the trash page.
+        record: whether decode steps are recorded (see `Recorder`).
+        simulated, deterministic: see `Core`.
+    """
+
+    def __init__(
+        self,
+        idlm: Idlm,
+        slots: int,
+        depth: int,
+        pages: int,
+        page_size: int,
+        record: bool = True,
+        simulated: Sequence[float] | None = None,
+        deterministic: bool = False,
+    ) -> None:
+        self.idlm, self.depth = idlm, depth
+        idlm.model.requires_grad_(False)
+        like = torch.empty(0, dtype=idlm.dtype, device=idlm.device)
+        cache = KVCache(attention_shapes(idlm), pages, page_size, like, deterministic)
+        columns = cache.columns(idlm.context)
+        self.slots = Slots(slots, depth, columns, idlm.vocab_size, idlm.device)
+        self.settings = Settings.empty(slots + 1, idlm.vocab_size, idlm.mask_id, idlm.device)
+        self.core = Core(idlm, cache, self.slots, self.settings, simulated, deterministic)
+        self._decode = Recorder(self.core, record)
+
+    @torch.inference_mode()
+    def seat(
+        self,
+        slot: int,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        limit: int,
+        stop_ids: Sequence[int],
+        adapter: int,
+        drafting: bool,
+    ) -> None:
+        """Give a request a slot; its pages and its prefill follow."""
+        if params.verification == "ratio" and self.slots.log_q is None:
+            rows = len(self.slots.state.length)
+            shape = (rows, self.depth, self.idlm.vocab_size)
+            self.slots.log_q = torch.zeros(shape, dtype=torch.float64, device=self.idlm.device)
+        self.settings.put(slot, params, seed, prompt, output, stop_ids)
+        self.slots.put(slot, len(prompt) + len(output), limit, stop_ids, adapter, drafting)
+
+    @torch.inference_mode()
+    def clear(self, slot: int) -> None:
+        """Free a slot."""
+        self.settings.clear(slot)
+        self.slots.clear(slot)
+
+    @torch.inference_mode()
+    def map_pages(self, entries: Sequence[tuple[int, int, int]]) -> None:
+        """Write (slot, column, page) entries into the page tables."""
+        self.slots.map_pages(entries)
+
+    @torch.inference_mode()
+    def decode(self, kind: Kind, slots: Sequence[int], tokens: int) -> Launched:
+        """One step of the requests in `slots`, none of which has more than `tokens` tokens, drafts included."""
+        batch, columns = len(slots), min(self.core.cache.columns(tokens), self.slots.state.table.shape[1])
+        if self.idlm.device.type == "cuda":  # one graph serves one shape, so shapes are few
+            batch, columns = _round_up(batch), min(_round_up(columns), self.slots.state.table.shape[1])
+        rows = torch.tensor([*slots, *[self.slots.spare] * (batch - len(slots))], device=self.idlm.device)
+        return Launched.of(self._decode(kind, rows, torch.arange(columns, device=self.idlm.device)))
+
+    @torch.inference_mode()
+    def prefill(self, kind: Kind, chunks: Sequence[Chunk]) -> Launched:
+        """Chunks of prompts in one forward."""
+        return Launched.of(self.core.prefill(kind, chunks))
+
+    def measure(self, plan: Plan, batch: int, repeats: int = 3, prefix: int = MEASURE_PREFIX) -> float:
+        """Median seconds of a greedy decode step of `batch` requests with `prefix` cached tokens, on the spare slot."""
+        prefix = min(prefix, self.idlm.context - self.depth - 1)
+        with torch.inference_mode():
+            self.slots.state.length[self.slots.spare] = prefix
+        kind, slots = Kind(plan, Features()), [self.slots.spare] * batch
+        seconds = []
+        for turn in range(repeats + 5):  # the first ones are for warming up and recording
+            started = perf_counter()
+            self.decode(kind, slots, prefix + self.depth).read()
+            if turn >= 5:
+                seconds.append(perf_counter() - started)
+        with torch.inference_mode():
+            self.slots.state.length[self.slots.spare] = 1
+        return sorted(seconds)[len(seconds) // 2]
+
+
+def _round_up(number: int) -> int:
+    """The next of 1, 2, 4, 8, 16, 24, 32, 40, ..."""
+    return 1 << (number - 1).bit_length() if number <= 8 else -(-number // 8) * 8
+
+
+class _Shapes:
+    """A cache that keeps nothing and notes each layer's shape."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, int, int]] = []
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        self.found.append((query.shape[1], key.shape[1], key.shape[3]))
+        return query.transpose(1, 2)
+
+
+@torch.inference_mode()
+def attention_shapes(idlm: Idlm) -> list[tuple[int, int, int]]:
+    """Query heads, key/value heads and head size of each layer, as the model itself computes them."""
+    cache = _Shapes()
+    one = torch.zeros(1, 1, dtype=torch.int64, device=idlm.device)
+    idlm.hidden(one, one, None, cache=cache)
+    return cache.found

@@ -1,0 +1,161 @@
+"""`Scheduler`: who waits, who sits in which slot, who holds which pages. It decides; it launches nothing.
+
+    waiting -> prefilling -> decoding -> gone
+       ^____________|____________|
+              pre-empted: its pages are taken, its text is prefilled again later
+
+First come, first served within a priority. A request keeps its place in the order when it is pre-empted, so it is the
+first to come back.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+from idlm.engine.pages import PagePool, chain
+from idlm.engine.request import Request
+from idlm.engine.step import Chunk
+
+
+class Scheduler:
+    """The host's picture of slots and pages.
+
+    Args:
+        slots: the most requests at once.
+        pool: the pages.
+        root: what the prefix cache's keys start from; names the weights.
+
+    Attributes:
+        prefilling, decoding: who sits, in the order they came in.
+        preemptions: how often a request lost its pages.
+    """
+
+    def __init__(self, slots: int, pool: PagePool, root: bytes) -> None:
+        self.pool = pool
+        self.root = root
+        self.prefilling: list[Request] = []
+        self.decoding: list[Request] = []
+        self.preemptions = 0
+        self._free_slots = list(range(slots - 1, -1, -1))
+        self._waiting: list[tuple[tuple[int, int], Request]] = []
+
+    @property
+    def waiting(self) -> list[Request]:
+        """Who waits, the next one first."""
+        return [request for _, request in sorted(self._waiting, key=lambda entry: entry[0])]
+
+    @property
+    def running(self) -> list[Request]:
+        """Who has a slot."""
+        return [*self.prefilling, *self.decoding]
+
+    def columns(self, tokens: int) -> int:
+        """Pages that `tokens` tokens need."""
+        return -(-tokens // self.pool.page_size)
+
+    def wait(self, request: Request) -> None:
+        """Queue a request."""
+        heapq.heappush(self._waiting, (request.order, request))
+
+    def admit(self) -> Request | None:
+        """Seat the next request, if there are a slot and pages for its text, cached ones included."""
+        if not self._waiting or not self._free_slots:
+            return None
+        request = self._waiting[0][1]
+        text = request.text
+        cached: list[int] = []
+        if request.params.prompt_logprobs is None:  # those need every row computed
+            cached = self.pool.match(chain(text[:-1], self.pool.page_size, self.root + request.salt))
+        missing = self.columns(len(text)) - len(cached)
+        if not self.pool.can_allocate(missing):
+            self.pool.release(cached)
+            return None
+        heapq.heappop(self._waiting)
+        request.pages = cached + self.pool.allocate(missing)
+        request.computed = len(cached) * self.pool.page_size
+        if not request.result.token_ids:
+            request.result.cached_tokens = request.computed
+        request.slot = self._free_slots.pop()
+        self.prefilling.append(request)
+        return request
+
+    def grow(self, request: Request, tokens: int) -> list[tuple[int, int, int]] | None:
+        """Pages for a text of `tokens` tokens, as (slot, column, page); None where there are not enough."""
+        assert request.slot is not None  # noqa: S101
+        held = len(request.pages)
+        missing = max(0, self.columns(tokens) - held)
+        if not self.pool.can_allocate(missing):
+            return None
+        fresh = self.pool.allocate(missing)
+        request.pages += fresh
+        return [(request.slot, held + index, page) for index, page in enumerate(fresh)]
+
+    def victim(self) -> Request:
+        """Whose pages to take: the last in the order."""
+        return max(self.running, key=lambda request: request.order)
+
+    def chunks(self, budget: int) -> list[tuple[Request, Chunk]]:
+        """Prefill work of at most `budget` tokens; those whose last chunk is among it go on to decode."""
+        work = []
+        for request in list(self.prefilling):
+            if budget <= 0:
+                break
+            text, start = request.text, request.computed
+            size = min(len(text) - start, budget)
+            last = start + size == len(text)
+            assert request.slot is not None  # noqa: S101
+            work.append((request, Chunk(request.slot, text[start : start + size], start, last)))
+            request.computed += size
+            budget -= size
+            if last:
+                self.prefilling.remove(request)
+                self.decoding.append(request)
+        return work
+
+    def publish(self, request: Request, tokens: int) -> None:
+        """Make the full pages of its first `tokens` tokens, all computed, findable for others."""
+        keys = chain(request.text[:tokens], self.pool.page_size, self.root + request.salt)
+        for page, key in zip(request.pages, keys, strict=False):
+            self.pool.publish(page, key)
+
+    def leave(self, request: Request) -> int | None:
+        """Take a request out, wherever it is; returns its slot. What it has computed stays in the prefix cache."""
+        if request.slot is None:
+            self._waiting = [entry for entry in self._waiting if entry[1] is not request]
+            heapq.heapify(self._waiting)
+            return None
+        decoding = request in self.decoding
+        (self.decoding if decoding else self.prefilling).remove(request)
+        # the last token's keys are written by the step that would have come next
+        self.publish(request, request.length - 1 if decoding else request.computed)
+        self.pool.release(request.pages)
+        slot, request.slot, request.pages, request.computed = request.slot, None, [], 0
+        self._free_slots.append(slot)
+        return slot
+
+    def preempt(self, request: Request) -> int | None:
+        """Take its slot and pages and let it wait again; returns the slot."""
+        slot = self.leave(request)
+        self.preemptions += 1
+        self.wait(request)
+        return slot
+
+    def check(self) -> None:
+        """Check that slots and pages are all accounted for.
+
+        Raises:
+            RuntimeError: one is lost, held twice or held by nobody.
+        """
+        self.pool.check()
+        seated = [request.slot for request in self.running]
+        if len(set(seated)) != len(seated) or set(seated) & set(self._free_slots):
+            raise RuntimeError(f"slots {seated} are taken and {self._free_slots} free")
+        held = {page for request in self.running for page in request.pages}
+        if len(held) != self.pool.live:
+            raise RuntimeError(f"{self.pool.live} pages are live and requests hold {len(held)}")
+
+
+def longest(requests: Sequence[Request]) -> int:
+    """Tokens of the longest text."""
+    return max(request.length for request in requests)

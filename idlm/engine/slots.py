@@ -1,0 +1,136 @@
+"""`Slots`: the state of the running requests, on the device, one row each; requests do not move while they run.
+
+    x_0 ... x_{n-2}    in the KV pages that the slot's page table names
+    x_{n-1}            the pending token
+    d_1 .. d_valid     the drafts, claims of the tokens at n, n+1, ...; what lies past them is left over
+
+The last row is spare: it is never alive, its page table names the trash page alone, and it stands in where a step of
+fixed size has fewer requests.
+
+Shapes: B slots, K drafts, M page-table columns, V logit columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from idlm.decoding.settings import Settings
+
+
+@dataclass(frozen=True)
+class State:
+    """The rows of some slots.
+
+    Attributes:
+        length: int64 [B], n; pending: int64 [B].
+        limit: int64 [B], the length at which the request ends.
+        alive: bool [B], still decoding, as the device knows it.
+        drafting: bool [B], wants drafts; False is plain AR.
+        drafts: int64 [B, K]; valid: int64 [B], how many of them stand for anything.
+        adapter: int64 [B], which adapter drafts.
+        table: int64 [B, M], the page of each stretch of positions.
+    """
+
+    length: Tensor
+    pending: Tensor
+    limit: Tensor
+    alive: Tensor
+    drafting: Tensor
+    drafts: Tensor
+    valid: Tensor
+    adapter: Tensor
+    table: Tensor
+
+
+class Slots:
+    """All rows, and how they are read and written.
+
+    Attributes:
+        stops: bool [B, V], the tokens that end each request.
+        log_q: [B, K, V], the laws the drafts were drawn from; kept only once a request asks for the ratio rule.
+    """
+
+    def __init__(self, number: int, depth: int, columns: int, vocab_size: int, device: torch.device):
+        rows = number + 1
+
+        def whole(*shape: int) -> Tensor:
+            return torch.zeros(rows, *shape, dtype=torch.int64, device=device)
+
+        def flag(*shape: int) -> Tensor:
+            return torch.zeros(rows, *shape, dtype=torch.bool, device=device)
+
+        self.spare = number
+        self.log_q: Tensor | None = None
+        self.state = State(
+            length=whole() + 1,
+            pending=whole(),
+            limit=whole() + 1,
+            alive=flag(),
+            drafting=flag(),
+            drafts=whole(depth),
+            valid=whole(),
+            adapter=whole(),
+            table=whole(columns),
+        )
+        self.stops = flag(vocab_size)
+
+    def put(self, slot: int, length: int, limit: int, stops: Sequence[int], adapter: int, drafting: bool) -> None:
+        """Seat a request with `length` committed tokens; it ends at `limit` or at one of `stops`."""
+        state = self.state
+        state.length[slot] = length
+        state.limit[slot] = limit
+        state.alive[slot] = True
+        state.drafting[slot] = drafting
+        state.valid[slot] = 0
+        state.adapter[slot] = adapter
+        state.table[slot] = 0
+        self.stops[slot] = False
+        self.stops[slot, list(stops)] = True
+
+    def clear(self, slot: int) -> None:
+        """Free a slot: a step still under way writes to the trash page and commits nothing."""
+        self.state.alive[slot] = False
+        self.state.table[slot] = 0
+
+    def map_pages(self, entries: Sequence[tuple[int, int, int]]) -> None:
+        """Write (slot, column, page) entries into the page tables."""
+        if entries:
+            slot, column, page = torch.tensor(entries, device=self.state.table.device).unbind(1)
+            self.state.table[slot, column] = page
+
+    def read(self, rows: Tensor, columns: Tensor) -> State:
+        """Copies of the rows [B]; of their page tables only the columns [M]."""
+        taken = {field.name: getattr(self.state, field.name).index_select(0, rows) for field in fields(State)}
+        return State(**taken | {"table": taken["table"].index_select(1, columns)})
+
+    def write(self, rows: Tensor, **values: Tensor) -> None:
+        """Put rows back, in place."""
+        for name, value in values.items():
+            getattr(self.state, name).index_copy_(0, rows, value)
+
+    def keep_laws(self, rows: Tensor, log_q: Tensor) -> None:
+        """Remember what the drafts of the slots `rows` were drawn from, [B, K, V]."""
+        assert self.log_q is not None  # noqa: S101
+        depth = log_q.shape[1]
+        self.log_q.index_copy_(0, rows, torch.cat([log_q, self.log_q.index_select(0, rows)[:, depth:]], dim=1))
+
+
+def select(settings: Settings, rows: Tensor) -> Settings:
+    """The settings of some slots, copied; `steps` is about the vocabulary and stays."""
+    per_slot = {field.name: getattr(settings, field.name) for field in fields(Settings) if field.name != "steps"}
+    taken: dict[str, Any] = {
+        name: value.index_select(0, rows) for name, value in per_slot.items() if isinstance(value, Tensor)
+    }
+    return replace(settings, **taken)
+
+
+def store(settings: Settings, rows: Tensor, changed: Settings) -> None:
+    """Put the history of some slots back."""
+    for all_slots, some in ((settings.seen, changed.seen), (settings.counts, changed.counts)):
+        if all_slots is not None and some is not None:
+            all_slots.index_copy_(0, rows, some)

@@ -1,0 +1,273 @@
+"""One step, as tensor operations of static shape: forward, verification, state update. Nothing waits for the device.
+
+    1. read the slots' rows; lay out their windows
+    2. one forward over all rows of all slots
+    3. the head on the verify rows; the verdict: how many drafts stand, and the token after them
+    4. commit: cut at the request's limit and at its first stop token; the last token committed becomes pending
+    5. the head on the masks of that very outcome: the next drafts
+
+A prefill chunk is the same with other rows; its last chunk goes through 3 to 5 with no drafts to verify.
+
+Shapes: B slots, K drafts, R = 1 + K verify rows, G groups of K masks, D hidden size, V logit columns, M columns
+of the page table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from idlm.decoding.batch import Verdicts, logprobs
+from idlm.decoding.noise import Stream, uniform
+from idlm.decoding.plan import Plan
+from idlm.decoding.settings import Features, Settings
+from idlm.decoding.window import window
+from idlm.engine.kv_cache import KVCache, Segment
+from idlm.engine.slots import Slots, State, select, store
+from idlm.kernels.batch_invariant import batch_invariant
+from idlm.kernels.verification import draft, verify
+from idlm.models.gated_lora import NO_ROWS
+from idlm.models.idlm_model import Idlm
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is static about a step: the plan, which parts of the law its requests use, how many logprobs they want."""
+
+    plan: Plan
+    features: Features
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a prefill: `tokens` of `slot` from position `start` on; after the `last` one the request decodes."""
+
+    slot: int
+    tokens: Sequence[int]
+    start: int
+    last: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step tells the host.
+
+    Attributes:
+        packed: int64 [B, R + 4]: R tokens, how many of them are committed, the drafts looked at, those accepted, and
+            whether the request goes on.
+        logprobs: of the R tokens, if asked for; see `idlm.decoding.batch.logprobs`.
+        prompt: hidden states [T, D] of a prefill's real rows, chunk by chunk, for prompt logprobs.
+    """
+
+    packed: Tensor
+    logprobs: tuple[Tensor, ...] = ()
+    prompt: Tensor | None = None
+
+
+class Layout:
+    """A plan's window tables on the device."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        layout = window(plan.stride, plan.branches)
+        self.stride, self.masks, self.groups = layout.stride, layout.masks, layout.groups
+        self.mask_rows = layout.mask_rows
+        self.offsets, self.words, self.group = (t.to(device) for t in (layout.offsets, layout.words, layout.group))
+
+
+@dataclass(frozen=True)
+class Slate:
+    """What is known of the slots `rows` once their drafts have been judged.
+
+    Attributes:
+        verdict: the judgement; logits [B, R, V] it was made from; valid [B], the drafts looked at.
+    """
+
+    rows: Tensor
+    state: State
+    settings: Settings
+    logits: Tensor
+    valid: Tensor
+    verdict: Verdicts
+
+
+class Core:
+    """The model, the pages and the slots: what every step works on.
+
+    Attributes:
+        simulated: acceptance by depth that replaces the verification, for shapes without trained weights.
+        kernels: a context for every step; batch-invariant kernels where results must not depend on the batch.
+    """
+
+    def __init__(
+        self,
+        idlm: Idlm,
+        cache: KVCache,
+        slots: Slots,
+        settings: Settings,
+        simulated: Sequence[float] | None = None,
+        deterministic: bool = False,
+    ) -> None:
+        self.idlm, self.cache, self.slots, self.settings = idlm, cache, slots, settings
+        self.simulated = None if simulated is None else torch.tensor(simulated, device=idlm.device)
+        self.kernels = batch_invariant if deterministic else nullcontext
+        self._layouts: dict[Plan, Layout] = {}
+
+    def layout(self, plan: Plan) -> Layout:
+        """The tables of a plan, moved to the device once."""
+        if plan not in self._layouts:
+            self._layouts[plan] = Layout(plan, self.idlm.device)
+        return self._layouts[plan]
+
+    def written(self) -> list[Tensor]:
+        """Every tensor that a step writes to and a later one reads."""
+        optional = (self.slots.log_q, self.settings.seen, self.settings.counts)
+        state = [getattr(self.slots.state, field.name) for field in fields(State)]
+        return [*self.cache.pages, *state, *(tensor for tensor in optional if tensor is not None)]
+
+    def decode(self, kind: Kind, rows: Tensor, columns: Tensor) -> Outcome:
+        """See `_decode`."""
+        with self.kernels():
+            return self._decode(kind, rows, columns)
+
+    def prefill(self, kind: Kind, chunks: Sequence[Chunk]) -> Outcome:
+        """See `_prefill`."""
+        with self.kernels():
+            return self._prefill(kind, chunks)
+
+    def _decode(self, kind: Kind, rows: Tensor, columns: Tensor) -> Outcome:
+        """One window for each of the slots `rows` [B], whose text lies in the first `columns` [M] of their tables."""
+        layout, state = self.layout(kind.plan), self.slots.read(rows, columns)
+        valid, prefix = state.valid.clamp(max=layout.masks), state.length - 1
+        positions = prefix[:, None] + layout.offsets.index_select(0, valid)
+        real = positions[:, : layout.stride]
+        drafts = state.drafts[:, : layout.masks]
+        words = layout.words.index_select(0, valid)
+        self.cache.segments = (self.cache.segment(state.table, prefix, words, real, layout.mask_rows),)
+        tokens = torch.cat([state.pending[:, None], drafts], dim=1).flatten()
+        verified, masks = self._forward(tokens, real.flatten(), positions[:, layout.stride :].flatten(), state.adapter)
+        logits = self.idlm.head(verified).unflatten(0, (-1, layout.stride))
+        slate = self._judge(kind, rows, state, logits, drafts, valid)
+        if not layout.masks:
+            return self._commit(kind, slate, None)
+        group = layout.group[valid, slate.verdict.accepted]
+        masks = masks.unflatten(0, (-1, layout.groups, layout.masks))
+        chosen = masks.gather(1, group.clamp(min=0)[:, None, None, None].expand(-1, 1, *masks.shape[2:]))[:, 0]
+        return self._commit(kind, slate, chosen, group >= 0)
+
+    def _prefill(self, kind: Kind, chunks: Sequence[Chunk]) -> Outcome:
+        """Run chunks of prompts; those that are the last of theirs commit a first token and draft."""
+        device, masks = self.idlm.device, kind.plan.stride - 1
+        last = [chunk for chunk in chunks if chunk.last]
+        rows = torch.tensor([chunk.slot for chunk in last], dtype=torch.int64, device=device)
+        tokens = torch.tensor([token for chunk in chunks for token in chunk.tokens], device=device)
+        self.cache.segments = [self._chunk(chunk, masks) for chunk in chunks]
+        real = torch.cat([torch.arange(c.start, c.start + len(c.tokens), device=device) for c in chunks])
+        ends = torch.tensor([len(c.tokens) for c in chunks], device=device).cumsum(0)[[c.last for c in chunks]]
+        beyond = real[ends - 1, None] + torch.arange(1, masks + 1, device=device)
+        state = self.slots.read(rows, torch.arange(0, device=device))
+        hidden, drafting = self._forward(tokens, real, beyond.flatten(), state.adapter)
+        if not last:
+            return Outcome(tokens.new_empty(0, 5), (), hidden)
+        logits = self.idlm.head(hidden[ends - 1])[:, None]
+        none = state.drafts[:, :0]
+        slate = self._judge(kind, rows, state, logits, none, torch.zeros_like(rows))
+        outcome = self._commit(kind, slate, drafting.unflatten(0, (-1, masks)) if masks else None)
+        return Outcome(outcome.packed, outcome.logprobs, hidden)
+
+    def _chunk(self, chunk: Chunk, masks: int) -> Segment:
+        """A chunk's rows: causal, after what the slot's pages hold up to its start."""
+        device, length = self.idlm.device, len(chunk.tokens)
+        columns = torch.arange(self.cache.columns(chunk.start + length), device=device)
+        state = self.slots.read(torch.tensor([chunk.slot], device=device), columns)
+        start = torch.tensor([chunk.start], device=device)
+        positions = start[:, None] + torch.arange(length, device=device)
+        return self.cache.segment(state.table, start, None, positions, masks if chunk.last else 0)
+
+    def _forward(self, tokens: Tensor, real: Tensor, masks: Tensor, adapter: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states of real rows [., D] and of MASK rows [., D], the rows given as tokens and positions."""
+        if not masks.shape[0]:
+            return self.idlm.hidden(tokens[None], real[None], None, NO_ROWS, self.cache)[0], masks
+        first = real.numel()
+        tokens = torch.cat([tokens, torch.full_like(masks, self.idlm.mask_id)])
+        positions = torch.cat([real, masks])
+        if self.idlm.gate is not None:
+            self.idlm.gate.adapter = adapter[:, None].expand(-1, masks.numel() // adapter.numel()).flatten()
+        hidden = self.idlm.hidden(tokens[None], positions[None], None, slice(first, positions.numel()), self.cache)[0]
+        return hidden[:first], hidden[first:]
+
+    def _judge(self, kind: Kind, rows: Tensor, state: State, logits: Tensor, drafts: Tensor, valid: Tensor) -> Slate:
+        """The verdict on `drafts` [B, K], of which `valid` [B] count."""
+        settings, features = select(self.settings, rows), kind.features
+        log_q = self.slots.log_q
+        if log_q is not None:
+            log_q = log_q.index_select(0, rows)[:, : drafts.shape[1]] if features.ratio and drafts.shape[1] else None
+        verdict = verify(logits, drafts, valid, log_q, settings, features, state.length)
+        if self.simulated is not None:
+            verdict = self._simulate(verdict, drafts, valid, state.length)
+        return Slate(rows, state, settings, logits, valid, verdict)
+
+    def _commit(self, kind: Kind, slate: Slate, masks: Tensor | None, served: Tensor | None = None) -> Outcome:
+        """Commit the verdict and draft from `masks` [B, K, D]; `served` [B] says who has masks (None: all)."""
+        state, tokens = slate.state, slate.verdict.tokens
+        keep, ended = self._cut(slate)
+        number = keep.sum(dim=1)
+        length = state.length + number
+        alive = state.alive & ~ended & (length < state.limit)
+        pending = torch.where(number > 0, tokens.gather(1, (number - 1).clamp(min=0)[:, None])[:, 0], state.pending)
+        chances = self._logprobs(kind, slate)
+        if kind.features.penalised:
+            slate.settings.record(tokens, number)
+            store(self.settings, slate.rows, slate.settings)
+        self.slots.write(slate.rows, length=length, pending=pending, alive=alive)
+        self._draft(kind, slate, masks, served, length)
+        columns = torch.stack([number, slate.valid, slate.verdict.accepted, alive.to(torch.int64)], dim=1)
+        return Outcome(torch.cat([tokens, columns], dim=1), chances)
+
+    def _cut(self, slate: Slate) -> tuple[Tensor, Tensor]:
+        """Which tokens [B, R] are committed, up to the limit and the first stop token; and whether that came [B]."""
+        state, tokens = slate.state, slate.verdict.tokens
+        index = torch.arange(tokens.shape[1], device=tokens.device)
+        room = torch.minimum(slate.verdict.accepted + 1, state.limit - state.length)
+        keep = (index < room[:, None]) & state.alive[:, None]
+        stop = self.slots.stops[slate.rows[:, None], tokens] & keep
+        before = stop.cumsum(dim=1) - stop.to(torch.int64)
+        return keep & (before == 0), stop.any(dim=1)
+
+    def _draft(self, kind: Kind, slate: Slate, masks: Tensor | None, served: Tensor | None, first: Tensor) -> None:
+        """Write the drafts of the tokens from position `first` [B] on."""
+        if masks is None:
+            self.slots.write(slate.rows, valid=torch.zeros_like(slate.valid))
+            return
+        drafts, log_q = draft(self.idlm.head(masks), slate.settings, kind.features, first)
+        good = slate.state.drafting if served is None else slate.state.drafting & served
+        depth = drafts.shape[1]
+        rest = slate.state.drafts[:, depth:]
+        self.slots.write(slate.rows, valid=good * depth, drafts=torch.cat([drafts, rest], dim=1))
+        if kind.features.ratio and log_q is not None:
+            self.slots.keep_laws(slate.rows, log_q)
+
+    def _logprobs(self, kind: Kind, slate: Slate) -> tuple[Tensor, ...]:
+        if kind.logprobs is None:
+            return ()
+        first = slate.state.length
+        return logprobs(slate.logits, slate.verdict.tokens, slate.settings, kind.features, first, kind.logprobs)
+
+    def _simulate(self, verdict: Verdicts, drafts: Tensor, valid: Tensor, first: Tensor) -> Verdicts:
+        """Accept draft k with chance `simulated[k]` (its last entry from there on), whatever the tokens."""
+        assert self.simulated is not None  # noqa: S101
+        depth = torch.arange(drafts.shape[1], device=drafts.device)
+        chance = uniform(0, (first[:, None] + depth).flatten(), Stream.ACCEPT).view_as(drafts)
+        luck = chance < self.simulated[depth.clamp(max=len(self.simulated) - 1)]
+        accepted = (luck & (depth < valid[:, None])).to(torch.int64).cumprod(dim=1).sum(dim=1)
+        token = verdict.tokens[:, 0]
+        tokens = torch.where(
+            torch.arange(verdict.tokens.shape[1], device=token.device) < accepted[:, None],
+            torch.cat([drafts, token[:, None]], dim=1),
+            token[:, None],
+        )
+        return verdict._replace(accepted=accepted, token=token, tokens=tokens)

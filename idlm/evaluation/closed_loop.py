@@ -1,0 +1,172 @@
+"""A closed loop: a fixed number of requests in flight, each finished one replaced by the next; and what that run shows.
+
+A `Contestant` is any engine that can be run so: `Ours` here, others in `benchmarks/peers`.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from time import perf_counter, process_time
+from typing import Protocol
+
+import torch
+
+from idlm.decoding.plan import Plan
+from idlm.engine.llm import LLM, Result
+from idlm.evaluation.workload import Request
+from idlm.models.idlm_model import Idlm
+
+
+@dataclass(frozen=True)
+class Served:
+    """How one request was served: seconds to its first token, per token after it, and the worst wait between steps."""
+
+    token_ids: list[int]
+    ttft: float
+    tpot: float
+    worst_gap: float
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What only our own engine tells of a run.
+
+    Attributes:
+        plan: the one that was run; None where the planner chose.
+        rows: rows of decode windows, over all requests and steps.
+        plans: decode steps by plan.
+        reason: the planner's last one.
+    """
+
+    plan: Plan | None
+    results: list[Result]
+    rows: int
+    plans: Counter[str]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a contestant; `peak_memory_mb` is the process's on a CPU, the allocator's on a GPU."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_memory_mb: float
+    served: list[Served]
+    decoding: Decoding | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all requests."""
+        return sum(len(one.token_ids) for one in self.served)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over the whole run, prefills and the thinning out at its end included."""
+        return self.tokens / self.seconds
+
+
+class Contestant(Protocol):
+    """An engine in one mode; `simulated` where its acceptance is not a model's."""
+
+    engine: str
+    mode: str
+    simulated: bool
+
+    def run(self, requests: Sequence[Request], concurrency: int) -> Run:
+        """Serve the requests, `concurrency` of them in flight."""
+        ...
+
+
+@dataclass
+class Ours:
+    """Our engine in one mode: "ar", "chain", "all" or "planner"."""
+
+    llm: LLM
+    mode: str
+    simulated: bool = False
+    engine: str = "idlm"
+
+    def run(self, requests: Sequence[Request], concurrency: int) -> Run:
+        """See `Contestant`."""
+        cuda = self.llm.idlm.device.type == "cuda"
+        metrics, planner = self.llm.engine.metrics, self.llm.engine.planner
+        plan = planner.plans[0] if len(planner.plans) == 1 else None
+        plans, rows = Counter(metrics.plans), metrics.window_rows
+        _forget_peak(cuda)
+        started, cpu = perf_counter(), process_time()
+        results = closed_loop(self.llm, requests, concurrency)
+        seconds, cpu_seconds = perf_counter() - started, process_time() - cpu
+        decoding = Decoding(plan, results, metrics.window_rows - rows, metrics.plans - plans, planner.reason)
+        return Run(seconds, cpu_seconds, _peak(cuda), [_served(result) for result in results], decoding)
+
+
+def contestants(
+    idlm: Idlm,
+    modes: Sequence[str],
+    stride: int,
+    slots: int,
+    simulate_acceptance: Sequence[float] | None = None,
+    kv_memory: str | None = None,
+) -> list[Ours]:
+    """Our engine in each of the modes, over the same weights; `stride` is the planner's largest.
+
+    Each has its own KV cache of `kv_memory`. Raises what `LLM` raises.
+    """
+    found = []
+    for mode in modes:
+        n, branches = (1, "all") if mode == "ar" else (stride, mode)
+        simulated = None if mode == "ar" else simulate_acceptance
+        llm = LLM(
+            idlm,
+            stride=n,
+            branches=branches,
+            max_num_seqs=slots,
+            kv_memory=kv_memory,
+            simulate_acceptance=simulated,
+        )
+        found.append(Ours(llm, mode, simulated is not None))
+    return found
+
+
+def closed_loop(llm: LLM, requests: Sequence[Request], concurrency: int) -> list[Result]:
+    """Serve the requests, each finished one replaced by the next; results in the order of the requests."""
+    engine, waiting = llm.engine, iter(requests)
+    order = [engine.add(one.prompt_token_ids, one.params, seed=0) for one in islice(waiting, concurrency)]
+    results: dict[str, Result] = {}
+    while engine.busy:
+        for update in engine.step():
+            if update.result is None:
+                continue
+            results[update.request_id] = update.result
+            order += [engine.add(one.prompt_token_ids, one.params, seed=0) for one in islice(waiting, 1)]
+    return [results[name] for name in order]
+
+
+def _served(result: Result) -> Served:
+    timing, tokens = result.timing, result.token_ids
+    assert timing.first_token is not None and timing.last_token is not None
+    tpot = (timing.last_token - timing.first_token) / max(1, len(tokens) - 1)
+    return Served(tokens, timing.first_token - timing.arrival, tpot, timing.worst_gap)
+
+
+def _forget_peak(cuda: bool) -> None:
+    """Start the high-water mark of memory anew; where Linux does not let us, it stays the process's."""
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak(cuda: bool) -> float:
+    """The high-water mark of memory, in MiB."""
+    if cuda:
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

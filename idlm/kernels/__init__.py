@@ -1,0 +1,1 @@
+"""GPU kernels in Triton, each beside its PyTorch twin behind one signature."""

@@ -1,0 +1,104 @@
+"""The Triton kernel of `idlm.kernels.verification.choose`.
+
+A program takes a share of one row's vocabulary, makes the noise of each of its tokens and keeps the best; where rows
+are too few to fill the device a row is split over several programs, and their bests are compared afterwards.
+
+    token of a row:   0 ........ share ........ 2 share ........ V
+    program (split)   [    0    ][      1      ][  splits - 1  ]
+"""
+
+from __future__ import annotations
+
+import torch
+import triton  # type: ignore[import-untyped]
+import triton.language as tl  # type: ignore[import-untyped]
+from torch import Tensor
+
+from idlm.decoding import noise
+from idlm.decoding.noise import Stream
+from idlm.decoding.settings import Settings
+from idlm.kernels.window_attention_triton import processors
+
+BLOCK = 1024
+GOLDEN = tl.constexpr(noise.GOLDEN)
+MULTIPLY_1, MULTIPLY_2 = tl.constexpr(noise.MULTIPLY_1), tl.constexpr(noise.MULTIPLY_2)
+DROPPED, UNIT = tl.constexpr(64 - noise.MANTISSA), tl.constexpr(2.0**-noise.MANTISSA)
+LARGEST = tl.constexpr(2**63 - 1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _shift(word, bits: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Logical right shift."""
+    return (word >> bits) & (LARGEST >> (bits - 1))
+
+
+@triton.jit
+def _mix(word):  # type: ignore[no-untyped-def]
+    """The output of a SplitMix64 generator in state `word`."""
+    word = (word ^ _shift(word, 30)) * MULTIPLY_1
+    word = (word ^ _shift(word, 27)) * MULTIPLY_2
+    return word ^ _shift(word, 31)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _choose(  # type: ignore[no-untyped-def]
+    logits, bias, temperatures, keys, first, bests, ids,
+    rows, vocab, share, mask_id, key_stride, stream,
+    BIASED: tl.constexpr, SAMPLED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The best token of one share of one row's vocabulary, and its score."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = row // rows
+    temperature = tl.load(temperatures + slot)
+    position = tl.load(first + slot) + row % rows
+    # a block, not a scalar: the interpreter's scalars warn where a product wraps
+    start = _mix(tl.load(keys + slot * key_stride + stream + tl.zeros([1], tl.int64)) + (position + 1) * GOLDEN)
+    best = tl.full([BLOCK], float("-inf"), tl.float64)
+    chosen = tl.full([BLOCK], 0, tl.int64) + vocab
+    begin = tl.program_id(1) * share
+    for block in range(begin, tl.minimum(vocab, begin + share), BLOCK):
+        token = block + tl.arange(0, BLOCK).to(tl.int64)
+        inside = (token < vocab) & (token != mask_id)
+        score = tl.load(logits + row * vocab + token, mask=inside, other=float("-inf")).to(tl.float64)
+        if BIASED:
+            score += tl.load(bias + slot * vocab + token, mask=inside, other=0.0)
+        if SAMPLED:
+            word = _mix(start + (token + 1) * GOLDEN)
+            unit = (_shift(word, DROPPED).to(tl.float64) + 0.5) * UNIT
+            score += temperature * -tl.log(-tl.log(unit))
+        better = score > best
+        best = tl.where(better, score, best)
+        chosen = tl.where(better, token, chosen)
+    top = tl.max(best, 0)
+    place = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(bests + place, top)
+    tl.store(ids + place, tl.min(tl.where(best == top, chosen, vocab), 0))
+
+
+def choose_rows(
+    logits: Tensor,
+    bias: Tensor | None,
+    settings: Settings,
+    sampled: bool,
+    stream: Stream,
+    first: Tensor,
+    splits: int | None = None,
+) -> Tensor:
+    """`choose`; `splits` None: as many as fill the device."""
+    batch, rows, vocab = logits.shape
+    if splits is None:
+        splits = max(1, min(4 * processors(logits.device) // max(1, batch * rows), triton.cdiv(vocab, 4 * BLOCK)))
+    share = triton.cdiv(triton.cdiv(vocab, splits), BLOCK) * BLOCK
+    splits = triton.cdiv(vocab, share)
+    bests = logits.new_empty(batch, rows, splits, dtype=torch.float64)
+    ids = first.new_empty(batch, rows, splits)
+    if batch * rows:
+        _choose[batch * rows, splits](
+            logits.contiguous(), settings.temperature if bias is None else bias.contiguous(), settings.temperature,
+            settings.keys, first, bests, ids,
+            rows, vocab, share, settings.mask_id, settings.keys.shape[1], int(stream),
+            BIASED=bias is not None, SAMPLED=sampled, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+    if splits > 1:
+        ids = ids.gather(2, bests.argmax(dim=2, keepdim=True))
+    return ids[..., 0].clamp(max=vocab - 1)

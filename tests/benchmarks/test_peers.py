@@ -1,0 +1,68 @@
+"""The peers speak the protocol, and do the work they are timed for."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from benchmarks.peers.process import Peer
+from benchmarks.peers.protocol import Clock
+from idlm import load
+from idlm.evaluation.workload import Request, workload
+
+
+@pytest.fixture(scope="module")
+def peer(checkpoint: Path) -> Iterator[Peer]:
+    found = Peer(sys.executable, "transformers_generate.py", checkpoint / "base", threads=1)
+    yield found
+    found.close()
+
+
+def recomputed(model: PreTrainedModel, request: Request) -> list[int]:
+    """Greedy decoding without cache, batch or padding."""
+    text = list(request.prompt_token_ids)
+    with torch.inference_mode():
+        for _ in range(request.max_tokens):
+            text.append(int(model(input_ids=torch.tensor([text])).logits[0, -1].argmax()))
+    return text[len(request.prompt_token_ids) :]
+
+
+def test_transformers_gives_the_models_own_tokens_alone_and_in_padded_batches(peer: Peer, checkpoint: Path) -> None:
+    idlm = load(checkpoint / "base")
+    requests = workload(idlm)(5, 1)
+    stock = AutoModelForCausalLM.from_pretrained(checkpoint / "base", dtype=torch.float32)
+    expected = [recomputed(stock, request) for request in requests]
+    alone, batched = peer.run(requests, 1), peer.run(requests, 3)
+    assert [one.token_ids for one in alone.served] == [one.token_ids for one in batched.served] == expected
+
+
+def test_times_add_up(peer: Peer, checkpoint: Path) -> None:
+    requests = workload(load(checkpoint / "base"))(4, 1)
+    run = peer.run(requests, 1)
+    spent = sum(one.ttft + one.tpot * (len(one.token_ids) - 1) for one in run.served)
+    assert 0.5 * run.seconds < spent < run.seconds
+    assert all(0 < one.tpot <= one.worst_gap < run.seconds for one in run.served)
+    assert run.peak_memory_mb > 50 and run.cpu_seconds > 0
+    assert (peer.engine, peer.mode) == ("transformers", "static") and set(peer.versions) == {"transformers", "torch"}
+
+
+def test_a_peer_that_does_not_start_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="ended"):
+        Peer(sys.executable, "no_such_script.py", tmp_path, threads=1)
+
+
+def test_a_clock_stops_at_its_limit() -> None:
+    clock = Clock(3)
+    clock.extend([4, 5])
+    time.sleep(0.02)
+    clock.extend([6, 7])
+    clock.extend([8])
+    report = clock.report()
+    assert report["token_ids"] == [4, 5, 6]
+    assert 0.02 <= clock.worst_gap < 2 and report["tpot"] == pytest.approx(clock.worst_gap / 2)

@@ -1,0 +1,41 @@
+"""min_tokens in the oracle: the stop ids are held back, and nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from idlm import SamplingParams
+from idlm.decoding import reference
+from idlm.decoding.law import law
+from tests.decoding.toy import Toy
+
+V, STOPS = 4, (1, 2)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6, 2.0])
+@pytest.mark.parametrize("seed", range(6))
+def test_no_stop_id_comes_out_before_min_tokens(temperature: float, seed: int) -> None:
+    toy = Toy(V, seed=seed)
+    free = SamplingParams(max_tokens=9, temperature=temperature)
+    held = SamplingParams(max_tokens=9, temperature=temperature, min_tokens=5)
+    tokens = reference.ar(toy, [0], held, toy.mask_id, STOPS, seed).tokens
+    assert not set(STOPS) & set(tokens[:5]) and len(tokens) >= 5
+    banned = SamplingParams(max_tokens=5, temperature=temperature, banned_tokens=STOPS)
+    assert tokens[:5] == reference.ar(toy, [0], banned, toy.mask_id, (), seed).tokens
+    rest = reference.ar(toy, [0, *tokens[:5]], free, toy.mask_id, STOPS, seed).tokens
+    assert rest[: len(tokens) - 5] == tokens[5:]
+
+
+@pytest.mark.parametrize("branches", ["all", "chain"])
+@pytest.mark.parametrize("seed", range(6))
+def test_drafts_count_towards_min_tokens(branches: str, seed: int) -> None:
+    toy = Toy(V, seed=seed)
+    params = SamplingParams(max_tokens=9, temperature=0.8, min_tokens=4)
+    expected = reference.ar(toy, [0], params, toy.mask_id, STOPS, seed).tokens
+    assert reference.isd(toy, [0], params, toy.mask_id, 4, branches, STOPS, seed).tokens == expected
+
+
+def test_held_back_ids_have_no_probability() -> None:
+    log_p = law(torch.zeros(1, V), SamplingParams(logit_bias={1: 50.0}), held_back=STOPS)
+    assert log_p.exp()[0].tolist() == pytest.approx([0.5, 0, 0, 0.5])

@@ -1,0 +1,174 @@
+"""Any schedule of requests gives each of them what the oracle gives it alone, and loses no slot and no page."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from idlm import SamplingParams
+from idlm.decoding import reference
+from idlm.engine.build import build_engine
+from idlm.engine.engine import Engine
+from idlm.engine.request import Result
+from idlm.models.idlm_model import Idlm
+from tests.engine.tiny import VOCAB, tiny_idlm, with_second_adapter
+
+EXAMPLES, STEPS = 60, 60
+"""With the steps of `teardown`, more than 10,000 engine steps; `make soak` runs more."""
+PROMPTS = st.lists(st.integers(3, VOCAB - 1), min_size=1, max_size=40)
+
+
+@lru_cache
+def model() -> Idlm:
+    return with_second_adapter(tiny_idlm("qwen3"))
+
+
+@lru_cache(maxsize=4096)
+def alone(prompt: tuple[int, ...], params: SamplingParams, seed: int) -> tuple[int, ...]:
+    """AR by the oracle; at most as many tokens as the context holds."""
+    idlm = model()
+    params = replace(params, max_tokens=min(params.max_tokens, idlm.context - len(prompt)))
+    stops = {*params.stop_token_ids, *(() if params.ignore_eos else idlm.eos_ids)}
+    return tuple(reference.ar(idlm.forward, list(prompt), params, idlm.mask_id, stops, seed).tokens)
+
+
+@st.composite
+def wishes(draw: st.DrawFn) -> SamplingParams:
+    """Settings that together use every part of the law."""
+    return SamplingParams(
+        max_tokens=draw(st.integers(1, 16)),
+        temperature=draw(st.sampled_from([0.0, 0.7, 1.0])),
+        top_k=draw(st.sampled_from([0, 5])),
+        top_p=draw(st.sampled_from([1.0, 0.8])),
+        min_p=draw(st.sampled_from([0.0, 0.1])),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.3])),
+        presence_penalty=draw(st.sampled_from([0.0, 0.5])),
+        logit_bias=HashableDict(draw(st.sampled_from([{}, {5: 1.5}]))),
+        stop_token_ids=draw(st.sampled_from([(), (7,)])),
+        min_tokens=draw(st.sampled_from([0, 1])),
+        ignore_eos=draw(st.booleans()),
+    )
+
+
+class HashableDict(dict[int, float]):
+    """So that settings can key the oracle's cache."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(sorted(self.items())))
+
+
+class Schedules(RuleBasedStateMachine):
+    """Requests come, go, are aborted and pre-empted while the engine steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wanted: dict[str, tuple[tuple[int, ...], SamplingParams, int]] = {}
+        self.done: dict[str, Result] = {}
+        self.aborted: set[str] = set()
+
+    @initialize(
+        plan=st.sampled_from([(1, "all"), (2, "all"), (3, "chain"), (4, "all"), (4, (0, 2))]),
+        late=st.booleans(),
+        record=st.booleans(),
+        pages=st.integers(13, 30),
+        prefill=st.sampled_from([3, 16, None]),
+    )
+    def build(self, plan: tuple[int, str], late: bool, record: bool, pages: int, prefill: int | None) -> None:
+        page_bytes = 2 * 2 * 4 * 2 * 8 * 8
+        self.engine: Engine = build_engine(
+            model(),
+            *plan,
+            adapters=["first", "second"],
+            max_num_seqs=4,
+            kv_memory=pages * page_bytes,
+            page_size=4,
+            prefill_tokens=prefill,
+            late=int(late),
+            record=record,
+        )
+
+    @rule(
+        prompt=PROMPTS,
+        params=wishes(),
+        seed=st.integers(0, 5),
+        adapter=st.sampled_from(["first", "second", None]),
+        priority=st.integers(0, 1),
+        repeat=st.booleans(),
+    )
+    def add(
+        self, prompt: list[int], params: SamplingParams, seed: int, adapter: str | None, priority: int, repeat: bool
+    ) -> None:
+        if repeat and self.wanted:  # meets the prefix cache
+            prompt = list(next(reversed(self.wanted.values()))[0])
+        drafting = adapter is not None
+        name = self.engine.add(prompt, params, seed, adapter=adapter, drafting=drafting, priority=priority)
+        self.wanted[name] = (tuple(prompt), params, seed)
+
+    @rule(steps=st.integers(1, 6))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            self._collect()
+
+    @precondition(lambda self: self.wanted)
+    @rule(which=st.randoms())
+    def abort(self, which) -> None:  # type: ignore[no-untyped-def]
+        name = which.choice(sorted(self.wanted))
+        if self.engine.abort(name):
+            self.aborted.add(name)
+
+    @precondition(lambda self: self.engine.scheduler.running)
+    @rule()
+    def preempt(self) -> None:
+        self.engine.drain()
+        if self.engine.scheduler.running:
+            self.engine._preempt()
+
+    @rule()
+    def evict(self) -> None:
+        """Other owners take all the cached pages."""
+        pool = self.engine.scheduler.pool
+        pool.release(pool.allocate(pool.free + pool.cached))
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.check()
+            pool = self.engine.scheduler.pool
+            assert pool.free + pool.cached + pool.live == pool.total
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        while self.engine.busy:
+            self._collect()
+        self.nothing_is_lost()
+        assert self.engine.scheduler.pool.live == 0 and not self.engine.scheduler.running
+        assert set(self.done) == set(self.wanted)
+        for name, result in self.done.items():
+            expected = alone(*self.wanted[name])
+            if name in self.aborted:
+                assert result.finish_reason == "abort"
+                assert tuple(result.token_ids) == expected[: len(result.token_ids)]
+            else:
+                assert tuple(result.token_ids) == expected
+        COUNT["steps"] += self.engine.metrics.steps
+
+    def _collect(self) -> None:
+        for update in self.engine.step():
+            if update.result is not None:
+                assert update.request_id not in self.done
+                self.done[update.request_id] = update.result
+
+
+COUNT = {"steps": 0}
+TestSchedules = Schedules.TestCase
+TestSchedules.settings = settings(
+    max_examples=EXAMPLES,
+    stateful_step_count=STEPS,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)

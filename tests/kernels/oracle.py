@@ -1,0 +1,84 @@
+"""Random windows, and attention as a plain double loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass
+class Case:
+    """The arguments of one call of window attention."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    pages: Tensor
+    table: Tensor
+    lengths: Tensor
+    visible: Tensor | None
+    scale: float
+
+    def to(self, dtype: torch.dtype) -> Case:
+        rows = (self.query, self.key, self.value, self.pages)
+        return Case(*(rows_.to(dtype) for rows_ in rows), self.table, self.lengths, self.visible, self.scale)  # type: ignore[call-arg]
+
+
+def case(
+    lengths: list[int], width: int, heads: int, groups: int, size: int, page: int, causal: bool, seed: int = 0
+) -> Case:
+    """Random values in float64; every page row that no token stands behind, the trash page's too, is NaN."""
+    torch.manual_seed(seed)
+    batch, columns = len(lengths), max(1, max(-(-length // page) for length in lengths)) + 1
+    number = 1 + batch * columns
+    pages = torch.full((2, number, page, groups, size), torch.nan, dtype=torch.float64)
+    table = (torch.randperm(number - 1) + 1).view(batch, columns)
+    for slot, length in enumerate(lengths):
+        for token in range(length):
+            pages[:, table[slot, token // page], token % page] = torch.randn(2, groups, size, dtype=torch.float64)
+        table[slot, -(-length // page) :] = torch.randint(number, (columns - -(-length // page),))
+    return Case(
+        query=torch.randn(batch, width, heads, size, dtype=torch.float64).to(DEVICE),
+        key=torch.randn(batch, width, groups, size, dtype=torch.float64).to(DEVICE),
+        value=torch.randn(batch, width, groups, size, dtype=torch.float64).to(DEVICE),
+        pages=pages.to(DEVICE),
+        table=table.to(DEVICE),
+        lengths=torch.tensor(lengths).to(DEVICE),
+        visible=None if causal else words(batch, width).to(DEVICE),
+        scale=size**-0.5,
+    )
+
+
+def words(batch: int, width: int) -> Tensor:
+    """Random visibility int64 [batch, width]; a row sees itself and about half of the rows before it."""
+    bits = (torch.rand(batch, width, width) < 0.5).tril() | torch.eye(width, dtype=torch.bool)
+    return (bits.long() << torch.arange(width)).sum(-1)
+
+
+def slow_attention(case: Case) -> Tensor:
+    """Slot by slot, row by row, head by head, key by key: [B, W, H, E]."""
+    out = torch.zeros_like(case.query)
+    batch, width, heads, _ = out.shape
+    fold = heads // case.key.shape[2]
+    for b in range(batch):
+        for r in range(width):
+            keys, values = seen_rows(case, b, r)
+            for h in range(heads) if len(keys) else ():
+                scores = keys[:, h // fold] @ case.query[b, r, h] * case.scale
+                out[b, r, h] = scores.softmax(0) @ values[:, h // fold]
+    return out
+
+
+def seen_rows(case: Case, slot: int, row: int) -> tuple[Tensor, Tensor]:
+    """The keys and values that one window row sees, in their order: each [seen, G, E]."""
+    page = case.pages.shape[2]
+    prefix = [case.pages[:, case.table[slot, t // page], t % page] for t in range(int(case.lengths[slot]))]
+    word = (1 << row + 1) - 1 if case.visible is None else int(case.visible[slot, row])
+    width = case.query.shape[1]
+    window = [torch.stack([case.key[slot, s], case.value[slot, s]]) for s in range(width) if word >> s & 1]
+    rows = torch.stack(prefix + window, 1) if prefix or window else case.pages.new_zeros(2, 0, *case.key.shape[2:])
+    return rows[0], rows[1]

@@ -1,0 +1,49 @@
+"""The kernels compile for a GPU: the interpreter takes much that Triton's compiler refuses. Needs no GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from idlm.kernels import batch_invariant_triton, window_attention_triton
+
+POINTERS = {"lengths": "*i64", "table": "*i64", "visible": "*i64", "order": "*i64", "counts": "*i64"}
+POINTERS |= {name: "*fp32" for name in ("partial", "weights")}
+POINTERS |= {name: "*bf16" for name in ("query", "key", "value", "pages", "x", "weight", "bias", "out")}
+POINTERS["scale"] = "fp32"
+HEAD = {"PAGE": 16, "G": 8, "F": 4, "E": 80, "SIZE": 128}
+
+
+def compiles(kernel, **constants):
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    assert triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]
+
+
+if sys.argv[1] == "window":
+    for causal in (True, False):
+        compiles(window_attention_triton._attend, CAUSAL=causal, ROWS=16, KEYS=64, **HEAD)
+    compiles(window_attention_triton._join, E=80, ROWS=16, SIZE=128)
+else:
+    compiles(batch_invariant_triton._attend, HEADS=16, KEYS=32, **HEAD)
+    compiles(batch_invariant_triton._linear, BIASED=True, ROWS=16, COLUMNS=64, DEPTH=64)
+"""
+
+
+@pytest.mark.parametrize("kernels", ["window", "invariant"])
+def test_the_kernels_compile(kernels: str) -> None:
+    pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT, kernels], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
