@@ -54,7 +54,10 @@ class KVCache:
         like: Tensor,
         deterministic: bool = False,
     ) -> None:
-        """`shapes` are (H, G, E) by layer; `like` has the type and the device of the keys; `deterministic`: see `batch_invariant`."""
+        """`shapes` are (H, G, E) by layer; `like` has the type and the device of the keys.
+
+        `deterministic`: attention whose sums do not depend on the batch; see `idlm.kernels.batch_invariant`.
+        """
         if len(set(shapes)) > 1:
             raise InputError(f"layers with attention of different shapes {sorted(set(shapes))} are not supported")
         self.heads, groups, size = shapes[0]

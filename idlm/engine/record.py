@@ -1,4 +1,4 @@
-"""`Recorder`: decode steps recorded once and replayed without Python.
+"""`Recorder`: steps recorded once and replayed without Python.
 
 A step of a small model on a CPU spends about half its time in Python; one of a large model on a GPU waits for kernel
 launches. Both go away when the step's operations are recorded: by `torch.jit.trace` on a CPU, as a CUDA graph on a
@@ -12,22 +12,22 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from idlm.engine.step import Core, Kind, Outcome
+from idlm.engine.step import Core, Kind, Outcome, Piece
 
-Replay = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+Replay = Callable[..., tuple[Tensor, ...]]
 
 WARM = {"cpu": 4, "cuda": 1}
 """How often a step runs before it is recorded: a recording costs as much as dozens of steps."""
 
 
 class Recorder:
-    """Runs decode steps, recorded where that is on."""
+    """Runs steps, recorded where that is on."""
 
     def __init__(self, core: Core, on: bool) -> None:
         self.core = core
@@ -35,42 +35,68 @@ class Recorder:
         self._seen: Counter[object] = Counter()
         self._recordings: dict[object, Replay] = {}
 
-    def __call__(self, kind: Kind, rows: Tensor, columns: Tensor) -> Outcome:
+    def decode(self, kind: Kind, rows: Tensor, columns: Tensor) -> Outcome:
         """`Core.decode`."""
         device = rows.device.type
         key = (kind, len(rows), len(columns)) if device == "cuda" else kind
-        if not self.on or self._seen[key] < WARM[device]:
-            self._seen[key] += 1
+        if not self._due(key, device):
             return self.core.decode(kind, rows, columns)
         if key not in self._recordings:
-            record = _capture if device == "cuda" else _trace
+            record = _capture if device == "cuda" else _trace_decode
             self._recordings[key] = record(self.core, kind, rows, columns)
         packed, *logprobs = self._recordings[key](rows, columns)
         return Outcome(packed, tuple(logprobs))
 
+    def prefill(self, kind: Kind, pieces: Sequence[Piece], last: Sequence[bool]) -> Outcome:
+        """`Core.prefill`; recorded for single pieces on a CPU."""
+        key, (piece, *more) = (kind, *last), pieces
+        if more or piece.tokens.is_cuda or not self._due(key, "cpu"):
+            return self.core.prefill(kind, pieces, last)
+        if key not in self._recordings:
+            self._recordings[key] = _trace_prefill(self.core, kind, piece, last)
+        packed, hidden, *logprobs = self._recordings[key](*piece)
+        return Outcome(packed, tuple(logprobs), hidden)
 
-def _trace(core: Core, kind: Kind, rows: Tensor, columns: Tensor) -> Replay:
-    """A recording for any number of rows and columns.
+    def _due(self, key: object, device: str) -> bool:
+        """Whether to record now, or to use the recording."""
+        self._seen[key] += 1
+        return self.on and self._seen[key] > WARM[device]
 
-    What a step writes to is an input of the recording, though `step` reaches it through `core`: writes to anything
-    else would count as dead code.
+
+def _trace(core: Core, step: Replay, *inputs: Tensor) -> Replay:
+    """A recording of `step` for inputs of any length.
+
+    What a step writes to is an input of the recording, though it reaches it through `core`: writes to anything else
+    would count as dead code.
     """
     written = core.written()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of sizes that are static by design
+        traced = torch.jit.trace(lambda *given: step(*given[: len(inputs)]), (*inputs, *written), check_trace=False)
 
-    def step(rows: Tensor, columns: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    def replay(*inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.jit.optimized_execution(False):
+            return traced(*inputs, *written)
+
+    return replay
+
+
+def _trace_decode(core: Core, kind: Kind, rows: Tensor, columns: Tensor) -> Replay:
+    def step(rows: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
         outcome = core.decode(kind, rows, columns)
         return outcome.packed, *outcome.logprobs
 
-    spare = torch.full((3,), core.slots.spare)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of sizes that are static by design
-        traced = torch.jit.trace(step, (spare, columns, *written), check_trace=False)
+    return _trace(core, step, torch.full((3,), core.slots.spare), columns)
 
-    def replay(rows: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
-        with torch.jit.optimized_execution(False):
-            return traced(rows, columns, *written)
 
-    return replay
+def _trace_prefill(core: Core, kind: Kind, piece: Piece, last: Sequence[bool]) -> Replay:
+    def step(*piece: Tensor) -> tuple[Tensor, ...]:
+        outcome = core.prefill(kind, [Piece(*piece)], last)
+        assert outcome.prompt is not None  # noqa: S101
+        return outcome.packed, outcome.prompt, *outcome.logprobs
+
+    spare = piece._replace(slot=torch.full_like(piece.slot, core.slots.spare))
+    return _trace(core, step, *spare)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from idlm.decoding.settings import Features, Settings
 from idlm.engine.kv_cache import KVCache
 from idlm.engine.record import Recorder
 from idlm.engine.slots import Slots
-from idlm.engine.step import Chunk, Core, Kind, Outcome
+from idlm.engine.step import Chunk, Core, Kind, Outcome, Piece
 from idlm.models.idlm_model import Idlm
 
 MEASURE_PREFIX = 256
@@ -80,7 +80,9 @@ class Runner:
         self.slots = Slots(slots, depth, columns, idlm.vocab_size, idlm.device)
         self.settings = Settings.empty(slots + 1, idlm.vocab_size, idlm.mask_id, idlm.device)
         self.core = Core(idlm, cache, self.slots, self.settings, simulated, deterministic)
-        self._decode = Recorder(self.core, record)
+        # on a CPU one recording serves all batch sizes, but the number of fixed tiles is part of it
+        tiled = deterministic and idlm.device.type == "cpu"
+        self._steps = Recorder(self.core, record and not tiled)
 
     @torch.inference_mode()
     def seat(
@@ -121,12 +123,18 @@ class Runner:
         if self.idlm.device.type == "cuda":  # one graph serves one shape, so shapes are few
             batch, columns = _round_up(batch), min(_round_up(columns), self.slots.state.table.shape[1])
         rows = torch.tensor([*slots, *[self.slots.spare] * (batch - len(slots))], device=self.idlm.device)
-        return Launched.of(self._decode(kind, rows, torch.arange(columns, device=self.idlm.device)))
+        return Launched.of(self._steps.decode(kind, rows, torch.arange(columns, device=self.idlm.device)))
 
     @torch.inference_mode()
     def prefill(self, kind: Kind, chunks: Sequence[Chunk]) -> Launched:
         """Chunks of prompts in one forward."""
-        return Launched.of(self.core.prefill(kind, chunks))
+        pieces = [self._piece(chunk) for chunk in chunks]
+        return Launched.of(self._steps.prefill(kind, pieces, [chunk.last for chunk in chunks]))
+
+    def _piece(self, chunk: Chunk) -> Piece:
+        columns = self.core.cache.columns(chunk.start + len(chunk.tokens))
+        numbers = ([chunk.slot], [chunk.start], list(chunk.tokens), list(range(columns)))
+        return Piece(*(torch.tensor(one, device=self.idlm.device) for one in numbers))
 
     def measure(self, plan: Plan, batch: int, repeats: int = 3, prefix: int = MEASURE_PREFIX) -> float:
         """Median seconds of a greedy decode step of `batch` requests with `prefix` cached tokens, on the spare slot."""

@@ -17,12 +17,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from idlm.decoding.batch import Verdicts, logprobs
-from idlm.decoding.noise import Stream, uniform
+from idlm.decoding.batch_noise import uniform_rows
+from idlm.decoding.noise import Stream
 from idlm.decoding.plan import Plan
 from idlm.decoding.settings import Features, Settings
 from idlm.decoding.window import window
@@ -51,6 +53,15 @@ class Chunk:
     tokens: Sequence[int]
     start: int
     last: bool
+
+
+class Piece(NamedTuple):
+    """A chunk on the device: slot and start [1], tokens [T], and the columns [M] of the page table that it needs."""
+
+    slot: Tensor
+    start: Tensor
+    tokens: Tensor
+    columns: Tensor
 
 
 @dataclass(frozen=True)
@@ -134,10 +145,10 @@ class Core:
         with self.kernels():
             return self._decode(kind, rows, columns)
 
-    def prefill(self, kind: Kind, chunks: Sequence[Chunk]) -> Outcome:
+    def prefill(self, kind: Kind, pieces: Sequence[Piece], last: Sequence[bool]) -> Outcome:
         """See `_prefill`."""
         with self.kernels():
-            return self._prefill(kind, chunks)
+            return self._prefill(kind, pieces, last)
 
     def _decode(self, kind: Kind, rows: Tensor, columns: Tensor) -> Outcome:
         """One window for each of the slots `rows` [B], whose text lies in the first `columns` [M] of their tables."""
@@ -159,34 +170,33 @@ class Core:
         chosen = masks.gather(1, group.clamp(min=0)[:, None, None, None].expand(-1, 1, *masks.shape[2:]))[:, 0]
         return self._commit(kind, slate, chosen, group >= 0)
 
-    def _prefill(self, kind: Kind, chunks: Sequence[Chunk]) -> Outcome:
-        """Run chunks of prompts; those that are the last of theirs commit a first token and draft."""
-        device, masks = self.idlm.device, kind.plan.stride - 1
-        last = [chunk for chunk in chunks if chunk.last]
-        rows = torch.tensor([chunk.slot for chunk in last], dtype=torch.int64, device=device)
-        tokens = torch.tensor([token for chunk in chunks for token in chunk.tokens], device=device)
-        self.cache.segments = [self._chunk(chunk, masks) for chunk in chunks]
-        real = torch.cat([torch.arange(c.start, c.start + len(c.tokens), device=device) for c in chunks])
-        ends = torch.tensor([len(c.tokens) for c in chunks], device=device).cumsum(0)[[c.last for c in chunks]]
-        beyond = real[ends - 1, None] + torch.arange(1, masks + 1, device=device)
-        state = self.slots.read(rows, torch.arange(0, device=device))
+    def _prefill(self, kind: Kind, pieces: Sequence[Piece], last: Sequence[bool]) -> Outcome:
+        """Run pieces of prompts; those that are the last of theirs commit a first token and draft."""
+        masks = kind.plan.stride - 1
+        placed = [piece.start + torch.arange(piece.tokens.shape[0], device=piece.start.device) for piece in pieces]
+        self.cache.segments = [
+            self._segment(piece, positions, masks if final else 0)
+            for piece, positions, final in zip(pieces, placed, last, strict=True)
+        ]
+        final = [index for index, is_last in enumerate(last) if is_last]
+        rows = _joined([pieces[index].slot for index in final], pieces[0].slot[:0])
+        ends = _joined([placed[index][-1:] for index in final], rows)
+        beyond = ends[:, None] + torch.arange(1, masks + 1, device=rows.device)
+        state = self.slots.read(rows, rows[:0])
+        tokens, real = _joined([piece.tokens for piece in pieces]), _joined(placed)
         hidden, drafting = self._forward(tokens, real, beyond.flatten(), state.adapter)
-        if not last:
+        if not final:
             return Outcome(tokens.new_empty(0, 5), (), hidden)
-        logits = self.idlm.head(hidden[ends - 1])[:, None]
-        none = state.drafts[:, :0]
-        slate = self._judge(kind, rows, state, logits, none, torch.zeros_like(rows))
+        parts = hidden.split([len(one) for one in placed]) if len(pieces) > 1 else (hidden,)
+        logits = self.idlm.head(_joined([parts[index][-1:] for index in final]))[:, None]
+        slate = self._judge(kind, rows, state, logits, state.drafts[:, :0], torch.zeros_like(rows))
         outcome = self._commit(kind, slate, drafting.unflatten(0, (-1, masks)) if masks else None)
         return Outcome(outcome.packed, outcome.logprobs, hidden)
 
-    def _chunk(self, chunk: Chunk, masks: int) -> Segment:
-        """A chunk's rows: causal, after what the slot's pages hold up to its start."""
-        device, length = self.idlm.device, len(chunk.tokens)
-        columns = torch.arange(self.cache.columns(chunk.start + length), device=device)
-        state = self.slots.read(torch.tensor([chunk.slot], device=device), columns)
-        start = torch.tensor([chunk.start], device=device)
-        positions = start[:, None] + torch.arange(length, device=device)
-        return self.cache.segment(state.table, start, None, positions, masks if chunk.last else 0)
+    def _segment(self, piece: Piece, positions: Tensor, masks: int) -> Segment:
+        """A piece's rows: causal, after what the slot's pages hold up to its start."""
+        state = self.slots.read(piece.slot, piece.columns)
+        return self.cache.segment(state.table, piece.start, None, positions[None], masks)
 
     def _forward(self, tokens: Tensor, real: Tensor, masks: Tensor, adapter: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states of real rows [., D] and of MASK rows [., D], the rows given as tokens and positions."""
@@ -208,7 +218,7 @@ class Core:
             log_q = log_q.index_select(0, rows)[:, : drafts.shape[1]] if features.ratio and drafts.shape[1] else None
         verdict = verify(logits, drafts, valid, log_q, settings, features, state.length)
         if self.simulated is not None:
-            verdict = self._simulate(verdict, drafts, valid, state.length)
+            verdict = self._simulate(verdict, drafts, valid, state.length, settings.keys)
         return Slate(rows, state, settings, logits, valid, verdict)
 
     def _commit(self, kind: Kind, slate: Slate, masks: Tensor | None, served: Tensor | None = None) -> Outcome:
@@ -257,11 +267,11 @@ class Core:
         first = slate.state.length
         return logprobs(slate.logits, slate.verdict.tokens, slate.settings, kind.features, first, kind.logprobs)
 
-    def _simulate(self, verdict: Verdicts, drafts: Tensor, valid: Tensor, first: Tensor) -> Verdicts:
+    def _simulate(self, verdict: Verdicts, drafts: Tensor, valid: Tensor, first: Tensor, keys: Tensor) -> Verdicts:
         """Accept draft k with chance `simulated[k]` (its last entry from there on), whatever the tokens."""
         assert self.simulated is not None  # noqa: S101
         depth = torch.arange(drafts.shape[1], device=drafts.device)
-        chance = uniform(0, (first[:, None] + depth).flatten(), Stream.ACCEPT).view_as(drafts)
+        chance = uniform_rows(keys[:, Stream.ACCEPT], first[:, None] + depth)
         luck = chance < self.simulated[depth.clamp(max=len(self.simulated) - 1)]
         accepted = (luck & (depth < valid[:, None])).to(torch.int64).cumprod(dim=1).sum(dim=1)
         token = verdict.tokens[:, 0]
@@ -271,3 +281,11 @@ class Core:
             token[:, None],
         )
         return verdict._replace(accepted=accepted, token=token, tokens=tokens)
+
+
+def _joined(parts: Sequence[Tensor], none: Tensor | None = None) -> Tensor:
+    """The parts one after the other; `none` where there are none."""
+    if not parts:
+        assert none is not None  # noqa: S101
+        return none
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

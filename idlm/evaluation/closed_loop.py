@@ -17,8 +17,9 @@ from typing import Protocol
 
 import torch
 
-from idlm.decoding.plan import Plan
+from idlm.decoding.plan import Plan, choose
 from idlm.engine.llm import LLM, Result
+from idlm.engine.planner import Planner
 from idlm.evaluation.workload import Request
 from idlm.models.idlm_model import Idlm
 
@@ -41,7 +42,7 @@ class Decoding:
         plan: the one that was run; None where the planner chose.
         rows: rows of decode windows, over all requests and steps.
         plans: decode steps by plan.
-        reason: the planner's last one.
+        reason: what the planner makes of its costs and acceptance with all requests in flight.
     """
 
     plan: Plan | None
@@ -103,7 +104,8 @@ class Ours:
         started, cpu = perf_counter(), process_time()
         results = closed_loop(self.llm, requests, concurrency)
         seconds, cpu_seconds = perf_counter() - started, process_time() - cpu
-        decoding = Decoding(plan, results, metrics.window_rows - rows, metrics.plans - plans, planner.reason)
+        reason = _reason(planner, concurrency)
+        decoding = Decoding(plan, results, metrics.window_rows - rows, metrics.plans - plans, reason)
         return Run(seconds, cpu_seconds, _peak(cuda), [_served(result) for result in results], decoding)
 
 
@@ -147,6 +149,13 @@ def closed_loop(llm: LLM, requests: Sequence[Request], concurrency: int) -> list
             results[update.request_id] = update.result
             order += [engine.add(one.prompt_token_ids, one.params, seed=0) for one in islice(waiting, 1)]
     return [results[name] for name in order]
+
+
+def _reason(planner: Planner, batch: int) -> str:
+    """The planner's own last reason would be that of the run's end, when few are left."""
+    if planner.costs is None:
+        return planner.reason
+    return choose(planner.plans, planner.costs.costs(batch), planner.acceptance.values).reason
 
 
 def _served(result: Result) -> Served:

@@ -151,7 +151,7 @@ def test_a_pool_needs_a_page_beside_the_trash_page(pages):
         PagePool(pages, PAGE)
 
 
-@pytest.mark.parametrize("breakage", ["lost", "twice", "reference", "hash", "unfindable"])
+@pytest.mark.parametrize("breakage", ["lost", "twice", "swapped", "reference", "hash", "unfindable"])
 def test_the_check_notices_a_broken_pool(breakage):
     pool = PagePool(6, PAGE)
     page, other = pool.allocate(2)
@@ -162,6 +162,8 @@ def test_the_check_notices_a_broken_pool(breakage):
         pool._free.pop()
     elif breakage == "twice":
         pool._free.append(page)
+    elif breakage == "swapped":
+        pool._free[0] = other
     elif breakage == "reference":
         pool._references[other] = 0
     elif breakage == "hash":

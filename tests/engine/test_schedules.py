@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 from dataclasses import replace
 from functools import lru_cache
 
@@ -17,9 +19,10 @@ from idlm.engine.request import Result
 from idlm.models.idlm_model import Idlm
 from tests.engine.tiny import VOCAB, tiny_idlm, with_second_adapter
 
-EXAMPLES, STEPS = 60, 60
-"""With the steps of `teardown`, more than 10,000 engine steps; `make soak` runs more."""
-PROMPTS = st.lists(st.integers(3, VOCAB - 1), min_size=1, max_size=40)
+EXAMPLES = int(os.environ.get("IDLM_SCHEDULES", "85"))
+"""More than 10,000 engine steps; `make soak` runs more."""
+CHOICE = random.Random(0)
+PROMPTS = [[CHOICE.randrange(3, VOCAB) for _ in range(length)] for length in (1, 2, 3, 5, 8, 13, 17, 24, 31, 40, 46)]
 
 
 @lru_cache
@@ -36,29 +39,31 @@ def alone(prompt: tuple[int, ...], params: SamplingParams, seed: int) -> tuple[i
     return tuple(reference.ar(idlm.forward, list(prompt), params, idlm.mask_id, stops, seed).tokens)
 
 
-@st.composite
-def wishes(draw: st.DrawFn) -> SamplingParams:
-    """Settings that together use every part of the law."""
-    return SamplingParams(
-        max_tokens=draw(st.integers(1, 16)),
-        temperature=draw(st.sampled_from([0.0, 0.7, 1.0])),
-        top_k=draw(st.sampled_from([0, 5])),
-        top_p=draw(st.sampled_from([1.0, 0.8])),
-        min_p=draw(st.sampled_from([0.0, 0.1])),
-        repetition_penalty=draw(st.sampled_from([1.0, 1.3])),
-        presence_penalty=draw(st.sampled_from([0.0, 0.5])),
-        logit_bias=HashableDict(draw(st.sampled_from([{}, {5: 1.5}]))),
-        stop_token_ids=draw(st.sampled_from([(), (7,)])),
-        min_tokens=draw(st.sampled_from([0, 1])),
-        ignore_eos=draw(st.booleans()),
-    )
-
-
 class HashableDict(dict[int, float]):
     """So that settings can key the oracle's cache."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(sorted(self.items())))
+
+
+def wish() -> SamplingParams:
+    """Settings that together use every part of the law."""
+    return SamplingParams(
+        max_tokens=CHOICE.randint(1, 30),
+        temperature=CHOICE.choice([0.0, 0.7, 1.0]),
+        top_k=CHOICE.choice([0, 5]),
+        top_p=CHOICE.choice([1.0, 0.8]),
+        min_p=CHOICE.choice([0.0, 0.1]),
+        repetition_penalty=CHOICE.choice([1.0, 1.3]),
+        presence_penalty=CHOICE.choice([0.0, 0.5]),
+        logit_bias=HashableDict(CHOICE.choice([{}, {5: 1.5}])),
+        stop_token_ids=CHOICE.choice([(), (7,)]),
+        min_tokens=CHOICE.choice([0, 1]),
+        ignore_eos=CHOICE.choice([True, True, False]),
+    )
+
+
+WISHES = [wish() for _ in range(16)]
 
 
 class Schedules(RuleBasedStateMachine):
@@ -92,23 +97,22 @@ class Schedules(RuleBasedStateMachine):
         )
 
     @rule(
-        prompt=PROMPTS,
-        params=wishes(),
-        seed=st.integers(0, 5),
+        prompt=st.sampled_from(PROMPTS),
+        params=st.sampled_from(WISHES),
+        seed=st.integers(0, 1),
         adapter=st.sampled_from(["first", "second", None]),
         priority=st.integers(0, 1),
-        repeat=st.booleans(),
+        samples=st.integers(1, 4),
     )
     def add(
-        self, prompt: list[int], params: SamplingParams, seed: int, adapter: str | None, priority: int, repeat: bool
+        self, prompt: list[int], params: SamplingParams, seed: int, adapter: str | None, priority: int, samples: int
     ) -> None:
-        if repeat and self.wanted:  # meets the prefix cache
-            prompt = list(next(reversed(self.wanted.values()))[0])
-        drafting = adapter is not None
-        name = self.engine.add(prompt, params, seed, adapter=adapter, drafting=drafting, priority=priority)
-        self.wanted[name] = (tuple(prompt), params, seed)
+        for sample in range(samples):  # the later ones meet the prefix cache
+            drafting = adapter is not None
+            name = self.engine.add(prompt, params, seed + sample, adapter=adapter, drafting=drafting, priority=priority)
+            self.wanted[name] = (tuple(prompt), params, seed + sample)
 
-    @rule(steps=st.integers(1, 6))
+    @rule(steps=st.integers(1, 20))
     def step(self, steps: int) -> None:
         for _ in range(steps):
             self._collect()
@@ -165,10 +169,15 @@ class Schedules(RuleBasedStateMachine):
 
 
 COUNT = {"steps": 0}
-TestSchedules = Schedules.TestCase
+TestSchedules = pytest.mark.timeout(1200)(Schedules.TestCase)
 TestSchedules.settings = settings(
     max_examples=EXAMPLES,
-    stateful_step_count=STEPS,
+    stateful_step_count=60,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+def test_the_schedules_were_long_enough() -> None:
+    """More than 10,000 engine steps; fewer would say that the machine above has lost its teeth."""
+    assert COUNT["steps"] >= 10_000
