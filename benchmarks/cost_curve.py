@@ -29,7 +29,7 @@ PLANS = (AR, Plan(2, "all"), Plan(4, "chain"), Plan(4, "all"), Plan(8, "chain"),
 
 def step_costs(llm: LLM, batch: int, repeats: int) -> dict[Plan, float]:
     """Median seconds of each plan's step; the plans take turns."""
-    turns = [{plan: llm.engine.runner.measure(plan, batch, repeats=1) for plan in PLANS} for _ in range(repeats)]
+    turns = [{plan: llm.engine.runner.measure(plan, batch) for plan in PLANS} for _ in range(repeats)]
     return {plan: median(turn[plan] for turn in turns) for plan in PLANS}
 
 

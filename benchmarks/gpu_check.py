@@ -86,7 +86,8 @@ def weight_bytes(idlm: Idlm) -> int:
 def step_costs(llm: LLM, bandwidth: float) -> dict[str, object]:
     """Steps of every plan at several batch sizes, and AR's against the time its weights take to read."""
     measure = llm.engine.runner.measure
-    costs = {batch: {plan: measure(plan, batch, repeats=10) for plan in PLANS} for batch in (1, 8, 64)}
+    turns = {batch: [{plan: measure(plan, batch) for plan in PLANS} for _ in range(10)] for batch in (1, 8, 64)}
+    costs = {batch: {plan: median(turn[plan] for turn in row) for plan in PLANS} for batch, row in turns.items()}
     overhead = {batch: {str(plan.width): row[plan] / row[AR] for plan in PLANS} for batch, row in costs.items()}
     least = weight_bytes(llm.idlm) / bandwidth
     return {

@@ -21,6 +21,8 @@ from idlm.engine.slots import Slots
 from idlm.engine.step import Chunk, Core, Kind, Outcome, Piece
 from idlm.models.idlm_model import Idlm
 
+WARM_UP = 6
+"""Steps before the first one that is timed: by then it is recorded."""
 MEASURE_PREFIX = 256
 """Cached tokens of the slots that step costs are measured on."""
 
@@ -82,6 +84,7 @@ class Runner:
         self.core = Core(idlm, cache, self.slots, self.settings, simulated, deterministic)
         # on a CPU one recording serves all batch sizes, but the number of fixed tiles is part of it
         tiled = deterministic and idlm.device.type == "cpu"
+        self._measured: set[tuple[Plan, int]] = set()
         self._steps = Recorder(self.core, record and not tiled)
 
     @torch.inference_mode()
@@ -122,7 +125,7 @@ class Runner:
         batch, columns = len(slots), min(self.core.cache.columns(tokens), self.slots.state.table.shape[1])
         if self.idlm.device.type == "cuda":  # one graph serves one shape, so shapes are few
             batch, columns = _round_up(batch), min(_round_up(columns), self.slots.state.table.shape[1])
-        rows = torch.tensor([*slots, *[self.slots.spare] * (batch - len(slots))], device=self.idlm.device)
+        rows = self._on_device([*slots, *[self.slots.spare] * (batch - len(slots))])
         return Launched.of(self._steps.decode(kind, rows, torch.arange(columns, device=self.idlm.device)))
 
     @torch.inference_mode()
@@ -134,23 +137,30 @@ class Runner:
     def _piece(self, chunk: Chunk) -> Piece:
         columns = self.core.cache.columns(chunk.start + len(chunk.tokens))
         numbers = ([chunk.slot], [chunk.start], list(chunk.tokens), list(range(columns)))
-        return Piece(*(torch.tensor(one, device=self.idlm.device) for one in numbers))
+        return Piece(*map(self._on_device, numbers))
 
-    def measure(self, plan: Plan, batch: int, repeats: int = 3, prefix: int = MEASURE_PREFIX) -> float:
-        """Median seconds of a greedy decode step of `batch` requests with `prefix` cached tokens, on the spare slot."""
+    def _on_device(self, numbers: Sequence[int]) -> Tensor:
+        """The numbers as int64 on the device; from pinned memory, so that a GPU's host does not wait for the copy."""
+        tensor = torch.tensor(numbers, dtype=torch.int64)
+        if self.idlm.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self.idlm.device, non_blocking=True)
+
+    def measure(self, plan: Plan, batch: int, prefix: int = MEASURE_PREFIX) -> float:
+        """Seconds of one greedy decode step of `batch` requests with `prefix` cached tokens each, on the spare slot."""
         prefix = min(prefix, self.idlm.context - self.depth - 1)
         with torch.inference_mode():
             self.slots.state.length[self.slots.spare] = prefix
-        kind, slots = Kind(plan, Features()), [self.slots.spare] * batch
-        seconds = []
-        for turn in range(repeats + 5):  # the first ones are for warming up and recording
+            kind, slots = Kind(plan, Features()), [self.slots.spare] * batch
+            warm = 1 if (plan, batch) in self._measured else WARM_UP
+            self._measured.add((plan, batch))
+            for _ in range(warm):
+                self.decode(kind, slots, prefix + self.depth).read()
             started = perf_counter()
             self.decode(kind, slots, prefix + self.depth).read()
-            if turn >= 5:
-                seconds.append(perf_counter() - started)
-        with torch.inference_mode():
+            seconds = perf_counter() - started
             self.slots.state.length[self.slots.spare] = 1
-        return sorted(seconds)[len(seconds) // 2]
+        return seconds
 
 
 def _round_up(number: int) -> int:

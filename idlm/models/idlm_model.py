@@ -102,6 +102,8 @@ class Idlm:
     def forward(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
         """Logits [T, V] of one sequence's rows [T] under `visible` [T, T]; the form `decoding.reference` asks for.
 
+        They come back to the device that `tokens` are on.
+
         Raises:
             InputError: the MASK rows are not one run.
         """
@@ -109,4 +111,5 @@ class Idlm:
         rows = slice(masks[0], masks[-1] + 1) if masks else NO_ROWS
         if rows.stop - rows.start != len(masks):
             raise InputError(f"the MASK rows {masks} are not one run; put them side by side")
-        return self.head(self.hidden(tokens[None], positions[None], visible[None, None], rows))[0]
+        inputs = (tokens[None], positions[None], visible[None, None])
+        return self.head(self.hidden(*(one.to(self.device) for one in inputs), rows))[0].to(tokens.device)

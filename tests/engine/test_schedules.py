@@ -7,6 +7,7 @@ import random
 from dataclasses import replace
 from functools import lru_cache
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule

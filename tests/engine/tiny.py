@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from transformers import (
     LlamaConfig,
@@ -27,6 +29,7 @@ CLASSES = {
 }
 FAMILIES = tuple(CLASSES)
 VOCAB = 24
+DEVICE = os.environ.get("IDLM_TEST_DEVICE", "cpu")
 
 
 def tiny_model(family: str) -> PreTrainedModel:
@@ -48,7 +51,7 @@ def tiny_model(family: str) -> PreTrainedModel:
         **extra,
     )
     torch.manual_seed(0)
-    return model_class(config).to(torch.float64).eval()
+    return model_class(config).to(DEVICE, torch.float64).eval()
 
 
 def tiny_idlm(family: str, adapter: bool = True) -> Idlm:
