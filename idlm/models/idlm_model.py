@@ -111,5 +111,5 @@ class Idlm:
         rows = slice(masks[0], masks[-1] + 1) if masks else NO_ROWS
         if rows.stop - rows.start != len(masks):
             raise InputError(f"the MASK rows {masks} are not one run; put them side by side")
-        inputs = (tokens[None], positions[None], visible[None, None])
-        return self.head(self.hidden(*(one.to(self.device) for one in inputs), rows))[0].to(tokens.device)
+        place, seen = positions[None].to(self.device), visible[None, None].to(self.device)
+        return self.head(self.hidden(tokens[None].to(self.device), place, seen, rows))[0].to(tokens.device)
