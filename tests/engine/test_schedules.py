@@ -10,7 +10,14 @@ from functools import lru_cache
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from idlm import SamplingParams
 from idlm.decoding import reference
@@ -20,8 +27,8 @@ from idlm.engine.request import Result
 from idlm.models.idlm_model import Idlm
 from tests.engine.tiny import VOCAB, tiny_idlm, with_second_adapter
 
-EXAMPLES = int(os.environ.get("IDLM_SCHEDULES", "85"))
-"""More than 10,000 engine steps; `make soak` runs more."""
+EXAMPLES = int(os.environ.get("IDLM_SCHEDULES", "40"))
+"""For each of the two machines below; together more than 10,000 engine steps. `make soak` runs more."""
 CHOICE = random.Random(0)
 PROMPTS = [[CHOICE.randrange(3, VOCAB) for _ in range(length)] for length in (1, 2, 3, 5, 8, 13, 17, 24, 31, 40, 46)]
 
@@ -70,6 +77,9 @@ WISHES = [wish() for _ in range(16)]
 class Schedules(RuleBasedStateMachine):
     """Requests come, go, are aborted and pre-empted while the engine steps."""
 
+    record = False
+    steps = 0
+
     def __init__(self) -> None:
         super().__init__()
         self.wanted: dict[str, tuple[tuple[int, ...], SamplingParams, int]] = {}
@@ -79,11 +89,10 @@ class Schedules(RuleBasedStateMachine):
     @initialize(
         plan=st.sampled_from([(1, "all"), (2, "all"), (3, "chain"), (4, "all"), (4, (0, 2))]),
         late=st.booleans(),
-        record=st.booleans(),
         pages=st.integers(13, 30),
         prefill=st.sampled_from([3, 16, None]),
     )
-    def build(self, plan: tuple[int, str], late: bool, record: bool, pages: int, prefill: int | None) -> None:
+    def build(self, plan: tuple[int, str], late: bool, pages: int, prefill: int | None) -> None:
         page_bytes = 2 * 2 * 4 * 2 * 8 * 8
         self.engine: Engine = build_engine(
             model(),
@@ -94,7 +103,7 @@ class Schedules(RuleBasedStateMachine):
             page_size=4,
             prefill_tokens=prefill,
             late=int(late),
-            record=record,
+            record=self.record,
         )
 
     @rule(
@@ -160,7 +169,7 @@ class Schedules(RuleBasedStateMachine):
                 assert tuple(result.token_ids) == expected[: len(result.token_ids)]
             else:
                 assert tuple(result.token_ids) == expected
-        COUNT["steps"] += self.engine.metrics.steps
+        type(self).steps += self.engine.metrics.steps
 
     def _collect(self) -> None:
         for update in self.engine.step():
@@ -169,16 +178,24 @@ class Schedules(RuleBasedStateMachine):
                 self.done[update.request_id] = update.result
 
 
-COUNT = {"steps": 0}
-TestSchedules = pytest.mark.timeout(1200)(Schedules.TestCase)
-TestSchedules.settings = settings(
-    max_examples=EXAMPLES,
-    stateful_step_count=60,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+class RecordedSchedules(Schedules):
+    """With steps recorded as they are in use."""
+
+    record = True
 
 
-def test_the_schedules_were_long_enough() -> None:
-    """More than 10,000 engine steps; fewer would say that the machine above has lost its teeth."""
-    assert COUNT["steps"] >= 10_000
+class EagerSchedules(Schedules):
+    """With every step run anew."""
+
+    record = False
+
+
+LIMITS = settings(max_examples=EXAMPLES, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("machine", [RecordedSchedules, EagerSchedules])
+def test_any_schedule(machine: type[Schedules]) -> None:
+    machine.steps = 0
+    run_state_machine_as_test(machine, settings=LIMITS)
+    assert machine.steps >= 5_000  # fewer would say that the schedules have become short
