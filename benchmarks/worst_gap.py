@@ -74,7 +74,7 @@ def main() -> None:
     idlm, rows = load("nano"), []
     for running in options.running:
         for whole in (False, True):
-            laps = [one_round(idlm, options, running, whole) for _ in range(options.rounds + 2)][2:]
+            laps = [one_round(idlm, options, running, whole) for _ in range(options.rounds + 6)][6:]
             ratios = [max(during) / median(before) for before, during in laps]
             row = {
                 "running": running,

@@ -55,7 +55,7 @@ class Engine:
         pages, page_size: of the runner's cache.
         slots: the most requests at once.
         late: steps launched before the results of one are read: 1 hides the host behind a GPU, 0 suits a CPU.
-        prefill_tokens: prompt tokens a step may add while others decode; None: about one and a half steps' worth.
+        prefill_tokens: prompt tokens a step may add while others decode; None: about a step's worth.
         adapters: names of the adapters, by index.
         root: see `Scheduler`.
     """
