@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from idlm.decoding.plan import Plan
 
 GAP_SHARE = 1.0
-"""A prefill chunk beside running requests may take as long as this many decode steps. Their wait then stays below three:
-the estimate comes from the chunks before, and this one sees a longer prefix."""
+"""Decode steps that a prefill chunk beside running requests may take. Their wait then stays below three: the estimate
+comes from the chunks before, and this one sees a longer prefix."""
 SMOOTHING = 0.2
 FIRST_BUDGET = 64
 SMALLEST_BUDGET, LARGEST_BUDGET = 16, 4096
