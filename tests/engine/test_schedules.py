@@ -27,7 +27,7 @@ from idlm.engine.request import Result
 from idlm.models.idlm_model import Idlm
 from tests.engine.tiny import VOCAB, tiny_idlm, with_second_adapter
 
-EXAMPLES = int(os.environ.get("IDLM_SCHEDULES", "40"))
+EXAMPLES = int(os.environ.get("IDLM_SCHEDULES", "60"))
 """For each of the two machines below; together more than 10,000 engine steps. `make soak` runs more."""
 CHOICE = random.Random(0)
 PROMPTS = [[CHOICE.randrange(3, VOCAB) for _ in range(length)] for length in (1, 2, 3, 5, 8, 13, 17, 24, 31, 40, 46)]
