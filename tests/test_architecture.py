@@ -19,7 +19,9 @@ MAY_IMPORT = {
     "nano": {"decoding", "models", "engine", "evaluation"},
     "training": {"decoding", "models", "nano"},
     "evaluation": {"decoding", "models", "engine", "nano"},
-    "cli": {"decoding", "models", "engine", "nano", "training", "evaluation"},
+    "serving": {"decoding", "models", "engine"},
+    "ui": {"decoding", "models", "engine"},
+    "cli": {"decoding", "models", "engine", "nano", "training", "evaluation", "serving", "ui"},
 }
 
 
