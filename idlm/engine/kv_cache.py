@@ -13,13 +13,14 @@ Shapes: B slots, R real rows and M masks a slot, W = R + M, H query heads, G key
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from idlm.decoding.errors import InputError
+from idlm.kernels import window_attention_native as native
 from idlm.kernels.batch_invariant import InvariantMeta, invariant_attention, invariant_meta
 from idlm.kernels.window_attention import WindowMeta, cache_rows, window_attention, window_meta, write_pages
 
@@ -62,8 +63,8 @@ class KVCache:
             raise InputError(f"layers with attention of different shapes {sorted(set(shapes))} are not supported")
         self.heads, groups, size = shapes[0]
         self.page_size = page_size
-        self._meta = invariant_meta if deterministic else window_meta
-        self._attention: Callable[..., Tensor] = invariant_attention if deterministic else window_attention
+        self._deterministic = deterministic
+        self._native = not deterministic and native.available(like)
         self.pages = [like.new_zeros(2, pages, page_size, groups, size) for _ in shapes]
         self.segments: Sequence[Segment] = ()
 
@@ -81,26 +82,34 @@ class KVCache:
         end = table.shape[1] * self.page_size
         inside = cache_rows(table, positions.clamp(max=end - 1), self.page_size)
         rows = torch.where(positions < end, inside, 0)
-        return Segment(masks, self._meta(self.pages[0], table, prefix, words, width, self.heads), rows)
+        if self._native:
+            return Segment(masks, WindowMeta(table, prefix, words), rows)
+        meta = invariant_meta if self._deterministic else window_meta
+        return Segment(masks, meta(self.pages[0], table, prefix, words, width, self.heads), rows)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `idlm.models.attention.Cache`; the rows lie as the head of this file says."""
         rows = [one[0].transpose(0, 1) for one in (query, key, value)]
         if len(self.segments) == 1:
-            return torch.cat(self._segment(self.segments[0], layer, rows, scale))[None]
-        mixed = [
-            self._segment(segment, layer, [one[place] for one in rows], scale)
-            for segment, place in zip(self.segments, _places(self.segments, query.device), strict=True)
-        ]
-        return torch.cat([part for parts in zip(*mixed, strict=True) for part in parts])[None]
+            return self._segment(self.segments[0], layer, rows, scale)[None]
+        mixed = query.new_empty(rows[0].shape)
+        for segment, place in zip(self.segments, _places(self.segments, query.device), strict=True):
+            mixed[place] = self._segment(segment, layer, [one[place] for one in rows], scale)
+        return mixed[None]
 
-    def _segment(self, segment: Segment, layer: int, rows: list[Tensor], scale: float) -> tuple[Tensor, Tensor]:
-        """Write and attend for one segment's rows [B R + B M, heads, E]; the values mixed, of real rows and masks."""
+    def _segment(self, segment: Segment, layer: int, rows: list[Tensor], scale: float) -> Tensor:
+        """Write one segment's rows [B R + B M, heads, E] and mix the values that each sees."""
+        pages, meta, real = self.pages[layer], segment.meta, segment.rows.shape[1]
+        if self._native:
+            assert isinstance(meta, WindowMeta)  # noqa: S101
+            return native.attend(*rows, pages, segment.rows, *meta[:3], segment.masks, scale)
         query, key, value = (_by_slot(one, segment) for one in rows)
-        pages, real = self.pages[layer], segment.rows.shape[1]
         write_pages(pages, key[:, :real], value[:, :real], segment.rows)
-        mixed = self._attention(query, key, value, pages, segment.meta, scale)
-        return mixed[:, :real].flatten(0, 1), mixed[:, real:].flatten(0, 1)
+        if isinstance(meta, InvariantMeta):
+            mixed = invariant_attention(query, key, value, pages, meta, scale)
+        else:
+            mixed = window_attention(query, key, value, pages, meta, scale)
+        return torch.cat([mixed[:, :real].flatten(0, 1), mixed[:, real:].flatten(0, 1)])
 
 
 def _by_slot(rows: Tensor, segment: Segment) -> Tensor:

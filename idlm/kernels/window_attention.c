@@ -1,0 +1,279 @@
+/* The CPU kernel of idlm.kernels.window_attention: writes a segment's real rows to the pages, then attends. Shapes are
+   explained there. Compiled once for each REAL.
+
+   One tile is TILE query rows (window row x head) of one slot's key/value head. Keys come in blocks of LANES tokens,
+   transposed, so that a row's scores against a block are one vector and need no horizontal sum:
+
+       keys[e][lane]     e = 0 .. E-1       score[lane] += query[e] * keys[e][lane]
+
+   A row's scores lie side by side: the prefix, then those window rows that it sees, in the order of their positions.
+   What it does not see leaves no gap, so a row's result depends on its keys alone, not on the window they came in. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LANES (1 << LANE_BITS)
+#define TILE 32
+#define STRIP 64
+
+#if LANE_BITS == 4
+#define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#else
+#define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#endif
+
+typedef REAL vector __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
+
+typedef struct {
+    const REAL *query, *key, *value;
+    REAL *pages, *out; /* pages: the keys; the values lie `half` further on */
+    const int64_t *table, *lengths, *visible, *rows;
+    int64_t batch, real, masks, heads, groups, size, page, columns, half;
+    int64_t query_row, query_head, key_row, key_group, value_row, value_group; /* strides, in elements */
+    double scale;
+} Job;
+
+typedef struct {
+    vector *keys;    /* [E] one block, transposed */
+    int64_t *places; /* where each token of the prefix lies in the pages */
+    REAL *query;     /* [TILE, E] times scale */
+    REAL *scores;    /* [TILE, room] */
+    REAL *mixed;     /* [TILE, E] */
+    int32_t *seen;   /* [TILE, W] window rows that a row sees */
+    int64_t count[TILE], room;
+} Tile;
+
+static inline int64_t width(const Job *job) { return job->real + job->masks; }
+
+/* Where a window row lies among the flat rows: all real ones, slot by slot, then all masks. */
+static inline int64_t flat(const Job *job, int64_t slot, int64_t row) {
+    if (row < job->real) return slot * job->real + row;
+    return job->batch * job->real + slot * job->masks + row - job->real;
+}
+
+static void write_pages(const Job *job) {
+    for (int64_t row = 0; row < job->batch * job->real; row++)
+        for (int64_t group = 0; group < job->groups; group++) {
+            REAL *to = job->pages + (job->rows[row] * job->groups + group) * job->size;
+            memcpy(to, job->key + row * job->key_row + group * job->key_group, sizeof(REAL) * job->size);
+            memcpy(to + job->half, job->value + row * job->value_row + group * job->value_group, sizeof(REAL) * job->size);
+        }
+}
+
+static void find_places(const Job *job, Tile *tile, int64_t slot, int64_t group) {
+    int64_t step = job->groups * job->size, length = job->lengths[slot];
+    for (int64_t start = 0, column = slot * job->columns; start < length; start += job->page, column++) {
+        int64_t place = job->table[column] * job->page * step + group * job->size;
+        int64_t end = start + job->page < length ? start + job->page : length;
+        for (int64_t token = start; token < end; token++, place += step) tile->places[token] = place;
+    }
+}
+
+static inline __attribute__((always_inline)) vector part_of(const REAL *from, int part) {
+    vector to = {0};
+    if (part == LANES) return *(const vector *)from;
+    memcpy(&to, from, sizeof(REAL) * part);
+    return to;
+}
+
+/* Zip rows i and i + LANES / 2 together, log2(LANES) times: that is a transposition. */
+static inline __attribute__((always_inline)) void transpose(vector *rows) {
+    vector other[LANES];
+    for (int width = 1; width < LANES; width *= 2) {
+        for (int i = 0; i < LANES / 2; i++) {
+            other[2 * i] = ZIP_LOW(rows[i], rows[i + LANES / 2]);
+            other[2 * i + 1] = ZIP_HIGH(rows[i], rows[i + LANES / 2]);
+        }
+        memcpy(rows, other, sizeof(other));
+    }
+}
+
+/* `some` keys side by side in the lanes; the lanes left over repeat the first. */
+static inline __attribute__((always_inline)) void place(Tile *tile, const REAL *const *keys, int some, int size) {
+    for (int e = 0; e < size; e += LANES) {
+        vector rows[LANES];
+        int part = size - e < LANES ? size - e : LANES;
+        for (int lane = 0; lane < LANES; lane++) {
+            const REAL *key = keys[lane < some ? lane : 0] + e;
+            rows[lane] = part_of(key, part);
+        }
+        transpose(rows);
+        memcpy(tile->keys + e, rows, sizeof(vector) * part);
+    }
+}
+
+/* Scores of four query rows against the block. */
+static inline __attribute__((always_inline)) void score(const Tile *tile, int first, int size, vector *out) {
+    const REAL *q = tile->query + (int64_t)first * size;
+    vector a = {0}, b = {0}, c = {0}, d = {0};
+    for (int e = 0; e < size; e++) {
+        vector key = tile->keys[e];
+        a += q[e] * key, b += q[size + e] * key, c += q[2 * size + e] * key, d += q[3 * size + e] * key;
+    }
+    out[0] = a, out[1] = b, out[2] = c, out[3] = d;
+}
+
+static inline __attribute__((always_inline)) void
+score_prefix(const Job *job, Tile *tile, int64_t length, int rows, int size) {
+    for (int64_t start = 0; start < length; start += LANES) {
+        int some = length - start < LANES ? (int)(length - start) : LANES;
+        const REAL *keys[LANES];
+        for (int lane = 0; lane < some; lane++) keys[lane] = job->pages + tile->places[start + lane];
+        place(tile, keys, some, size);
+        for (int first = 0; first < rows; first += 4) {
+            vector found[4];
+            score(tile, first, size, found);
+            for (int q = 0; q < 4; q++) memcpy(tile->scores + (first + q) * tile->room + start, found + q, 64);
+        }
+    }
+}
+
+/* Which of the window rows `start` to `start + some` a row sees, as bits. */
+static inline uint64_t word(const Job *job, int64_t slot, int64_t row, int64_t start, int some) {
+    uint64_t all = (1ull << some) - 1;
+    if (job->visible) return (uint64_t)job->visible[slot * width(job) + row] >> start & all;
+    return row < start ? 0 : row - start >= some ? all : (2ull << (row - start)) - 1;
+}
+
+static inline __attribute__((always_inline)) void
+score_window(const Job *job, Tile *tile, int64_t slot, int64_t group, int64_t top, int rows, int size) {
+    int64_t per_group = job->heads / job->groups, last = (top + rows - 1) / per_group;
+    int64_t end = job->visible ? width(job) : last + 1;
+    for (int64_t start = 0; start < end; start += LANES) {
+        int some = end - start < LANES ? (int)(end - start) : LANES;
+        const REAL *keys[LANES], *key = job->key + group * job->key_group;
+        for (int lane = 0; lane < some; lane++) keys[lane] = key + flat(job, slot, start + lane) * job->key_row;
+        place(tile, keys, some, size);
+        for (int first = 0; first < rows; first += 4) {
+            vector found[4];
+            score(tile, first, size, found);
+            for (int q = first; q < first + 4 && q < rows; q++) {
+                REAL *scores = tile->scores + q * tile->room;
+                int32_t *seen = tile->seen + q * width(job) - job->lengths[slot];
+                for (uint64_t bits = word(job, slot, (top + q) / per_group, start, some); bits; bits &= bits - 1) {
+                    int lane = __builtin_ctzll(bits);
+                    seen[tile->count[q]] = (int32_t)(start + lane);
+                    scores[tile->count[q]++] = found[q - first][lane];
+                }
+            }
+        }
+    }
+}
+
+/* Scores to weights relative to the largest; returns their sum. */
+static REAL soften(REAL *scores, int64_t count) {
+    REAL most = scores[0], total = 0;
+    for (int64_t at = 1; at < count; at++) most = scores[at] > most ? scores[at] : most;
+    for (int64_t at = 0; at < count; at++) scores[at] = EXP(scores[at] - most);
+    for (int64_t at = 0; at < count; at++) total += scores[at];
+    return total;
+}
+
+/* Values of the prefix, LANES elements at a time for four query rows; in strips of tokens that stay in the cache. */
+static inline __attribute__((always_inline)) void
+mix_prefix(const Job *job, Tile *tile, int64_t length, int rows, int size) {
+    const REAL *values = job->pages + job->half;
+    memset(tile->mixed, 0, sizeof(REAL) * TILE * size);
+    for (int64_t start = 0; start < length; start += STRIP) {
+        int64_t end = start + STRIP < length ? start + STRIP : length;
+        for (int first = 0; first < rows; first += 4) {
+            const REAL *w = tile->scores + first * tile->room, *x = w + tile->room, *y = x + tile->room, *z = y + tile->room;
+            REAL *to = tile->mixed + first * size;
+            for (int e = 0; e < size; e += LANES) {
+                int part = size - e < LANES ? size - e : LANES;
+                vector a = part_of(to + e, part), b = part_of(to + size + e, part);
+                vector c = part_of(to + 2 * size + e, part), d = part_of(to + 3 * size + e, part);
+                for (int64_t token = start; token < end; token++) {
+                    vector value = part_of(values + tile->places[token] + e, part);
+                    a += w[token] * value, b += x[token] * value, c += y[token] * value, d += z[token] * value;
+                }
+                vector found[4] = {a, b, c, d};
+                for (int q = 0; q < 4; q++) memcpy(to + q * size + e, found + q, sizeof(REAL) * part);
+            }
+        }
+    }
+}
+
+static inline __attribute__((always_inline)) void
+mix_window(const Job *job, Tile *tile, int64_t slot, int64_t group, int64_t length, int rows, int size) {
+    const REAL *window = job->value + group * job->value_group;
+    for (int q = 0; q < rows; q++) {
+        const REAL *weights = tile->scores + q * tile->room;
+        const int32_t *seen = tile->seen + q * width(job) - length;
+        for (int e = 0; e < size; e += LANES) {
+            int part = size - e < LANES ? size - e : LANES;
+            vector sum = part_of(tile->mixed + q * size + e, part);
+            for (int64_t at = length; at < tile->count[q]; at++)
+                sum += weights[at] * part_of(window + flat(job, slot, seen[at]) * job->value_row + e, part);
+            memcpy(tile->mixed + q * size + e, &sum, sizeof(REAL) * part);
+        }
+    }
+}
+
+/* Query rows `top` to `top + rows` of one slot and group, row = window row x (H / G) + head of the group. */
+static inline __attribute__((always_inline)) void
+run(const Job *job, Tile *tile, int64_t slot, int64_t group, int64_t top, int rows, int size) {
+    int64_t per_group = job->heads / job->groups, length = job->lengths[slot];
+    for (int q = 0; q < rows; q++) {
+        int64_t head = group * per_group + (top + q) % per_group, row = (top + q) / per_group;
+        const REAL *from = job->query + flat(job, slot, row) * job->query_row + head * job->query_head;
+        for (int e = 0; e < size; e++) tile->query[q * size + e] = from[e] * (REAL)job->scale;
+        tile->count[q] = length;
+    }
+    find_places(job, tile, slot, group);
+    score_prefix(job, tile, length, rows, size);
+    score_window(job, tile, slot, group, top, rows, size);
+    REAL total[TILE];
+    for (int q = 0; q < rows; q++) total[q] = tile->count[q] ? soften(tile->scores + q * tile->room, tile->count[q]) : 1;
+    mix_prefix(job, tile, length, rows, size);
+    mix_window(job, tile, slot, group, length, rows, size);
+    for (int q = 0; q < rows; q++) {
+        int64_t head = group * per_group + (top + q) % per_group, row = (top + q) / per_group;
+        REAL *to = job->out + (flat(job, slot, row) * job->heads + head) * size;
+        for (int e = 0; e < size; e++) to[e] = tile->mixed[q * size + e] / total[q];
+    }
+}
+
+/* The usual head sizes as constants, so that the loops over them unroll. */
+static void run_any(const Job *job, Tile *tile, int64_t slot, int64_t group, int64_t top, int rows) {
+    switch (job->size) {
+    case 32: run(job, tile, slot, group, top, rows, 32); break;
+    case 64: run(job, tile, slot, group, top, rows, 64); break;
+    case 128: run(job, tile, slot, group, top, rows, 128); break;
+    default: run(job, tile, slot, group, top, rows, (int)job->size);
+    }
+}
+
+static void *aligned(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
+
+/* Returns 0, or 1 where memory ran out. */
+int attend(const Job *job, int threads) {
+    int64_t rows = width(job) * (job->heads / job->groups), tiles = (rows + TILE - 1) / TILE, longest = 0;
+    for (int64_t slot = 0; slot < job->batch; slot++)
+        if (job->lengths[slot] > longest) longest = job->lengths[slot];
+    int failed = 0;
+    write_pages(job);
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
+    {
+        Tile tile = {.room = (longest + width(job) + 2 * LANES) / LANES * LANES};
+        tile.keys = aligned(sizeof(vector) * job->size);
+        tile.places = aligned(sizeof(int64_t) * (longest + 1));
+        tile.query = aligned(sizeof(REAL) * TILE * job->size);
+        tile.mixed = aligned(sizeof(REAL) * TILE * job->size);
+        tile.scores = aligned(sizeof(REAL) * TILE * tile.room);
+        tile.seen = aligned(sizeof(int32_t) * TILE * width(job));
+        failed = !tile.keys || !tile.places || !tile.query || !tile.mixed || !tile.scores || !tile.seen;
+        if (!failed) memset(tile.keys, 0, sizeof(vector) * job->size), memset(tile.query, 0, sizeof(REAL) * TILE * job->size);
+#pragma omp for schedule(static)
+        for (int64_t one = 0; one < job->batch * job->groups * tiles; one++) {
+            int64_t top = one % tiles * TILE, group = one / tiles % job->groups, slot = one / tiles / job->groups;
+            if (!failed) run_any(job, &tile, slot, group, top, rows - top < TILE ? (int)(rows - top) : TILE);
+        }
+        free(tile.keys), free(tile.places), free(tile.query), free(tile.mixed), free(tile.scores), free(tile.seen);
+    }
+    return failed;
+}
