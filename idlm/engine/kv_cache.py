@@ -100,9 +100,10 @@ class KVCache:
     def _segment(self, segment: Segment, layer: int, rows: list[Tensor], scale: float) -> Tensor:
         """Write one segment's rows [B R + B M, heads, E] and mix the values that each sees."""
         pages, meta, real = self.pages[layer], segment.meta, segment.rows.shape[1]
-        if self._native:
-            assert isinstance(meta, WindowMeta)  # noqa: S101
-            return native.attend(*rows, pages, segment.rows, *meta[:3], segment.masks, scale)
+        if self._native and isinstance(meta, WindowMeta):
+            query, key, value = rows
+            table, lengths, words = meta.table, meta.lengths, meta.visible
+            return native.attend(query, key, value, pages, segment.rows, table, lengths, words, segment.masks, scale)
         query, key, value = (_by_slot(one, segment) for one in rows)
         write_pages(pages, key[:, :real], value[:, :real], segment.rows)
         if isinstance(meta, InvariantMeta):

@@ -2,7 +2,8 @@
 
 A step of a small model on a CPU spends about half its time in Python; one of a large model on a GPU waits for kernel
 launches. Both go away when the step's operations are recorded: by `torch.jit.trace` on a CPU, as a CUDA graph on a
-GPU. A recording is bit-equal to the step it was made from; it is made on the spare slot, which changes nothing.
+GPU. It is made on the spare slot, which changes nothing. A recording is bit-equal to the step it was made from, but for
+float32 on a CPU: there the small operations between the matrix products are fused (`idlm.kernels.fused`).
 
 On a CPU one recording serves every batch size and prefix length; a CUDA graph serves one of each, so the runner rounds
 them up there.
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from idlm.engine.step import Core, Kind, Outcome, Piece
+from idlm.kernels.fused import fuse
 
 Replay = Callable[..., tuple[Tensor, ...]]
 
@@ -73,6 +75,7 @@ def _trace(core: Core, step: Replay, *inputs: Tensor) -> Replay:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of sizes that are static by design
         traced = torch.jit.trace(lambda *given: step(*given[: len(inputs)]), (*inputs, *written), check_trace=False)
+    fuse(traced.graph, core.idlm.dtype)
 
     def replay(*inputs: Tensor) -> tuple[Tensor, ...]:
         with torch.jit.optimized_execution(False):

@@ -22,7 +22,7 @@ log = logging.getLogger("idlm")
 
 TYPES = {torch.float32: ("float", "expf", 4), torch.float64: ("double", "exp", 3)}
 """C type, its exponential, and log2 of how many of it a vector of 64 bytes holds."""
-FLAGS = ("-std=c11", "-O3", "-march=native", "-fopenmp", "-fPIC")
+FLAGS = ("-std=c11", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC")
 FAST = "-ffast-math"
 """For compiling alone: where it is given for linking too, the library changes the whole process's rounding."""
 
@@ -51,7 +51,9 @@ def _compiled(source: Path, real: str, exp: str, lane_bits: int) -> Path:
     if not place.exists():
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=home) as folder:  # others may be building the same
-            made = _build(compiler, source, [f"-DREAL={real}", f"-DEXP={exp}", f"-DLANE_BITS={lane_bits}"], Path(folder))
+            made = _build(
+                compiler, source, [f"-DREAL={real}", f"-DEXP={exp}", f"-DLANE_BITS={lane_bits}"], Path(folder)
+            )
             made.replace(place)
     return place
 

@@ -1,4 +1,4 @@
-"""The CPU kernel of `idlm.kernels.window_attention` (window_attention.c) as a torch operator, so that it can be traced."""
+"""The CPU kernel of `idlm.kernels.window_attention` (window_attention.c), as a torch operator that can be traced."""
 
 from __future__ import annotations
 
