@@ -19,6 +19,7 @@ from idlm.engine.kv_cache import KVCache
 from idlm.engine.record import Recorder
 from idlm.engine.slots import Slots
 from idlm.engine.step import Chunk, Core, Kind, Outcome, Piece
+from idlm.kernels.fused import lay_out
 from idlm.models.idlm_model import Idlm
 
 WARM_UP = 6
@@ -86,6 +87,8 @@ class Runner:
         tiled = deterministic and idlm.device.type == "cpu"
         self._measured: set[tuple[Plan, int]] = set()
         self._steps = Recorder(self.core, record and not tiled)
+        if record and not tiled and idlm.device.type == "cpu":
+            lay_out(idlm.model)
 
     @torch.inference_mode()
     def seat(

@@ -1,69 +1,19 @@
-"""RMS norm, rotary embedding and SwiGLU in one pass each (rows.c), and the rewriting of a recorded step to use them.
+"""The rewriting of a recorded step to use the C kernels: RMS norm, rotary embedding, SwiGLU, products of few rows.
 
-Stock model code spells them out in six to ten operations, each with a pass over memory and the cost of a call, which
-for a small model is most of the step. The recording is searched for those very operations; what does not match stays
-as it is. Only float32: there the sums' order differs from PyTorch's, as it does between matrix shapes anyway.
+Stock model code spells the first three out in two to ten operations, each with a pass over memory and the cost of a
+call, which for a small model is most of the step. The recording is searched for those very operations; what does not
+match stays as it is. Only float32: there the sums' order differs from PyTorch's, as it does between matrix shapes
+anyway.
 """
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
+from collections import Counter
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from idlm.kernels.native import library
-
-_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
-
-
-@cache
-def _functions() -> ctypes.CDLL | None:
-    found = library("rows", torch.float32)
-    if found is not None:
-        found.rms_norm.argtypes = [*[_POINTER] * 3, _SIZE, _SIZE, ctypes.c_double]
-        found.rotate.argtypes = [*[_POINTER] * 4, *[_SIZE] * 5]
-        found.swiglu.argtypes = [*[_POINTER] * 3, _SIZE]
-    return found
-
-
-def _rms_norm(rows: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
-    rows = rows.contiguous()
-    out, size = torch.empty_like(rows), rows.shape[-1]
-    _functions().rms_norm(  # type: ignore[union-attr]
-        rows.data_ptr(), weight.data_ptr(), out.data_ptr(), rows.numel() // size, size, float(eps)
-    )
-    return out
-
-
-def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """[1, H, T, E] with [1, 1, T, E]; laid out as [1, T, H, E]."""
-    _, number, rows, size = heads.shape
-    heads = heads if heads.stride(3) == 1 else heads.contiguous()
-    cosine, sine = cosine.contiguous(), sine.contiguous()
-    out = heads.new_empty(1, rows, number, size)
-    _functions().rotate(  # type: ignore[union-attr]
-        *(one.data_ptr() for one in (heads, cosine, sine, out)), rows, number, size, heads.stride(2), heads.stride(1)
-    )
-    return out.transpose(1, 2)
-
-
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    gate, up = gate.contiguous(), up.contiguous()
-    out = torch.empty_like(gate)
-    _functions().swiglu(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())  # type: ignore[union-attr]
-    return out
-
-
-_library = torch.library.Library("idlm", "FRAGMENT")
-for _name, _signature, _call in (
-    ("rms_norm", "(Tensor rows, Tensor weight, Tensor eps) -> Tensor", _rms_norm),
-    ("rotate", "(Tensor heads, Tensor cosine, Tensor sine) -> Tensor", _rotate),
-    ("swiglu", "(Tensor gate, Tensor up) -> Tensor", _swiglu),
-):
-    _library.define(_name + _signature)
-    _library.impl(_name, _call, "CPU")
+from idlm.kernels import native
 
 # a pattern matches only where every value inside it has as many uses as here, constants included
 _RMS_NORM = """
@@ -118,19 +68,66 @@ _FUSED = (
 
 def fuse(graph: torch.Graph, dtype: torch.dtype) -> None:
     """Put the fused operations into a recording of a model in float32, in place; others stay as they were."""
-    if dtype != torch.float32 or _functions() is None:
+    if dtype != torch.float32 or not native.loaded():
         return
     torch._C._jit_pass_inline(graph)
     _drop_casts(graph)
     for pattern, fused in _FUSED:
         torch._C._jit_pass_custom_pattern_based_rewrite_graph(pattern, fused, graph)
+    for node in list(graph.nodes()):
+        if node.kind() == "idlm::rms_norm":
+            _constant_eps(graph, node)
+        elif node.kind() == "aten::linear" and _fits(*node.inputs()):
+            _replace(graph, node, "idlm::linear", list(node.inputs())[:2])
     torch._C._jit_pass_dce(graph)
 
 
 def _drop_casts(graph: torch.Graph) -> None:
     """Take out conversions of float32 to float32, which return their input."""
-    for node in [one for one in graph.nodes() if one.kind() == "aten::to"]:
-        before, after = (value.type() for value in (next(node.inputs()), node.output()))
-        if before.scalarType() == after.scalarType() == "Float":
-            node.output().replaceAllUsesWith(next(node.inputs()))
-            node.destroy()
+    for node in list(graph.nodes()):
+        if node.kind() == "aten::to":
+            before, after = (value.type() for value in (next(node.inputs()), node.output()))
+            if before.scalarType() == after.scalarType() == "Float":
+                node.output().replaceAllUsesWith(next(node.inputs()))
+                node.destroy()
+
+
+def _constant_eps(graph: torch.Graph, node: torch.Node) -> None:
+    """The recording holds it as a tensor, the operator takes a number."""
+    *_, eps = node.inputs()
+    graph.setInsertPoint(node)
+    node.replaceInput(2, graph.insertConstant(float(eps.toIValue())))
+
+
+def _fits(x: torch.Value, weight: torch.Value, bias: torch.Value) -> bool:
+    """Whether this is a product without bias by a weight that lies as the kernel wants it."""
+    found = weight.toIValue()
+    return (
+        isinstance(found, Tensor)
+        and found.t().is_contiguous()
+        and bias.toIValue() is None
+        and bias.node().kind() == "prim::Constant"
+    )
+
+
+def _replace(graph: torch.Graph, node: torch.Node, kind: str, inputs: list[torch.Value]) -> None:
+    made = graph.create(kind, inputs, 1)
+    made.insertBefore(node)
+    made.output().setType(node.output().type())
+    node.output().replaceAllUsesWith(made.output())
+    node.destroy()
+
+
+def lay_out(model: nn.Module) -> None:
+    """Turn weight matrices [N, K], adapters' too, to lie as [K, N], which is faster for few rows; the values stay.
+
+    An embedding is read row by row, so it stays as it is, with the head where that is tied to it.
+    """
+    if not native.loaded():
+        return
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            fits = parameter.dim() == 2 and parameter.dtype == torch.float32 and owners[id(parameter)] == 1
+            if fits and not isinstance(module, nn.Embedding):
+                parameter.data = parameter.data.t().contiguous().t()

@@ -1,6 +1,6 @@
-"""C kernels for a CPU: compiled by the machine's own C compiler at their first use, and kept in the user's cache.
+"""The C kernels for a CPU (csrc/): compiled by the machine's own C compiler at their first use, kept in the user's cache.
 
-Without a compiler the PyTorch twins serve; the log says so once.
+Loading them registers the operators `torch.ops.idlm.*`. Without a compiler the PyTorch twins serve; the log says so.
 """
 
 from __future__ import annotations
@@ -20,52 +20,62 @@ import torch
 
 log = logging.getLogger("idlm")
 
-TYPES = {torch.float32: ("float", "expf", 4), torch.float64: ("double", "exp", 3)}
-"""C type, its exponential, and log2 of how many of it a vector of 64 bytes holds."""
-FLAGS = ("-std=c11", "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC")
-FAST = "-ffast-math"
-"""For compiling alone: where it is given for linking too, the library changes the whole process's rounding."""
+SOURCES = Path(__file__).parent / "csrc"
+FLAGS = ("-std=c11", "-O3", "-march=native", "-fopenmp", "-fPIC")
+FAST = ("-ffast-math", "-mprefer-vector-width=512") if platform.machine() == "x86_64" else ("-ffast-math",)
+"""For compiling alone: where fast math is given for linking too, it changes the whole process's rounding."""
+UNITS = (
+    ("window_attention.c", "-DREAL=float", "-DEXP=expf", "-DLANE_BITS=4"),
+    ("window_attention.c", "-DREAL=double", "-DEXP=exp", "-DLANE_BITS=3"),
+    ("linear.c",),
+    ("rows.c",),
+    ("ops.c",),
+)
 
 
 @cache
-def library(name: str, dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The compiled kernels of `name`.c for a type; None where there are none, with the reason in the log."""
-    if dtype not in TYPES or os.environ.get("IDLM_NATIVE") == "0":
-        return None
+def loaded() -> bool:
+    """Whether the operators are there; the first call builds and loads them."""
+    if os.environ.get("IDLM_NATIVE") == "0":
+        return False
     try:
-        return ctypes.CDLL(str(_compiled(Path(__file__).with_name(f"{name}.c"), *TYPES[dtype])))
+        failed = ctypes.CDLL(str(_library())).idlm_register()
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("no C kernels, PyTorch's instead (slower): %s", str(getattr(error, "stderr", "") or error).strip())
-        return None
+        return False
+    if failed:
+        log.warning("no C kernels, PyTorch's instead (slower): torch %s does not take them", torch.__version__)
+    return not failed
 
 
-def _compiled(source: Path, real: str, exp: str, lane_bits: int) -> Path:
-    """The shared library, from the cache if it was built before from the same source on such a machine."""
+def _library() -> Path:
+    """The shared library, from the cache if it was built before from the same sources on such a machine."""
     compiler = os.environ.get("CC") or shutil.which("cc")
     if compiler is None:
         raise FileNotFoundError("no C compiler (cc) on the PATH; install one, or set CC")
-    facts = (source.read_text(), *FLAGS, real, compiler, platform.machine(), _processor())
-    key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
+    sources = [place.read_text() for place in sorted(SOURCES.glob("*.[ch]"))]
+    facts = (*sources, *FLAGS, *FAST, compiler, torch.__version__, platform.machine(), _processor())
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "idlm" / "kernels"
-    place = home / f"{source.stem}-{real}-{key}.so"
+    place = home / f"{hashlib.sha256(''.join(facts).encode()).hexdigest()[:24]}.so"
     if not place.exists():
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=home) as folder:  # others may be building the same
-            made = _build(
-                compiler, source, [f"-DREAL={real}", f"-DEXP={exp}", f"-DLANE_BITS={lane_bits}"], Path(folder)
-            )
-            made.replace(place)
+            _build(compiler, Path(folder)).replace(place)
     return place
 
 
-def _build(compiler: str, source: Path, defines: list[str], folder: Path) -> Path:
-    unit, made = folder / "unit.o", folder / "made.so"
-    for command in (
-        [compiler, *FLAGS, FAST, *defines, "-c", str(source), "-o", str(unit)],
-        [compiler, "-shared", "-fopenmp", str(unit), "-lm", "-o", str(made)],
-    ):
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+def _build(compiler: str, folder: Path) -> Path:
+    objects = []
+    for number, (source, *defines) in enumerate(UNITS):
+        objects.append(str(folder / f"{number}.o"))
+        _run(compiler, *FLAGS, *FAST, *defines, "-c", str(SOURCES / source), "-o", objects[-1])
+    made, torch_libraries = folder / "kernels.so", Path(torch.__file__).parent / "lib"
+    _run(compiler, "-shared", "-fopenmp", *objects, f"-L{torch_libraries}", "-ltorch_cpu", "-lm", "-o", str(made))
     return made
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
 
 
 def _processor() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from tests.engine.tiny import tiny_idlm
 from tests.kernels.oracle import Case, case
 from tests.kernels.test_window_attention import RATIOS, SHAPES
 
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler: there is nothing to test")
+pytestmark = pytest.mark.skipif(not native.loaded(), reason="no C compiler: there is nothing to test")
 
 
 def twin(one: Case, rows: Tensor, real: int) -> tuple[Tensor, Tensor]:
@@ -163,14 +162,14 @@ def test_without_a_compiler_the_twins_serve(
     with_kernels = LLM(idlm, max_num_seqs=2).generate(prompt, greedy)[0].token_ids
     monkeypatch.setenv("CC", "/no/such/compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    caches = (native.library, kernel._function, fused._functions)
+    caches = (native.loaded,)
     for one in caches:
         one.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "idlm"):
             assert LLM(idlm, max_num_seqs=2).generate(prompt, greedy)[0].token_ids == with_kernels
         assert "/no/such/compiler" in caplog.text
-        assert kernel._function(torch.float64) is None
+        assert not native.loaded()
     finally:
         for one in caches:
             one.cache_clear()

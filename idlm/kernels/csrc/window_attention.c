@@ -10,14 +10,16 @@
    What it does not see leaves no gap, so a row's result depends on its keys alone, not on the window they came in. */
 
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "kernels.h"
 
 #define LANES (1 << LANE_BITS)
 #define TILE 32
 #define STRIP 64
 
+/* A vector of 64 bytes holds 2^LANE_BITS of REAL. */
 #if LANE_BITS == 4
 #define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
 #define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
@@ -29,15 +31,6 @@
 typedef REAL vector __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
 
 typedef struct {
-    const REAL *query, *key, *value;
-    REAL *pages, *out; /* pages: the keys; the values lie `half` further on */
-    const int64_t *table, *lengths, *visible, *rows;
-    int64_t batch, real, masks, heads, groups, size, page, columns, half;
-    int64_t query_row, query_head, key_row, key_group, value_row, value_group; /* strides, in elements */
-    double scale;
-} Job;
-
-typedef struct {
     vector *keys;    /* [E] one block, transposed */
     int64_t *places; /* where each token of the prefix lies in the pages */
     REAL *query;     /* [TILE, E] times scale */
@@ -47,24 +40,24 @@ typedef struct {
     int64_t count[TILE], room;
 } Tile;
 
-static inline int64_t width(const Job *job) { return job->real + job->masks; }
+static inline int64_t width(const Attention *job) { return job->real + job->masks; }
 
 /* Where a window row lies among the flat rows: all real ones, slot by slot, then all masks. */
-static inline int64_t flat(const Job *job, int64_t slot, int64_t row) {
+static inline int64_t flat(const Attention *job, int64_t slot, int64_t row) {
     if (row < job->real) return slot * job->real + row;
     return job->batch * job->real + slot * job->masks + row - job->real;
 }
 
-static void write_pages(const Job *job) {
+static void write_pages(const Attention *job) {
     for (int64_t row = 0; row < job->batch * job->real; row++)
         for (int64_t group = 0; group < job->groups; group++) {
-            REAL *to = job->pages + (job->rows[row] * job->groups + group) * job->size;
-            memcpy(to, job->key + row * job->key_row + group * job->key_group, sizeof(REAL) * job->size);
-            memcpy(to + job->half, job->value + row * job->value_row + group * job->value_group, sizeof(REAL) * job->size);
+            REAL *to = (REAL *)job->pages + (job->rows[row] * job->groups + group) * job->size;
+            memcpy(to, (const REAL *)job->key + row * job->key_row + group * job->key_group, sizeof(REAL) * job->size);
+            memcpy(to + job->half, (const REAL *)job->value + row * job->value_row + group * job->value_group, sizeof(REAL) * job->size);
         }
 }
 
-static void find_places(const Job *job, Tile *tile, int64_t slot, int64_t group) {
+static void find_places(const Attention *job, Tile *tile, int64_t slot, int64_t group) {
     int64_t step = job->groups * job->size, length = job->lengths[slot];
     for (int64_t start = 0, column = slot * job->columns; start < length; start += job->page, column++) {
         int64_t place = job->table[column] * job->page * step + group * job->size;
@@ -118,11 +111,11 @@ static inline __attribute__((always_inline)) void score(const Tile *tile, int fi
 }
 
 static inline __attribute__((always_inline)) void
-score_prefix(const Job *job, Tile *tile, int64_t length, int rows, int size) {
+score_prefix(const Attention *job, Tile *tile, int64_t length, int rows, int size) {
     for (int64_t start = 0; start < length; start += LANES) {
         int some = length - start < LANES ? (int)(length - start) : LANES;
         const REAL *keys[LANES];
-        for (int lane = 0; lane < some; lane++) keys[lane] = job->pages + tile->places[start + lane];
+        for (int lane = 0; lane < some; lane++) keys[lane] = (const REAL *)job->pages + tile->places[start + lane];
         place(tile, keys, some, size);
         for (int first = 0; first < rows; first += 4) {
             vector found[4];
@@ -133,19 +126,19 @@ score_prefix(const Job *job, Tile *tile, int64_t length, int rows, int size) {
 }
 
 /* Which of the window rows `start` to `start + some` a row sees, as bits. */
-static inline uint64_t word(const Job *job, int64_t slot, int64_t row, int64_t start, int some) {
+static inline uint64_t word(const Attention *job, int64_t slot, int64_t row, int64_t start, int some) {
     uint64_t all = (1ull << some) - 1;
     if (job->visible) return (uint64_t)job->visible[slot * width(job) + row] >> start & all;
     return row < start ? 0 : row - start >= some ? all : (2ull << (row - start)) - 1;
 }
 
 static inline __attribute__((always_inline)) void
-score_window(const Job *job, Tile *tile, int64_t slot, int64_t group, int64_t top, int rows, int size) {
+score_window(const Attention *job, Tile *tile, int64_t slot, int64_t group, int64_t top, int rows, int size) {
     int64_t per_group = job->heads / job->groups, last = (top + rows - 1) / per_group;
     int64_t end = job->visible ? width(job) : last + 1;
     for (int64_t start = 0; start < end; start += LANES) {
         int some = end - start < LANES ? (int)(end - start) : LANES;
-        const REAL *keys[LANES], *key = job->key + group * job->key_group;
+        const REAL *keys[LANES], *key = (const REAL *)job->key + group * job->key_group;
         for (int lane = 0; lane < some; lane++) keys[lane] = key + flat(job, slot, start + lane) * job->key_row;
         place(tile, keys, some, size);
         for (int first = 0; first < rows; first += 4) {
@@ -175,8 +168,8 @@ static REAL soften(REAL *scores, int64_t count) {
 
 /* Values of the prefix, LANES elements at a time for four query rows; in strips of tokens that stay in the cache. */
 static inline __attribute__((always_inline)) void
-mix_prefix(const Job *job, Tile *tile, int64_t length, int rows, int size) {
-    const REAL *values = job->pages + job->half;
+mix_prefix(const Attention *job, Tile *tile, int64_t length, int rows, int size) {
+    const REAL *values = (const REAL *)job->pages + job->half;
     memset(tile->mixed, 0, sizeof(REAL) * TILE * size);
     for (int64_t start = 0; start < length; start += STRIP) {
         int64_t end = start + STRIP < length ? start + STRIP : length;
@@ -199,8 +192,8 @@ mix_prefix(const Job *job, Tile *tile, int64_t length, int rows, int size) {
 }
 
 static inline __attribute__((always_inline)) void
-mix_window(const Job *job, Tile *tile, int64_t slot, int64_t group, int64_t length, int rows, int size) {
-    const REAL *window = job->value + group * job->value_group;
+mix_window(const Attention *job, Tile *tile, int64_t slot, int64_t group, int64_t length, int rows, int size) {
+    const REAL *window = (const REAL *)job->value + group * job->value_group;
     for (int q = 0; q < rows; q++) {
         const REAL *weights = tile->scores + q * tile->room;
         const int32_t *seen = tile->seen + q * width(job) - length;
@@ -216,11 +209,11 @@ mix_window(const Job *job, Tile *tile, int64_t slot, int64_t group, int64_t leng
 
 /* Query rows `top` to `top + rows` of one slot and group, row = window row x (H / G) + head of the group. */
 static inline __attribute__((always_inline)) void
-run(const Job *job, Tile *tile, int64_t slot, int64_t group, int64_t top, int rows, int size) {
+run(const Attention *job, Tile *tile, int64_t slot, int64_t group, int64_t top, int rows, int size) {
     int64_t per_group = job->heads / job->groups, length = job->lengths[slot];
     for (int q = 0; q < rows; q++) {
         int64_t head = group * per_group + (top + q) % per_group, row = (top + q) / per_group;
-        const REAL *from = job->query + flat(job, slot, row) * job->query_row + head * job->query_head;
+        const REAL *from = (const REAL *)job->query + flat(job, slot, row) * job->query_row + head * job->query_head;
         for (int e = 0; e < size; e++) tile->query[q * size + e] = from[e] * (REAL)job->scale;
         tile->count[q] = length;
     }
@@ -233,13 +226,13 @@ run(const Job *job, Tile *tile, int64_t slot, int64_t group, int64_t top, int ro
     mix_window(job, tile, slot, group, length, rows, size);
     for (int q = 0; q < rows; q++) {
         int64_t head = group * per_group + (top + q) % per_group, row = (top + q) / per_group;
-        REAL *to = job->out + (flat(job, slot, row) * job->heads + head) * size;
+        REAL *to = (REAL *)job->out + (flat(job, slot, row) * job->heads + head) * size;
         for (int e = 0; e < size; e++) to[e] = tile->mixed[q * size + e] / total[q];
     }
 }
 
 /* The usual head sizes as constants, so that the loops over them unroll. */
-static void run_any(const Job *job, Tile *tile, int64_t slot, int64_t group, int64_t top, int rows) {
+static void run_any(const Attention *job, Tile *tile, int64_t slot, int64_t group, int64_t top, int rows) {
     switch (job->size) {
     case 32: run(job, tile, slot, group, top, rows, 32); break;
     case 64: run(job, tile, slot, group, top, rows, 64); break;
@@ -251,7 +244,7 @@ static void run_any(const Job *job, Tile *tile, int64_t slot, int64_t group, int
 static void *aligned(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
 /* Returns 0, or 1 where memory ran out. */
-int attend(const Job *job, int threads) {
+int NAME(attend)(const Attention *job, int threads) {
     int64_t rows = width(job) * (job->heads / job->groups), tiles = (rows + TILE - 1) / TILE, longest = 0;
     for (int64_t slot = 0; slot < job->batch; slot++)
         if (job->lengths[slot] > longest) longest = job->lengths[slot];
