@@ -161,9 +161,7 @@ class EngineClient:
         """
         if not self.ready:
             raise self._down()
-        submits = [
-            replace(one, timeout=min(one.timeout or self.limits.timeout, self.limits.timeout)) for one in submits
-        ]
+        submits = [replace(one, timeout=self._timeout(one)) for one in submits]
         frames = [_frame(one) for one in submits]
         tokens = [self._tokens(one) for one in submits]
         self._quota.take(len(submits), sum(tokens))

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from time import monotonic
 
@@ -49,13 +50,16 @@ class Link:
 
     def send(self, messages: Sequence[Message]) -> None:
         """Write one frame; waits where the server does not read."""
-        if messages:
-            self._socket.sendall(frame(messages))
+        with suppress(ConnectionError):  # the server is gone: the other thread sees it too
+            if messages:
+                self._socket.sendall(frame(messages))
 
     def _read(self) -> None:
         try:
             for messages in receive(self._socket.makefile("rb")):
                 self.inbox.put(messages)
+        except ConnectionError:  # closed, with something unread
+            pass
         except (OSError, FrameError):
             log.exception("the server's socket failed")
         os._exit(0)  # at once, whatever the other thread does: there is nobody left to tell
