@@ -77,13 +77,18 @@ def serve(
     keys = _keys(api_key or [])
     if not 0 <= port <= MOST_PORT:
         raise InputError(f"--port {port} is no port; use 0 to {MOST_PORT}")
-    if not keys and not _is_loopback(host):
-        typer.echo(f"warning: {host} can be reached by others, and there is no key; give --api-key", err=True)
     config = ServeConfig(engine, _name(name or model, engine), host, port, keys, salt_by_key, log_prompts, limits)
 
     from idlm.serving.server import serve as run
 
-    run(config, lambda url: typer.echo(f"idlm serves {config.name} at {url}"))
+    run(config, lambda url: _announce(config, url))
+
+
+def _announce(config: ServeConfig, url: str) -> None:
+    """One line on stdout, and a warning where it is due."""
+    if not config.api_keys and not _is_loopback(config.host):
+        typer.echo(f"warning: {config.host} can be reached by others, and there is no key; give --api-key", err=True)
+    typer.echo(f"idlm serves {config.name} at {url}")
 
 
 def _engine(

@@ -7,13 +7,11 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from starlette.exceptions import HTTPException
 
 from idlm import __version__
-from idlm.decoding.errors import InputError
-from idlm.serving.client import Busy, EngineClient, EngineDown
+from idlm.serving.client import EngineClient
 from idlm.serving.config import ServeConfig
-from idlm.serving.errors import ApiError, as_api_error
+from idlm.serving.errors import ApiError, Expected, as_api_error
 from idlm.serving.guard import Guard
 from idlm.serving.logs import AccessLog
 from idlm.serving.metrics import Meters
@@ -50,7 +48,7 @@ def create_app(config: ServeConfig, client: EngineClient, prompts: Prompts) -> F
     app.add_middleware(Guard, api_keys=config.api_keys, limits=config.limits)
     app.add_middleware(AccessLog, meters=meters)  # the last one added is the outermost
     app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
-    for kind in (HTTPException, InputError, Busy, EngineDown):
+    for kind in Expected:
         app.add_exception_handler(kind, _expected)
     return app
 

@@ -45,6 +45,12 @@ class Connection(HttpToolsProtocol):
         if self._timer is not None and self._header_bytes > HEADER_BYTES:
             self._refuse(431, f"the headers are larger than {HEADER_BYTES} bytes; send less")
 
+    def on_message_begin(self) -> None:
+        """A request begins; it may be one sent before the last was answered."""
+        if self._timer is None:
+            self._expect_headers()
+        super().on_message_begin()
+
     def on_headers_complete(self) -> None:
         """All headers are there."""
         self._headers_done()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 from fastapi import HTTPException, Response
+from starlette.exceptions import HTTPException as AnyHTTPException
 
 from idlm.decoding.errors import InputError
 from idlm.serving.client import Busy, EngineDown
@@ -65,7 +66,7 @@ class ApiError(HTTPException):
         return Response(content, self.status_code, self.headers, media_type="application/json")
 
 
-Expected = (HTTPException, InputError, Busy, EngineDown)
+Expected = (AnyHTTPException, InputError, Busy, EngineDown)
 """Exceptions that are answers; any other one is a bug, and a 500."""
 
 
@@ -73,7 +74,7 @@ def as_api_error(error: Exception) -> ApiError:
     """The answer to one of `Expected`."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, HTTPException):
+    if isinstance(error, AnyHTTPException):
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
     if isinstance(error, Busy):
         return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(error.retry_after)})

@@ -23,6 +23,7 @@ from idlm.serving.state import Server, the_server
 
 Event = tuple[int, Delta | Finished]
 """The number of a sample among the request's, and what happened to it."""
+MOST_TOKENS = 2**31 - 1
 
 
 class Job:
@@ -201,10 +202,7 @@ def room(asked: int | None, prompt_tokens: int, context: int, limits: Limits) ->
     Raises:
         ApiError: 400: more than the server's bound.
     """
-    left = max(1, context - prompt_tokens)
-    most = left if limits.max_tokens is None else min(left, limits.max_tokens)
-    if asked is not None and limits.max_tokens is not None and asked > limits.max_tokens:
-        raise ApiError(
-            400, f"max_tokens={asked} is more than this server's {limits.max_tokens}; lower it", "max_tokens"
-        )
-    return most if asked is None else min(asked, left)
+    bound = MOST_TOKENS if limits.max_tokens is None else limits.max_tokens
+    if asked is not None and asked > bound:
+        raise ApiError(400, f"max_tokens={asked} is more than the {bound} of this server; lower it", "max_tokens")
+    return min(bound if asked is None else asked, max(1, context - prompt_tokens))
