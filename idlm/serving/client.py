@@ -77,12 +77,14 @@ class EngineClient:
     Attributes:
         info: what the engine said of itself; None before it was ready for the first time.
         stats: its counters; they begin anew with each process.
+        restarts: processes that were lost, each followed by another; changes together with `stats`.
     """
 
     def __init__(self, config: EngineConfig, limits: Limits) -> None:
         self.config, self.limits = config, limits
         self.info: Ready | None = None
         self.stats = Stats()
+        self.restarts = 0
         self._quota = Quota(limits)
         self._supervisor = Supervisor(config, self._receive, self._lose)
         self._supervising: asyncio.Task[None] | None = None
@@ -94,11 +96,6 @@ class EngineClient:
     def ready(self) -> bool:
         """Whether there is an engine that takes samples."""
         return self._up.is_set() and not self._draining
-
-    @property
-    def restarts(self) -> int:
-        """How often the process was started again."""
-        return self._supervisor.restarts
 
     @property
     def running(self) -> int:
@@ -224,6 +221,7 @@ class EngineClient:
         """The process is gone, and with it all that it ran."""
         self._up.clear()
         self.stats = Stats()
+        self.restarts += not self._draining
         for id in list(self._tickets):
             self._settle(id, self._down())
 

@@ -37,14 +37,10 @@ class Supervisor:
     Args:
         receive: called with each message of the process.
         lost: called as soon as a process is gone, or given up.
-
-    Attributes:
-        restarts: processes started after the first.
     """
 
     def __init__(self, config: EngineConfig, receive: Callable[[FromEngine], None], lost: Callable[[], None]) -> None:
         self.config = config
-        self.restarts = 0
         self._receive, self._lost = receive, lost
         self._writer: asyncio.StreamWriter | None = None
         self._ready = self._ever_ready = False
@@ -68,14 +64,13 @@ class Supervisor:
             log.warning("starting the engine again in %g s", delay)
             await asyncio.sleep(delay)
             delay = min(max(FIRST_DELAY, 2 * delay), LONGEST_DELAY)
-            self.restarts += 1
 
     async def _life(self) -> None:
         """Start a process and read from it until it is gone."""
         try:
             async with self._worker() as reader:
                 await self._listen(reader)
-        except EOFError:
+        except (EOFError, ConnectionError):
             log.error("the engine's process has ended")
         except TimeoutError:
             log.error("the engine's process has said nothing for %g s and was killed", STALL_SECONDS)

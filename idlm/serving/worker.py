@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from time import monotonic
+from typing import NoReturn
 
 import msgspec
 import torch
@@ -27,6 +28,7 @@ from idlm import __version__
 from idlm.decoding.errors import InputError
 from idlm.decoding.params import SamplingParams
 from idlm.engine.llm import LLM
+from idlm.serving import logs
 from idlm.serving.channel import FrameError, frame, receive
 from idlm.serving.config import EngineConfig
 from idlm.serving.messages import Failed, Guide, Message, Ready, Refused, Stats, Submit, ToEngine
@@ -74,7 +76,7 @@ class Worker:
         self._sent_stats = 0.0
         self._next_stats = 0.0
 
-    def run(self) -> None:
+    def run(self) -> NoReturn:
         """Until the process ends."""
         while True:
             out = self._take()
@@ -197,20 +199,22 @@ def describe(llm: LLM, model: str) -> Ready:
 
 
 def main(file_descriptor: int, config: EngineConfig) -> int:
-    """Load the model, say so, and run; returns the exit status where the model cannot be loaded."""
+    """Load the model, say so, and run; returns the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the server drains, then closes
         signal.signal(number, signal.SIG_IGN)
     link = Link(file_descriptor)
     try:
         llm = load(config)
+        link.send([describe(llm, config.model)])
+        Worker(llm, link).run()
     except InputError as error:
         link.send([Failed(str(error))])
         return 2
-    link.send([describe(llm, config.model)])
-    Worker(llm, link).run()
-    return 0
+    except Exception:
+        log.exception("the engine failed")
+        return 1
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
+    logs.configure()
     sys.exit(main(int(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=EngineConfig)))

@@ -70,10 +70,10 @@ def test_it_says_what_it_is_speaks_every_second_and_ends_with_its_socket() -> No
         assert (ready.model, ready.stride, ready.drafts, ready.adapters) == ("nano", 4, True, ["default"])
         started = monotonic()
         assert [[type(one) for one in peer.read()] for _ in range(3)] == [[Stats]] * 3
-        assert 1.8 < monotonic() - started < 3  # the first at once
+        assert 1.8 < monotonic() - started < 10  # the first at once
         for number in (signal.SIGINT, signal.SIGTERM):
             peer.process.send_signal(number)
         peer.send(Submit("bad", [], {}, 0), *[long_sample(str(index)) for index in range(6)])
         assert peer.until(Refused) == Refused("bad", "a prompt has 0 tokens; this model takes 1 to 511")
         peer.until(Delta)
-        assert peer.close(within=1) == 0  # in the middle of its steps
+        assert peer.close(within=5) == 0  # in the middle of its steps
