@@ -53,15 +53,11 @@ def serve(
 ) -> None:
     """Serve a model over an OpenAI-compatible API."""
     limits = Limits(
-        queue_requests=_at_least("--queue-requests", queue_requests, 1),
-        queue_tokens=_at_least("--queue-tokens", queue_tokens, 1),
-        max_tokens=None if max_tokens is None else _at_least("--max-tokens", max_tokens, 1),
-        n=_at_least("--max-n", max_n, 1),
-        prompts=_at_least("--max-prompts", max_prompts, 1),
-        body_bytes=_at_least("--max-body", max_body, 1),
-        timeout=_seconds("--timeout", timeout),
-        drain_seconds=_seconds("--drain-seconds", drain_seconds),
+        *(queue_requests, queue_tokens, max_tokens, max_n, max_prompts, max_body),
+        timeout=timeout,
+        drain_seconds=drain_seconds,
     )
+    _check(limits)
     engine = _engine(
         model,
         _adapters(adapter or []),
@@ -123,15 +119,25 @@ def _engine(
     )
 
 
+def _check(limits: Limits) -> None:
+    counts = {
+        "--queue-requests": limits.queue_requests,
+        "--queue-tokens": limits.queue_tokens,
+        "--max-tokens": 1 if limits.max_tokens is None else limits.max_tokens,
+        "--max-n": limits.n,
+        "--max-prompts": limits.prompts,
+        "--max-body": limits.body_bytes,
+    }
+    for option, count in counts.items():
+        _at_least(option, count, 1)
+    for option, seconds in (("--timeout", limits.timeout), ("--drain-seconds", limits.drain_seconds)):
+        if not 0 < seconds < float("inf"):
+            raise InputError(f"{option} {seconds} is no length of time; give seconds above 0")
+
+
 def _at_least(option: str, value: int, least: int) -> int:
     if value < least:
         raise InputError(f"{option} {value} is too small; use {least} or more")
-    return value
-
-
-def _seconds(option: str, value: float) -> float:
-    if not 0 < value < float("inf"):
-        raise InputError(f"{option} {value} is no length of time; give seconds above 0")
     return value
 
 
