@@ -25,7 +25,7 @@ class App(FastAPI):
     """FastAPI, with our bodies in its document."""
 
     def openapi(self) -> dict[str, Any]:
-        """The OpenAPI document, with the models there are; 400 takes the place of FastAPI's 422, which is never sent."""
+        """The OpenAPI document, with the models there are, and without FastAPI's 422, which is never sent."""
         if not self.openapi_schema:
             document = get_openapi(title=self.title, version=self.version, routes=self.routes)
             for path in document["paths"].values():

@@ -1,4 +1,4 @@
-"""`Connection`: uvicorn's HTTP connection, with bounds on clients that never finish their headers."""
+"""`Connection`: uvicorn's HTTP connection, with bounds on clients that never finish their headers, or never read."""
 
 from __future__ import annotations
 
@@ -16,11 +16,18 @@ STATUS = {400: b"400 Bad Request", 408: b"408 Request Timeout", 431: b"431 Reque
 
 
 class Connection(HttpToolsProtocol):
-    """Closed when headers take too long or are too large, or when there are too many connections."""
+    """Closed when there are too many connections, when headers take too long or are too large, and when nobody reads.
 
-    def __init__(self, *, header_seconds: float, most: int, **uvicorn: Any) -> None:
+    Args:
+        header_seconds: to send the headers in.
+        stall_seconds: how long a full buffer may wait to be read; the request then counts as left.
+        most: connections at once.
+    """
+
+    def __init__(self, *, header_seconds: float, stall_seconds: float, most: int, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
-        self._header_seconds, self._most = header_seconds, most
+        self._header_seconds, self._stall_seconds, self._most = header_seconds, stall_seconds, most
+        self._stall: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._header_bytes = 0
 
@@ -34,6 +41,8 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """It is gone."""
         self._headers_done()
+        if self._stall is not None:
+            self._stall.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -55,6 +64,17 @@ class Connection(HttpToolsProtocol):
         """All headers are there."""
         self._headers_done()
         super().on_headers_complete()
+
+    def pause_writing(self) -> None:
+        """The client does not read as fast as we write."""
+        super().pause_writing()
+        self._stall = self.loop.call_later(self._stall_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It reads again."""
+        if self._stall is not None:
+            self._stall.cancel()
+        super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP."""

@@ -20,7 +20,6 @@ TYPES = {
     499: "client_gone",
     500: "server_error",
     503: "service_unavailable",
-    504: "timeout_error",
 }
 """Error types by status; all others are "invalid_request_error"."""
 

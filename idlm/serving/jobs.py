@@ -53,7 +53,7 @@ class Job:
 
         Raises:
             EngineDown: the engine is gone. InputError: it refused a sample.
-            ApiError: 504: the time is over. 503: the server ended it.
+            ApiError: 408: the time is over. 503: the server ended it.
         """
         timings = [self._meters.timing(self._started) for _ in self.tickets]
         async for index, event in _merged(self.tickets):
@@ -67,7 +67,7 @@ class Job:
         self._facts.setdefault("finish_reasons", []).append(event.reason)
         self._facts["completion_tokens"] = sum(end.completion_tokens for end in self.ends.values())
         if event.reason == "timeout":
-            raise ApiError(504, "the request took longer than its timeout; raise it or ask for less", code="timeout")
+            raise ApiError(408, "the request took longer than its timeout; raise it or ask for less", code="timeout")
         if event.reason not in ("stop", "length"):
             raise ApiError(503, "the server ended the request", code="aborted")
 

@@ -29,17 +29,16 @@ ERRORS = {
     401: "No valid API key.",
     404: "No such model or path.",
     405: "Not with this method.",
-    408: "The body took too long.",
+    408: "The body took too long, or the request longer than its timeout.",
     413: "The body is too large.",
     415: "The body is not application/json.",
     429: "The queue is full; Retry-After says when to try again.",
     500: "A bug.",
     503: "There is no engine now.",
-    504: "The request's time was over.",
 }
 ALWAYS = (401, 405, 500)
 READS = (400, 408, 413, 415)
-RUNS = (404, 429, 503, 504)
+RUNS = (404, 429, 503)
 SHAPES = (
     *(responses.ChatCompletion, responses.ChatChunk, responses.Completion, responses.ModelCard, responses.ModelList),
     *(responses.Tokenized, responses.Detokenized, responses.Status, responses.Version, ErrorBody),

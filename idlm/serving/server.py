@@ -15,7 +15,7 @@ from idlm.decoding.errors import InputError
 from idlm.serving import logs
 from idlm.serving.app import create_app
 from idlm.serving.client import EngineClient, EngineDown
-from idlm.serving.config import ServeConfig
+from idlm.serving.config import Limits, ServeConfig
 from idlm.serving.connections import Connection
 from idlm.serving.prompts import Prompts
 
@@ -85,6 +85,15 @@ async def _start(client: EngineClient, server: HttpServer, announce: Callable[[]
         raise InputError(str(error)) from error
 
 
+def _connection(limits: Limits) -> Callable[..., Connection]:
+    return partial(
+        Connection,
+        header_seconds=limits.header_seconds,
+        stall_seconds=limits.body_seconds,
+        most=MOST_CONNECTIONS,
+    )
+
+
 class HttpServer(uvicorn.Server):
     """uvicorn's server, whose shutdown drains the engine."""
 
@@ -93,7 +102,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 create_app(config, client, prompts),
-                http=partial(Connection, header_seconds=limits.header_seconds, most=MOST_CONNECTIONS),  # type: ignore[arg-type]
+                http=_connection(limits),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 log_config=None,

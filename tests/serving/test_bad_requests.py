@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from typing import Any
 
 import httpx2 as httpx
@@ -209,3 +210,17 @@ def test_a_body_that_never_ends(served: Running) -> None:
 def test_what_is_no_http(served: Running) -> None:
     answer = answer_to(served, b"\x16\x03\x01 hello\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 400 ") and b'{"error":' in answer
+
+
+def test_a_client_that_never_reads(served: Running) -> None:
+    request = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %b\r\n\r\n" % KEY.encode()
+    connections = served.http.server_state.connections
+    before = len(connections)
+    with socket.create_connection(("127.0.0.1", served.port)) as connection:
+        connection.sendall(request * 400)
+        time.sleep(0.5)
+        assert len(connections) == before + 1
+        end = time.monotonic() + 10
+        while len(connections) > before and time.monotonic() < end:
+            time.sleep(0.05)
+        assert len(connections) == before
