@@ -26,20 +26,25 @@ class TextPart(Strict):
 Content = str | Annotated[list[TextPart], Field(fail_fast=True)]
 
 
-class SystemMessage(Strict):
+class AnyMessage(Strict):
+    """What every message may have; lm-evaluation-harness sends the type."""
+
+    name: str | None = None
+    type: Literal["text"] | None = Field(None, exclude=True)
+
+
+class SystemMessage(AnyMessage):
     """Instructions; "developer" is OpenAI's newer word for "system"."""
 
     role: Literal["system", "developer"]
     content: Content
-    name: str | None = None
 
 
-class UserMessage(Strict):
+class UserMessage(AnyMessage):
     """What the user says."""
 
     role: Literal["user"]
     content: Content
-    name: str | None = None
 
 
 class CalledFunction(Strict):
@@ -57,23 +62,24 @@ class CallMade(Strict):
     function: CalledFunction
 
 
-class AssistantMessage(Strict):
-    """An earlier answer; fields that our answers have come back here."""
+class AssistantMessage(AnyMessage):
+    """An earlier answer; clients send back all fields that they know, with null."""
 
     role: Literal["assistant"]
     content: Content | None = None
-    name: str | None = None
     refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
     tool_calls: list[CallMade] | None = None
 
 
-class ToolMessage(Strict):
+class ToolMessage(AnyMessage):
     """What a tool returned."""
 
     role: Literal["tool"]
     content: Content
     tool_call_id: str
-    name: str | None = None
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Discriminator("role")]

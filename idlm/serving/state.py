@@ -69,8 +69,10 @@ class Server:
         Raises:
             EngineDown: it is not there.
         """
-        if not self.client.ready or self.client.info is None:
-            raise EngineDown("the engine is not ready; try again soon")
+        if self.client.info is None:
+            raise EngineDown("the engine is starting; try again soon")
+        if not self.client.ready:
+            raise EngineDown("the engine is being started again, or the server is shutting down; try again soon")
         return self.client.info
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 
 import httpx2 as httpx
 import pytest
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
 from idlm.serving.app import create_app
 from idlm.serving.client import EngineClient
+from idlm.serving.guard import Guard
 from idlm.serving.prompts import Prompts
 from tests.serving.conftest import CONFIG, KEY, Running
 
@@ -47,6 +50,26 @@ def test_each_key_opens(key: str, served: Running) -> None:
         assert http.get("/v1/models").status_code == 200
         assert http.get("/v1/models", headers={"Authorization": f"bearer {key}"}).status_code == 200
         assert http.get("/nowhere").status_code == 404
+
+
+def test_every_key_has_its_own_salt() -> None:
+    salts = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        salts.append(scope["state"]["salt"])
+
+    async def nothing(*_: object) -> Message:
+        return {"type": "http.disconnect"}
+
+    async def main() -> None:
+        for key in CONFIG.api_keys:
+            header = (b"authorization", f"Bearer {key}".encode())
+            scope = {"type": "http", "path": "/v1/completions", "headers": [header]}
+            await Guard(app, CONFIG.api_keys, CONFIG.limits)(scope, nothing, nothing)  # type: ignore[arg-type]
+        await Guard(app, (), CONFIG.limits)({"type": "http", "path": "/", "headers": []}, nothing, nothing)  # type: ignore[arg-type]
+
+    asyncio.run(main())
+    assert len(set(salts)) == 3 and salts[-1] == b"" and not any(key.encode() in salts[0] for key in CONFIG.api_keys)
 
 
 def test_request_ids_come_back_if_they_are_harmless(http: httpx.Client) -> None:

@@ -65,7 +65,7 @@ def test_messages_as_templates_know_them() -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     request = chat(
         messages=[
-            {"role": "developer", "content": "be kind"},
+            {"role": "developer", "content": "be kind", "type": "text"},
             {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "me"},
             {"role": "assistant", "content": None, "refusal": None, "tool_calls": [call]},
             {"role": "tool", "content": "2", "tool_call_id": "1"},
