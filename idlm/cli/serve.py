@@ -41,7 +41,7 @@ def serve(
     threads: Annotated[int | None, _option("Engine", "Threads of the engine; all cores if not given.")] = None,
     deterministic: Annotated[bool, _option("Engine", "Batch-invariant kernels: the same bytes, slower.")] = False,
     salt_by_key: Annotated[bool, _option("Network", "Share cached prefixes only within a key.")] = False,
-    log_prompts: Annotated[bool, _option("Network", "Write prompts to the log.")] = False,
+    log_prompts: Annotated[bool, _option("Network", "Write prompts and outputs to the log.")] = False,
     queue_requests: Annotated[int, _option("Limits", "Samples running or waiting.")] = BOUNDS.queue_requests,
     queue_tokens: Annotated[int, _option("Limits", "Tokens that they may come to.")] = BOUNDS.queue_tokens,
     max_tokens: Annotated[int | None, _option("Limits", "Tokens of a sample.", show_default="the context")] = None,

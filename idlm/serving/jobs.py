@@ -60,6 +60,8 @@ class Job:
             timings[index].see(event)
             if isinstance(event, Finished):
                 self._end(index, event)
+            elif "outputs" in self._facts:
+                self._facts["outputs"][index] += event.text
             yield index, event
 
     def _end(self, index: int, event: Finished) -> None:
@@ -153,7 +155,7 @@ def admit(
     facts = request.scope["state"]["facts"]
     facts |= {"model": body.model, "prompt_tokens": sum(map(len, prompts)), "samples": len(submits)}
     if server.config.log_prompts:
-        facts["prompts"] = [server.prompts.decode(ids) for ids in prompts]
+        facts |= {"prompts": [server.prompts.decode(ids) for ids in prompts], "outputs": [""] * len(submits)}
     job.tickets = server.client.submit(submits)
     return job
 

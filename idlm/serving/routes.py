@@ -159,7 +159,9 @@ async def ready(request: Request) -> Response:
     return as_json(responses.Status("ready"))
 
 
-@router.get("/metrics", responses={200: {"description": "Done.", "content": {"text/plain": {}}}})
+@router.get(
+    "/metrics", responses=answers(responses.Status) | {200: {"description": "Done.", "content": {"text/plain": {}}}}
+)
 async def metrics(request: Request) -> Response:
     """For Prometheus."""
     return Response(the_server(request).meters.render(), media_type=CONTENT_TYPE)

@@ -36,7 +36,6 @@ def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
     Raises:
         InputError: the address cannot be had, or the model cannot be served as configured.
     """
-    logs.configure()
     with bind(config.host, config.port) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(config, listener, announce))
 
@@ -57,6 +56,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 async def _serve(config: ServeConfig, listener: socket.socket, announce: Callable[[str], None]) -> None:
     prompts = Prompts.load(config.engine.model)
+    logs.configure()
     client = EngineClient(config.engine, config.limits)
     server = HttpServer(config, client, prompts)
     starting = asyncio.create_task(_start(client, server, lambda: announce(url(config.host, listener))))

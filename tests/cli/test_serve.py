@@ -75,17 +75,20 @@ def running(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Po
 
 def test_sigterm_lets_what_runs_finish() -> None:
     body = BODY | {"model": "small"}
-    with running("--name", "small", IDLM_API_KEY="k") as (process, url):
+    with running("--name", "small", "--log-prompts", IDLM_API_KEY="k") as (process, url):
         assert httpx.get(f"{url}/models").status_code == 401
         headers = {"Authorization": "Bearer k"}
         with httpx.stream("POST", f"{url}/completions", json=body, headers=headers, timeout=60) as response:
             lines = response.iter_lines()
             next(lines)
             process.send_signal(signal.SIGTERM)
-            assert [line for line in lines if line][-1] == "data: [DONE]"
+            *chunks, done = [line.removeprefix("data: ") for line in lines if line]
+            assert done == "[DONE]"
         rest, log = process.communicate(timeout=60)
         assert process.returncode == 0 and rest == ""
-        assert all(json.loads(line) for line in log.splitlines() if line.startswith("{"))
+        (line,) = [json.loads(line) for line in log.splitlines() if '"path":"/v1/completions"' in line]
+        assert line["prompts"] == ["1 + 1 ="] and line["status"] == 200
+        assert line["outputs"][0].endswith("".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks))
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/models")
 
