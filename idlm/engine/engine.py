@@ -27,7 +27,7 @@ from idlm.engine.logprobs import add_prompt_logprobs, logprob_entries
 from idlm.engine.metrics import Metrics
 from idlm.engine.pages import PagePool
 from idlm.engine.planner import Planner
-from idlm.engine.request import Logprob, Request, Update
+from idlm.engine.request import Logprob, Request, Result, Update
 from idlm.engine.runner import Launched, Runner
 from idlm.engine.scheduler import Scheduler, longest
 from idlm.engine.step import Chunk, Kind
@@ -106,6 +106,10 @@ class Engine:
         self._requests[request.id] = request
         self.scheduler.wait(request)
         return request.id
+
+    def result(self, request_id: str) -> Result:
+        """What a request that is still here has come to; it grows in place, and is the result in the end."""
+        return self._requests[request_id].result
 
     def abort(self, request_id: str) -> bool:
         """End a request in whatever state it is; False where it is not known (any more)."""

@@ -36,7 +36,7 @@ class Limits:
             once, running or waiting; more are answered 429.
         max_tokens: of one sample; None: what the context leaves.
         n: samples of one request; prompts: of one completions request.
-        body_bytes: of a request; body_seconds: to send it in.
+        body_bytes: of a request; body_seconds: to send it in, and to read what waits of an answer.
         header_seconds: to send the first line and the headers in.
         timeout: seconds a request may take; its own `timeout` may only be lower.
         schema_bytes: of a JSON schema, regular expression or grammar; compile_seconds: to compile it in.

@@ -128,6 +128,12 @@ class Ready(Message):
     page_size: int
 
 
+class Failed(Message):
+    """The engine cannot start as configured; its process ends."""
+
+    reason: str
+
+
 class Stats(Message):
     """Counters of the engine, sent at least once a second while it lives; totals since its start unless said otherwise.
 
@@ -157,4 +163,4 @@ class Stats(Message):
 
 
 ToEngine = Submit | Abort
-FromEngine = Ready | Delta | Finished | Refused | Stats
+FromEngine = Ready | Failed | Delta | Finished | Refused | Stats

@@ -1,0 +1,180 @@
+"""`idlm serve MODEL`: an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from typing import Annotated, Any
+
+import typer
+
+from idlm.cli import common
+from idlm.decoding.errors import InputError
+from idlm.serving.config import AR_SUFFIX, EngineConfig, Limits, ServeConfig
+
+KEY_VARIABLE = "IDLM_API_KEY"
+BOUNDS = Limits()
+MOST_PORT = 65535
+
+
+def _option(panel: str, help: str, **settings: Any) -> Any:
+    return typer.Option(help=help, rich_help_panel=panel, **settings)
+
+
+def serve(
+    model: common.Model,
+    adapter: Annotated[
+        list[str] | None, _option("Model", "A gated LoRA and its name; can be repeated.", metavar="NAME=PATH")
+    ] = None,
+    host: Annotated[str, _option("Network", "The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, _option("Network", "The port; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None, _option("Network", f"A key that opens all routes; can be repeated. Or ${KEY_VARIABLE}.")
+    ] = None,
+    name: Annotated[str | None, _option("Model", "What requests call the model; MODEL if not given.")] = None,
+    stride: common.Stride = 4,
+    branches: common.BranchesOption = "planner",
+    dtype: common.Dtype = "auto",
+    device: common.Device = "cpu",
+    max_num_seqs: Annotated[int, _option("Engine", "The most samples at once; others wait.")] = 64,
+    kv_memory: Annotated[str | None, _option("Engine", "Memory of the KV cache: bytes, or such as 512MiB.")] = None,
+    threads: Annotated[int | None, _option("Engine", "Threads of the engine; all cores if not given.")] = None,
+    deterministic: Annotated[bool, _option("Engine", "Batch-invariant kernels: the same bytes, slower.")] = False,
+    salt_by_key: Annotated[bool, _option("Network", "Share cached prefixes only within a key.")] = False,
+    log_prompts: Annotated[bool, _option("Network", "Write prompts and outputs to the log.")] = False,
+    queue_requests: Annotated[int, _option("Limits", "Samples running or waiting.")] = BOUNDS.queue_requests,
+    queue_tokens: Annotated[int, _option("Limits", "Tokens that they may come to.")] = BOUNDS.queue_tokens,
+    max_tokens: Annotated[int | None, _option("Limits", "Tokens of a sample.", show_default="the context")] = None,
+    max_n: Annotated[int, _option("Limits", "Samples of a prompt.")] = BOUNDS.n,
+    max_prompts: Annotated[int, _option("Limits", "Prompts of a request.")] = BOUNDS.prompts,
+    max_body: Annotated[int, _option("Limits", "Bytes of a request.")] = BOUNDS.body_bytes,
+    timeout: Annotated[float, _option("Limits", "Seconds of a request.")] = BOUNDS.timeout,
+    drain_seconds: Annotated[float, _option("Limits", "For what runs when the server ends.")] = BOUNDS.drain_seconds,
+) -> None:
+    """Serve a model over an OpenAI-compatible API."""
+    limits = Limits(
+        *(queue_requests, queue_tokens, max_tokens, max_n, max_prompts, max_body),
+        timeout=timeout,
+        drain_seconds=drain_seconds,
+    )
+    _check(limits)
+    engine = _engine(
+        model,
+        _adapters(adapter or []),
+        stride,
+        branches,
+        dtype,
+        device,
+        max_num_seqs,
+        kv_memory,
+        deterministic,
+        threads,
+    )
+    keys = _keys(api_key or [])
+    if not 0 <= port <= MOST_PORT:
+        raise InputError(f"--port {port} is no port; use 0 to {MOST_PORT}")
+    config = ServeConfig(engine, _name(name or model, engine), host, port, keys, salt_by_key, log_prompts, limits)
+
+    from idlm.serving.server import serve as run
+
+    run(config, lambda url: _announce(config, url))
+
+
+def _announce(config: ServeConfig, url: str) -> None:
+    """One line on stdout, and a warning where it is due."""
+    if not config.api_keys and not _is_loopback(config.host):
+        typer.echo(f"warning: {config.host} can be reached by others, and there is no key; give --api-key", err=True)
+    typer.echo(f"idlm serves {config.name} at {url}")
+
+
+def _engine(
+    model: str,
+    adapters: dict[str, str],
+    stride: int,
+    branches: str,
+    dtype: str,
+    device: str,
+    max_num_seqs: int,
+    kv_memory: str | None,
+    deterministic: bool,
+    threads: int | None,
+) -> EngineConfig:
+    """The engine's part, checked as far as it can be before a model is loaded."""
+    from idlm.engine.build import parse_memory, plans_for
+
+    plans_for(stride, branches)
+    if kv_memory is not None:
+        parse_memory(kv_memory)
+    return EngineConfig(
+        model=model,
+        adapters=adapters,
+        stride=stride,
+        branches=branches,
+        dtype=dtype,
+        device=device,
+        max_num_seqs=_at_least("--max-num-seqs", max_num_seqs, 1),
+        kv_memory=kv_memory,
+        deterministic=deterministic,
+        threads=None if threads is None else _at_least("--threads", threads, 1),
+    )
+
+
+def _check(limits: Limits) -> None:
+    counts = {
+        "--queue-requests": limits.queue_requests,
+        "--queue-tokens": limits.queue_tokens,
+        "--max-tokens": 1 if limits.max_tokens is None else limits.max_tokens,
+        "--max-n": limits.n,
+        "--max-prompts": limits.prompts,
+        "--max-body": limits.body_bytes,
+    }
+    for option, count in counts.items():
+        _at_least(option, count, 1)
+    for option, seconds in (("--timeout", limits.timeout), ("--drain-seconds", limits.drain_seconds)):
+        if not 0 < seconds < float("inf"):
+            raise InputError(f"{option} {seconds} is no length of time; give seconds above 0")
+
+
+def _at_least(option: str, value: int, least: int) -> int:
+    if value < least:
+        raise InputError(f"{option} {value} is too small; use {least} or more")
+    return value
+
+
+def _adapters(entries: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for entry in entries:
+        name, _, path = entry.partition("=")
+        if not name or not path:
+            raise InputError(f"--adapter {entry!r} is not NAME=PATH; write for example --adapter math=runs/math")
+        if name in found:
+            raise InputError(f"--adapter {name!r} is given twice; use two names")
+        found[name] = path
+    return found
+
+
+def _name(name: str, engine: EngineConfig) -> str:
+    """The model's name; those of the adapters have to differ from it."""
+    if not name.strip():
+        raise InputError("--name is empty; give a name, or leave the option out")
+    taken = {name, name + AR_SUFFIX, "default"} & set(engine.adapters)
+    if taken:
+        raise InputError(f"--adapter {min(taken)!r} has a name that means something else; use another")
+    return name
+
+
+def _keys(options: list[str]) -> tuple[str, ...]:
+    keys = options or [os.environ[name] for name in (KEY_VARIABLE,) if name in os.environ]
+    for key in keys:
+        if not key.isascii() or not key.isprintable() or not key or " " in key:
+            raise InputError(
+                f"an API key is empty, or holds what no header can; use letters and digits ({len(key)} long)"
+            )
+    return tuple(keys)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

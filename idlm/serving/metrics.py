@@ -1,0 +1,159 @@
+"""Prometheus metrics: what the server sees of requests, and what the engine says of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from time import perf_counter
+
+import msgspec
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from idlm.serving.client import EngineClient
+from idlm.serving.messages import Delta, Finished, Stats
+
+disable_created_metrics()
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
+TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+
+GAUGES = {
+    "running": ("idlm_samples_running", "Samples in a slot of the engine."),
+    "waiting": ("idlm_samples_waiting", "Samples that wait for a slot."),
+    "pages_total": ("idlm_kv_pages", "Pages of the KV cache."),
+    "pages_live": ("idlm_kv_pages_live", "Pages that running samples hold."),
+    "pages_cached": ("idlm_kv_pages_cached", "Pages kept for their prefix only."),
+}
+COUNTERS = {
+    "steps": ("idlm_engine_steps", "Steps of the engine."),
+    "tokens": ("idlm_generated_tokens", "Tokens committed."),
+    "prefill_tokens": ("idlm_prefill_tokens", "Prompt tokens computed."),
+    "cached_tokens": ("idlm_prefix_cached_tokens", "Prompt tokens found in the prefix cache."),
+    "forwards": ("idlm_forwards", "Forwards that committed tokens, summed over samples; tokens by it is TPF."),
+    "preemptions": ("idlm_preemptions", "Samples put back to wait for want of pages."),
+    "evictions": ("idlm_evictions", "Cached pages given up for new ones."),
+}
+"""Fields of `Stats`, and what they are called here."""
+
+
+class Meters:
+    """All metrics of one server."""
+
+    def __init__(self, client: EngineClient) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(EngineCollector(client))
+        self.requests = Counter(
+            "idlm_http_requests", "Requests by route and status.", ("route", "status"), registry=self._registry
+        )
+        self.request_seconds = self._histogram(
+            "idlm_http_request_seconds", "From a request's first byte to its answer's last.", SECONDS, ("route",)
+        )
+        self.first_token_seconds = self._histogram(
+            "idlm_time_to_first_token_seconds", "From a request to the first token of a sample.", SECONDS
+        )
+        self.token_seconds = self._histogram(
+            "idlm_time_per_token_seconds", "Between tokens of a sample, the first not counted.", TOKEN_SECONDS
+        )
+        self.prompt_tokens = self._histogram("idlm_prompt_tokens", "Of a sample.", TOKENS)
+        self.completion_tokens = self._histogram("idlm_completion_tokens", "Of a sample.", TOKENS)
+
+    def _histogram(self, name: str, text: str, buckets: Iterable[float], labels: Iterable[str] = ()) -> Histogram:
+        return Histogram(name, text, labels, buckets=tuple(buckets), registry=self._registry)
+
+    def timing(self, started: float) -> Timing:
+        """For one sample, whose request came at this time of `perf_counter`."""
+        return Timing(self, started)
+
+    def render(self) -> bytes:
+        """All of them in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class Timing:
+    """Times one sample."""
+
+    def __init__(self, meters: Meters, started: float) -> None:
+        self._meters, self._started = meters, started
+        self._first: float | None = None
+
+    def see(self, event: Delta | Finished) -> None:
+        """Something came."""
+        if isinstance(event, Finished):
+            self._end(event)
+        elif self._first is None and event.tokens:
+            self._first = perf_counter()
+            self._meters.first_token_seconds.observe(self._first - self._started)
+
+    def _end(self, event: Finished) -> None:
+        self._meters.prompt_tokens.observe(event.prompt_tokens)
+        self._meters.completion_tokens.observe(event.completion_tokens)
+        if self._first is not None and event.completion_tokens > 1:
+            self._meters.token_seconds.observe((perf_counter() - self._first) / (event.completion_tokens - 1))
+
+
+class EngineCollector(Collector):
+    """The engine's own counters, read when somebody asks.
+
+    An engine that starts again counts from zero; what the one before had counted is added, so nothing goes backwards.
+    """
+
+    def __init__(self, client: EngineClient) -> None:
+        self._client = client
+        self._restarts = client.restarts
+        self._before, self._last = Stats(), Stats()
+
+    def _stats(self) -> Stats:
+        """Gauges of now, totals of all engines so far."""
+        now = self._client.stats
+        if self._client.restarts != self._restarts:
+            self._restarts = self._client.restarts
+            self._before = add_totals(self._before, self._last)
+        self._last = now
+        return add_totals(self._before, now)
+
+    def collect(self) -> Iterator[Metric]:
+        """Everything, as families."""
+        stats = self._stats()
+        yield GaugeMetricFamily("idlm_engine_ready", "Whether the engine takes samples.", float(self._client.ready))
+        yield CounterMetricFamily("idlm_engine_restarts", "Engines started again.", self._client.restarts)
+        yield GaugeMetricFamily("idlm_queue_samples", "Samples with the engine.", self._client.running)
+        yield GaugeMetricFamily("idlm_queue_tokens", "Tokens that they may come to.", self._client.queued_tokens)
+        yield GaugeMetricFamily(
+            "idlm_tokens_per_forward", "TPF since the server's start.", stats.tokens / max(1, stats.forwards)
+        )
+        for field, (name, text) in GAUGES.items():
+            yield GaugeMetricFamily(name, text, getattr(stats, field))
+        for field, (name, text) in COUNTERS.items():
+            yield CounterMetricFamily(name, text, getattr(stats, field))
+        yield _labelled("idlm_plan_steps", "Steps by plan.", "plan", stats.plans.items())
+        for field, text in (("reached", "Drafts looked at."), ("accepted", "Drafts accepted.")):
+            depths = ((str(depth), number) for depth, number in enumerate(getattr(stats, field), start=1))
+            yield _labelled(f"idlm_drafts_{field}", text, "depth", depths)
+
+
+def _labelled(name: str, text: str, label: str, values: Iterable[tuple[str, int]]) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, text, labels=[label])
+    for value, number in values:
+        family.add_metric([value], number)
+    return family
+
+
+def add_totals(before: Stats, now: Stats) -> Stats:
+    """`now` with its totals raised by those of `before`."""
+    totals = {field: getattr(before, field) + getattr(now, field) for field in COUNTERS}
+    plans = {
+        plan: before.plans.get(plan, 0) + now.plans.get(plan, 0) for plan in dict.fromkeys([*before.plans, *now.plans])
+    }
+    depths = {field: _sum(getattr(before, field), getattr(now, field)) for field in ("reached", "accepted")}
+    return msgspec.structs.replace(now, **totals, **depths, plans=plans)
+
+
+def _sum(first: list[int], second: list[int]) -> list[int]:
+    size = max(len(first), len(second))
+    return [sum(pair) for pair in zip(_padded(first, size), _padded(second, size), strict=True)]
+
+
+def _padded(numbers: list[int], size: int) -> list[int]:
+    return numbers + [0] * (size - len(numbers))

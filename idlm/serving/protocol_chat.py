@@ -1,0 +1,256 @@
+"""Bodies of /v1/chat/completions, and of /tokenize for messages."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field
+
+from idlm.decoding.params import MOST_LOGPROBS
+from idlm.serving.config import Limits
+from idlm.serving.errors import ApiError
+from idlm.serving.messages import Guide
+from idlm.serving.protocol import Generation, schema_guide
+from idlm.serving.strict import Strict, decode
+
+Scalar = str | bool | int | float | None
+
+
+class TextPart(Strict):
+    """A part of a content that is text, the only kind there is."""
+
+    type: Literal["text"]
+    text: str
+
+
+Content = str | Annotated[list[TextPart], Field(fail_fast=True)]
+
+
+class AnyMessage(Strict):
+    """What every message may have; lm-evaluation-harness sends the type."""
+
+    name: str | None = None
+    type: Literal["text"] | None = Field(None, exclude=True)
+
+
+class SystemMessage(AnyMessage):
+    """Instructions; "developer" is OpenAI's newer word for "system"."""
+
+    role: Literal["system", "developer"]
+    content: Content
+
+
+class UserMessage(AnyMessage):
+    """What the user says."""
+
+    role: Literal["user"]
+    content: Content
+
+
+class CalledFunction(Strict):
+    """Name and arguments (JSON, as text) of a call."""
+
+    name: str
+    arguments: str
+
+
+class CallMade(Strict):
+    """A tool call of an earlier answer."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class AssistantMessage(AnyMessage):
+    """An earlier answer; clients send back all fields that they know, with null."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: list[CallMade] | None = None
+
+
+class ToolMessage(AnyMessage):
+    """What a tool returned."""
+
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Discriminator("role")]
+
+
+class Function(Strict):
+    """What a tool does; `parameters` is a JSON schema."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Strict):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Strict):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedTool(Strict):
+    """The tool that has to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class PlainFormat(Strict):
+    """Any text, or any JSON object."""
+
+    type: Literal["text", "json_object"]
+
+
+# pydantic keeps "schema" for itself, hence the other name
+class JsonSchema(Strict):
+    """A JSON schema with OpenAI's wrapping; it is always obeyed strictly."""
+
+    name: str
+    description: str | None = None
+    body: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class SchemaFormat(Strict):
+    """JSON that obeys a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[PlainFormat | SchemaFormat, Discriminator("type")]
+
+
+class Conversation(Strict):
+    """What a chat template is given."""
+
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    tools: list[Tool] | None = None
+    add_generation_prompt: bool = True
+    chat_template_kwargs: dict[str, Scalar] | None = None
+
+    def template_messages(self) -> list[dict[str, Any]]:
+        """The messages as templates know them: contents are text, "developer" is "system", arguments are objects.
+
+        Raises:
+            ApiError: 400: the arguments of a call are not a JSON object.
+        """
+        return [_as_template_has_it(message) for message in self.messages]
+
+    def template_tools(self) -> list[dict[str, Any]] | None:
+        """The tools as templates know them."""
+        return [tool.model_dump(exclude_none=True) for tool in self.tools] if self.tools else None
+
+
+def _as_template_has_it(message: Message) -> dict[str, Any]:
+    fields = message.model_dump(exclude_none=True)
+    fields["role"] = "system" if message.role == "developer" else message.role
+    content = message.content or ""
+    fields["content"] = content if isinstance(content, str) else "\n".join(part.text for part in content)
+    for call in fields.get("tool_calls", ()):
+        arguments = decode(call["function"]["arguments"], "tool_calls arguments")
+        if not isinstance(arguments, dict):
+            raise ApiError(400, "tool_calls arguments are not a JSON object; send them as they came", "messages")
+        call["function"]["arguments"] = arguments
+    return fields
+
+
+class ChatRequest(Conversation, Generation):
+    """Body of /v1/chat/completions."""
+
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: Literal[True] | None = None
+    modalities: list[Literal["text"]] | None = None
+    verbosity: Literal["medium"] | None = None
+    audio: None = None
+    prediction: None = None
+    functions: None = None
+    function_call: None = None
+    reasoning_effort: None = None
+    web_search_options: None = None
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """The newer name of `max_tokens` goes first; None: what the context leaves."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def tools_in_use(self) -> list[Tool]:
+        """The tools that may be called."""
+        return [] if self.tool_choice == "none" else list(self.tools or ())
+
+    @property
+    def forced_tool(self) -> str | None:
+        """The name of the function that has to be called."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+
+    def check(self, limits: Limits) -> None:
+        """As for every request, and what only chat has.
+
+        Raises:
+            ApiError: 400, naming the field.
+        """
+        super().check(limits)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs without logprobs; set logprobs to true", "top_logprobs")
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
+            raise ApiError(400, "tool_choice asks for a tool, and tools names none; add one", "tool_choice")
+        if self.forced_tool and self.forced_tool not in {tool.function.name for tool in self.tools or ()}:
+            raise ApiError(400, f"tool_choice names {self.forced_tool!r}, which is not in tools", "tool_choice")
+
+    def guides(self) -> list[Guide]:
+        """Also those of `response_format` and of a forced `tool_choice`."""
+        guides = super().guides()
+        if isinstance(self.response_format, SchemaFormat):
+            guides.append(schema_guide(self.response_format.json_schema.body, "response_format"))
+        elif self.response_format is not None and self.response_format.type == "json_object":
+            guides.append(Guide("json_object", ""))
+        if self.tool_choice == "required" or self.forced_tool:
+            guides.append(schema_guide(self._calls_schema(), "tools"))
+        return guides
+
+    def _calls_schema(self) -> dict[str, Any]:
+        """The arguments of the named function, or a list of calls of any."""
+        parameters = {tool.function.name: tool.function.parameters or {"type": "object"} for tool in self.tools or ()}
+        if self.forced_tool:
+            return parameters[self.forced_tool]
+        calls = [
+            {
+                "type": "object",
+                "properties": {"name": {"const": name}, "parameters": schema},
+                "required": ["name", "parameters"],
+                "additionalProperties": False,
+            }
+            for name, schema in parameters.items()
+        ]
+        return {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
+
+
+class TokenizeMessages(Conversation):
+    """Body of /tokenize for messages."""
+
+    model: str | None = None
+    return_token_strs: bool | None = None

@@ -1,0 +1,107 @@
+"""`idlm serve` as a process: one line when it is ready, an end that finishes what runs, and one line for mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx2 as httpx
+import pytest
+from typer.testing import CliRunner
+
+from idlm.cli import app
+
+PROGRAM = [sys.executable, "-c", "from idlm.cli import app; app(prog_name='idlm')", "serve"]
+QUICK = ["--branches", "all", "--dtype", "float64", "--threads", "1", "--max-num-seqs", "2", "--kv-memory", "32MiB"]
+BODY = {"model": "nano", "prompt": "1 + 1 =", "max_tokens": 60, "ignore_eos": True, "stream": True}
+BAD: dict[str, tuple[list[str], str]] = {
+    # case: the command line, what the message must name
+    "no model": ([], "MODEL"),
+    "no such model": (["no/where/at-all"], "no/where/at-all"),
+    "stride 0": (["nano", "--stride", "0"], "stride=0"),
+    "no port": (["nano", "--port", "70000"], "70000"),
+    "no address": (["nano", "--host", "300.1.1.1", "--port", "0"], "300.1.1.1"),
+    "an adapter without a name": (["nano", "--adapter", "runs/x"], "runs/x"),
+    "two adapters of one name": (["nano", "--adapter", "a=x", "--adapter", "a=y"], "'a'"),
+    "an adapter that is the model": (["nano", "--name", "a", "--adapter", "a=x"], "'a'"),
+    "an empty name": (["nano", "--name", " "], "--name"),
+    "an empty key": (["nano", "--api-key", ""], "API key"),
+    "no memory": (["nano", "--kv-memory", "much"], "much"),
+    "no slots": (["nano", "--max-num-seqs", "0"], "--max-num-seqs 0"),
+    "no threads": (["nano", "--threads", "0"], "--threads 0"),
+    "no queue": (["nano", "--queue-requests", "0"], "--queue-requests 0"),
+    "no tokens": (["nano", "--queue-tokens", "-1"], "--queue-tokens -1"),
+    "no samples": (["nano", "--max-n", "0"], "--max-n 0"),
+    "no time": (["nano", "--timeout", "nan"], "--timeout nan"),
+    "endless drain": (["nano", "--drain-seconds", "inf"], "--drain-seconds inf"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_mistakes_are_one_line(case: str) -> None:
+    arguments, named = BAD[case]
+    result = CliRunner().invoke(app, ["serve", *arguments])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ") and named in result.stderr
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(app, ["serve", "nano", "--port", port])
+    assert result.exit_code == 2 and port in result.stderr and result.stderr.count("\n") == 1
+
+
+@contextmanager
+def running(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server's process and its URL."""
+    command = [*PROGRAM, "nano", "--port", "0", *QUICK, *arguments]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ | environment) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.startswith("idlm serves small at http://127.0.0.1:"), process.communicate()
+            yield process, line.split()[-1]
+        finally:
+            process.kill()
+
+
+def test_sigterm_lets_what_runs_finish() -> None:
+    body = BODY | {"model": "small"}
+    with running("--name", "small", "--log-prompts", IDLM_API_KEY="k") as (process, url):
+        assert httpx.get(f"{url}/models").status_code == 401
+        headers = {"Authorization": "Bearer k"}
+        with httpx.stream("POST", f"{url}/completions", json=body, headers=headers, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            *chunks, done = [line.removeprefix("data: ") for line in lines if line]
+            assert done == "[DONE]"
+        rest, log = process.communicate(timeout=60)
+        assert process.returncode == 0 and rest == ""
+        (line,) = [json.loads(line) for line in log.splitlines() if '"path":"/v1/completions"' in line]
+        assert line["prompts"] == ["1 + 1 ="] and line["status"] == 200
+        assert line["outputs"][0].endswith("".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks))
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/models")
+
+
+def test_the_drain_has_an_end_and_a_second_signal_ends_at_once() -> None:
+    body = BODY | {"model": "small", "max_tokens": 400}
+    with running("--name", "small", "--drain-seconds", "0.2") as (process, url):
+        with httpx.stream("POST", f"{url}/completions", json=body, timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGINT)
+            last = [line for line in lines if line][-1]
+        assert last.startswith('data: {"error":')
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+        assert process.returncode == 0

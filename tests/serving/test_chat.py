@@ -1,0 +1,70 @@
+"""Tool calls in chat answers, whole and in chunks; the bundled model calls none, so the events are written here."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from idlm.serving.chat import ChatAnswer
+from idlm.serving.messages import Delta, Finished
+from idlm.serving.prompts import Prompts
+from idlm.serving.protocol_chat import ChatRequest
+from idlm.serving.responses import CompletionDetails, PromptDetails, Usage
+from idlm.serving.stream import Sample
+from idlm.serving.tools import HERMES
+
+TEXT = ["Let me ", "see.<tool", '_call>{"name": "add", ', '"arguments": {"a": 1}}</tool_call>', "\n"]
+USAGE = Usage(1, 1, 2, PromptDetails(0), CompletionDetails(0, 0))
+HEAD = {"id": "chatcmpl-1", "created": 1, "model": "m", "system_fingerprint": "f"}
+
+
+def end(reason: str) -> Finished:
+    return Finished("1", reason, None, 3, 0, 5, 5, 0, 0)
+
+
+@pytest.fixture
+def answer(tokenizer: PreTrainedTokenizerBase) -> ChatAnswer:
+    job: Any = SimpleNamespace(head=HEAD, tickets=[None], ends={0: end("stop")}, samples=1)
+    fields: dict[str, Any] = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "1 + 1?"}],
+        "tools": [{"type": "function", "function": {"name": "add"}}],
+    }
+    return ChatAnswer(job, ChatRequest.model_validate(fields), Prompts(tokenizer, "m", 160), HERMES)
+
+
+def encoded(value: msgspec.Struct) -> Any:
+    return json.loads(msgspec.json.encode(value))
+
+
+def test_whole(answer: ChatAnswer) -> None:
+    (choice,) = encoded(answer.response([Sample("".join(TEXT))], USAGE))["choices"]
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] == "Let me see."
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"] == {"name": "add", "arguments": '{"a": 1}'} and "index" not in call
+
+
+def test_a_call_alone_has_no_content(answer: ChatAnswer) -> None:
+    (choice,) = encoded(answer.response([Sample("".join(TEXT).removeprefix("Let me see."))], USAGE))["choices"]
+    assert choice["message"]["content"] is None and len(choice["message"]["tool_calls"]) == 1
+
+
+def test_in_chunks(answer: ChatAnswer) -> None:
+    events: list[Delta | Finished] = [*(Delta("1", [5], text) for text in TEXT), end("stop")]
+    chunks = [encoded(chunk)["choices"][0] for event in events for chunk in answer.chunks(0, event)]
+    assert "".join(chunk["delta"].get("content", "") for chunk in chunks) == "Let me see."
+    (calls,) = [chunk["delta"]["tool_calls"] for chunk in chunks if "tool_calls" in chunk["delta"]]
+    assert calls[0]["index"] == 0 and calls[0]["function"] == {"name": "add", "arguments": '{"a": 1}'}
+    assert [chunk["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["tool_calls"]
+
+
+def test_a_call_cut_off_is_text(answer: ChatAnswer) -> None:
+    events: list[Delta | Finished] = [Delta("1", [5], "<tool_call>{"), end("length")]
+    chunks = [encoded(chunk)["choices"][0] for event in events for chunk in answer.chunks(0, event)]
+    assert "".join(chunk["delta"].get("content", "") for chunk in chunks) == "<tool_call>{"
+    assert chunks[-1]["finish_reason"] == "length"

@@ -1,0 +1,282 @@
+"""The client with a real engine process of the bundled model, shared by the tests; each leaves it empty."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from time import monotonic
+from typing import Any
+
+import psutil
+import pytest
+
+from idlm import LLM, InputError, SamplingParams
+from idlm.engine.request import Result
+from idlm.serving import client as client_module
+from idlm.serving import supervisor
+from idlm.serving.client import Busy, EngineClient, EngineDown, Ticket
+from idlm.serving.config import EngineConfig, Limits
+from idlm.serving.messages import Delta, Finished, Guide, Submit
+
+CONFIG = EngineConfig("nano", branches="all", dtype="float64", max_num_seqs=8, threads=1)
+LIMITS = Limits(queue_requests=16, timeout=60.0)
+Run = Callable[[Coroutine[Any, Any, None]], None]
+
+
+@contextmanager
+def serving(config: EngineConfig) -> Iterator[tuple[asyncio.Runner, EngineClient]]:
+    async def start() -> EngineClient:
+        client = EngineClient(config, LIMITS)
+        await client.start()
+        return client
+
+    others = workers()
+    with asyncio.Runner() as runner:
+        client = runner.run(start())
+        yield runner, client
+        runner.run(client.close())
+        assert workers() == others
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[tuple[asyncio.Runner, EngineClient]]:
+    with serving(CONFIG) as (runner, client):
+        runner.run(client.wait_ready(60))
+        yield runner, client
+
+
+@pytest.fixture
+def client(served: tuple[asyncio.Runner, EngineClient]) -> Iterator[EngineClient]:
+    runner, client = served
+    yield client
+    runner.run(settled(client))
+
+
+@pytest.fixture
+def run(served: tuple[asyncio.Runner, EngineClient]) -> Run:
+    return served[0].run
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM("nano", stride=4, branches="all", dtype="float64")
+
+
+def workers() -> list[psutil.Process]:
+    """This process's engines."""
+    return [one for one in psutil.Process().children() if "idlm.serving.worker" in one.cmdline()]
+
+
+def submit(id: str, prompt: str | list[int] = "Tom has 3 apples.", **options: Any) -> Submit:
+    """A sample of what is not an option of `Submit` but of `SamplingParams`."""
+    fields = {name: options.pop(name) for name in Submit.__struct_fields__ if name in options}
+    ids = [5 + ord(character) % 50 for character in prompt] if isinstance(prompt, str) else prompt
+    return Submit(id, ids, {"max_tokens": 30} | options, fields.pop("seed", 0), **fields)
+
+
+def endless(number: int, tokens: int = 480) -> list[Submit]:
+    return [submit(f"long-{index}", max_tokens=tokens, ignore_eos=True) for index in range(number)]
+
+
+async def collect(ticket: Ticket) -> tuple[list[Delta], Finished]:
+    *deltas, finished = [one async for one in ticket]
+    assert isinstance(finished, Finished)
+    return [one for one in deltas if isinstance(one, Delta)], finished
+
+
+async def settled(client: EngineClient, seconds: float = 5.0) -> None:
+    """Wait until the engine says that nobody is left."""
+    deadline = monotonic() + seconds
+    while client.running or client.queued_tokens or client.stats.running or client.stats.waiting:
+        assert monotonic() < deadline, (client.running, client.queued_tokens, client.stats)
+        await asyncio.sleep(0.02)
+    assert client.stats.pages_live == 0
+
+
+def check_same(result: Result, deltas: list[Delta], finished: Finished) -> None:
+    assert [token for delta in deltas for token in delta.tokens] == result.token_ids
+    assert "".join(delta.text for delta in deltas) == result.text
+    assert (finished.reason, finished.stop) == (result.finish_reason, result.stop_reason)
+    assert finished.completion_tokens == len(result.token_ids)
+    assert finished.prompt_tokens == len(result.prompt_token_ids)
+    assert (finished.drafted, finished.accepted) == (sum(result.reached), sum(result.accepted))
+    assert finished.forwards == result.forwards
+
+
+def test_eight_at_once_are_what_generate_gives(client: EngineClient, run: Run, llm: LLM) -> None:
+    submits = [submit(str(i), prompt=f"{i} and {i}", temperature=i % 2, seed=100 + i) for i in range(8)]
+    results = llm.generate(
+        [one.prompt for one in submits], [SamplingParams(seed=one.seed, **one.params) for one in submits]
+    )
+
+    async def check() -> None:
+        ends = await asyncio.gather(*[collect(ticket) for ticket in client.submit(submits)])
+        for result, (deltas, finished) in zip(results, ends, strict=True):
+            check_same(result, deltas, finished)
+
+    run(check())
+
+
+def test_logprobs_and_trace(client: EngineClient, run: Run, llm: LLM) -> None:
+    one = submit("a", temperature=0, logprobs=2, prompt_logprobs=1, trace=True)
+    (result,) = llm.generate(one.prompt, SamplingParams(**one.params))
+
+    async def check() -> None:
+        deltas, finished = await collect(client.submit([one])[0])
+        check_same(result, deltas, finished)
+        logprobs = [entry for delta in deltas for entry in delta.logprobs or []]
+        assert result.logprobs is not None and result.prompt_logprobs is not None
+        for entry, expected in zip(logprobs, result.logprobs, strict=True):
+            assert [(each.token, each.rank) for each in entry] == [(t, each.rank) for t, each in expected.items()]
+            assert [each.logprob for each in entry] == pytest.approx([each.logprob for each in expected.values()])
+            assert all(each.text == llm.idlm.tokenizer.decode([each.token]) for each in entry)
+        assert finished.prompt_logprobs is not None and finished.prompt_logprobs[0] is None
+        assert [entry and entry[0].token for entry in finished.prompt_logprobs[1:]] == one.prompt[1:]
+        trace = [entry for delta in deltas for entry in delta.trace or []]
+        assert [entry.source for entry in trace] == result.sources
+        forwards = [entry.forward for entry in trace]
+        assert forwards == sorted(forwards) and set(forwards) == set(range(1, result.forwards + 1))
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"prompt": [3]}, "holds the MASK token 3"),
+        ({"prompt": [640]}, "outside the vocabulary"),
+        ({"prompt": [5] * 512}, "a prompt has 512 tokens"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temprature": 1.0}, "temprature"),
+        ({"stop_token_ids": [640]}, "stop_token_ids names token 640"),
+        ({"adapter": "none"}, "adapter 'none' is not loaded"),
+        ({"seed": -1}, "seed=-1"),
+        ({"guide": Guide("regex", "a")}, "regex is not supported"),
+    ],
+)
+def test_one_refused_does_not_touch_the_other(client: EngineClient, run: Run, bad: dict[str, Any], reason: str) -> None:
+    async def check() -> None:
+        refused, good = client.submit([submit("bad", **bad), submit("good", max_tokens=3, ignore_eos=True)])
+        with pytest.raises(InputError, match=reason):
+            await collect(refused)
+        assert (await collect(good))[1].completion_tokens == 3
+
+    run(check())
+
+
+@pytest.mark.parametrize("bad", [{"prompt": [True]}, {"top_k": 2**70}, {"timeout": float("nan")}])
+def test_what_cannot_be_sent_is_refused_before(client: EngineClient, run: Run, bad: dict[str, Any]) -> None:
+    async def check() -> None:
+        with pytest.raises(InputError):
+            client.submit([submit("good"), submit("bad", **bad)])
+        assert client.running == 0
+
+    run(check())
+
+
+def test_cancel_frees_slot_and_pages_in_any_state(client: EngineClient, run: Run) -> None:
+    async def check() -> None:
+        tickets = client.submit(endless(10))  # two of them wait
+        await anext(tickets[0])
+        for ticket in tickets * 2:
+            ticket.cancel()
+        ends = [(await collect(ticket))[1].reason for ticket in tickets]
+        assert ends == ["abort"] * 10
+        await settled(client)
+
+    run(check())
+
+
+def test_busy_takes_no_sample_and_ends_with_the_load(client: EngineClient, run: Run) -> None:
+    async def check() -> None:
+        tickets = client.submit(endless(14))
+        with pytest.raises(Busy) as busy:
+            client.submit([submit("a"), submit("b"), submit("c")])
+        assert busy.value.retry_after >= 1
+        assert client.running == 14 and client.queued_tokens == 14 * (17 + 480)
+        for ticket in tickets:
+            ticket.cancel()
+        await settled(client)
+        client.submit([submit("a")])[0].cancel()
+
+    run(check())
+
+
+def test_a_timeout_ends_a_sample_as_it_is(client: EngineClient, run: Run) -> None:
+    async def check() -> None:
+        (ticket,) = client.submit([submit("a", timeout=0.05, max_tokens=480, ignore_eos=True)])
+        assert (await collect(ticket))[1].reason == "timeout"
+
+    run(check())
+
+
+def test_a_killed_engine_tells_all_and_comes_back(client: EngineClient, run: Run) -> None:
+    async def check() -> None:
+        before, restarts = await collect(client.submit([submit("before")])[0]), client.restarts
+        tickets = client.submit(endless(8))
+        await asyncio.gather(*[anext(ticket) for ticket in tickets])
+        workers()[0].kill()
+        killed = monotonic()
+        ends = await asyncio.gather(*[collect(ticket) for ticket in tickets], return_exceptions=True)
+        assert [type(end) for end in ends] == [EngineDown] * 8
+        assert monotonic() - killed < 2
+        assert (client.ready, client.running, client.queued_tokens) == (False, 0, 0)
+        with pytest.raises(EngineDown, match="being started"):
+            client.submit([submit("now")])
+        tickets[0].cancel()
+        await client.wait_ready(60)
+        assert client.ready and client.restarts == restarts + 1 and len(workers()) == 1
+        assert (await collect(client.submit([submit("before")])[0]))[0] == before[0]
+
+    run(check())
+
+
+def test_a_stalled_engine_is_told_of_and_replaced(
+    client: EngineClient, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        monkeypatch.setattr(client_module, "GUARD_SECONDS", 0.1)
+        await asyncio.sleep(1.1)
+        monkeypatch.setattr(supervisor, "STALL_SECONDS", 2.5)
+        await asyncio.sleep(1.1)  # the next message waits for so long
+        os.kill(workers()[0].pid, signal.SIGSTOP)
+        stopped, restarts = monotonic(), client.restarts
+        overdue, other = client.submit([submit("a", timeout=0.2), submit("b")])
+        with pytest.raises(EngineDown, match="within the request's timeout"):
+            await collect(overdue)
+        assert client.running == 2
+        with pytest.raises(EngineDown, match="being started"):
+            await collect(other)
+        assert monotonic() - stopped > 1 and client.running == 0
+        await client.wait_ready(60)
+        assert client.restarts == restarts + 1 and len(workers()) == 1
+
+    run(check())
+
+
+def test_drain_waits_then_ends_the_rest(client: EngineClient, run: Run) -> None:
+    async def check() -> None:
+        (short,) = client.submit([submit("short", max_tokens=3)])
+        await client.drain(5)
+        assert (await collect(short))[1].reason in ("stop", "length")
+        with pytest.raises(EngineDown, match="shutting down"):
+            client.submit([submit("late")])
+        assert not client.ready
+        client._draining = False  # as no server does: to drain once more
+        (long,) = client.submit(endless(1))
+        await client.drain(0.05)
+        with pytest.raises(EngineDown, match="shutting down"):
+            await collect(long)
+        client._draining = False
+
+    run(check())
+
+
+def test_a_start_that_cannot_succeed_says_why() -> None:
+    with serving(EngineConfig("no-such-model")) as (runner, client):
+        with pytest.raises(InputError, match="no-such-model"):
+            runner.run(client.wait_ready(60))
+        assert not client.ready

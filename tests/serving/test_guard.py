@@ -1,0 +1,78 @@
+"""Keys: every route but /health needs one, also routes that nobody has written yet."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+import httpx2 as httpx
+import pytest
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
+
+from idlm.serving.app import create_app
+from idlm.serving.client import EngineClient
+from idlm.serving.guard import Guard
+from idlm.serving.prompts import Prompts
+from tests.serving.conftest import CONFIG, KEY, Running
+
+APP = create_app(CONFIG, EngineClient(CONFIG.engine, CONFIG.limits), Prompts(None, "none", 16))
+
+
+def paths() -> set[tuple[str, str]]:
+    """Method and path of every operation, from the document and from the routes themselves."""
+    found = {(method.upper(), path) for path, item in APP.openapi()["paths"].items() for method in item}
+    for route in APP.routes:
+        if isinstance(route, Route):
+            found |= {(method, route.path) for method in route.methods or ()}
+    return {(method, re.sub(r"\{.*?\}", "x", path)) for method, path in found}
+
+
+def test_the_paths_are_all_there() -> None:
+    names = {path for _, path in paths()}
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/openapi.json", "/metrics", "/health"} <= names
+
+
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer", f"Basic {KEY}", f"Bearer {KEY}x", KEY])
+def test_every_route_but_health_needs_a_key(header: str | None, served: Running) -> None:
+    with served.open(key=None) as http:
+        for method, path in sorted(paths() | {("GET", "/nowhere"), ("DELETE", "/v1/models"), ("GET", "//health")}):
+            response = http.request(method, path, headers={"Authorization": header} if header else {})
+            expected = 200 if path == "/health" else 401
+            assert response.status_code == expected, (method, path)
+            if expected == 401 and method != "HEAD":
+                assert response.json()["error"]["code"] == "invalid_api_key"
+
+
+@pytest.mark.parametrize("key", CONFIG.api_keys)
+def test_each_key_opens(key: str, served: Running) -> None:
+    with served.open(key) as http:
+        assert http.get("/v1/models").status_code == 200
+        assert http.get("/v1/models", headers={"Authorization": f"bearer {key}"}).status_code == 200
+        assert http.get("/nowhere").status_code == 404
+
+
+def test_every_key_has_its_own_salt() -> None:
+    salts = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        salts.append(scope["state"]["salt"])
+
+    async def nothing(*_: object) -> Message:
+        return {"type": "http.disconnect"}
+
+    async def main() -> None:
+        for key in CONFIG.api_keys:
+            header = (b"authorization", f"Bearer {key}".encode())
+            scope = {"type": "http", "path": "/v1/completions", "headers": [header]}
+            await Guard(app, CONFIG.api_keys, CONFIG.limits)(scope, nothing, nothing)  # type: ignore[arg-type]
+        await Guard(app, (), CONFIG.limits)({"type": "http", "path": "/", "headers": []}, nothing, nothing)  # type: ignore[arg-type]
+
+    asyncio.run(main())
+    assert len(set(salts)) == 3 and salts[-1] == b"" and not any(key.encode() in salts[0] for key in CONFIG.api_keys)
+
+
+def test_request_ids_come_back_if_they_are_harmless(http: httpx.Client) -> None:
+    assert http.get("/health", headers={"X-Request-Id": "my-id.7"}).headers["x-request-id"] == "my-id.7"
+    made = http.get("/health", headers={"X-Request-Id": "x" * 200}).headers["x-request-id"]
+    assert re.fullmatch(r"[0-9a-f]{32}", made)

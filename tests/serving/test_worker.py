@@ -1,0 +1,79 @@
+"""The engine's process alone: what it says over its socket, and when it ends."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic
+
+import msgspec
+
+from idlm.serving.channel import HEADER, frame
+from idlm.serving.config import EngineConfig
+from idlm.serving.messages import Delta, FromEngine, Message, Ready, Refused, Stats, Submit
+
+CONFIG = EngineConfig("nano", branches="all", dtype="float64", max_num_seqs=4, threads=1)
+DECODER = msgspec.msgpack.Decoder(list[FromEngine])
+
+
+class Peer:
+    """The server's end of the socket."""
+
+    def __init__(self, process: subprocess.Popen[bytes], ours: socket.socket) -> None:
+        self.process, self.socket = process, ours
+        self._file = ours.makefile("rb")
+
+    def send(self, *messages: Message) -> None:
+        self.socket.sendall(frame(messages))
+
+    def read(self) -> list[FromEngine]:
+        size = int.from_bytes(self._file.read(HEADER), "big")
+        return DECODER.decode(self._file.read(size))
+
+    def until(self, kind: type[Message]) -> Message:
+        while True:
+            for message in self.read():
+                if isinstance(message, kind):
+                    return message
+
+    def close(self, within: float) -> int:
+        """Go away; returns the status that the process then ends with, in so many seconds."""
+        self._file.close()
+        self.socket.close()
+        return self.process.wait(timeout=within)
+
+
+@contextmanager
+def worker(config: EngineConfig) -> Iterator[Peer]:
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "idlm.serving.worker", str(theirs.fileno()), msgspec.json.encode(config).decode()]
+    with ours, theirs, subprocess.Popen(command, pass_fds=[theirs.fileno()]) as process:
+        theirs.close()
+        try:
+            yield Peer(process, ours)
+        finally:
+            process.kill()
+
+
+def long_sample(id: str) -> Submit:
+    return Submit(id, [5, 6, 7], {"max_tokens": 500, "ignore_eos": True}, 0)
+
+
+def test_it_says_what_it_is_speaks_every_second_and_ends_with_its_socket() -> None:
+    with worker(CONFIG) as peer:
+        ready = peer.until(Ready)
+        assert isinstance(ready, Ready)
+        assert (ready.model, ready.stride, ready.drafts, ready.adapters) == ("nano", 4, True, ["default"])
+        started = monotonic()
+        assert [[type(one) for one in peer.read()] for _ in range(3)] == [[Stats]] * 3
+        assert 1.8 < monotonic() - started < 10  # the first at once
+        for number in (signal.SIGINT, signal.SIGTERM):
+            peer.process.send_signal(number)
+        peer.send(Submit("bad", [], {}, 0), *[long_sample(str(index)) for index in range(6)])
+        assert peer.until(Refused) == Refused("bad", "a prompt has 0 tokens; this model takes 1 to 511")
+        peer.until(Delta)
+        assert peer.close(within=5) == 0  # in the middle of its steps
