@@ -31,7 +31,7 @@ COMPILED = 64
 LIMITS = LLParserLimits(max_grammar_size=100_000, max_lexer_states=50_000, verbose_errors=False)
 """Half a second to compile and 100 MB at worst; the time of a mask is bounded by llguidance's defaults."""
 OBJECT = '{"type": "object"}'
-WHITESPACE = r" |\n[ \t]{0,32}"
+WHITESPACE = r" |\n( {0,20}|\t{0,10})"
 """Between the parts of JSON: as it is usually printed, on one line or indented. A model that has lost its way would
 write blanks forever where any number is allowed."""
 LONGEST_REASON = 300
