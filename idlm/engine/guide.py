@@ -214,7 +214,7 @@ def _refusal(guide: Guide, reason: str) -> InputError:
 
 def _brief(reason: str) -> str:
     """A message of llguidance on one line."""
-    return " ".join(reason.split())[:LONGEST_REASON]
+    return " ".join(reason.replace("<non-verbose/>", "").split())[:LONGEST_REASON]
 
 
 def _powers(device: torch.device) -> Tensor:
