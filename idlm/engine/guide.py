@@ -54,7 +54,7 @@ class Guides:
         permitted[list(banned)] = False
         matcher = Matcher(self._compiled(guide), _packed(permitted), self._ends)
         if not matcher.allowed().any():
-            raise InputError(f"guide {guide.kind!r} cannot be used: {matcher.error}; {guide.text[:40]!r}")
+            raise _refusal(guide, matcher.error)
         return matcher
 
     def _compile(self, guide: Guide) -> LLMatcher:
@@ -107,9 +107,7 @@ class Matcher:
     @property
     def error(self) -> str:
         """Why nothing is allowed, where nothing is."""
-        return (
-            self._failure or "no token that the guide allows is left by the model's vocabulary and the request's bans"
-        )
+        return self._failure or "the vocabulary and the request's bans leave no token that the guide allows"
 
     def allowed(self, ahead: Sequence[int] = ()) -> Tensor:
         """What may come after the committed tokens and those `ahead`.
