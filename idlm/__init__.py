@@ -7,18 +7,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from idlm.decoding.errors import InputError
-    from idlm.decoding.params import SamplingParams
+    from idlm.decoding.params import Guide, SamplingParams
     from idlm.engine.llm import LLM, Result
     from idlm.models.idlm_model import Idlm
     from idlm.models.loading import load
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Idlm", "InputError", "Result", "SamplingParams", "load"]
+__all__ = ["LLM", "Guide", "Idlm", "InputError", "Result", "SamplingParams", "load"]
 
 _HOMES = {
     "LLM": "engine.llm",
     "Result": "engine.llm",
     "SamplingParams": "decoding.params",
+    "Guide": "decoding.params",
     "InputError": "decoding.errors",
     "Idlm": "models.idlm_model",
     "load": "models.loading",

@@ -18,11 +18,14 @@ from torch import Tensor
 
 from idlm.decoding.batch_law import adjust, adjusted, filtered, past_of, point_law, positions, softened
 from idlm.decoding.batch_noise import gumbel_rows, uniform_rows
+from idlm.decoding.law import restrict
 from idlm.decoding.noise import Stream
 from idlm.decoding.settings import NEVER, RATIO, Features, Settings
 
 Chooser = Callable[[Tensor, Tensor | None, Settings, bool, Stream, Tensor], Tensor]
 """`choose`, or a kernel that does the same."""
+Allow = Callable[[Tensor], Tensor]
+"""The guides of a batch: from the drafts so far, int64 [B, k], the tokens that may come next, bool [B, 1, V]."""
 
 
 class Verdicts(NamedTuple):
@@ -143,30 +146,38 @@ def _judge(
 
 
 def draft(
-    logits: Tensor, settings: Settings, features: Features, first: Tensor, chooser: Chooser = choose
+    logits: Tensor,
+    settings: Settings,
+    features: Features,
+    first: Tensor,
+    chooser: Chooser = choose,
+    allow: Allow | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Draw K drafts from the mask rows `logits` [B, K, V]; `first` is the first draft's position.
 
-    The tokens before them must have been recorded (`Settings.record`); each draft counts those before it.
+    The tokens before them must have been recorded (`Settings.record`); each draft counts those before it. `allow` is
+    asked before each draft.
 
     Returns:
         The drafts, int64 [B, K], and the laws they were drawn from, float64 [B, K, V], where the ratio rule is in use.
     """
-    if features.penalised:
-        return _draft_in_turn(logits, settings, features, first, chooser)
+    if features.penalised or allow is not None:
+        return _draft_in_turn(logits, settings, features, first, chooser, allow)
     scores = _scores(logits, settings, features, first, None)
     tokens = chooser(scores, _bias(settings, features), settings, features.sampled, Stream.DRAFT, first)
     return tokens, point_law(scores, settings) if features.ratio else None
 
 
 def _draft_in_turn(
-    logits: Tensor, settings: Settings, features: Features, first: Tensor, chooser: Chooser
+    logits: Tensor, settings: Settings, features: Features, first: Tensor, chooser: Chooser, allow: Allow | None
 ) -> tuple[Tensor, Tensor | None]:
     drafts = first.new_empty(first.shape[0], 0)
     laws: list[Tensor] = []
     for k in range(logits.shape[1]):
-        past = past_of(settings, drafts, k, k + 1)
-        scores = filtered(adjust(logits[:, k : k + 1], settings, features, first + k, past), settings, features)
+        row = logits[:, k : k + 1]
+        row = row if allow is None else restrict(row, allow(drafts))
+        past = past_of(settings, drafts, k, k + 1) if features.penalised else None
+        scores = filtered(adjust(row, settings, features, first + k, past), settings, features)
         token = chooser(scores, None, settings, features.sampled, Stream.DRAFT, first + k)
         drafts = torch.cat([drafts, token], dim=1)
         laws += [point_law(scores, settings)] if features.ratio else []

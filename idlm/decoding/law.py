@@ -52,12 +52,13 @@ def adjust(
     before: History | None = None,
     mask_id: int | None = None,
     held_back: Iterable[int] = (),
+    allowed: Tensor | None = None,
 ) -> Tensor:
     """Logits [R, V] after penalties, logit bias and bans, in at least float32; greedy decoding takes their argmax.
 
     The penalties are those of vLLM and the OpenAI API: repetition counts prompt and output, presence and frequency the
     output alone. `mask_id` is banned wherever it has a column, and so is `held_back`: the stop ids of a request that
-    has fewer than `min_tokens` tokens.
+    has fewer than `min_tokens` tokens. `allowed`, bool [V] or [R, V], is what the request's guide lets through.
     """
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     if params.penalised:
@@ -70,7 +71,15 @@ def adjust(
     if mask_id is not None and mask_id < scores.shape[-1]:
         banned.append(mask_id)
     scores[:, banned] = NEVER
-    return scores
+    return scores if allowed is None else restrict(scores, allowed)
+
+
+def restrict(scores: Tensor, allowed: Tensor) -> Tensor:
+    """-inf for all but the tokens `allowed`, bool, broadcastable to the scores.
+
+    Nothing that `adjust` does makes -inf another number, so logits may as well be restricted before it.
+    """
+    return scores.masked_fill(~allowed, NEVER)
 
 
 def _penalise(scores: Tensor, params: SamplingParams, before: History) -> Tensor:
@@ -87,13 +96,14 @@ def law(
     before: History | None = None,
     mask_id: int | None = None,
     held_back: Iterable[int] = (),
+    allowed: Tensor | None = None,
 ) -> Tensor:
     """Log-probabilities [R, V] that tokens are chosen by; -inf for a token that cannot come out.
 
-    In order: penalties, logit bias, bans; temperature; top-k, top-p, min-p (each on what is left); normalise.
+    In order: penalties, logit bias, bans, guide; temperature; top-k, top-p, min-p (each on what is left); normalise.
     Temperature 0 is the point mass on the argmax (the lowest id among equals).
     """
-    scores = adjust(logits, params, before, mask_id, held_back)
+    scores = adjust(logits, params, before, mask_id, held_back, allowed)
     if params.greedy:
         point = torch.full_like(scores, NEVER)
         return point.scatter_(1, scores.argmax(dim=-1, keepdim=True), 0.0)

@@ -12,6 +12,34 @@ VERIFICATIONS = ("coupled", "ratio", "relaxed")
 SEED_LIMIT = 2**63
 MOST_SAMPLES = 64
 MOST_LOGPROBS = 20
+GUIDES = ("json_object", "json_schema", "regex", "grammar")
+MOST_GUIDE = 2**16
+"""Characters of a guide's text."""
+
+
+@dataclass(frozen=True)
+class Guide:
+    """What an output has to match as a whole.
+
+    Attributes:
+        kind: "json_object" (any JSON object; no text), "json_schema", "regex", or "grammar" (Lark or GBNF).
+        text: the schema as JSON, the regular expression, or the grammar.
+    """
+
+    kind: str
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in GUIDES:
+            raise InputError(f"guide kind {self.kind!r} is unknown; use one of {', '.join(GUIDES)}")
+        if not isinstance(self.text, str):
+            raise InputError(f"the text of a guide is {type(self.text).__name__}; give a string, a schema as JSON text")
+        if len(self.text) > MOST_GUIDE:
+            raise InputError(f"a guide of {len(self.text)} characters is too long; use at most {MOST_GUIDE}")
+        if (self.kind == "json_object") == bool(self.text):
+            raise InputError(
+                f"guide {self.kind!r} with text {self.text[:40]!r}; 'json_object' has none, the others need it"
+            )
 
 
 @dataclass(frozen=True)
@@ -36,13 +64,14 @@ class SamplingParams:
         stop_token_ids: ids that end the output, beside the model's own end token.
         stop: strings that end the output as soon as its text holds one; given as one string or several.
         include_stop_str_in_output: keep the stop string at the end of the text.
-        ignore_eos: go on after the model's own end token.
+        ignore_eos: go on after the model's own end token; not past the end of a `guide`.
         skip_special_tokens: leave special tokens out of the text.
         logprobs: for each token of the output the so many likeliest, with log-probabilities; 0 gives the token's own
             alone, None none.
         prompt_logprobs: the same for the tokens of the prompt.
         verification: "coupled" and "ratio" are exact; "relaxed" is approximate and needs `tau`.
         tau: relaxed only: also accept a draft whose probability is at least tau times the likeliest token's.
+        guide: what the output has to match; it ends where that is complete, or early by `max_tokens` or a stop.
     """
 
     n: int = 1
@@ -67,12 +96,14 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     verification: str = "coupled"
     tau: float | None = None
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         self._check_counts()
         self._check_numbers()
         self._check_tokens()
         self._check_text()
+        self._check_guide()
         if self.verification not in VERIFICATIONS:
             raise InputError(f"verification {self.verification!r} is unknown; use one of {', '.join(VERIFICATIONS)}")
         if (self.tau is not None) != (self.verification == "relaxed"):
@@ -130,6 +161,15 @@ class SamplingParams:
         for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}={getattr(self, name)!r} is neither True nor False; use one of them")
+
+    def _check_guide(self) -> None:
+        if self.guide is not None and not isinstance(self.guide, Guide):
+            raise InputError(f"guide={self.guide!r} is not a Guide; use for example Guide('json_object')")
+        if self.guide is not None and self.min_tokens:
+            raise InputError(
+                f"min_tokens={self.min_tokens} with a guide, which alone says where its output may end; put the length "
+                "into the guide, for example as minLength or minItems"
+            )
 
     @property
     def greedy(self) -> bool:

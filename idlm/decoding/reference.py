@@ -21,6 +21,8 @@ from idlm.decoding.verify import residual
 from idlm.decoding.window import outcomes, parse_branches
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+Allowed = Callable[[Sequence[int]], Tensor]
+"""A guide: from the output so far the tokens that may come next, bool [V]; all of them past the guide's end."""
 
 
 @dataclass
@@ -50,12 +52,14 @@ class _Request:
     mask_id: int
     stop_ids: frozenset[int]
     seed: int
+    allowed: Allowed | None
 
     def law(self, logits: Tensor, output: Sequence[int]) -> Tensor:
         """The law [V] of the token that comes after `output`."""
         before = history(self.prompt, output, [], logits.shape[-1])
         held_back = self.stop_ids if len(output) < self.params.min_tokens else ()
-        return law(logits[None], self.params, before, self.mask_id, held_back)[0]
+        allowed = None if self.allowed is None else self.allowed(output)
+        return law(logits[None], self.params, before, self.mask_id, held_back, allowed)[0]
 
     def noise(self, position: int, vocab_size: int, stream: Stream = Stream.TOKEN) -> Tensor:
         """The noise [V] at a position; none when greedy."""
@@ -79,9 +83,10 @@ def ar(
     mask_id: int,
     stop_ids: Iterable[int] = (),
     seed: int = 0,
+    allowed: Allowed | None = None,
 ) -> Decoded:
     """Plain autoregressive decoding: one token a forward."""
-    request = _Request(forward, list(prompt), params, mask_id, frozenset(stop_ids), seed)
+    request = _Request(forward, list(prompt), params, mask_id, frozenset(stop_ids), seed, allowed)
     decoded = Decoded()
     while not request.done(decoded.tokens):
         text = request.prompt + decoded.tokens
@@ -101,9 +106,10 @@ def isd(
     branches: str | Iterable[int] = "all",
     stop_ids: Iterable[int] = (),
     seed: int = 0,
+    allowed: Allowed | None = None,
 ) -> Decoded:
     """Introspective strided decoding with any stride and any set of branches."""
-    request = _Request(forward, list(prompt), params, mask_id, frozenset(stop_ids), seed)
+    request = _Request(forward, list(prompt), params, mask_id, frozenset(stop_ids), seed, allowed)
     chosen = parse_branches(branches, stride)
     depth = stride - 1
     decoded = Decoded(reached=[0] * depth, accepted=[0] * depth)

@@ -10,7 +10,7 @@ A request's life:
     7. when pages run out, the last one in the order gives its own up, waits, and is prefilled again
     8. `check` finds every slot and page accounted for
 
-Nothing here looks at a tensor's value before `read`.
+Nothing here looks at a tensor's value before `read`, but for steps with a guided request; see `GuidedRows`.
 """
 
 from __future__ import annotations
@@ -183,7 +183,8 @@ class Engine:
             return False
         plan = self.planner.widest
         started = perf_counter()
-        launched = self.runner.prefill(self._kind(plan), [chunk for _, chunk in work])
+        matchers = [request.matcher for request, chunk in work if chunk.last]
+        launched = self.runner.prefill(self._kind(plan), [chunk for _, chunk in work], matchers)
         self.metrics.count_prefill(sum(len(chunk.tokens) for _, chunk in work), perf_counter() - started)
         for request, chunk in work:
             if chunk.last:
@@ -193,6 +194,8 @@ class Engine:
         return True
 
     def _decode(self) -> bool:
+        if any(request.matcher for request in self.scheduler.decoding):
+            self.drain()  # a guide has to know all that is committed
         if not self.scheduler.decoding:
             return False
         plan = self.planner.choose(len(self.scheduler.decoding))
@@ -201,7 +204,8 @@ class Engine:
         requests = list(self.scheduler.decoding)
         started = perf_counter()
         slots = [request.slot for request in requests if request.slot is not None]
-        launched = self.runner.decode(self._kind(plan), slots, longest(requests) + self._ahead(plan))
+        matchers = [request.matcher for request in requests]
+        launched = self.runner.decode(self._kind(plan), slots, longest(requests) + self._ahead(plan), matchers)
         self.metrics.count_decode(plan, len(slots), perf_counter() - started)
         self._flights.append(_Flight(launched, requests, plan.stride, []))
         return True

@@ -8,6 +8,7 @@ from time import perf_counter
 
 from idlm.decoding.errors import InputError
 from idlm.decoding.params import SamplingParams
+from idlm.engine.guide import Guides, Matcher
 from idlm.engine.pages import PagePool
 from idlm.engine.request import Request, Result, Timing
 from idlm.engine.text import TextStream
@@ -26,6 +27,7 @@ class Intake:
     def __init__(self, idlm: Idlm, depth: int, pool: PagePool, adapters: Sequence[str]) -> None:
         self.idlm, self.depth, self.pool = idlm, depth, pool
         self.adapters = list(adapters)
+        self._guides = Guides(idlm)
         self._numbers = itertools.count()
 
     def request(
@@ -63,14 +65,23 @@ class Intake:
             params=params,
             result=result,
             limit=self._limit(prompt, params),
-            stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.idlm.eos_ids),
+            stop_ids=self._stop_ids(params),
             adapter=self._adapter(adapter),
             drafting=drafting,
             order=(priority, number),
             deadline=None if timeout is None else now + timeout,
             stream=self._stream(params),
             salt=salt,
+            matcher=self.matcher(params),
         )
+
+    def matcher(self, params: SamplingParams) -> Matcher | None:
+        """What follows the request's guide; None where it has none.
+
+        Raises:
+            InputError: the guide cannot be used.
+        """
+        return None if params.guide is None else self._guides.matcher(params.guide, params.banned_tokens)
 
     def check_size(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Refuse a request that the whole pool could not hold.
@@ -87,6 +98,11 @@ class Intake:
 
     def _limit(self, prompt: Sequence[int], params: SamplingParams) -> int:
         return min(len(prompt) + params.max_tokens, self.idlm.context)
+
+    def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
+        """A guide's end is the model's end token, which so ends the output even where it would be ignored."""
+        own = frozenset(params.stop_token_ids)
+        return own if params.ignore_eos and params.guide is None else own | self.idlm.eos_ids
 
     def _adapter(self, name: str | None) -> int:
         if name is None:

@@ -119,13 +119,15 @@ class LLM:
             use_tqdm: show a progress bar.
 
         Raises:
-            InputError: a prompt is empty, longer than the context, or holds a MASK or ids the model does not have.
+            InputError: a prompt is empty, longer than the context, or holds a MASK or ids the model does not have; or
+                the sampling_params cannot be used with this model.
         """
         ids = [self.encode(prompt) for prompt in _as_prompts(prompts)]
         params = _as_params(sampling_params, len(ids))
         for prompt, one in zip(ids, params, strict=True):
             one.check_vocabulary(self.idlm.vocab_size)
             self.engine.intake.check_size(prompt, one)
+            self.engine.intake.matcher(one)
         options = {"adapter": adapter, "priority": priority, "timeout": timeout}
         with self._requests() as add:
             groups = [add(prompt, one, **options) for prompt, one in zip(ids, params, strict=True)]
@@ -185,6 +187,7 @@ class LLM:
         ids = self.encode(prompt)
         params.check_vocabulary(self.idlm.vocab_size)
         self.engine.intake.check_size(ids, params)
+        self.engine.intake.matcher(params)
         return self._stream(ids, params, adapter)
 
     def _stream(self, ids: list[int], params: SamplingParams, adapter: str | None) -> Iterator[Update]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from idlm.decoding.params import SamplingParams
+from idlm.engine.guide import Matcher
 from idlm.engine.text import TextStream
 
 
@@ -44,8 +45,8 @@ class Result:
     Attributes:
         prompt_token_ids, token_ids: the prompt and the output; the output keeps its stop token.
         text: the output as text; empty where the model has no tokenizer.
-        finish_reason: "stop", "length", "abort" or "timeout".
-        stop_reason: the stop string or stop id that ended it; None for the model's own end token.
+        finish_reason: "stop", "length", "abort", "timeout", or "error" where its guide left no token to go on with.
+        stop_reason: the stop string or stop id that ended it; None for the model's own end token; after an error, why.
         seed: of the noise: the same seed gives the same tokens at any stride, in any batch.
         forwards: forward passes that committed tokens of it; the prefill counts as one.
         reached: by depth (index k - 1): drafts looked at, all before them having been accepted.
@@ -106,6 +107,7 @@ class Request:
         slot: where it sits; None while it waits.
         pages: what its page table names, in order.
         computed: tokens of its text whose prefill has been launched.
+        matcher: follows the output along its guide, if it has one.
     """
 
     id: str
@@ -123,6 +125,7 @@ class Request:
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
     computed: int = 0
+    matcher: Matcher | None = None
 
     @property
     def text(self) -> list[int]:
@@ -150,6 +153,9 @@ class Request:
         result.timing.mark(perf_counter())
         ended = next((at for at, token in enumerate(tokens) if token in self.stop_ids), None)
         kept = list(tokens if ended is None else tokens[: ended + 1])
+        if self.matcher is not None and (good := self.matcher.advance(kept)) < len(kept):
+            kept, ended = kept[:good], None
+            result.finish_reason, result.stop_reason = "error", self.matcher.error
         added = self._push(kept)
         if self.stream is not None and self.stream.stopped_at is not None:
             kept = kept[: self.stream.stopped_at - start]
@@ -171,7 +177,7 @@ class Request:
     @property
     def complete(self) -> bool:
         """Whether the output ends here by itself."""
-        return self.result.finish_reason == "stop" or self.length >= self.limit
+        return self.result.finish_reason in ("stop", "error") or self.length >= self.limit
 
     def finish(self, reason: str | None = None) -> str:
         """End it; returns the text that had been held back."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from idlm.decoding.params import SamplingParams
 from idlm.decoding.plan import Plan
 from idlm.decoding.settings import Features, Settings
+from idlm.engine.guide import GuidedRows, Matcher
 from idlm.engine.kv_cache import KVCache
 from idlm.engine.record import Recorder
 from idlm.engine.slots import Slots
@@ -123,19 +124,32 @@ class Runner:
         self.slots.map_pages(entries)
 
     @torch.inference_mode()
-    def decode(self, kind: Kind, slots: Sequence[int], tokens: int) -> Launched:
-        """One step of the requests in `slots`, none of which has more than `tokens` tokens, drafts included."""
+    def decode(
+        self, kind: Kind, slots: Sequence[int], tokens: int, matchers: Sequence[Matcher | None] = ()
+    ) -> Launched:
+        """One step of the requests in `slots`, none of which has more than `tokens` tokens, drafts included.
+
+        `matchers` are those of the slots; where there is one, the step is not recorded: its host takes part in it.
+        """
         batch, columns = len(slots), min(self.core.cache.columns(tokens), self.slots.state.table.shape[1])
         if self.idlm.device.type == "cuda":  # one graph serves one shape, so shapes are few
             batch, columns = _round_up(batch), min(_round_up(columns), self.slots.state.table.shape[1])
         rows = self._on_device([*slots, *[self.slots.spare] * (batch - len(slots))])
-        return Launched.of(self._steps.decode(kind, rows, torch.arange(columns, device=self.idlm.device)))
+        taken = torch.arange(columns, device=self.idlm.device)
+        if any(matchers):
+            return Launched.of(self.core.decode(kind, rows, taken, self._guided(matchers, batch)))
+        return Launched.of(self._steps.decode(kind, rows, taken))
 
     @torch.inference_mode()
-    def prefill(self, kind: Kind, chunks: Sequence[Chunk]) -> Launched:
-        """Chunks of prompts in one forward."""
-        pieces = [self._piece(chunk) for chunk in chunks]
-        return Launched.of(self._steps.prefill(kind, pieces, [chunk.last for chunk in chunks]))
+    def prefill(self, kind: Kind, chunks: Sequence[Chunk], matchers: Sequence[Matcher | None] = ()) -> Launched:
+        """Chunks of prompts in one forward; `matchers` of those that are the last of theirs, as for `decode`."""
+        pieces, last = [self._piece(chunk) for chunk in chunks], [chunk.last for chunk in chunks]
+        if any(matchers):
+            return Launched.of(self.core.prefill(kind, pieces, last, self._guided(matchers, len(matchers))))
+        return Launched.of(self._steps.prefill(kind, pieces, last))
+
+    def _guided(self, matchers: Sequence[Matcher | None], batch: int) -> GuidedRows:
+        return GuidedRows([*matchers, *[None] * (batch - len(matchers))], self.idlm.vocab_size)
 
     def _piece(self, chunk: Chunk) -> Piece:
         columns = self.core.cache.columns(chunk.start + len(chunk.tokens))

@@ -28,12 +28,15 @@ from idlm.decoding.noise import Stream
 from idlm.decoding.plan import Plan
 from idlm.decoding.settings import Features, Settings
 from idlm.decoding.window import window
+from idlm.engine.guide import GuidedRows
 from idlm.engine.kv_cache import KVCache, Segment
 from idlm.engine.slots import Slots, State, select, store
 from idlm.kernels.batch_invariant import batch_invariant
 from idlm.kernels.verification import draft, verify
 from idlm.models.gated_lora import NO_ROWS
 from idlm.models.idlm_model import Idlm
+
+Guided = GuidedRows | None  # the guides of a step's slots, if any has one
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Slate:
     logits: Tensor
     valid: Tensor
     verdict: Verdicts
+    guided: Guided
 
 
 class Core:
@@ -140,17 +144,17 @@ class Core:
         state = [getattr(self.slots.state, field.name) for field in fields(State)]
         return [*self.cache.pages, *state, *(tensor for tensor in optional if tensor is not None)]
 
-    def decode(self, kind: Kind, rows: Tensor, columns: Tensor) -> Outcome:
+    def decode(self, kind: Kind, rows: Tensor, columns: Tensor, guided: Guided = None) -> Outcome:
         """See `_decode`."""
         with self.kernels():
-            return self._decode(kind, rows, columns)
+            return self._decode(kind, rows, columns, guided)
 
-    def prefill(self, kind: Kind, pieces: Sequence[Piece], last: Sequence[bool]) -> Outcome:
+    def prefill(self, kind: Kind, pieces: Sequence[Piece], last: Sequence[bool], guided: Guided = None) -> Outcome:
         """See `_prefill`."""
         with self.kernels():
-            return self._prefill(kind, pieces, last)
+            return self._prefill(kind, pieces, last, guided)
 
-    def _decode(self, kind: Kind, rows: Tensor, columns: Tensor) -> Outcome:
+    def _decode(self, kind: Kind, rows: Tensor, columns: Tensor, guided: Guided) -> Outcome:
         """One window for each of the slots `rows` [B], whose text lies in the first `columns` [M] of their tables."""
         layout, state = self.layout(kind.plan), self.slots.read(rows, columns)
         valid, prefix = state.valid.clamp(max=layout.masks), state.length - 1
@@ -162,7 +166,7 @@ class Core:
         tokens = torch.cat([state.pending[:, None], drafts], dim=1).flatten()
         verified, masks = self._forward(tokens, real.flatten(), positions[:, layout.stride :].flatten(), state.adapter)
         logits = self.idlm.head(verified).unflatten(0, (-1, layout.stride))
-        slate = self._judge(kind, rows, state, logits, drafts, valid)
+        slate = self._judge(kind, rows, state, logits, drafts, valid, guided)
         if not layout.masks:
             return self._commit(kind, slate, None)
         group = layout.group[valid, slate.verdict.accepted]
@@ -170,8 +174,8 @@ class Core:
         chosen = masks.gather(1, group.clamp(min=0)[:, None, None, None].expand(-1, 1, *masks.shape[2:]))[:, 0]
         return self._commit(kind, slate, chosen, group >= 0)
 
-    def _prefill(self, kind: Kind, pieces: Sequence[Piece], last: Sequence[bool]) -> Outcome:
-        """Run pieces of prompts; those that are the last of theirs commit a first token and draft."""
+    def _prefill(self, kind: Kind, pieces: Sequence[Piece], last: Sequence[bool], guided: Guided) -> Outcome:
+        """Run pieces of prompts; those that are the last of theirs, all of `guided`, commit a first token and draft."""
         masks = kind.plan.stride - 1
         placed = [piece.start + torch.arange(piece.tokens.shape[0], device=piece.start.device) for piece in pieces]
         self.cache.segments = [
@@ -189,7 +193,7 @@ class Core:
             return Outcome(tokens.new_empty(0, 5), (), hidden)
         parts = hidden.split([len(one) for one in placed]) if len(pieces) > 1 else (hidden,)
         logits = self.idlm.head(_joined([parts[index][-1:] for index in final]))[:, None]
-        slate = self._judge(kind, rows, state, logits, state.drafts[:, :0], torch.zeros_like(rows))
+        slate = self._judge(kind, rows, state, logits, state.drafts[:, :0], torch.zeros_like(rows), guided)
         outcome = self._commit(kind, slate, drafting.unflatten(0, (-1, masks)) if masks else None)
         return Outcome(outcome.packed, outcome.logprobs, hidden)
 
@@ -210,16 +214,19 @@ class Core:
         hidden = self.idlm.hidden(tokens[None], positions[None], None, slice(first, positions.numel()), self.cache)[0]
         return hidden[:first], hidden[first:]
 
-    def _judge(self, kind: Kind, rows: Tensor, state: State, logits: Tensor, drafts: Tensor, valid: Tensor) -> Slate:
+    def _judge(
+        self, kind: Kind, rows: Tensor, state: State, logits: Tensor, drafts: Tensor, valid: Tensor, guided: Guided
+    ) -> Slate:
         """The verdict on `drafts` [B, K], of which `valid` [B] count."""
         settings, features = select(self.settings, rows), kind.features
+        logits = logits if guided is None else guided.restrict(logits, drafts, valid)
         log_q = self.slots.log_q
         if log_q is not None:
             log_q = log_q.index_select(0, rows)[:, : drafts.shape[1]] if features.ratio and drafts.shape[1] else None
         verdict = verify(logits, drafts, valid, log_q, settings, features, state.length)
         if self.simulated is not None:
             verdict = self._simulate(verdict, drafts, valid, state.length, settings.keys)
-        return Slate(rows, state, settings, logits, valid, verdict)
+        return Slate(rows, state, settings, logits, valid, verdict, guided)
 
     def _commit(self, kind: Kind, slate: Slate, masks: Tensor | None, served: Tensor | None = None) -> Outcome:
         """Commit the verdict and draft from `masks` [B, K, D]; `served` [B] says who has masks (None: all)."""
@@ -253,11 +260,13 @@ class Core:
         if masks is None:
             self.slots.write(slate.rows, valid=torch.zeros_like(slate.valid))
             return
-        drafts, log_q = draft(self.idlm.head(masks), slate.settings, kind.features, first)
+        number = first - slate.state.length
+        allow = None if slate.guided is None else slate.guided.allow(slate.verdict.tokens, number)
+        drafts, log_q = draft(self.idlm.head(masks), slate.settings, kind.features, first, allow)
         good = slate.state.drafting if served is None else slate.state.drafting & served
         depth = drafts.shape[1]
-        rest = slate.state.drafts[:, depth:]
-        self.slots.write(slate.rows, valid=good * depth, drafts=torch.cat([drafts, rest], dim=1))
+        whole = torch.cat([drafts, slate.state.drafts[:, depth:]], dim=1)
+        self.slots.write(slate.rows, valid=good * depth, drafts=whole)
         if kind.features.ratio and log_q is not None:
             self.slots.keep_laws(slate.rows, log_q)
 

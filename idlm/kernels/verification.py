@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from torch import Tensor
 
 from idlm.decoding import batch
-from idlm.decoding.batch import Verdicts
+from idlm.decoding.batch import Allow, Verdicts
 from idlm.decoding.noise import Stream
 from idlm.decoding.settings import Features, Settings
 
@@ -48,6 +48,8 @@ def verify(
     return batch.verify(logits, drafts, valid, log_q, settings, features, first, choose)
 
 
-def draft(logits: Tensor, settings: Settings, features: Features, first: Tensor) -> tuple[Tensor, Tensor | None]:
+def draft(
+    logits: Tensor, settings: Settings, features: Features, first: Tensor, allow: Allow | None = None
+) -> tuple[Tensor, Tensor | None]:
     """`idlm.decoding.batch.draft`."""
-    return batch.draft(logits, settings, features, first, choose)
+    return batch.draft(logits, settings, features, first, choose, allow)
