@@ -9,6 +9,7 @@ anyway.
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,8 +96,9 @@ def _drop_casts(graph: torch.Graph) -> None:
 def _constant_eps(graph: torch.Graph, node: torch.Node) -> None:
     """The recording holds it as a tensor, the operator takes a number."""
     *_, eps = node.inputs()
+    number: Any = eps.toIValue()
     graph.setInsertPoint(node)
-    node.replaceInput(2, graph.insertConstant(float(eps.toIValue())))
+    node.replaceInput(2, graph.insertConstant(float(number)))  # type: ignore[attr-defined]
 
 
 def _fits(x: torch.Value, weight: torch.Value, bias: torch.Value) -> bool:

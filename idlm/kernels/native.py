@@ -1,4 +1,4 @@
-"""The C kernels for a CPU (csrc/): compiled by the machine's own C compiler at their first use, kept in the user's cache.
+"""The C kernels for a CPU (csrc/): compiled by the machine's C compiler at their first use, kept in the user's cache.
 
 Loading them registers the operators `torch.ops.idlm.*`. Without a compiler the PyTorch twins serve; the log says so.
 """

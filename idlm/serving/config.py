@@ -39,7 +39,7 @@ class Limits:
         body_bytes: of a request; body_seconds: to send it in, and to read what waits of an answer.
         header_seconds: to send the first line and the headers in.
         timeout: seconds a request may take; its own `timeout` may only be lower.
-        schema_bytes: of a JSON schema, regular expression or grammar; compile_seconds: to compile it in.
+        schema_bytes: of a JSON schema, regular expression or grammar; llguidance's own limits bound its compilation.
         drain_seconds: what running requests get after SIGTERM.
     """
 
@@ -53,7 +53,6 @@ class Limits:
     header_seconds: float = 10.0
     timeout: float = 600.0
     schema_bytes: int = 64 * 1024
-    compile_seconds: float = 2.0
     drain_seconds: float = 30.0
 
 

@@ -70,6 +70,8 @@ class Job:
         self._facts["completion_tokens"] = sum(end.completion_tokens for end in self.ends.values())
         if event.reason == "timeout":
             raise ApiError(408, "the request took longer than its timeout; raise it or ask for less", code="timeout")
+        if event.reason == "error":  # the guide leaves nothing, or has become too costly
+            raise ApiError(400, f"the output cannot go on: {event.stop}")
         if event.reason not in ("stop", "length"):
             raise ApiError(503, "the server ended the request", code="aborted")
 

@@ -16,7 +16,9 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import NoReturn
@@ -26,12 +28,12 @@ import torch
 
 from idlm import __version__
 from idlm.decoding.errors import InputError
-from idlm.decoding.params import SamplingParams
+from idlm.decoding.params import Guide, SamplingParams
 from idlm.engine.llm import LLM
 from idlm.serving import logs
 from idlm.serving.channel import FrameError, frame, receive
 from idlm.serving.config import EngineConfig
-from idlm.serving.messages import Failed, Guide, Message, Ready, Refused, Stats, Submit, ToEngine
+from idlm.serving.messages import Abort, Failed, Message, Ready, Refused, Stats, Submit, ToEngine
 from idlm.serving.reports import Reports
 
 log = logging.getLogger("idlm.serving")
@@ -41,13 +43,21 @@ MOST_PROMPT_LOGPROBS = 500_000
 """Entries of one sample's prompt log-probabilities: they come in one frame, of about 40 bytes an entry."""
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """A sample whose guide has been compiled, or refused."""
+
+    submit: Submit
+    error: InputError | None = None
+
+
 class Link:
     """The worker's end of the socket. A thread reads; the process ends when the server closes it."""
 
     def __init__(self, file_descriptor: int) -> None:
         self._socket = socket.socket(fileno=file_descriptor)
         self._socket.set_inheritable(False)
-        self.inbox: SimpleQueue[list[ToEngine]] = SimpleQueue()
+        self.inbox: SimpleQueue[Sequence[ToEngine | Compiled]] = SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
 
     def send(self, messages: Sequence[Message]) -> None:
@@ -75,6 +85,9 @@ class Worker:
         self._reports = Reports(llm.engine, llm.idlm.tokenizer)
         self._sent_stats = 0.0
         self._next_stats = 0.0
+        self._compiler = ThreadPoolExecutor(1)
+        self._compiling: dict[str, bool] = {}
+        """Samples whose guide is being compiled; True: aborted meanwhile."""
 
     def run(self) -> NoReturn:
         """Until the process ends."""
@@ -98,15 +111,42 @@ class Worker:
         except Empty:
             return refused
 
-    def _act(self, message: ToEngine) -> list[Refused]:
-        if isinstance(message, Submit):
-            try:
+    def _act(self, message: ToEngine | Compiled) -> list[Refused]:
+        if isinstance(message, Abort):
+            if message.id in self._compiling:
+                self._compiling[message.id] = True
+            elif message.id in self._reports.numbers:
+                self.engine.abort(self._reports.numbers[message.id])
+            return []
+        if isinstance(message, Submit) and message.guide is not None:
+            self._compiling[message.id] = False
+            self._compiler.submit(self._compile, message)
+            return []
+        try:
+            if isinstance(message, Submit):
                 self._add(message)
-            except InputError as error:
-                return [Refused(message.id, str(error))]
-        elif message.id in self._reports.numbers:
-            self.engine.abort(self._reports.numbers[message.id])
+            else:
+                self._add_compiled(message)
+        except InputError as error:
+            submit = message if isinstance(message, Submit) else message.submit
+            return [Refused(submit.id, str(error))]
         return []
+
+    def _compile(self, submit: Submit) -> None:
+        """Beside the loop, since it takes up to a second; `Engine.add` then finds the guide compiled."""
+        try:
+            self.engine.intake.matcher(_params(submit))
+            self.link.inbox.put([Compiled(submit)])
+        except InputError as error:
+            self.link.inbox.put([Compiled(submit, error)])
+
+    def _add_compiled(self, compiled: Compiled) -> None:
+        aborted = self._compiling.pop(compiled.submit.id)
+        if compiled.error is not None:
+            raise compiled.error
+        self._add(compiled.submit)
+        if aborted:
+            self.engine.abort(self._reports.numbers[compiled.submit.id])
 
     def _add(self, submit: Submit) -> None:
         """Give the engine a sample, checked as `LLM.generate` checks it.
@@ -114,7 +154,6 @@ class Worker:
         Raises:
             InputError: it cannot be run.
         """
-        _check_guide(submit.guide)
         prompt = self.llm.encode(submit.prompt)
         params = _params(submit)
         params.check_vocabulary(self.llm.idlm.vocab_size)
@@ -138,19 +177,10 @@ class Worker:
         return self._reports.stats()
 
 
-def _check_guide(guide: Guide | None) -> None:
-    """PLACEHOLDER until the engine can hold an output to a guide.
-
-    Raises:
-        InputError: there is one.
-    """
-    if guide is not None:
-        raise InputError(f"an output that matches a {guide.kind} is not supported yet; leave it out")
-
-
 def _params(submit: Submit) -> SamplingParams:
     try:
-        return SamplingParams(**submit.params, n=1, seed=submit.seed)  # type: ignore[arg-type]
+        guide = None if submit.guide is None else Guide(submit.guide.kind, submit.guide.text)
+        return SamplingParams(**submit.params, n=1, seed=submit.seed, guide=guide)  # type: ignore[arg-type]
     except TypeError as error:
         raise InputError(f"sampling parameters: {error}") from None
 
