@@ -34,7 +34,7 @@ gpu-check: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 soak: $(STAMP)
-	IDLM_SCHEDULES=2000 $(BIN)/python -m pytest tests/engine/test_schedules.py --timeout 0
+	IDLM_SCHEDULE_STEPS=250000 $(BIN)/python -m pytest tests/engine/test_schedules.py --timeout 0
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 vllm: $(VLLM)/.installed

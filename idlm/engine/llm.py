@@ -40,8 +40,8 @@ class LLM:
             stands; numbers of accepted drafts, for those; "planner" picks stride (up to `stride`) and branches at each
             step from measured costs and running acceptance.
         max_num_seqs: the most requests at once; others wait.
-        kv_memory: for the KV cache: bytes, or a string such as "512MiB"; None takes what `max_num_seqs` requests of
-            full length need, within a share of the memory there is.
+        kv_memory: for the KV cache: bytes, or a string such as "512MiB"; None takes twice what `max_num_seqs` requests
+            of full length need, so that as much can stay cached, within a share of the memory there is.
         page_size: tokens a page of the KV cache holds.
         prefill_tokens: prompt tokens that one step may prefill beside running requests; None follows the step's time.
         dtype: "auto" (the checkpoint's), or a torch dtype or its name.

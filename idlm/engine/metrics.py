@@ -45,7 +45,7 @@ class Metrics:
         """Time in which the device had nothing of ours to wait for: scheduling, text, bookkeeping."""
         return self.step_seconds - self.device_seconds
 
-    def count_step(self, seconds: float, device: float) -> None:
+    def count_step(self, seconds: float) -> None:
         """A step ended."""
         self.steps += 1
         self.step_seconds += seconds

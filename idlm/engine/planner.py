@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from idlm.decoding.plan import AR, CostTable, Plan, RunningAcceptance, choose
+from idlm.decoding.plan import AR, Choice, CostTable, Plan, RunningAcceptance, choose
 from idlm.decoding.window import MAX_WIDTH
 from idlm.engine.runner import Runner
 
@@ -37,11 +37,7 @@ def candidates(stride: int) -> list[Plan]:
 
 
 class Planner:
-    """A fixed plan, or the best of several by measured cost and running acceptance.
-
-    Attributes:
-        reason: why the plan in use was chosen, in one line.
-    """
+    """A fixed plan, or the best of several by measured cost and running acceptance."""
 
     def __init__(self, plans: Sequence[Plan], costs: CostTable | None = None) -> None:
         self.plans = list(plans)
@@ -49,9 +45,14 @@ class Planner:
         self.current = self.plans[0]
         self.widest = max(self.plans, key=lambda plan: plan.stride)
         self.acceptance = RunningAcceptance(self.widest.drafts)
-        self.reason = f"{self.current.name}: fixed"
+        self._choice: Choice | None = None
         self._batch = 0
         self._age = 0
+
+    @property
+    def reason(self) -> str:
+        """Why the plan in use was chosen, in one line."""
+        return f"{self.current.name}: fixed" if self._choice is None else self._choice.reason
 
     def choose(self, batch: int) -> Plan:
         """The plan for a step of `batch` requests."""
@@ -62,7 +63,7 @@ class Planner:
             self._batch, self._age = batch, 0
             costs = self.costs.costs(batch)
             choice = choose(self.plans, costs, self.acceptance.values, self.current)
-            self.current, self.reason = choice.plan, choice.reason
+            self.current, self._choice = choice.plan, choice
         return self.current
 
     def observe(self, reached: Sequence[int], accepted: Sequence[int]) -> None:

@@ -107,6 +107,7 @@ class Request:
         slot: where it sits; None while it waits.
         pages: what its page table names, in order.
         computed: tokens of its text whose prefill has been launched.
+        page_keys: of its full pages, as far as the scheduler has needed them.
         matcher: follows the output along its guide, if it has one.
     """
 
@@ -125,6 +126,7 @@ class Request:
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
     computed: int = 0
+    page_keys: list[bytes] = field(default_factory=list)
     matcher: Matcher | None = None
 
     @property

@@ -28,7 +28,6 @@ class Scheduler:
 
     Attributes:
         prefilling, decoding: who sits, in the order they came in.
-        preemptions: how often a request lost its pages.
     """
 
     def __init__(self, slots: int, pool: PagePool, root: bytes) -> None:
@@ -36,14 +35,13 @@ class Scheduler:
         self.root = root
         self.prefilling: list[Request] = []
         self.decoding: list[Request] = []
-        self.preemptions = 0
         self._free_slots = list(range(slots - 1, -1, -1))
         self._waiting: list[tuple[tuple[int, int], Request]] = []
 
     @property
-    def waiting(self) -> list[Request]:
-        """Who waits, the next one first."""
-        return [request for _, request in sorted(self._waiting, key=lambda entry: entry[0])]
+    def waiting(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
 
     @property
     def running(self) -> list[Request]:
@@ -66,7 +64,7 @@ class Scheduler:
         text = request.text
         cached: list[int] = []
         if request.params.prompt_logprobs is None:  # those need every row computed
-            cached = self.pool.match(chain(text[:-1], self.pool.page_size, self.root + request.salt))
+            cached = self.pool.match(self._keys(request, len(text) - 1))
         missing = self.columns(len(text)) - len(cached)
         if not self.pool.can_allocate(missing):
             self.pool.release(cached)
@@ -115,9 +113,16 @@ class Scheduler:
 
     def publish(self, request: Request, tokens: int) -> None:
         """Make the full pages of its first `tokens` tokens, all computed, findable for others."""
-        keys = chain(request.text[:tokens], self.pool.page_size, self.root + request.salt)
-        for page, key in zip(request.pages, keys, strict=False):
+        for page, key in zip(request.pages, self._keys(request, tokens), strict=False):
             self.pool.publish(page, key)
+
+    def _keys(self, request: Request, tokens: int) -> list[bytes]:
+        """Of the full pages of its first `tokens` tokens; each is hashed once, however long the request waits."""
+        size, known = self.pool.page_size, request.page_keys
+        if tokens // size > len(known):
+            root = known[-1] if known else self.root + request.salt
+            known += chain(request.text[len(known) * size : tokens], size, root)
+        return known[: tokens // size]
 
     def leave(self, request: Request) -> int | None:
         """Take a request out, wherever it is; returns its slot. What it has computed stays in the prefix cache."""
@@ -137,7 +142,6 @@ class Scheduler:
     def preempt(self, request: Request) -> int | None:
         """Take its slot and pages and let it wait again; returns the slot."""
         slot = self.leave(request)
-        self.preemptions += 1
         self.wait(request)
         return slot
 

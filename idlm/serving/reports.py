@@ -79,7 +79,7 @@ class Reports:
             totals.add(sample.result)
         return Stats(
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            waiting=scheduler.waiting,
             pages_total=scheduler.pool.total,
             pages_live=scheduler.pool.live,
             pages_cached=scheduler.pool.cached,
