@@ -161,7 +161,7 @@ class Request:
         added = self._push(kept)
         if self.stream is not None and self.stream.stopped_at is not None:
             kept = kept[: self.stream.stopped_at - start]
-            result.finish_reason, ended = "stop", None
+            result.finish_reason, result.stop_reason, ended = "stop", self.stream.stopped_by, None
         for index, token in enumerate(kept):
             result.token_ids.append(token)
             result.sources.append(_source(index, drafted, accepted, first=before == 0))

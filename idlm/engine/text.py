@@ -39,6 +39,7 @@ class TextStream:
     Attributes:
         text: all that was returned so far.
         stopped_at: how many tokens there are up to and including the one that completed a stop string; None before.
+        stopped_by: that stop string.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class TextStream:
     ) -> None:
         self.text = ""
         self.stopped_at: int | None = None
+        self.stopped_by = ""
         self._decoder = _Decoder(_decode_function(tokenizer, skip_special_tokens))
         self._matchers = [_Matcher(text) for text in stop]
         self._include_stop = include_stop
@@ -85,10 +87,10 @@ class TextStream:
         for place, character in enumerate(text):
             complete = [matcher.stop for matcher in self._matchers if matcher.step(character)]
             if complete and self._tokens > self._min_tokens:
-                self.stopped_at = self._tokens
+                self.stopped_at, self.stopped_by = self._tokens, max(complete, key=len)
                 until = self._held + text[: place + 1]
                 self._held = ""
-                return until if self._include_stop else until[: -max(map(len, complete))]
+                return until if self._include_stop else until[: -len(self.stopped_by)]
         text = self._held + text
         keep = len(text) - max(matcher.matched for matcher in self._matchers)
         self._held = text[keep:]
