@@ -32,6 +32,7 @@ from idlm.engine.runner import Launched, Runner
 from idlm.engine.scheduler import Scheduler, longest
 from idlm.engine.step import Chunk, Kind
 
+WARM_UP_SECONDS = 20.0
 PREFILL_ALONE = 2048
 """Prompt tokens of one step while nobody decodes."""
 
@@ -139,6 +140,10 @@ class Engine:
         """Step until nothing is left."""
         while self.busy:
             yield from self.step()
+
+    def warm_up(self, seconds: float = WARM_UP_SECONDS) -> None:
+        """Prepare the steps that most requests need, in bounded time; a server does so before it is ready."""
+        self.runner.warm_up(self.planner.plans, self.planner.widest, seconds)
 
     def drain(self) -> None:
         """Read what is under way, so that host and device agree."""

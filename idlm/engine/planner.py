@@ -79,14 +79,17 @@ def measured(runner: Runner, plans: Sequence[Plan], slots: int, seconds: float =
     place = _cache_file(runner, plans, slots)
     if (known := _read(place)) is not None:
         return known
-    table, started = CostTable(), perf_counter()
+    table, until = CostTable(), perf_counter() + seconds
     for batch in _batches(slots):
         best = dict.fromkeys(plans, float("inf"))
-        for plan in list(plans) * MEASURE_ROUNDS:  # in turn, so that what else the machine does hits them alike
-            best[plan] = min(best[plan], runner.measure(plan, batch))
+        for _ in range(MEASURE_ROUNDS):
+            for plan in plans:  # in turn, so that what else the machine does hits them alike
+                best[plan] = min(best[plan], runner.measure(plan, batch))
+            if perf_counter() > until:
+                break
         for plan, least in best.items():
             table.put(batch, plan, least)
-        if perf_counter() - started > seconds:
+        if perf_counter() > until:
             break
     _write(place, table)
     return table

@@ -5,7 +5,7 @@ It owns what lies on the device (model, pages, slots, settings) and knows nothin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -169,8 +169,9 @@ class Runner:
         with torch.inference_mode():
             self.slots.state.length[self.slots.spare] = prefix
             kind, slots = Kind(plan, Features()), [self.slots.spare] * batch
-            warm = 1 if (plan, batch) in self._measured else WARM_UP
-            self._measured.add((plan, batch))
+            shape = (plan, batch if self.idlm.device.type == "cuda" else 0)  # what one recording serves
+            warm = 1 if shape in self._measured else WARM_UP
+            self._measured.add(shape)
             for _ in range(warm):
                 self.decode(kind, slots, prefix + self.depth).read()
             started = perf_counter()
@@ -178,6 +179,25 @@ class Runner:
             seconds = perf_counter() - started
             self.slots.state.length[self.slots.spare] = 1
         return seconds
+
+
+    def warm_up(self, plans: Iterable[Plan], widest: Plan, seconds: float) -> None:
+        """Record the steps of greedy and of plainly sampled requests, so that no request waits for that later.
+
+        A CUDA graph is for one batch size, so there it is left to the first of each.
+        """
+        if self.idlm.device.type == "cuda":
+            return
+        started, spare = perf_counter(), self.slots.spare
+        for features in (Features(), Features(sampled=True)):
+            for last in (True, False):
+                for _ in range(WARM_UP):
+                    self.prefill(Kind(widest, features), [Chunk(spare, [0, 0], 0, last)])
+            for plan in plans:
+                for _ in range(WARM_UP):
+                    self.decode(Kind(plan, features), [spare], 1)
+                if perf_counter() - started > seconds:
+                    return
 
 
 def _round_up(number: int) -> int:

@@ -235,6 +235,7 @@ def main(file_descriptor: int, config: EngineConfig) -> int:
     link = Link(file_descriptor)
     try:
         llm = load(config)
+        llm.engine.warm_up()
         link.send([describe(llm, config.model)])
         Worker(llm, link).run()
     except InputError as error:
