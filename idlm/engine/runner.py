@@ -180,7 +180,6 @@ class Runner:
             self.slots.state.length[self.slots.spare] = 1
         return seconds
 
-
     def warm_up(self, plans: Iterable[Plan], widest: Plan, seconds: float) -> None:
         """Record the steps of greedy and of plainly sampled requests, so that no request waits for that later.
 

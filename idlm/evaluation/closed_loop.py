@@ -42,6 +42,7 @@ class Decoding:
         plan: the one that was run; None where the planner chose.
         rows: rows of decode windows, over all requests and steps.
         plans: decode steps by plan.
+        host_share: of the steps' time, what the host took for scheduling, text and bookkeeping.
         reason: what the planner makes of its costs and acceptance with all requests in flight.
     """
 
@@ -49,6 +50,7 @@ class Decoding:
     results: list[Result]
     rows: int
     plans: Counter[str]
+    host_share: float
     reason: str
 
 
@@ -100,12 +102,14 @@ class Ours:
         metrics, planner = self.llm.engine.metrics, self.llm.engine.planner
         plan = planner.plans[0] if len(planner.plans) == 1 else None
         plans, rows = Counter(metrics.plans), metrics.window_rows
+        host, steps = metrics.host_seconds, metrics.step_seconds
         _forget_peak(cuda)
         started, cpu = perf_counter(), process_time()
         results = closed_loop(self.llm, requests, concurrency)
         seconds, cpu_seconds = perf_counter() - started, process_time() - cpu
         reason = _reason(planner, concurrency)
-        decoding = Decoding(plan, results, metrics.window_rows - rows, metrics.plans - plans, reason)
+        host_share = (metrics.host_seconds - host) / (metrics.step_seconds - steps)
+        decoding = Decoding(plan, results, metrics.window_rows - rows, metrics.plans - plans, host_share, reason)
         return Run(seconds, cpu_seconds, _peak(cuda), [_served(result) for result in results], decoding)
 
 

@@ -100,7 +100,16 @@ def _decoded(runs: Sequence[Decoding]) -> Row:
     predicts from the acceptance. FLOPs per token are rows run for each token that decoding gave: AR runs one.
     """
     if not runs:
-        names = ("tpf", "tpf_decode", "tpf_expected", "acceptance", "flops_per_token_over_ar", "plans", "reason")
+        names = (
+            "tpf",
+            "tpf_decode",
+            "tpf_expected",
+            "acceptance",
+            "flops_per_token_over_ar",
+            "plans",
+            "host_share",
+            "reason",
+        )
         return dict.fromkeys(names)
     results = [result for run in runs for result in run.results]
     totals, plan = summary(results), runs[0].plan
@@ -112,6 +121,7 @@ def _decoded(runs: Sequence[Decoding]) -> Row:
         "acceptance": totals["acceptance"],
         "flops_per_token_over_ar": sum(run.rows for run in runs) / (totals["tokens"] - len(results)),
         "plans": dict(sum((run.plans for run in runs), Counter())),
+        "host_share": median(run.host_share for run in runs),
         "reason": runs[-1].reason,
     }
 
