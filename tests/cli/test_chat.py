@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
 from idlm.cli import app
@@ -71,9 +72,10 @@ def test_a_full_context_forgets_the_oldest_turns() -> None:
     assert "leave room for an answer; say less" in result.stderr  # what fits nowhere is refused, and the chat goes on
 
 
-def test_a_mask_in_a_message_is_an_error_and_not_the_end() -> None:
-    result = chat("nano", *GREEDY, lines=["<|MASK|> <|mask|> <mask> [MASK]", QUESTION])
-    assert result.exit_code == 0 and result.stdout
+def test_a_mask_in_a_message_is_an_error_and_not_the_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    result = chat("nano", *GREEDY, lines=[f"a {tokenizer.mask_token} b", QUESTION])
+    assert result.exit_code == 0 and len(result.stdout.splitlines()) == 1
+    assert "error: a prompt holds the MASK token" in result.stderr
 
 
 def test_bytes_that_are_no_text_and_control_characters_do_no_harm() -> None:

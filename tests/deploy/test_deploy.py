@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,6 @@ from idlm.serving.config import EngineConfig, Limits, ServeConfig
 from idlm.serving.metrics import Meters
 from idlm.serving.routes import router
 from idlm.serving.server import GRACE_SECONDS
-from tests.serving.conftest import KEY, Running, served  # noqa: F401  # a fixture
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -92,16 +90,6 @@ def test_probes_and_scrapes_ask_for_paths_that_exist() -> None:
     assert {"/health", "/ready", documents("prometheus.yml")[0]["scrape_configs"][0]["metrics_path"]} <= known
 
 
-def test_the_probe_tells_a_server_that_is_ready(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    probe = runpy.run_path(str(DEPLOY / "probe.py"))["probe"]
-    root = served.url.removesuffix("/v1")
-    monkeypatch.delenv(KEY_VARIABLE, raising=False)
-    assert probe("/health", root) == 0 and probe("/ready", root) == 1
-    monkeypatch.setenv(KEY_VARIABLE, KEY)
-    assert probe("/ready", root) == 0 and probe("/none", root) == 1
-    assert probe("/health", "http://127.0.0.1:9") == 1
-
-
 def test_everyone_waits_longer_than_the_drain() -> None:
     pod = documents("kubernetes/deployment.yaml")[0]["spec"]["template"]["spec"]
     before = float(container()["lifecycle"]["preStop"]["exec"]["command"][-1])
@@ -120,6 +108,11 @@ def test_nobody_is_root_and_the_key_is_a_secret() -> None:
     settings = unit()
     assert (settings["DynamicUser"], settings["NoNewPrivileges"], settings["ProtectSystem"]) == ("yes", "yes", "strict")
     assert not any(KEY_VARIABLE in rest for name, rest in instructions() if name in ("ENV", "ARG"))
+
+
+def test_there_are_as_many_threads_as_cores() -> None:
+    arguments = container()["args"]
+    assert arguments[arguments.index("--threads") + 1] == container()["resources"]["requests"]["cpu"]
 
 
 def test_what_may_be_written_is_mounted() -> None:
