@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from idlm import __version__
-from idlm.cli import bench, demo, generate, inspect, serve, train, verify
+from idlm.cli import bench, chat, demo, generate, inspect, serve, train, verify
 from idlm.cli.errors import OneLineErrors
 
 # read when transformers and tqdm are imported: an error stays one line, and bars are for terminals
@@ -41,6 +41,7 @@ def main(
 
 
 app.command("bench")(bench.bench)
+app.command("chat")(chat.chat)
 app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("serve")(serve.serve)

@@ -8,19 +8,13 @@ import typer
 
 from idlm.cli import common
 from idlm.decoding.errors import InputError
+from idlm.ui.colours import COLOURS, LEGEND
 
 if TYPE_CHECKING:
     from rich.text import Text
 
     from idlm.engine.llm import Result
     from idlm.models.idlm_model import Idlm
-
-COLOURS = {"first": "white", "accepted": "green", "corrected": "bold red", "bonus": "bold cyan"}
-LEGEND = {
-    "accepted": "a draft that AR would have chosen too",
-    "corrected": "a wrong draft, replaced",
-    "bonus": "the token after the drafts, all accepted",
-}
 
 
 def demo(

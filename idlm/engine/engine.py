@@ -276,7 +276,7 @@ class Engine:
         if request.complete:
             self._end(request, None, kept, text)
         else:
-            self._ended.append(Update(request.id, kept, text))
+            self._report(request, kept, text)
 
     def _end(self, request: Request, reason: str | None, tokens: Sequence[int] = (), text: str = "") -> None:
         """Free what it holds and report it."""
@@ -285,4 +285,8 @@ class Engine:
             self.runner.clear(slot)
         rest = request.finish(reason)
         del self._requests[request.id]
-        self._ended.append(Update(request.id, list(tokens), text + rest, request.result))
+        self._report(request, tokens, text + rest, request.result)
+
+    def _report(self, request: Request, tokens: Sequence[int], text: str, result: Result | None = None) -> None:
+        sources = request.result.sources
+        self._ended.append(Update(request.id, list(tokens), text, result, sources[len(sources) - len(tokens) :]))

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, overload
 
 import torch
+from jinja2 import TemplateError
 from tqdm.auto import tqdm
 
 from idlm.decoding.errors import InputError
@@ -160,23 +161,24 @@ class LLM:
 
         `options` as for `generate`.
         """
-        tokenizer: Any = self.idlm.tokenizer
-        if tokenizer is None or not tokenizer.chat_template:
-            raise InputError(f"model {self.idlm.name!r} has no chat template; use generate with plain text")
         if not messages:
             raise InputError("messages=[] holds no message; give at least one {'role', 'content'}")
         single = isinstance(messages[0], Mapping)
-        prompts = []
-        for conversation in [messages] if single else messages:
-            text = tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
-            prompts.append(tokenizer(text, add_special_tokens=False).input_ids)
-        results = self.generate(prompts, sampling_params, **options)
+        conversations: Any = [messages] if single else messages
+        results = self.generate([self.encode_chat(one) for one in conversations], sampling_params, **options)
         return results[0] if single else results
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, adapter: str | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        drafting: bool = True,
     ) -> Iterator[Update]:
         """Complete one prompt, piece by piece; the last update carries the result.
+
+        `drafting=False` is plain AR: the same tokens, one a forward.
 
         Raises:
             InputError: as `generate`, before the first piece; or n > 1.
@@ -188,11 +190,11 @@ class LLM:
         params.check_vocabulary(self.idlm.vocab_size)
         self.engine.intake.check_size(ids, params)
         self.engine.intake.matcher(params)
-        return self._stream(ids, params, adapter)
+        return self._stream(ids, params, adapter=adapter, drafting=drafting)
 
-    def _stream(self, ids: list[int], params: SamplingParams, adapter: str | None) -> Iterator[Update]:
+    def _stream(self, ids: list[int], params: SamplingParams, **options: Any) -> Iterator[Update]:
         with self._requests() as add:
-            (mine,) = add(ids, params, adapter=adapter)
+            (mine,) = add(ids, params, **options)
             while True:
                 for update in self.engine.step():
                     if update.request_id == mine:
@@ -232,6 +234,21 @@ class LLM:
         if not 0 < len(ids) < self.idlm.context:
             raise InputError(f"a prompt has {len(ids)} tokens; this model takes 1 to {self.idlm.context - 1}")
         return ids
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """The token ids of a conversation, by the model's own chat template; their number is not checked.
+
+        Raises:
+            InputError: the model has no chat template, or it refuses the messages.
+        """
+        tokenizer: Any = self.idlm.tokenizer
+        if tokenizer is None or not tokenizer.chat_template:
+            raise InputError(f"model {self.idlm.name!r} has no chat template; use generate with plain text")
+        try:
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:  # templates raise it themselves, for roles or orders they do not have
+            raise InputError(f"the chat template refuses these messages ({error}); change them") from error
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
 
     def _checked(self, token: object) -> int:
         if isinstance(token, bool) or not isinstance(token, int):

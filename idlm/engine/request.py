@@ -87,12 +87,19 @@ class Result:
 
 @dataclass(frozen=True)
 class Update:
-    """What one engine step brought one request; `result` is there once it has finished."""
+    """What one engine step brought one request.
+
+    Attributes:
+        text: what the tokens settle of the output's text; it may come later than they do.
+        result: once it has finished.
+        sources: of each token, as in `Result`.
+    """
 
     request_id: str
     tokens: list[int]
     text: str
     result: Result | None = None
+    sources: Sequence[str] = ()
 
 
 @dataclass(eq=False)

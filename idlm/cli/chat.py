@@ -1,0 +1,79 @@
+"""`idlm chat MODEL`, `idlm chat --url URL`: talk to a model."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from idlm.cli import common
+from idlm.cli.sampling import with_sampling
+from idlm.decoding.errors import InputError
+from idlm.decoding.params import SamplingParams
+
+if TYPE_CHECKING:
+    from idlm.ui.partner import Partner
+
+KEY_VARIABLES = ("IDLM_API_KEY", "OPENAI_API_KEY")
+
+
+@with_sampling
+def chat(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="A folder, a hub id, or a bundled model: nano, nano-base, nano-full."),
+    ] = None,
+    *,
+    adapter: common.Adapter = None,
+    stride: common.Stride = 4,
+    branches: common.BranchesOption = "all",
+    dtype: common.Dtype = "auto",
+    device: common.Device = "cpu",
+    url: Annotated[
+        str | None, typer.Option(metavar="URL", help="Talk to a server with OpenAI's API: http://host:port/v1.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--model", metavar="NAME", help="The model's name at the URL.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help=f"The server's key. Or ${KEY_VARIABLES[0]}, ${KEY_VARIABLES[1]}.")
+    ] = None,
+    colors: Annotated[bool, typer.Option(help="Colour tokens by where they came from.")] = False,
+    sampling: SamplingParams,
+) -> None:
+    """Talk to a model: one in this process, or one of a server."""
+    if (model is None) == (url is None):
+        raise InputError("idlm chat takes a MODEL or a --url; give one of them")
+    if url is None and name is not None:
+        raise InputError(f"--model {name!r} is for --url; a model of this machine needs no option")
+    if url is not None and adapter is not None:
+        raise InputError(f"--adapter {adapter!r} with --url; a server's adapters are models: --model NAME")
+    if sampling.n != 1:
+        raise InputError(f"--n {sampling.n}: a chat has one answer; leave the option out")
+
+    from idlm.ui.chat import Chat, reader
+
+    partner: Partner
+    if url is not None:
+        from idlm.ui.chat_remote import RemotePartner
+
+        partner = RemotePartner(url, _key(api_key), name, sampling)
+    else:
+        partner = _local(str(model), adapter, stride, branches, dtype, device, sampling)
+    Chat(partner, colors).run(reader())
+
+
+def _key(given: str | None) -> str | None:
+    return given or next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
+
+
+def _local(
+    model: str, adapter: str | None, stride: int, branches: str, dtype: str, device: str, sampling: SamplingParams
+) -> Partner:
+    from idlm.engine.build import plans_for
+    from idlm.engine.llm import LLM
+    from idlm.models.loading import load
+    from idlm.ui.chat_local import LocalPartner
+
+    plans_for(stride, branches)  # before the model is loaded, which can take minutes
+    idlm = load(model, adapter=adapter, dtype=dtype, device=device)
+    return LocalPartner(LLM(idlm, stride=stride, branches=branches, max_num_seqs=1), sampling)

@@ -1,0 +1,1 @@
+"""What people look at: the terminal chat, and the colours of drafts."""

@@ -1,0 +1,98 @@
+"""What docs/serving.md and docs/security.md say of fields, routes, metrics and limits is what the server has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from idlm.decoding.params import MOST_LOGPROBS
+from idlm.serving import channel, connections, protocol, server, strict, supervisor
+from idlm.serving.client import EngineClient
+from idlm.serving.config import EngineConfig, Limits
+from idlm.serving.metrics import Meters
+from idlm.serving.protocol_chat import ChatRequest
+from idlm.serving.protocol_completions import DEFAULT_MAX_TOKENS, CompletionRequest
+from idlm.serving.routes import ERRORS, router
+
+DOCS = Path(__file__).parents[2] / "docs"
+SERVING, SECURITY = ((DOCS / name).read_text() for name in ("serving.md", "security.md"))
+BOUNDS = Limits()
+
+
+def table(heading: str) -> list[list[str]]:
+    """The cells of the table of a section of serving.md."""
+    section = SERVING.split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def names(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+@pytest.mark.parametrize(("column", "request_type"), [(1, ChatRequest), (2, CompletionRequest)])
+def test_the_table_of_fields_is_complete(column: int, request_type: type[protocol.Generation]) -> None:
+    told = [name for row in table("Fields") if row[column] for name in names(row[0])]
+    assert sorted(told) == sorted(request_type.model_fields)
+
+
+def test_the_table_of_routes_is_complete() -> None:
+    told = {name.split()[1] for row in table("Routes") for name in names(row[0])}
+    there = {getattr(route, "path", "").replace(":path", "") for route in router.routes} | {"/openapi.json"}
+    assert told == there
+
+
+def test_the_table_of_metrics_is_complete() -> None:
+    text = Meters(EngineClient(EngineConfig("nano"), BOUNDS)).render().decode()
+    told = [name for row in table("Metrics") for name in names(row[0])]
+    assert sorted(told) == sorted(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
+
+
+def test_the_table_of_errors_is_complete() -> None:
+    told = {int(status) for row in table("Errors") for status in row[0].split(", ")}
+    assert told == set(ERRORS) | {431}
+
+
+def test_the_limits_are_the_defaults() -> None:
+    told = {names(row[0])[0]: row[1].split()[0] for row in table("Limits") if row[1][0].isdigit()}
+    assert told == {
+        "--queue-requests": str(BOUNDS.queue_requests),
+        "--queue-tokens": str(BOUNDS.queue_tokens),
+        "--max-n": str(BOUNDS.n),
+        "--max-prompts": str(BOUNDS.prompts),
+        "--max-body": str(BOUNDS.body_bytes),
+        "--timeout": f"{BOUNDS.timeout:g}",
+        "--drain-seconds": f"{BOUNDS.drain_seconds:g}",
+    }
+    assert f"{DEFAULT_MAX_TOKENS} (completions)" in SERVING
+    assert f"{protocol.MOST_STOPS} texts at most, of {protocol.LONGEST_STOP} characters" in SERVING
+
+
+def test_the_numbers_of_the_threat_model_are_the_servers() -> None:
+    said = " ".join(SECURITY.split())
+    for claim in (
+        f"Headers have {BOUNDS.header_seconds:g} s, and {connections.HEADER_BYTES // 1024} KiB",
+        f"A body has {BOUNDS.body_seconds:g} s (408) and {BOUNDS.body_bytes} bytes (413)",
+        f"{server.MOST_CONNECTIONS} connections at once",
+        f"closed after {server.KEEP_ALIVE_SECONDS} s",
+        f"full for {BOUNDS.body_seconds:g} s the connection is cut",
+        f"{BOUNDS.queue_requests} samples and {BOUNDS.queue_tokens} tokens",
+        f"{BOUNDS.n} samples of a prompt and {BOUNDS.prompts} prompts in a request",
+        f"ends after {BOUNDS.timeout:g} s",
+        f"deeper than {strict.DEEPEST} levels and no object with more than {strict.MOST_KEYS} keys",
+        f"{protocol.MOST_STOPS} stop texts of {protocol.LONGEST_STOP} characters",
+        f"{MOST_LOGPROBS} log-probabilities a token",
+        f"have {BOUNDS.schema_bytes} bytes at most",
+        f"frames of at most {channel.MAX_FRAME // 2**20} MiB",
+        f"silent for {supervisor.STALL_SECONDS:g} s",
+        f"{EngineConfig('nano').page_size} tokens at a time",
+    ):
+        assert claim in said, claim
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (SERVING, SECURITY):
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page):
+            assert (DOCS / target).exists(), target
