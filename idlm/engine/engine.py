@@ -186,7 +186,7 @@ class Engine:
         work = self.scheduler.chunks(self._budget())
         if not work:
             return False
-        plan = self.planner.widest
+        plan = self.planner.for_prefill(len(self.scheduler.running))
         started = perf_counter()
         matchers = [request.matcher for request, chunk in work if chunk.last]
         launched = self.runner.prefill(self._kind(plan), [chunk for _, chunk in work], matchers)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from idlm.decoding.params import SamplingParams
-from idlm.decoding.plan import Plan
+from idlm.decoding.plan import AR, Plan
 from idlm.decoding.settings import Features, Settings
 from idlm.engine.guide import GuidedRows, Matcher
 from idlm.engine.kv_cache import KVCache
@@ -189,9 +190,9 @@ class Runner:
             return
         started, spare = perf_counter(), self.slots.spare
         for features in (Features(), Features(sampled=True)):
-            for last in (True, False):
+            for plan, last in product({AR, widest}, (True, False)):
                 for _ in range(WARM_UP):
-                    self.prefill(Kind(widest, features), [Chunk(spare, [0, 0], 0, last)])
+                    self.prefill(Kind(plan, features), [Chunk(spare, [0, 0], 0, last)])
             for plan in plans:
                 for _ in range(WARM_UP):
                     self.decode(Kind(plan, features), [spare], 1)

@@ -53,7 +53,9 @@ class TextStream:
         self.text = ""
         self.stopped_at: int | None = None
         self.stopped_by = ""
-        self._decoder = _Decoder(_decode_function(tokenizer, skip_special_tokens))
+        special = (token for token, added in tokenizer.added_tokens_decoder.items() if added.special)
+        left_out = frozenset(special if skip_special_tokens else ())
+        self._decoder = _Decoder(_decode_function(tokenizer, skip_special_tokens), left_out)
         self._matchers = [_Matcher(text) for text in stop]
         self._include_stop = include_stop
         self._min_tokens = min_tokens
@@ -108,15 +110,17 @@ class _Decoder:
     to a broken one, or to one for each of its bytes, or (byte fallback) makes the whole run of bytes look broken.
     """
 
-    def __init__(self, decode: Decode) -> None:
+    def __init__(self, decode: Decode, left_out: frozenset[int]) -> None:
         self._decode = decode
+        self._left_out = left_out
         self._window: list[int] = []
         self._open: list[int] = []
         self._text = ""
 
     def push(self, tokens: Sequence[int]) -> str:
         """The whole characters that `tokens` complete."""
-        self._open += tokens
+        # the bytes on both sides of a token that is left out may be one character
+        self._open += [token for token in tokens if token not in self._left_out]
         for number in range(len(self._open), max(-1, len(self._open) - CHARACTER), -1):
             text = self._decode(self._window + self._open[:number])
             if not text.endswith(BROKEN):

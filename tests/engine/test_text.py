@@ -73,6 +73,7 @@ cuts = st.lists(st.integers(0, 90), max_size=40)
 @example([*ids(byte_level(), "ab"), *[258] * 40, *ids(byte_level(), " a")], list(range(60)), True)
 @example([258] * 60 + ids(byte_level(), "€"), list(range(60)), True)
 @example(ids(byte_level(), "🏁")[:1] * 9 + ids(byte_level(), "🏁a"), list(range(60)), True)
+@example([172, 253, 253, 258, 253], list(range(5)), True)  # a special token within a character
 @settings(max_examples=300, deadline=None)
 def test_any_tokens_in_any_pieces_give_the_text_of_all(tokens, places, skip):
     tokenizer = byte_level()
