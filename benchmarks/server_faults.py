@@ -28,6 +28,7 @@ from benchmarks.harness.overload import overload
 from benchmarks.harness.process import ServerProcess, idlm_serve
 from benchmarks.harness.results import RESULTS, report
 from benchmarks.harness.workload import COMPLETIONS, bodies
+from idlm.serving.config import EngineConfig
 
 PARTS = ("kill", "disconnect", "overload", "drain")
 
@@ -37,8 +38,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--model", default="nano")
-    parser.add_argument("--slots", type=int, default=32, help="the engine's, in the part overload")
-    parser.add_argument("--queue", type=int, help="samples running or waiting, in the part overload; else the default")
+    parser.add_argument("--slots", type=int, default=EngineConfig.max_num_seqs, help="the engine's, in overload")
+    parser.add_argument("--queue", type=int, help="samples running or waiting, in overload; else the default")
     parser.add_argument("--seconds", type=float, default=60.0, help="of overload, and of full load before it")
     parser.add_argument("--small", action="store_true", help="a few of everything, to see that it works")
     parser.add_argument("--out", type=Path, default=RESULTS / "server_faults.json")

