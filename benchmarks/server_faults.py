@@ -60,7 +60,7 @@ async def run_part(part: str, options: argparse.Namespace) -> dict[str, Any]:
         if part == "kill":
             return await kill(server, options.model, 2 if small else 20, 32)
         if part == "disconnect":
-            return await disconnect(server, options.model, 60 if small else 1000, 64)
+            return await disconnect(server, options.model, 60 if small else 1000, 32)
         return await overload(server, options.model, options.slots, 2.0 if small else options.seconds)
 
 

@@ -106,10 +106,13 @@ async def disconnect(server: ServerProcess, model: str, clients: int, concurrenc
 
 
 async def _visit(connection: Connection, body: dict[str, Any], rng: random.Random) -> str:
-    """Ask and leave, at a random time, or with half a request sent; where that was."""
+    """Ask and leave: with half a request sent, soon, after some of the answer, or at any time; where that was."""
     half = rng.random() < 0.1
+    pieces = rng.choice((0, 1, rng.randint(2, 30), 1000))
     asked = asyncio.create_task(connection.ask(COMPLETIONS, body, rng.randint(1, 250) if half else None))
-    await asyncio.wait([asked], timeout=rng.choice((0.02, 0.5, 2.0)) * rng.random())
+    end = perf_counter() + rng.random() * (0.1 if half or not pieces else 2.0 if pieces == 1000 else 20.0)
+    while perf_counter() < end and len(connection.answer.pieces) < (pieces or 1) and not asked.done():
+        await asyncio.sleep(0.005)
     answer = connection.answer
     connection.close()
     await asked

@@ -24,7 +24,7 @@ def test_faults() -> None:
             found = await disconnect(server, "nano", 40, 16)
             assert holds(found), found
             assert found["left"]["in the answer"] > 0
-            found = await overload(server, "nano", 8, 1.0)
+            found = await overload(server, "nano", 2, 3.0)
             assert found["overload"]["hanging"] == 0, found
             found = await kill(server, "nano", 1, 8)
             assert holds(found), found
