@@ -110,7 +110,7 @@ async def _visit(connection: Connection, body: dict[str, Any], rng: random.Rando
     half = rng.random() < 0.1
     pieces = rng.choice((0, 1, rng.randint(2, 30), 1000))
     asked = asyncio.create_task(connection.ask(COMPLETIONS, body, rng.randint(1, 250) if half else None))
-    end = perf_counter() + rng.random() * (0.1 if half or not pieces else 2.0 if pieces == 1000 else 20.0)
+    end = perf_counter() + rng.random() * (0.1 if half or not pieces else 2.0 if pieces == 1000 else 5.0)
     while perf_counter() < end and len(connection.answer.pieces) < (pieces or 1) and not asked.done():
         await asyncio.sleep(0.005)
     answer = connection.answer
