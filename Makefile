@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 
 VLLM   := build/vllm
 
-.PHONY: demo test lint bench cost-curve gpu-check soak vllm docs clean
+.PHONY: demo test lint bench cost-curve gpu-check soak server-faults server-bytes server-fuzz server-speed vllm docs clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -36,6 +36,19 @@ gpu-check: $(STAMP)
 soak: $(STAMP)
 	IDLM_SCHEDULE_STEPS=250000 $(BIN)/python -m pytest tests/engine/test_schedules.py --timeout 0
 	$(BIN)/python -m benchmarks.soak $(ARGS)
+
+server-faults: $(STAMP)
+	$(BIN)/python -m benchmarks.server_faults $(ARGS)
+
+server-bytes: $(STAMP)
+	$(BIN)/python -m benchmarks.server_bytes $(ARGS)
+
+server-fuzz: $(STAMP)
+	$(BIN)/python -m benchmarks.server_fuzz $(ARGS)
+
+# against vLLM's server too where `make vllm` has been run: make server-speed ARGS="--vllm build/vllm/bin/python"
+server-speed: $(STAMP)
+	$(BIN)/python -m benchmarks.server_speed $(ARGS)
 
 vllm: $(VLLM)/.installed
 

@@ -42,7 +42,10 @@ def serve(
     deterministic: Annotated[bool, _option("Engine", "Batch-invariant kernels: the same bytes, slower.")] = False,
     salt_by_key: Annotated[bool, _option("Network", "Share cached prefixes only within a key.")] = False,
     log_prompts: Annotated[bool, _option("Network", "Write prompts and outputs to the log.")] = False,
-    queue_requests: Annotated[int, _option("Limits", "Samples running or waiting.")] = BOUNDS.queue_requests,
+    queue_requests: Annotated[
+        int | None,
+        _option("Limits", "Samples running or waiting.", show_default="max-num-seqs, so that none waits"),
+    ] = None,
     queue_tokens: Annotated[int, _option("Limits", "Tokens that they may come to.")] = BOUNDS.queue_tokens,
     max_tokens: Annotated[int | None, _option("Limits", "Tokens of a sample.", show_default="the context")] = None,
     max_n: Annotated[int, _option("Limits", "Samples of a prompt.")] = BOUNDS.n,
@@ -52,6 +55,8 @@ def serve(
     drain_seconds: Annotated[float, _option("Limits", "For what runs when the server ends.")] = BOUNDS.drain_seconds,
 ) -> None:
     """Serve a model over an OpenAI-compatible API."""
+    if queue_requests is None:
+        queue_requests = max(max_num_seqs, max_n, max_prompts)
     limits = Limits(
         *(queue_requests, queue_tokens, max_tokens, max_n, max_prompts, max_body),
         timeout=timeout,

@@ -56,7 +56,7 @@ class Engine:
         pages, page_size: of the runner's cache.
         slots: the most requests at once.
         late: steps launched before the results of one are read: 1 hides the host behind a GPU, 0 suits a CPU.
-        prefill_tokens: prompt tokens a step may add while others decode; None: about a step's worth.
+        prefill_tokens: prompt tokens a step may add while others decode; None: about a step's worth, or by number.
         adapters: names of the adapters, by index.
         root: see `Scheduler`.
     """
@@ -177,10 +177,18 @@ class Engine:
             self.runner.map_pages([(request.slot, column, page) for column, page in enumerate(request.pages)])
 
     def _budget(self) -> int:
-        """Prompt tokens this step may prefill."""
-        if not self.scheduler.decoding:
+        """Prompt tokens this step may prefill.
+
+        Time is shared by number: where more wait for their first token than decode, more than a decode step's worth. Of
+        requests that come one by one over a network, the first to decode would else hold up all others.
+        """
+        decoding, prefilling = len(self.scheduler.decoding), len(self.scheduler.prefilling)
+        if not decoding:
             return PREFILL_ALONE
-        return self._prefill_tokens or self.metrics.prefill_budget()
+        if self._prefill_tokens is not None:
+            return self._prefill_tokens
+        worth = self.metrics.prefill_budget()
+        return max(worth, min(worth * prefilling // decoding, PREFILL_ALONE))
 
     def _prefill(self) -> bool:
         work = self.scheduler.chunks(self._budget())

@@ -33,7 +33,9 @@ class Limits:
 
     Attributes:
         queue_requests, queue_tokens: samples, and prompt tokens plus max_tokens of them, that may be with the engine at
-            once, running or waiting; more are answered 429.
+            once, running or waiting; more are answered 429. As many samples as the engine has slots: none waits for
+            one, so whatever the load, those that are accepted are as quick as with all slots busy. Room to wait in
+            delays the first token of all that come later.
         max_tokens: of one sample; None: what the context leaves.
         n: samples of one request; prompts: of one completions request.
         body_bytes: of a request; body_seconds: to send it in, and to read what waits of an answer.
@@ -43,7 +45,7 @@ class Limits:
         drain_seconds: what running requests get after SIGTERM.
     """
 
-    queue_requests: int = 256
+    queue_requests: int = EngineConfig.max_num_seqs
     queue_tokens: int = 1_000_000
     max_tokens: int | None = None
     n: int = 8

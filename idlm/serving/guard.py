@@ -89,7 +89,7 @@ class _Body:
         """The next message.
 
         Raises:
-            ApiError: 413: too much; 408: too slow.
+            ApiError: 413: too much; 408: too slow; 499, which nobody sees: the client has left.
         """
         if self._complete:
             return await self._receive()
@@ -99,6 +99,8 @@ class _Body:
         except TimeoutError:
             seconds = self._limits.body_seconds
             raise ApiError(408, f"the body took more than {seconds:g} s; send it faster", headers=CLOSE) from None
+        if message["type"] == "http.disconnect":
+            raise ApiError(499, "the client has left")
         self._bytes += len(message.get("body", b""))
         self._complete = not message.get("more_body", False)
         if self._bytes > self._limits.body_bytes:

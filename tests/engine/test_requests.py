@@ -214,3 +214,16 @@ def test_the_planner_chooses_among_plans_and_keeps_the_bytes(nano: Idlm, tmp_pat
     expected = LLM(nano, stride=1).chat(ASKED[:4], params)
     assert [one.token_ids for one in llm.chat(ASKED[:4], params)] == [one.token_ids for one in expected]
     assert "tok/s" in llm.engine.planner.reason and sum(llm.engine.metrics.plans.values()) > 0
+
+
+def test_the_first_to_decode_does_not_hold_up_the_many_that_came_with_it(nano: Idlm) -> None:
+    engine = LLM(nano, max_num_seqs=32).engine
+    params = SamplingParams(max_tokens=200, ignore_eos=True)
+    engine.add([5] * 12, params, 0)
+    while not engine.scheduler.decoding:
+        engine.step()
+    engine.step()
+    for number in range(20):
+        engine.add([6 + number] * 12, params, 0)
+    engine.step()
+    assert len(engine.scheduler.decoding) >= 20 - 1 and len(engine.scheduler.running) == 21

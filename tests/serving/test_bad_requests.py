@@ -224,3 +224,18 @@ def test_a_client_that_never_reads(served: Running) -> None:
         while len(connections) > before and time.monotonic() < end:
             time.sleep(0.05)
         assert len(connections) == before
+
+
+def test_a_client_that_leaves_within_its_request_is_no_bad_request(served: Running) -> None:
+    def counted(status: str) -> float:
+        with served.open() as http:
+            lines = [line for line in http.get("/metrics").text.splitlines() if f'{CHAT}",status="{status}"' in line]
+        return sum(float(line.split()[-1]) for line in lines)
+
+    before, gone = counted("400"), counted("499")
+    with socket.create_connection(("127.0.0.1", served.port)) as connection:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 300\r\n\r\n{{"
+        connection.sendall(head.encode())
+        time.sleep(0.2)
+    time.sleep(0.3)
+    assert (counted("400"), counted("499")) == (before, gone + 1)

@@ -11,6 +11,8 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
+from benchmarks.harness.client import Answer
+from benchmarks.server_bytes import body, offline, output
 from idlm import LLM, SamplingParams
 from tests.serving.conftest import Running
 
@@ -104,3 +106,15 @@ def test_more_than_the_queue_takes_is_answered_429(served: Running) -> None:
         if answer.status_code == 429:
             assert int(answer.headers["retry-after"]) >= 1 and answer.json()["error"]["type"] == "rate_limit_error"
     assert idle(served)
+
+
+def test_the_same_bytes_alone_and_beside_others_cold_and_warm(served: Running) -> None:
+    served_by = LLM("nano-base", stride=1, dtype="float64", max_num_seqs=4, kv_memory="32MiB")
+    prompts = [[5 + (7 * number + place) % 300 for place in range(30)] for number in range(8)]
+    expected = offline(served_by, prompts)
+    for model, at in (("nano", 1), ("nano", 8), ("nano:ar", 8)):
+        bodies = [body(model, prompt, number) for number, prompt in enumerate(prompts)]
+        with ThreadPoolExecutor(at) as pool, served.open() as http:
+            answers = list(pool.map(lambda one: http.post("/v1/completions", json=one), bodies))  # noqa: B023
+        got = [output(Answer(0.0, 0, 200, dict(one.headers), [(0.0, one.content)], True))[0] for one in answers]
+        assert got == expected, (model, at)

@@ -1,0 +1,163 @@
+"""Killed engines, clients that leave, and shutdowns; see `benchmarks.server_faults`."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import signal
+from collections import Counter
+from collections.abc import Sequence
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+from benchmarks.harness.client import Answer, Connection, ask_all
+from benchmarks.harness.process import ServerProcess
+from benchmarks.harness.workload import COMPLETIONS, bodies, text
+
+MOST_SECONDS_TO_ERROR = 2.0
+MOST_SECONDS_TO_IDLE = 5.0
+HANG_SECONDS = 60.0
+
+
+async def kill(server: ServerProcess, model: str, rounds: int, streams: int) -> dict[str, Any]:
+    """Kill the engine while so many requests stream, again and again."""
+    reference = await _reference(server, model)
+    laps = [await _kill_once(server, model, streams) for _ in range(rounds)]
+    same = [lap.pop("texts") == reference for lap in laps]
+    latest, recovery = [lap["latest_error_seconds"] for lap in laps], [lap["recovery_seconds"] for lap in laps]
+    restarts = int(server.metrics()["idlm_engine_restarts_total"])
+    told = sum(lap["told"] for lap in laps)
+    good = told == rounds * streams and all(same) and max(latest) < MOST_SECONDS_TO_ERROR and restarts == rounds
+    return {
+        "holds": good and all(lap["not_ready_at_once"] for lap in laps),
+        "rounds": rounds,
+        "streams": streams,
+        "told": told,
+        "latest_error_seconds": {"median": median(latest), "max": max(latest)},
+        "recovery_seconds": {"median": median(recovery), "max": max(recovery)},
+        "same_answers_after": sum(same),
+        "restarts": restarts,
+        "laps": laps,
+    }
+
+
+async def _reference(server: ServerProcess, model: str) -> list[str]:
+    """The answers to a few requests, which have to be the same from every engine."""
+    answers = await ask_all(server.port, COMPLETIONS, bodies(model, 4, 24, seed=1), 1)
+    return [text(answer.events()) if answer.finished else str(answer.error) for answer in answers]
+
+
+async def _kill_once(server: ServerProcess, model: str, streams: int) -> dict[str, Any]:
+    connections = [Connection(server.port) for _ in range(streams)]
+    asked = [
+        asyncio.create_task(one.ask(COMPLETIONS, body))
+        for one, body in zip(connections, bodies(model, streams, 450), strict=True)
+    ]
+    while not all(one.answer.pieces for one in connections):
+        await asyncio.sleep(0.005)
+    server.engine().kill()
+    killed = perf_counter()
+    answers = await _answered(asked)
+    ready = (await asyncio.to_thread(server.get, "/ready"))[0]
+    await asyncio.to_thread(server.wait_ready, HANG_SECONDS)
+    return {
+        "told": sum(answer.error is not None for answer in answers),
+        "latest_error_seconds": max(answer.last for answer in answers) - killed,
+        "not_ready_at_once": ready == 503,
+        "recovery_seconds": perf_counter() - killed,
+        "texts": await _reference(server, model),
+    }
+
+
+async def _answered(asked: Sequence[asyncio.Task[Answer]]) -> list[Answer]:
+    """All answers.
+
+    Raises:
+        RuntimeError: some did not come.
+    """
+    _, hanging = await asyncio.wait(asked, timeout=HANG_SECONDS)
+    if hanging:
+        raise RuntimeError(f"{len(hanging)} of {len(asked)} requests hang")
+    return [one.result() for one in asked]
+
+
+async def disconnect(server: ServerProcess, model: str, clients: int, concurrency: int) -> dict[str, Any]:
+    """So many clients that leave in the middle of their request, before the answer or in it."""
+    rng = random.Random(0)
+    waiting = iter(bodies(model, clients, 300))
+    left: Counter[str] = Counter()
+
+    async def visitor() -> None:
+        for body in waiting:
+            left[await _visit(Connection(server.port), body | {"stream": rng.random() < 0.5}, rng)] += 1
+
+    await asyncio.gather(*[visitor() for _ in range(concurrency)])
+    seconds, remains = await asyncio.to_thread(server.wait_idle, MOST_SECONDS_TO_IDLE)
+    after = await ask_all(server.port, COMPLETIONS, bodies(model, 8), 8)
+    return {
+        "holds": not remains and all(answer.finished for answer in after),
+        "clients": clients,
+        "left": dict(left),
+        "seconds_to_zero": seconds,
+        "remains": remains,
+        "statuses": _statuses(server),
+    }
+
+
+async def _visit(connection: Connection, body: dict[str, Any], rng: random.Random) -> str:
+    """Ask and leave: with half a request sent, soon, after some of the answer, or at any time; where that was."""
+    half = rng.random() < 0.1
+    pieces = rng.choice((0, 1, rng.randint(2, 30), 1000))
+    asked = asyncio.create_task(connection.ask(COMPLETIONS, body, rng.randint(1, 250) if half else None))
+    end = perf_counter() + rng.random() * (0.1 if half or not pieces else 2.0 if pieces == 1000 else 5.0)
+    while perf_counter() < end and len(connection.answer.pieces) < (pieces or 1) and not asked.done():
+        await asyncio.sleep(0.005)
+    answer = connection.answer
+    connection.close()
+    await asked
+    if half:
+        return "in the request"
+    if answer.complete:
+        return f"after the end ({answer.status})"
+    return "in the answer" if answer.pieces else "before the answer"
+
+
+def _statuses(server: ServerProcess) -> dict[str, int]:
+    """Requests by status, as the server counts them."""
+    lines = [line for line in server.get("/metrics")[1].splitlines() if line.startswith("idlm_http_requests_total{")]
+    found: Counter[str] = Counter()
+    for line in lines:
+        if COMPLETIONS in line:
+            found[line.partition('status="')[2].partition('"')[0]] += int(float(line.split()[-1]))
+    return dict(found)
+
+
+async def drain(command: Sequence[str], streams: int, seconds: float) -> dict[str, Any]:
+    """SIGTERM with so many requests in flight, half of them streamed, and so many seconds for them."""
+    with ServerProcess([*command, "--drain-seconds", str(seconds)]) as server:
+        model = command[2]
+        asked_for = bodies(model, streams, 400)
+        connections = [Connection(server.port) for _ in asked_for]
+        asked = [
+            asyncio.create_task(one.ask(COMPLETIONS, body | {"stream": bool(index % 2)}))
+            for index, (one, body) in enumerate(zip(connections, asked_for, strict=True))
+        ]
+        while server.metrics()["idlm_samples_running"] < streams:
+            await asyncio.sleep(0.01)
+        server.process.send_signal(signal.SIGTERM)
+        told = perf_counter()
+        answers = await _answered(asked)
+        status = await asyncio.to_thread(server.process.wait, HANG_SECONDS)
+    finished, reported = sum(one.finished and one.error is None for one in answers), [one.error for one in answers]
+    expected = finished == streams if seconds > 1 else finished + sum(map(bool, reported)) == streams
+    return {
+        "holds": expected and status == 0,
+        "drain_seconds": seconds,
+        "in_flight": streams,
+        "finished": finished,
+        "told_with_an_error": sum(map(bool, reported)),
+        "messages": sorted({one["message"] for one in reported if one}),
+        "seconds_to_exit": perf_counter() - told,
+        "exit_status": status,
+    }

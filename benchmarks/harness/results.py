@@ -1,0 +1,30 @@
+"""Figures of many, and the file they go to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from idlm.evaluation.environment import environment
+
+RESULTS = Path(__file__).parent.parent / "results"
+PACKAGES = ("fastapi", "starlette", "uvicorn", "uvloop", "httptools", "msgspec")
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that so large a share of all does not exceed."""
+    return sorted(values)[max(0, ceil(share * len(values)) - 1)]
+
+
+def report(found: dict[str, Any], out: Path | None) -> None:
+    """Print it with what it depends on, and write it where told."""
+    versions = {name: version(name) for name in PACKAGES}
+    text = json.dumps(found | {"environment": environment() | versions}, indent=1)
+    print(text)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text + "\n")

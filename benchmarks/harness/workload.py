@@ -1,0 +1,39 @@
+"""Requests as a server is asked for them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from idlm.evaluation.workload import Request
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+def body(model: str, request: Request, **fields: Any) -> dict[str, Any]:
+    """A request of `idlm.evaluation.workload` as the body of a streamed completion."""
+    asked = {"model": model, "prompt": request.prompt_token_ids, "max_tokens": request.max_tokens}
+    return asked | {"temperature": 0, "ignore_eos": True, "stream": True} | fields
+
+
+def bodies(model: str, number: int, tokens: int | None = None, seed: int = 0, **fields: Any) -> list[dict[str, Any]]:
+    """Word problems that a bundled model knows, as streamed completions of 16 to 128 tokens, or of so many."""
+    rng = random.Random(seed)
+    return [
+        {
+            "model": model,
+            "prompt": f"Tom has {rng.randint(2, 99)} apples and buys {rng.randint(2, 99)} more. How many has he now?",
+            "max_tokens": rng.randint(16, 128) if tokens is None else tokens,
+            "seed": rng.randrange(2**31),
+            "ignore_eos": True,
+            "stream": True,
+        }
+        | fields
+        for _ in range(number)
+    ]
+
+
+def text(events: Sequence[dict[str, Any]]) -> str:
+    """The text of a streamed completion."""
+    return "".join(choice["text"] for event in events for choice in event["choices"])
