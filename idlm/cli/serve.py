@@ -43,8 +43,7 @@ def serve(
     salt_by_key: Annotated[bool, _option("Network", "Share cached prefixes only within a key.")] = False,
     log_prompts: Annotated[bool, _option("Network", "Write prompts and outputs to the log.")] = False,
     queue_requests: Annotated[
-        int | None,
-        _option("Limits", "Samples running or waiting.", show_default="max-num-seqs, so that none waits"),
+        int | None, _option("Limits", "Samples running or waiting.", show_default="max-num-seqs")
     ] = None,
     queue_tokens: Annotated[int, _option("Limits", "Tokens that they may come to.")] = BOUNDS.queue_tokens,
     max_tokens: Annotated[int | None, _option("Limits", "Tokens of a sample.", show_default="the context")] = None,
@@ -55,26 +54,12 @@ def serve(
     drain_seconds: Annotated[float, _option("Limits", "For what runs when the server ends.")] = BOUNDS.drain_seconds,
 ) -> None:
     """Serve a model over an OpenAI-compatible API."""
-    if queue_requests is None:
-        queue_requests = max(max_num_seqs, max_n, max_prompts)
-    limits = Limits(
-        *(queue_requests, queue_tokens, max_tokens, max_n, max_prompts, max_body),
-        timeout=timeout,
-        drain_seconds=drain_seconds,
-    )
+    queue = max(max_num_seqs, max_n, max_prompts) if queue_requests is None else queue_requests
+    bounds = (queue, queue_tokens, max_tokens, max_n, max_prompts, max_body)
+    limits = Limits(*bounds, timeout=timeout, drain_seconds=drain_seconds)
     _check(limits)
-    engine = _engine(
-        model,
-        _adapters(adapter or []),
-        stride,
-        branches,
-        dtype,
-        device,
-        max_num_seqs,
-        kv_memory,
-        deterministic,
-        threads,
-    )
+    names = _adapters(adapter or [])
+    engine = _engine(model, names, stride, branches, dtype, device, max_num_seqs, kv_memory, deterministic, threads)
     keys = _keys(api_key or [])
     if not 0 <= port <= MOST_PORT:
         raise InputError(f"--port {port} is no port; use 0 to {MOST_PORT}")

@@ -33,6 +33,8 @@ from idlm.engine.scheduler import Scheduler, longest
 from idlm.engine.step import Chunk, Kind
 
 WARM_UP_SECONDS = 20.0
+MOST_STEPS = 4
+"""Decode steps' worth of prompts that a step may take where many wait for their first token and few decode."""
 PREFILL_ALONE = 2048
 """Prompt tokens of one step while nobody decodes."""
 
@@ -177,18 +179,14 @@ class Engine:
             self.runner.map_pages([(request.slot, column, page) for column, page in enumerate(request.pages)])
 
     def _budget(self) -> int:
-        """Prompt tokens this step may prefill.
-
-        Time is shared by number: where more wait for their first token than decode, more than a decode step's worth. Of
-        requests that come one by one over a network, the first to decode would else hold up all others.
-        """
+        """Prompt tokens this step may prefill: more where more wait than decode, or the first would hold up the rest."""
         decoding, prefilling = len(self.scheduler.decoding), len(self.scheduler.prefilling)
         if not decoding:
             return PREFILL_ALONE
         if self._prefill_tokens is not None:
             return self._prefill_tokens
         worth = self.metrics.prefill_budget()
-        return max(worth, min(worth * prefilling // decoding, PREFILL_ALONE))
+        return min(worth * min(max(1, prefilling // decoding), MOST_STEPS), PREFILL_ALONE)
 
     def _prefill(self) -> bool:
         work = self.scheduler.chunks(self._budget())
