@@ -179,7 +179,7 @@ class Engine:
             self.runner.map_pages([(request.slot, column, page) for column, page in enumerate(request.pages)])
 
     def _budget(self) -> int:
-        """Prompt tokens this step may prefill: more where more wait than decode, or the first would hold up the rest."""
+        """Prompt tokens this step may prefill; more where most wait, or the first to decode would hold them all up."""
         decoding, prefilling = len(self.scheduler.decoding), len(self.scheduler.prefilling)
         if not decoding:
             return PREFILL_ALONE
