@@ -2,11 +2,10 @@
 
     python -m benchmarks.server_speed [--concurrency 1 2 4 8 16 32 64] [--repeats 5] [--vllm PYTHON] [--out FILE]
 
-The same greedy requests, of `idlm.evaluation.workload`, in a closed loop: to the engine in this process, to `idlm
-serve`
-with drafts (isd) and without (ar), and to `vllm serve` where PYTHON's environment has it. In turn within each round,
-each round with new requests; the first round is not counted. Servers have a process each, and one thread for their
-engine; give the command two cores or more, as a user would: one for an engine, one for HTTP and the client.
+The same greedy requests, of `idlm.evaluation.workload`, in a closed loop: to the engine in this process, to
+`idlm serve` with drafts (isd) and without (ar), and to `vllm serve` where PYTHON's environment has it. In turn within
+each round, each round with new requests; the first round is not counted. Servers have a process each, and one thread
+for their engine; give the command two cores or more, as a user would: one for an engine, one for HTTP and the client.
 
     tokens_per_second    over a round: median and range
     ttft_ms, tpot_ms     to the first token and per token after it, over all requests: p50 and p99
