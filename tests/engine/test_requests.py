@@ -225,5 +225,8 @@ def test_the_first_to_decode_does_not_hold_up_the_many_that_came_with_it(nano: I
     engine.step()
     for number in range(20):
         engine.add([6 + number] * 12, params, 0)
-    engine.step()
-    assert len(engine.scheduler.decoding) >= 20 - 1 and len(engine.scheduler.running) == 21
+    steps = 0
+    while engine.scheduler.prefilling or not steps:
+        engine.step()
+        steps += 1
+    assert steps <= 8 and len(engine.scheduler.decoding) == 21  # not one a step
