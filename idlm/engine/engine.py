@@ -192,7 +192,7 @@ class Engine:
         work = self.scheduler.chunks(self._budget())
         if not work:
             return False
-        plan = self.planner.for_prefill(len(self.scheduler.running))
+        plan = self.planner.for_prefill(len(self.scheduler.running), any(request.drafting for request, _ in work))
         started = perf_counter()
         matchers = [request.matcher for request, chunk in work if chunk.last]
         launched = self.runner.prefill(self._kind(plan), [chunk for _, chunk in work], matchers)
@@ -209,7 +209,7 @@ class Engine:
             self.drain()  # a guide has to know all that is committed
         if not self.scheduler.decoding:
             return False
-        plan = self.planner.choose(len(self.scheduler.decoding))
+        plan = self.planner.choose(len(self.scheduler.decoding), any(r.drafting for r in self.scheduler.decoding))
         if not self._grow(plan):
             return False
         requests = list(self.scheduler.decoding)

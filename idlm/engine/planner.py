@@ -54,8 +54,10 @@ class Planner:
         """Why the plan in use was chosen, in one line."""
         return f"{self.current.name}: fixed" if self._choice is None else self._choice.reason
 
-    def choose(self, batch: int) -> Plan:
-        """The plan for a step of `batch` requests."""
+    def choose(self, batch: int, drafting: bool = True) -> Plan:
+        """The plan for a step of `batch` requests; AR where none of them wants drafts."""
+        if not drafting:
+            return AR
         if self.costs is None:
             return self.current
         self._age += 1
@@ -66,9 +68,9 @@ class Planner:
             self.current, self._choice = choice.plan, choice
         return self.current
 
-    def for_prefill(self, batch: int) -> Plan:
+    def for_prefill(self, batch: int, drafting: bool) -> Plan:
         """The plan whose drafts a prefill brings to a batch: no drafts where AR is the fastest."""
-        return self.widest if self.choose(batch).drafts else AR
+        return self.widest if self.choose(batch, drafting).drafts else AR
 
     def observe(self, reached: Sequence[int], accepted: Sequence[int]) -> None:
         """Learn from a step: drafts looked at and accepted, by depth, over all requests."""

@@ -230,3 +230,11 @@ def test_the_first_to_decode_does_not_hold_up_the_many_that_came_with_it(nano: I
         engine.step()
         steps += 1
     assert steps <= 8 and len(engine.scheduler.decoding) == 21  # not one a step
+
+
+def test_where_nobody_wants_drafts_every_step_is_ar(nano: Idlm) -> None:
+    engine = LLM(nano, stride=4).engine
+    for drafting, plans in ((False, {"ar"}), (True, {"ar", "all-4"})):
+        engine.add([5] * 12, SamplingParams(max_tokens=12, ignore_eos=True), 0, drafting=drafting)
+        assert all(update.result is None or update.result.token_ids for update in engine.run())
+        assert set(engine.metrics.plans) == plans
