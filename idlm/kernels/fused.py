@@ -51,11 +51,6 @@ graph(%heads, %cosine, %sine, %half, %half_too):
     %one : int = prim::Constant[value=1]()
     %out = aten::add(%plain, %crossed, %one)
     return (%out)"""
-_SWIGLU = """
-graph(%gate, %up):
-    %soft = aten::silu(%gate)
-    %out = aten::mul(%soft, %up)
-    return (%out)"""
 _FUSED = (
     (_RMS_NORM, "graph(%rows, %weight, %eps):\n    %out = idlm::rms_norm(%rows, %weight, %eps)\n    return (%out)"),
     (
@@ -63,7 +58,6 @@ _FUSED = (
         "graph(%heads, %cosine, %sine, %half, %half_too):\n"
         "    %out = idlm::rotate(%heads, %cosine, %sine)\n    return (%out)",
     ),
-    (_SWIGLU, "graph(%gate, %up):\n    %out = idlm::swiglu(%gate, %up)\n    return (%out)"),
 )
 
 
@@ -80,6 +74,10 @@ def fuse(graph: torch.Graph, dtype: torch.dtype) -> None:
             _constant_eps(graph, node)
         elif node.kind() == "aten::linear" and _fits(*node.inputs()):
             _replace(graph, node, "idlm::linear", list(node.inputs())[:2])
+        elif node.kind() == "aten::mul" and next(node.inputs()).node().kind() == "aten::silu":
+            # at the product's place: between it and silu an adapter adds to the other factor, in place
+            soft, up = node.inputs()
+            _replace(graph, node, "idlm::swiglu", [next(soft.node().inputs()), up])
     torch._C._jit_pass_dce(graph)
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from idlm.decoding.params import SamplingParams
+from idlm.engine.build import build_engine
 from idlm.engine.llm import LLM
 from idlm.kernels import fused, native
 from idlm.kernels import window_attention_native as kernel
@@ -153,6 +154,20 @@ def test_recordings_use_them(family: str, norms: int, dtype: torch.dtype) -> Non
         expected = (norms, 4, 2) if dtype == torch.float32 else (0, 0, 0)
         assert tuple(found[f"idlm::{name}"] for name in ("rms_norm", "rotate", "swiglu")) == expected
         torch.testing.assert_close(recorded(tokens), hidden(tokens))
+
+
+def test_a_recording_drafts_as_the_step_it_was_made_from() -> None:
+    """Adapters add to the linear layers' outputs in place: nothing that is fused may move across that."""
+    found = []
+    for record in (True, False):
+        idlm = tiny_idlm("qwen3")
+        idlm.model.float()
+        engine = build_engine(idlm, 4, "all", max_num_seqs=4, record=record)
+        for seed in range(4):
+            engine.add([5, 6, 7 + seed], SamplingParams(max_tokens=40, temperature=0.7, ignore_eos=True), seed)
+        results = [update.result for update in engine.run() if update.result is not None]
+        found.append(sorted((one.token_ids, one.forwards, one.reached, one.accepted) for one in results))
+    assert found[0] == found[1]
 
 
 def test_without_a_compiler_the_twins_serve(
