@@ -47,6 +47,9 @@ class KVCache:
         segments: what the running forward's rows are; set before each forward.
     """
 
+    _segments: Sequence[Segment]
+    _places: list[Tensor]
+
     def __init__(
         self,
         shapes: Sequence[tuple[int, int, int]],
@@ -66,7 +69,17 @@ class KVCache:
         self._deterministic = deterministic
         self._native = not deterministic and native.available(like)
         self.pages = [like.new_zeros(2, pages, page_size, groups, size) for _ in shapes]
-        self.segments: Sequence[Segment] = ()
+        self.segments = ()
+
+    @property
+    def segments(self) -> Sequence[Segment]:
+        """See above."""
+        return self._segments
+
+    @segments.setter
+    def segments(self, segments: Sequence[Segment]) -> None:
+        self._segments = segments
+        self._places = _places(segments) if len(segments) > 1 else []
 
     def columns(self, tokens: int) -> int:
         """Page-table columns that `tokens` tokens need."""
@@ -93,7 +106,7 @@ class KVCache:
         if len(self.segments) == 1:
             return self._segment(self.segments[0], layer, rows, scale)[None]
         mixed = query.new_empty(rows[0].shape)
-        for segment, place in zip(self.segments, _places(self.segments, query.device), strict=True):
+        for segment, place in zip(self.segments, self._places, strict=True):
             mixed[place] = self._segment(segment, layer, [one[place] for one in rows], scale)
         return mixed[None]
 
@@ -122,9 +135,9 @@ def _by_slot(rows: Tensor, segment: Segment) -> Tensor:
     return torch.cat([real, masks], dim=1)
 
 
-def _places(segments: Sequence[Segment], device: torch.device) -> list[Tensor]:
+def _places(segments: Sequence[Segment]) -> list[Tensor]:
     """The flat rows of each segment: its real ones, then its masks."""
     real = [s.rows.numel() for s in segments]
     masks = [s.rows.shape[0] * s.masks for s in segments]
-    rows = torch.arange(sum(real) + sum(masks), device=device).split(real + masks)
+    rows = torch.arange(sum(real) + sum(masks), device=segments[0].rows.device).split(real + masks)
     return [torch.cat([rows[i], rows[len(segments) + i]]) for i in range(len(segments))]

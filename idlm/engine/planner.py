@@ -16,6 +16,7 @@ import torch
 from idlm.decoding.plan import AR, Choice, CostTable, Plan, RunningAcceptance, choose
 from idlm.decoding.window import MAX_WIDTH
 from idlm.engine.runner import Runner
+from idlm.kernels import native
 
 STRIDES = (2, 3, 4, 6, 8, 12, 16)
 MEASURE_SECONDS = 20.0
@@ -114,9 +115,9 @@ def _cache_file(runner: Runner, plans: Sequence[Plan], slots: int) -> Path:
     where = torch.cuda.get_device_name(idlm.device) if idlm.device.type == "cuda" else platform.processor()
     facts = [config, str(idlm.dtype), idlm.gate is not None, where, platform.node(), torch.__version__]
     facts += [torch.get_num_threads(), slots, [plan.name for plan in plans]]
+    facts.append(native.sources() if idlm.device.type == "cpu" and native.loaded() else None)
     key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "idlm" / "costs" / f"{key}.json"
+    return native.user_cache("costs") / f"{key}.json"
 
 
 def _read(place: Path) -> CostTable | None:

@@ -48,14 +48,23 @@ def loaded() -> bool:
     return not failed
 
 
+def sources() -> str:
+    """The text of all kernels."""
+    return "".join(place.read_text() for place in sorted(SOURCES.glob("*.[ch]")))
+
+
+def user_cache(name: str) -> Path:
+    """Where this user's files of one kind stay between runs; it may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "idlm" / name
+
+
 def _library() -> Path:
     """The shared library, from the cache if it was built before from the same sources on such a machine."""
     compiler = os.environ.get("CC") or shutil.which("cc")
     if compiler is None:
         raise FileNotFoundError("no C compiler (cc) on the PATH; install one, or set CC")
-    sources = [place.read_text() for place in sorted(SOURCES.glob("*.[ch]"))]
-    facts = (*sources, *FLAGS, *FAST, compiler, torch.__version__, platform.machine(), _processor())
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "idlm" / "kernels"
+    facts = (sources(), *FLAGS, *FAST, compiler, torch.__version__, platform.machine(), _processor())
+    home = user_cache("kernels")
     place = home / f"{hashlib.sha256(''.join(facts).encode()).hexdigest()[:24]}.so"
     if not place.exists():
         home.mkdir(parents=True, exist_ok=True)

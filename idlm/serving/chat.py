@@ -39,10 +39,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
         ApiError, InputError, Busy, EngineDown: what became of it instead.
     """
     server = the_server(request)
-    limits = server.config.limits
-    server.target(body.model)
-    body.check(limits)
-    engine = server.engine()
+    engine, limits = server.accept(body), server.config.limits
     family = family_of(server.prompts.template) if body.tools_in_use else None
     messages, tools = body.template_messages(), body.template_tools()
     ids = await server.prompts.in_thread(

@@ -25,10 +25,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
         ApiError, InputError, Busy, EngineDown: what became of it instead.
     """
     server = the_server(request)
-    limits = server.config.limits
-    server.target(body.model)
-    body.check(limits)
-    engine = server.engine()
+    engine, limits = server.accept(body), server.config.limits
     prompts = await server.prompts.in_thread(lambda: _encode(server, body))
     asked = 1 if body.prompt_only else body.asked_tokens
     job = admit(

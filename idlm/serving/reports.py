@@ -106,7 +106,7 @@ class Reports:
         if sample.result.logprobs is not None:
             delta.logprobs = [self._logprobs(entry) for entry in sample.result.logprobs[new]]
         if sample.submit.trace:
-            delta.trace = [TokenTrace(source, sample.forwards) for source in sample.result.sources[new]]
+            delta.trace = [TokenTrace(source, sample.forwards) for source in update.sources]
         return delta
 
     def _finished(self, sample: Sample) -> Finished:

@@ -15,6 +15,7 @@ from idlm.serving.errors import ApiError
 from idlm.serving.messages import Ready
 from idlm.serving.metrics import Meters
 from idlm.serving.prompts import Prompts
+from idlm.serving.protocol import Generation
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,16 @@ class Server:
             names = ", ".join(self.targets)
             raise ApiError(404, f"model {model[:80]!r} is not served here; use {names}", "model", "model_not_found")
         return self.targets[model]
+
+    def accept(self, body: Generation) -> Ready:
+        """Look at what a request asks for before anything is done for it; returns what the engine said of itself.
+
+        Raises:
+            ApiError: nobody answers for its model, or it is out of bounds. EngineDown: there is no engine.
+        """
+        self.target(body.model)
+        body.check(self.config.limits)
+        return self.engine()
 
     def engine(self) -> Ready:
         """What the engine said of itself.

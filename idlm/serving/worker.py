@@ -48,7 +48,7 @@ class Compiled:
     """A sample whose guide has been compiled, or refused."""
 
     submit: Submit
-    error: InputError | None = None
+    error: Exception | None = None
 
 
 class Link:
@@ -137,7 +137,7 @@ class Worker:
         try:
             self.engine.intake.matcher(_params(submit))
             self.link.inbox.put([Compiled(submit)])
-        except InputError as error:
+        except Exception as error:  # the loop refuses or fails with it: a sample must not wait for what never comes
             self.link.inbox.put([Compiled(submit, error)])
 
     def _add_compiled(self, compiled: Compiled) -> None:
