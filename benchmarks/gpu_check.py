@@ -110,12 +110,12 @@ def host_waits(llm: LLM, steps: int = 10) -> dict[str, object]:
     runner = llm.engine.runner
     kind, slots = Kind(llm.engine.planner.widest, Features()), [runner.slots.spare] * 8
     for _ in range(5):  # warm up and record
-        runner.decode(kind, slots, 256).read()
+        runner.step(kind, slots, 256).read()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         for _ in range(steps):
             with torch.profiler.record_function("idlm step"):
-                launched = runner.decode(kind, slots, 256)
+                launched = runner.step(kind, slots, 256)
             launched.read()
     events = profile.events() or []
     ranges = [event.time_range for event in events if event.name == "idlm step" and event.device_type.name == "CPU"]

@@ -3,7 +3,8 @@
 A request's life:
     1. `add` queues it; the intake refuses what cannot be done before it costs anything
     2. the scheduler gives it a slot and pages, those of the prefix cache first
-    3. its prompt is prefilled in chunks between the others' steps; the last chunk brings its first token and drafts
+    3. its prompt is prefilled in chunks beside the others' windows; with the last chunk comes its own first window,
+       which brings its first token and drafts
     4. each step verifies its drafts, commits what stands and drafts again
     5. the host reads the step's result (one step late on a GPU), finds stop strings, hands out the text
     6. it ends: by a stop, its limit, `abort`, or its deadline; its slot is free, its full pages stay cached
@@ -27,10 +28,11 @@ from idlm.engine.logprobs import add_prompt_logprobs, logprob_entries
 from idlm.engine.metrics import Metrics
 from idlm.engine.pages import PagePool
 from idlm.engine.planner import Planner
+from idlm.engine.prompts import Chunk
 from idlm.engine.request import Logprob, Request, Result, Update
 from idlm.engine.runner import Launched, Runner
 from idlm.engine.scheduler import Scheduler, longest
-from idlm.engine.step import Chunk, Kind
+from idlm.engine.step import Kind
 
 WARM_UP_SECONDS = 20.0
 MOST_STEPS = 4
@@ -46,7 +48,7 @@ class _Flight:
     launched: Launched
     requests: list[Request]
     tokens: int
-    prefill: list[tuple[Request, Chunk]]
+    prompts: list[tuple[Request, Chunk]]
 
 
 class Engine:
@@ -128,8 +130,7 @@ class Engine:
         self._expire()
         self._admit()
         earlier = len(self._flights)
-        worked = self._prefill()
-        worked |= self._decode()
+        worked = self._launch()
         keep = max(0, len(self._flights) - earlier) if self.late else 0
         while len(self._flights) > keep:
             self._absorb(self._flights.popleft())
@@ -145,7 +146,7 @@ class Engine:
 
     def warm_up(self, seconds: float = WARM_UP_SECONDS) -> None:
         """Prepare the steps that most requests need, in bounded time; a server does so before it is ready."""
-        self.runner.warm_up(self.planner.plans, self.planner.widest, seconds)
+        self.runner.warm_up(self.planner.plans, seconds)
 
     def drain(self) -> None:
         """Read what is under way, so that host and device agree."""
@@ -188,44 +189,33 @@ class Engine:
         worth = self.metrics.prefill_budget()
         return min(worth * min(max(1, prefilling // decoding), MOST_STEPS), PREFILL_ALONE)
 
-    def _prefill(self) -> bool:
-        work = self.scheduler.chunks(self._budget())
-        if not work:
-            return False
-        plan = self.planner.for_prefill(len(self.scheduler.running), any(request.drafting for request, _ in work))
-        started = perf_counter()
-        matchers = [request.matcher for request, chunk in work if chunk.last]
-        launched = self.runner.prefill(self._kind(plan), [chunk for _, chunk in work], matchers)
-        self.metrics.count_prefill(sum(len(chunk.tokens) for _, chunk in work), perf_counter() - started)
-        for request, chunk in work:
-            if chunk.last:
-                self.scheduler.publish(request, len(request.text))
-        last = [request for request, chunk in work if chunk.last]
-        self._flights.append(_Flight(launched, last, 1, work))
-        return True
-
-    def _decode(self) -> bool:
-        if any(request.matcher for request in self.scheduler.decoding):
+    def _launch(self) -> bool:
+        """One forward: a window for whoever decodes, chunks for whoever is still to."""
+        if any(request.matcher for request in self.scheduler.running):
             self.drain()  # a guide has to know all that is committed
-        if not self.scheduler.decoding:
+        if not self.scheduler.running:
             return False
-        plan = self.planner.choose(len(self.scheduler.decoding), any(r.drafting for r in self.scheduler.decoding))
-        if not self._grow(plan):
-            return False
+        running = self.scheduler.decoding or self.scheduler.prefilling
+        plan = self.planner.choose(len(running), any(request.drafting for request in running))
+        self._grow(plan)
+        work = self.scheduler.chunks(self._budget())
         requests = list(self.scheduler.decoding)
         started = perf_counter()
         slots = [request.slot for request in requests if request.slot is not None]
+        tokens = longest(requests) + self._ahead(plan) if requests else 1
         matchers = [request.matcher for request in requests]
-        launched = self.runner.decode(self._kind(plan), slots, longest(requests) + self._ahead(plan), matchers)
-        self.metrics.count_decode(plan, len(slots), perf_counter() - started)
-        self._flights.append(_Flight(launched, requests, plan.stride, []))
+        chunks = [chunk for _, chunk in work]
+        launched = self.runner.step(self._kind(plan), slots, tokens, chunks, matchers)
+        prompt_tokens = sum(len(chunk.tokens) for chunk in chunks)
+        self.metrics.count_launch(plan, len(slots), prompt_tokens, perf_counter() - started)
+        self._flights.append(_Flight(launched, requests, plan.stride if requests else 0, work))
         return True
 
     def _ahead(self, plan: Plan) -> int:
         """Tokens by which the device may be past what the host knows, and the drafts of the step to come."""
         return sum(flight.tokens for flight in self._flights) + plan.drafts
 
-    def _grow(self, plan: Plan) -> bool:
+    def _grow(self, plan: Plan) -> None:
         """Pages for the step to come; where they run out, someone gives theirs up."""
         entries = []
         for request in sorted(self.scheduler.decoding, key=lambda one: one.order):
@@ -237,7 +227,6 @@ class Engine:
                 self._preempt()
         seated = {request.slot for request in self.scheduler.running}
         self.runner.map_pages([entry for entry in entries if entry[0] in seated])
-        return bool(self.scheduler.decoding)
 
     def _preempt(self) -> None:
         """Take the last one's pages; first what is under way is read: it may bring the end of somebody."""
@@ -258,8 +247,8 @@ class Engine:
         started = perf_counter()
         outcome = flight.launched.read()
         self.metrics.device_seconds += perf_counter() - started
-        if flight.prefill and outcome.prompt is not None:
-            add_prompt_logprobs(self.runner.idlm, flight.prefill, outcome.prompt)
+        if outcome.prompt is not None:
+            add_prompt_logprobs(self.runner.idlm, flight.prompts, outcome.prompt)
         reached, accepted = [0] * self.runner.depth, [0] * self.runner.depth
         for row, (request, packed) in enumerate(zip(flight.requests, outcome.packed.tolist(), strict=False)):
             *tokens, number, drafted, stood, _ = packed
@@ -269,8 +258,7 @@ class Engine:
                 reached[depth] += 1
                 accepted[depth] += depth < stood
             self._deliver(request, tokens[:number], drafted, stood, logprob_entries(outcome, row, request))
-        if not flight.prefill:
-            self.planner.observe(reached, accepted)
+        self.planner.observe(reached, accepted)
 
     def _deliver(
         self, request: Request, tokens: list[int], drafted: int, accepted: int, chances: list[dict[int, Logprob]]

@@ -59,6 +59,8 @@ class Intake:
         result = Result(list(prompt), seed, [0] * self.depth, [0] * self.depth, Timing(now))
         if params.logprobs is not None:
             result.logprobs = []
+        if params.prompt_logprobs is not None:
+            result.prompt_logprobs = [None]
         return Request(
             id=f"request-{number}",
             prompt=list(prompt),

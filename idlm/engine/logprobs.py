@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from idlm.decoding.law import law
+from idlm.engine.prompts import Chunk
 from idlm.engine.request import Logprob, Request
-from idlm.engine.step import Chunk, Outcome
+from idlm.engine.step import Outcome
 from idlm.models.idlm_model import Idlm
 
 
@@ -44,11 +45,11 @@ def add_prompt_logprobs(idlm: Idlm, work: Sequence[tuple[Request, Chunk]], hidde
     for request, chunk in work:
         rows = hidden[start : start + len(chunk.tokens)]
         start += len(chunk.tokens)
-        top, result = request.params.prompt_logprobs, request.result
-        if top is None or result.token_ids:  # one that was pre-empted has them already
+        top, known = request.params.prompt_logprobs, request.result.prompt_logprobs
+        if top is None or known is None:
             continue
-        result.prompt_logprobs = result.prompt_logprobs or [None]
-        targets = request.prompt[chunk.start + 1 : chunk.start + 1 + len(rows)]
+        rows = rows[len(known) - chunk.start - 1 :]  # one that was pre-empted has some, or all of them, already
+        targets = request.prompt[len(known) : len(known) + len(rows)]
         if not targets:
             continue
         params = replace(
@@ -59,7 +60,7 @@ def add_prompt_logprobs(idlm: Idlm, work: Sequence[tuple[Request, Chunk]], hidde
             frequency_penalty=0.0,
         )
         log_p = law(idlm.head(rows[: len(targets)]), params, None, idlm.mask_id)
-        result.prompt_logprobs += _rows(log_p, targets, top)
+        known += _rows(log_p, targets, top)
 
 
 def _rows(log_p: Tensor, targets: list[int], top: int) -> list[dict[int, Logprob]]:

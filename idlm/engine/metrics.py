@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from idlm.decoding.plan import Plan
 
 GAP_SHARE = 1.0
-"""Decode steps that a prefill chunk beside running requests may take. Their wait then stays below three: the estimate
+"""Decode steps that the prompt tokens beside running requests may take. Their wait then stays below three: the estimate
 comes from the chunks before, and this one sees a longer prefix."""
 SMOOTHING = 0.2
 FIRST_BUDGET = 64
@@ -37,7 +37,8 @@ class Metrics:
     plans: Counter[str] = field(default_factory=Counter)
     step_seconds: float = 0.0
     device_seconds: float = 0.0
-    _decode_average: float | None = None
+    _decodes: dict[tuple[Plan, int], float] = field(default_factory=dict)
+    _decode_seconds: float | None = None
     _prefill_average: float | None = None
 
     @property
@@ -50,27 +51,28 @@ class Metrics:
         self.steps += 1
         self.step_seconds += seconds
 
-    def count_prefill(self, tokens: int, seconds: float) -> None:
-        """A prefill of so many prompt tokens was run."""
+    def count_launch(self, plan: Plan, batch: int, prompt_tokens: int, seconds: float) -> None:
+        """A forward of `batch` windows and so many prompt tokens was run."""
+        self.device_seconds += seconds
+        if batch:
+            self.decode_steps += 1
+            self.rows += batch
+            self.window_rows += batch * plan.width
+            self.plans[plan.name] += 1
+        if not prompt_tokens:
+            self._decode_seconds = self._decodes[plan, batch] = _smooth(self._decodes.get((plan, batch)), seconds)
+            return
         self.prefills += 1
-        self.prefill_tokens += tokens
-        self.device_seconds += seconds
-        self._prefill_average = _smooth(self._prefill_average, seconds / tokens)
-
-    def count_decode(self, plan: Plan, batch: int, seconds: float) -> None:
-        """A decode step was run."""
-        self.decode_steps += 1
-        self.rows += batch
-        self.window_rows += batch * plan.width
-        self.plans[plan.name] += 1
-        self.device_seconds += seconds
-        self._decode_average = _smooth(self._decode_average, seconds)
+        self.prefill_tokens += prompt_tokens
+        alone = self._decodes.get((plan, batch)) if batch else 0.0
+        if alone is not None:
+            self._prefill_average = _smooth(self._prefill_average, max(0.0, seconds - alone) / prompt_tokens)
 
     def prefill_budget(self) -> int:
         """Prompt tokens that take about `GAP_SHARE` decode steps, from what both have taken lately."""
-        if self._decode_average is None or self._prefill_average is None:
+        if self._decode_seconds is None or not self._prefill_average:
             return FIRST_BUDGET
-        fitting = int(GAP_SHARE * self._decode_average / self._prefill_average)
+        fitting = int(GAP_SHARE * self._decode_seconds / self._prefill_average)
         return min(max(fitting, SMALLEST_BUDGET), LARGEST_BUDGET)
 
 

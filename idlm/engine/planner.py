@@ -69,10 +69,6 @@ class Planner:
             self.current, self._choice = choice.plan, choice
         return self.current
 
-    def for_prefill(self, batch: int, drafting: bool) -> Plan:
-        """The plan whose drafts a prefill brings to a batch: no drafts where AR is the fastest."""
-        return self.widest if self.choose(batch, drafting).drafts else AR
-
     def observe(self, reached: Sequence[int], accepted: Sequence[int]) -> None:
         """Learn from a step: drafts looked at and accepted, by depth, over all requests."""
         self.acceptance.update(reached, accepted)

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from idlm.engine.step import Core, Kind, Outcome, Piece
+from idlm.engine.prompts import Pieces, Prompts
+from idlm.engine.step import Core, Kind, Outcome
 from idlm.kernels.fused import fuse
 
 Replay = Callable[..., tuple[Tensor, ...]]
@@ -37,26 +38,25 @@ class Recorder:
         self._seen: Counter[object] = Counter()
         self._recordings: dict[object, Replay] = {}
 
-    def decode(self, kind: Kind, rows: Tensor, columns: Tensor) -> Outcome:
-        """`Core.decode`."""
-        device = rows.device.type
-        key = (kind, len(rows), len(columns)) if device == "cuda" else kind
-        if not self._due(key, device):
-            return self.core.decode(kind, rows, columns)
-        if key not in self._recordings:
-            record = _capture if device == "cuda" else _trace_decode
-            self._recordings[key] = record(self.core, kind, rows, columns)
-        packed, *logprobs = self._recordings[key](rows, columns)
-        return Outcome(packed, tuple(logprobs))
+    def step(self, kind: Kind, rows: Tensor, columns: Tensor, prompts: Prompts | None) -> Outcome:
+        """`Core.step`.
 
-    def prefill(self, kind: Kind, pieces: Sequence[Piece], last: Sequence[bool]) -> Outcome:
-        """`Core.prefill`; recorded for single pieces on a CPU."""
-        key, (piece, *more) = (kind, *last), pieces
-        if more or piece.tokens.is_cuda or not self._due(key, "cpu"):
-            return self.core.prefill(kind, pieces, last)
+        With pieces of prompts it is recorded where the attention takes any number of them at once, which is the C
+        kernel's doing; a GPU runs them by themselves before the graph of the windows is replayed.
+        """
+        core, cuda = self.core, rows.is_cuda
+        if cuda and prompts is not None:
+            hidden = core.prefill(prompts)
+            return replace(self.step(kind, rows, columns, None), prompt=hidden)
+        key = (kind, len(rows), len(columns)) if cuda else (kind, prompts is not None)
+        if (prompts is not None and not core.cache.native) or not self._due(key, rows.device.type):
+            return core.step(kind, rows, columns, prompts)
         if key not in self._recordings:
-            self._recordings[key] = _trace_prefill(self.core, kind, piece, last)
-        packed, hidden, *logprobs = self._recordings[key](*piece)
+            self._recordings[key] = (_capture if cuda else _recording)(core, kind, rows, columns, prompts)
+        if prompts is None:
+            packed, *logprobs = self._recordings[key](rows, columns)
+            return Outcome(packed, tuple(logprobs))
+        packed, hidden, *logprobs = self._recordings[key](rows, columns, *prompts.pieces)
         return Outcome(packed, tuple(logprobs), hidden)
 
     def _due(self, key: object, device: str) -> bool:
@@ -84,22 +84,20 @@ def _trace(core: Core, step: Replay, *inputs: Tensor) -> Replay:
     return replay
 
 
-def _trace_decode(core: Core, kind: Kind, rows: Tensor, columns: Tensor) -> Replay:
-    def step(rows: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
-        outcome = core.decode(kind, rows, columns)
-        return outcome.packed, *outcome.logprobs
+def _recording(core: Core, kind: Kind, rows: Tensor, columns: Tensor, prompts: Prompts | None) -> Replay:
+    """Of three windows, and of two pieces if there are any, all on the spare slot."""
 
-    return _trace(core, step, torch.full((3,), core.slots.spare), columns)
+    def step(rows: Tensor, columns: Tensor, *pieces: Tensor) -> tuple[Tensor, ...]:
+        outcome = core.step(kind, rows, columns, Prompts(Pieces(*pieces), (2, 3)) if pieces else None)
+        return outcome.packed, *(() if outcome.prompt is None else (outcome.prompt,)), *outcome.logprobs
 
-
-def _trace_prefill(core: Core, kind: Kind, piece: Piece, last: Sequence[bool]) -> Replay:
-    def step(*piece: Tensor) -> tuple[Tensor, ...]:
-        outcome = core.prefill(kind, [Piece(*piece)], last)
-        assert outcome.prompt is not None  # noqa: S101
-        return outcome.packed, outcome.prompt, *outcome.logprobs
-
-    spare = piece._replace(slot=torch.full_like(piece.slot, core.slots.spare))
-    return _trace(core, step, *spare)
+    spare = torch.full((3,), core.slots.spare)
+    if prompts is None:
+        return _trace(core, step, spare, columns)
+    starts, ends, owner = torch.zeros(2, dtype=torch.int64), torch.tensor([2, 5]), torch.tensor([0, 0, 1, 1, 1])
+    positions = torch.tensor([0, 1, 0, 1, 2])
+    pieces = Pieces(torch.zeros_like(owner), positions, owner, spare[:2], starts, ends, columns)
+    return _trace(core, step, spare, columns, *pieces)
 
 
 @dataclass
@@ -118,16 +116,17 @@ class _Graph:
         return tuple(output.clone() for output in self.outputs)
 
 
-def _capture(core: Core, kind: Kind, rows: Tensor, columns: Tensor) -> Replay:
+def _capture(core: Core, kind: Kind, rows: Tensor, columns: Tensor, prompts: Prompts | None) -> Replay:
     """A CUDA graph for this number of rows and columns; capturing runs nothing but the warm-up on the spare slot."""
+    assert prompts is None  # noqa: S101
     spare = torch.full_like(rows, core.slots.spare)
     columns = columns.clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        core.decode(kind, spare, columns)
+        core.step(kind, spare, columns)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outcome = core.decode(kind, spare, columns)
+        outcome = core.step(kind, spare, columns)
     return _Graph(graph, spare, columns, (outcome.packed, *outcome.logprobs))

@@ -18,9 +18,10 @@ from idlm.decoding.plan import AR, Plan
 from idlm.decoding.settings import Features, Settings
 from idlm.engine.guide import GuidedRows, Matcher
 from idlm.engine.kv_cache import KVCache
+from idlm.engine.prompts import Chunk, Prompts
 from idlm.engine.record import Recorder
 from idlm.engine.slots import Slots
-from idlm.engine.step import Chunk, Core, Kind, Outcome, Piece
+from idlm.engine.step import Core, Kind, Outcome
 from idlm.kernels.fused import lay_out
 from idlm.models.idlm_model import Idlm
 
@@ -105,13 +106,14 @@ class Runner:
         adapter: int,
         drafting: bool,
     ) -> None:
-        """Give a request a slot; its pages and its prefill follow."""
+        """Give a request a slot; its pages follow, and the prefill of its text but for the last token."""
         if params.verification == "ratio" and self.slots.log_q is None:
             rows = len(self.slots.state.length)
             shape = (rows, self.depth, self.idlm.vocab_size)
             self.slots.log_q = torch.zeros(shape, dtype=torch.float64, device=self.idlm.device)
         self.settings.put(slot, params, seed, prompt, output, stop_ids)
-        self.slots.put(slot, len(prompt) + len(output), limit, stop_ids, adapter, drafting)
+        text = [*prompt, *output]
+        self.slots.put(slot, len(text), text[-1], limit, stop_ids, adapter, drafting)
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
@@ -125,37 +127,29 @@ class Runner:
         self.slots.map_pages(entries)
 
     @torch.inference_mode()
-    def decode(
-        self, kind: Kind, slots: Sequence[int], tokens: int, matchers: Sequence[Matcher | None] = ()
+    def step(
+        self,
+        kind: Kind,
+        slots: Sequence[int],
+        tokens: int,
+        chunks: Sequence[Chunk] = (),
+        matchers: Sequence[Matcher | None] = (),
     ) -> Launched:
-        """One step of the requests in `slots`, none of which has more than `tokens` tokens, drafts included.
+        """One window for each of `slots`, none of which has more than `tokens` tokens, drafts included; and `chunks`.
 
         `matchers` are those of the slots; where there is one, the step is not recorded: its host takes part in it.
         """
+        slots = slots or [self.slots.spare]
         batch, columns = len(slots), min(self.core.cache.columns(tokens), self.slots.state.table.shape[1])
         if self.idlm.device.type == "cuda":  # one graph serves one shape, so shapes are few
             batch, columns = _round_up(batch), min(_round_up(columns), self.slots.state.table.shape[1])
         rows = self._on_device([*slots, *[self.slots.spare] * (batch - len(slots))])
         taken = torch.arange(columns, device=self.idlm.device)
+        prompts = Prompts.of(chunks, self.core.cache.page_size, self._on_device) if chunks else None
         if any(matchers):
-            return Launched.of(self.core.decode(kind, rows, taken, self._guided(matchers, batch)))
-        return Launched.of(self._steps.decode(kind, rows, taken))
-
-    @torch.inference_mode()
-    def prefill(self, kind: Kind, chunks: Sequence[Chunk], matchers: Sequence[Matcher | None] = ()) -> Launched:
-        """Chunks of prompts in one forward; `matchers` of those that are the last of theirs, as for `decode`."""
-        pieces, last = [self._piece(chunk) for chunk in chunks], [chunk.last for chunk in chunks]
-        if any(matchers):
-            return Launched.of(self.core.prefill(kind, pieces, last, self._guided(matchers, len(matchers))))
-        return Launched.of(self._steps.prefill(kind, pieces, last))
-
-    def _guided(self, matchers: Sequence[Matcher | None], batch: int) -> GuidedRows:
-        return GuidedRows([*matchers, *[None] * (batch - len(matchers))], self.idlm.vocab_size)
-
-    def _piece(self, chunk: Chunk) -> Piece:
-        columns = self.core.cache.columns(chunk.start + len(chunk.tokens))
-        numbers = ([chunk.slot], [chunk.start], list(chunk.tokens), list(range(columns)))
-        return Piece(*map(self._on_device, numbers))
+            guided = GuidedRows([*matchers, *[None] * (batch - len(matchers))], self.idlm.vocab_size)
+            return Launched.of(self.core.step(kind, rows, taken, prompts, guided))
+        return Launched.of(self._steps.step(kind, rows, taken, prompts))
 
     def _on_device(self, numbers: Sequence[int]) -> Tensor:
         """The numbers as int64 on the device; from pinned memory, so that a GPU's host does not wait for the copy."""
@@ -174,14 +168,14 @@ class Runner:
             warm = 1 if shape in self._measured else WARM_UP
             self._measured.add(shape)
             for _ in range(warm):
-                self.decode(kind, slots, prefix + self.depth).read()
+                self.step(kind, slots, prefix + self.depth).read()
             started = perf_counter()
-            self.decode(kind, slots, prefix + self.depth).read()
+            self.step(kind, slots, prefix + self.depth).read()
             seconds = perf_counter() - started
             self.slots.state.length[self.slots.spare] = 1
         return seconds
 
-    def warm_up(self, plans: Iterable[Plan], widest: Plan, seconds: float) -> None:
+    def warm_up(self, plans: Iterable[Plan], seconds: float) -> None:
         """Record the steps of greedy and of plainly sampled requests, so that no request waits for that later.
 
         A CUDA graph is for one batch size, so there it is left to the first of each.
@@ -189,13 +183,10 @@ class Runner:
         if self.idlm.device.type == "cuda":
             return
         started, spare = perf_counter(), self.slots.spare
-        for features in (Features(), Features(sampled=True)):
-            for plan, last in product({AR, widest}, (True, False)):
+        for features, plan in product((Features(), Features(sampled=True)), dict.fromkeys([AR, *plans])):
+            for chunks in ((), [Chunk(spare, [0, 0], 0)]):
                 for _ in range(WARM_UP):
-                    self.prefill(Kind(plan, features), [Chunk(spare, [0, 0], 0, last)])
-            for plan in {AR, *plans}:
-                for _ in range(WARM_UP):
-                    self.decode(Kind(plan, features), [spare], 1)
+                    self.step(Kind(plan, features), [spare], 3, chunks)
                 if perf_counter() - started > seconds:
                     return
 

@@ -14,8 +14,8 @@ import heapq
 from collections.abc import Sequence
 
 from idlm.engine.pages import PagePool, chain
+from idlm.engine.prompts import Chunk
 from idlm.engine.request import Request
-from idlm.engine.step import Chunk
 
 
 class Scheduler:
@@ -94,21 +94,21 @@ class Scheduler:
         return max(self.running, key=lambda request: request.order)
 
     def chunks(self, budget: int) -> list[tuple[Request, Chunk]]:
-        """Prefill work of at most `budget` tokens; those whose last chunk is among it go on to decode."""
+        """Prefill work of at most `budget` tokens; who lacks only its last token after it decodes from this step on."""
         work = []
         for request in list(self.prefilling):
-            if budget <= 0:
-                break
-            text, start = request.text, request.computed
-            size = min(len(text) - start, budget)
-            last = start + size == len(text)
             assert request.slot is not None  # noqa: S101
-            work.append((request, Chunk(request.slot, text[start : start + size], start, last)))
+            text, start = request.text, request.computed
+            size = min(len(text) - 1 - start, budget)
+            if size:
+                work.append((request, Chunk(request.slot, text[start : start + size], start)))
             request.computed += size
             budget -= size
-            if last:
-                self.prefilling.remove(request)
-                self.decoding.append(request)
+            if request.computed < len(text) - 1:
+                break
+            self.prefilling.remove(request)
+            self.decoding.append(request)
+            self.publish(request, request.computed)
         return work
 
     def publish(self, request: Request, tokens: int) -> None:

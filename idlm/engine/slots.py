@@ -79,10 +79,13 @@ class Slots:
         )
         self.stops = flag(vocab_size)
 
-    def put(self, slot: int, length: int, limit: int, stops: Sequence[int], adapter: int, drafting: bool) -> None:
-        """Seat a request with `length` committed tokens; it ends at `limit` or at one of `stops`."""
+    def put(
+        self, slot: int, length: int, pending: int, limit: int, stops: Sequence[int], adapter: int, drafting: bool
+    ) -> None:
+        """Seat a request with `length` committed tokens, `pending` the last; `limit` or one of `stops` ends it."""
         state = self.state
         state.length[slot] = length
+        state.pending[slot] = pending
         state.limit[slot] = limit
         state.alive[slot] = True
         state.drafting[slot] = drafting

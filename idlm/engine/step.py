@@ -1,15 +1,16 @@
 """One step, as tensor operations of static shape: forward, verification, state update. Nothing waits for the device.
 
-    1. read the slots' rows; lay out their windows
-    2. one forward over all rows of all slots
+    1. read the slots' rows; lay out their windows, and the pieces of prompts that this step prefills
+    2. one forward over all these rows
     3. the head on the verify rows; the verdict: how many drafts stand, and the token after them
     4. commit: cut at the request's limit and at its first stop token; the last token committed becomes pending
     5. the head on the masks of that very outcome: the next drafts
 
-A prefill chunk is the same with other rows; its last chunk goes through 3 to 5 with no drafts to verify.
+A prompt's last token is not prefilled: it is the pending token of its slot's first window, which has no drafts to
+verify. That window may be in the forward that prefills the rest.
 
-Shapes: B slots, K drafts, R = 1 + K verify rows, G groups of K masks, D hidden size, V logit columns, M columns
-of the page table.
+Shapes: B slots, K drafts, R = 1 + K verify rows, G groups of K masks, P pieces of T prompt tokens in all, D hidden
+size, V logit columns, M columns of the page table.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from idlm.decoding.settings import Features, Settings
 from idlm.decoding.window import window
 from idlm.engine.guide import GuidedRows
 from idlm.engine.kv_cache import KVCache, Segment
+from idlm.engine.prompts import Prompts
 from idlm.engine.slots import Slots, State, select, store
 from idlm.kernels.batch_invariant import batch_invariant
 from idlm.kernels.verification import draft, verify
@@ -49,25 +50,6 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """A piece of a prefill: `tokens` of `slot` from position `start` on; after the `last` one the request decodes."""
-
-    slot: int
-    tokens: Sequence[int]
-    start: int
-    last: bool
-
-
-class Piece(NamedTuple):
-    """A chunk on the device: slot and start [1], tokens [T], and the columns [M] of the page table that it needs."""
-
-    slot: Tensor
-    start: Tensor
-    tokens: Tensor
-    columns: Tensor
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What a step tells the host.
 
@@ -75,7 +57,7 @@ class Outcome:
         packed: int64 [B, R + 4]: R tokens, how many of them are committed, the drafts looked at, those accepted, and
             whether the request goes on.
         logprobs: of the R tokens, if asked for; see `idlm.decoding.batch.logprobs`.
-        prompt: hidden states [T, D] of a prefill's real rows, chunk by chunk, for prompt logprobs.
+        prompt: hidden states [T, D] of the pieces of prompts, for prompt logprobs.
     """
 
     packed: Tensor
@@ -144,63 +126,52 @@ class Core:
         state = [getattr(self.slots.state, field.name) for field in fields(State)]
         return [*self.cache.pages, *state, *(tensor for tensor in optional if tensor is not None)]
 
-    def decode(self, kind: Kind, rows: Tensor, columns: Tensor, guided: Guided = None) -> Outcome:
-        """See `_decode`."""
-        with self.kernels():
-            return self._decode(kind, rows, columns, guided)
+    def step(
+        self, kind: Kind, rows: Tensor, columns: Tensor, prompts: Prompts | None = None, guided: Guided = None
+    ) -> Outcome:
+        """One window for each of the slots `rows` [B], and the pieces of `prompts`.
 
-    def prefill(self, kind: Kind, pieces: Sequence[Piece], last: Sequence[bool], guided: Guided = None) -> Outcome:
-        """See `_prefill`."""
+        The slots' texts lie in the first `columns` [M] of their page tables.
+        """
         with self.kernels():
-            return self._prefill(kind, pieces, last, guided)
+            return self._step(kind, rows, columns, prompts, guided)
 
-    def _decode(self, kind: Kind, rows: Tensor, columns: Tensor, guided: Guided) -> Outcome:
-        """One window for each of the slots `rows` [B], whose text lies in the first `columns` [M] of their tables."""
+    def prefill(self, prompts: Prompts) -> Tensor:
+        """The pieces alone; returns their hidden states [T, D]."""
+        with self.kernels():
+            self.cache.segments = self._pieces(prompts)
+            tokens, positions = prompts.pieces.tokens, prompts.pieces.positions
+            return self.idlm.hidden(tokens[None], positions[None], None, NO_ROWS, self.cache)[0]
+
+    def _step(self, kind: Kind, rows: Tensor, columns: Tensor, prompts: Prompts | None, guided: Guided) -> Outcome:
         layout, state = self.layout(kind.plan), self.slots.read(rows, columns)
         valid, prefix = state.valid.clamp(max=layout.masks), state.length - 1
         positions = prefix[:, None] + layout.offsets.index_select(0, valid)
         real = positions[:, : layout.stride]
         drafts = state.drafts[:, : layout.masks]
         words = layout.words.index_select(0, valid)
-        self.cache.segments = (self.cache.segment(state.table, prefix, words, real, layout.mask_rows),)
-        tokens = torch.cat([state.pending[:, None], drafts], dim=1).flatten()
-        verified, masks = self._forward(tokens, real.flatten(), positions[:, layout.stride :].flatten(), state.adapter)
-        logits = self.idlm.head(verified).unflatten(0, (-1, layout.stride))
+        windows = self.cache.windows(state.table, prefix, words, real, layout.mask_rows)
+        tokens, places = torch.cat([state.pending[:, None], drafts], dim=1).flatten(), real.flatten()
+        before: list[Segment] = []
+        if prompts is not None:
+            before = self._pieces(prompts)
+            tokens, places = torch.cat([prompts.pieces.tokens, tokens]), torch.cat([prompts.pieces.positions, places])
+        self.cache.segments = (*before, windows)
+        hidden, masks = self._forward(tokens, places, positions[:, layout.stride :].flatten(), state.adapter)
+        prompt = None
+        if prompts is not None:
+            first = prompts.pieces.tokens.shape[0]
+            prompt, hidden = hidden[:first], hidden[first:]
+        logits = self.idlm.head(hidden).unflatten(0, (-1, layout.stride))
         slate = self._judge(kind, rows, state, logits, drafts, valid, guided)
-        if not layout.masks:
-            return self._commit(kind, slate, None)
-        group = layout.group[valid, slate.verdict.accepted]
-        masks = masks.unflatten(0, (-1, layout.groups, layout.masks))
-        chosen = masks.gather(1, group.clamp(min=0)[:, None, None, None].expand(-1, 1, *masks.shape[2:]))[:, 0]
-        return self._commit(kind, slate, chosen, group >= 0)
+        packed, chances = self._commit(kind, slate, *_chosen(layout, slate, masks))
+        return Outcome(packed, chances, prompt)
 
-    def _prefill(self, kind: Kind, pieces: Sequence[Piece], last: Sequence[bool], guided: Guided) -> Outcome:
-        """Run pieces of prompts; those that are the last of theirs, all of `guided`, commit a first token and draft."""
-        masks = kind.plan.stride - 1
-        placed = [piece.start + torch.arange(piece.tokens.shape[0], device=piece.start.device) for piece in pieces]
-        self.cache.segments = [
-            self._segment(piece, positions, masks if final else 0)
-            for piece, positions, final in zip(pieces, placed, last, strict=True)
-        ]
-        final = [index for index, is_last in enumerate(last) if is_last]
-        rows = _joined([pieces[index].slot for index in final], pieces[0].slot[:0])
-        ends = _joined([placed[index][-1:] for index in final], rows)
-        beyond = ends[:, None] + torch.arange(1, masks + 1, device=rows.device)
-        state = self.slots.read(rows, rows[:0])
-        tokens, real = _joined([piece.tokens for piece in pieces]), _joined(placed)
-        hidden, drafting = self._forward(tokens, real, beyond.flatten(), state.adapter)
-        if not final:
-            return Outcome(tokens.new_empty(0, 5), (), hidden)
-        parts = hidden.split([len(one) for one in placed]) if len(pieces) > 1 else (hidden,)
-        logits = self.idlm.head(_joined([parts[index][-1:] for index in final]))[:, None]
-        slate = self._judge(kind, rows, state, logits, state.drafts[:, :0], torch.zeros_like(rows), guided)
-        outcome = self._commit(kind, slate, drafting.unflatten(0, (-1, masks)) if masks else None)
-        return Outcome(outcome.packed, outcome.logprobs, hidden)
-
-    def _segment(self, piece: Piece, positions: Tensor, masks: int) -> Segment:
-        """A piece's rows: causal, after what the slot's pages hold up to its start."""
-        state = self.slots.read(piece.slot, piece.columns)
-        return self.cache.segment(state.table, piece.start, None, positions[None], masks)
+    def _pieces(self, prompts: Prompts) -> list[Segment]:
+        """What the rows of pieces see: the tokens before them, in their slots' pages and in the pieces themselves."""
+        of = prompts.pieces
+        table = self.slots.state.table.index_select(0, of.slots).index_select(1, of.columns)
+        return self.cache.pieces(table, of.starts, of.positions, of.owner, of.ends, prompts.lengths)
 
     def _forward(self, tokens: Tensor, real: Tensor, masks: Tensor, adapter: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states of real rows [., D] and of MASK rows [., D], the rows given as tokens and positions."""
@@ -228,8 +199,10 @@ class Core:
             verdict = self._simulate(verdict, drafts, valid, state.length, settings.keys)
         return Slate(rows, state, settings, logits, valid, verdict, guided)
 
-    def _commit(self, kind: Kind, slate: Slate, masks: Tensor | None, served: Tensor | None = None) -> Outcome:
-        """Commit the verdict and draft from `masks` [B, K, D]; `served` [B] says who has masks (None: all)."""
+    def _commit(
+        self, kind: Kind, slate: Slate, masks: Tensor | None, served: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Commit the verdict and draft from `masks` [B, K, D], which the slots `served` [B] have; see `Outcome`."""
         state, tokens = slate.state, slate.verdict.tokens
         keep, ended = self._cut(slate)
         number = keep.sum(dim=1)
@@ -243,7 +216,7 @@ class Core:
         self.slots.write(slate.rows, length=length, pending=pending, alive=alive)
         self._draft(kind, slate, masks, served, length)
         columns = torch.stack([number, slate.valid, slate.verdict.accepted, alive.to(torch.int64)], dim=1)
-        return Outcome(torch.cat([tokens, columns], dim=1), chances)
+        return torch.cat([tokens, columns], dim=1), chances
 
     def _cut(self, slate: Slate) -> tuple[Tensor, Tensor]:
         """Which tokens [B, R] are committed, up to the limit and the first stop token; and whether that came [B]."""
@@ -257,13 +230,13 @@ class Core:
 
     def _draft(self, kind: Kind, slate: Slate, masks: Tensor | None, served: Tensor | None, first: Tensor) -> None:
         """Write the drafts of the tokens from position `first` [B] on."""
-        if masks is None:
+        if masks is None or served is None:
             self.slots.write(slate.rows, valid=torch.zeros_like(slate.valid))
             return
         number = first - slate.state.length
         allow = None if slate.guided is None else slate.guided.allow(slate.verdict.tokens, number)
         drafts, log_q = draft(self.idlm.head(masks), slate.settings, kind.features, first, allow)
-        good = slate.state.drafting if served is None else slate.state.drafting & served
+        good = slate.state.drafting & served
         depth = drafts.shape[1]
         whole = torch.cat([drafts, slate.state.drafts[:, depth:]], dim=1)
         self.slots.write(slate.rows, valid=good * depth, drafts=whole)
@@ -292,9 +265,11 @@ class Core:
         return verdict._replace(accepted=accepted, token=token, tokens=tokens)
 
 
-def _joined(parts: Sequence[Tensor], none: Tensor | None = None) -> Tensor:
-    """The parts one after the other; `none` where there are none."""
-    if not parts:
-        assert none is not None  # noqa: S101
-        return none
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+def _chosen(layout: Layout, slate: Slate, masks: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The masks [B, K, D] of each slot's outcome, and which slots [B] have some; None under AR."""
+    if not layout.masks:
+        return None, None
+    group = layout.group[slate.valid, slate.verdict.accepted]
+    masks = masks.unflatten(0, (-1, layout.groups, layout.masks))
+    index = group.clamp(min=0)[:, None, None, None].expand(-1, 1, *masks.shape[2:])
+    return masks.gather(1, index)[:, 0], group >= 0

@@ -23,11 +23,11 @@ def attend(
     rows: Tensor,
     table: Tensor,
     lengths: Tensor,
-    visible: Tensor | None,
+    visible: Tensor,
     masks: int,
     scale: float,
 ) -> Tensor:
-    """Write a segment's real rows to the pages and mix the values that each row sees.
+    """Write the real rows of windows to the pages and mix the values that each row sees.
 
     Args:
         query, key, value: [B R + B M, heads, E]: the real rows of all slots, then their masks; dense along E.
@@ -37,8 +37,33 @@ def attend(
     Returns:
         [B R + B M, H, E].
     """
-    causal = visible is None
     mixed: Tensor = torch.ops.idlm.window_attention(
-        query, key, value, pages, rows, table.contiguous(), lengths, rows if causal else visible, causal, masks, scale
+        query, key, value, pages, rows, table.contiguous(), lengths, visible, False, masks, scale
+    )
+    return mixed
+
+
+def attend_pieces(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pages: Tensor,
+    rows: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    ends: Tensor,
+    scale: float,
+) -> Tensor:
+    """The same for causal pieces of prompts of any lengths, one after the other.
+
+    Args:
+        query, key, value: [T, heads, E]; rows: int64 [T].
+        table, lengths: of each piece, [P, M] and [P]; ends: int64 [P], the row behind its last one.
+
+    Returns:
+        [T, H, E].
+    """
+    mixed: Tensor = torch.ops.idlm.window_attention(
+        query, key, value, pages, rows, table.contiguous(), lengths, ends, True, 0, scale
     )
     return mixed

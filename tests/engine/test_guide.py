@@ -121,10 +121,10 @@ def test_any_schedule(idlm: Idlm, late: int, seed: int) -> None:
             params = with_guide(chance.choice(PARAMS[:4]), chance.choice([None, *GUIDES]))
             prompt = PROMPT * chance.randint(1, 4)
             wanted[engine.add(prompt, params, len(wanted), drafting=chance.random() < 0.8)] = prompt, params
-        if chance.random() < 0.1 and engine.scheduler.running:
+        if chance.random() < 0.1:
             engine.drain()
-        if chance.random() < 0.1 and engine.scheduler.running and not engine._flights:
-            engine._preempt()
+            if engine.scheduler.running:
+                engine._preempt()
         if chance.random() < 0.02 and wanted:
             engine.abort(chance.choice(list(wanted)))
         done |= {update.request_id: update.result for update in engine.step() if update.result is not None}

@@ -40,12 +40,17 @@ def flat(windows: Tensor, real: int) -> Tensor:
 
 
 def attend(one: Case, pages: Tensor, rows: Tensor, real: int) -> Tensor:
+    """Windows; where the rows are causal, as pieces of prompts."""
     query, key, value = (flat(tensor, real) for tensor in (one.query, one.key, one.value))
-    masks = one.query.shape[1] - real
-    return kernel.attend(query, key, value, pages, rows, one.table, one.lengths, one.visible, masks, one.scale)
+    width = one.query.shape[1]
+    if one.visible is None:
+        ends = torch.arange(1, len(one.lengths) + 1) * width
+        return kernel.attend_pieces(query, key, value, pages, rows.flatten(), one.table, one.lengths, ends, one.scale)
+    return kernel.attend(query, key, value, pages, rows, one.table, one.lengths, one.visible, width - real, one.scale)
 
 
 def check(one: Case, real: int, **tolerance: float) -> None:
+    real = one.query.shape[1] if one.visible is None else real  # pieces have no masks
     rows = torch.zeros(len(one.lengths), real, dtype=torch.int64)  # the trash page's first row: nobody reads it
     expected, left = twin(one, rows, real)
     pages = one.pages.clone()
@@ -93,6 +98,33 @@ def test_attention_on_several_threads_is_bit_equal() -> None:
     assert torch.equal(*found)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    pieces=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 50)), min_size=1, max_size=5),
+    heads=st.sampled_from(RATIOS),
+    page=st.sampled_from([1, 3, 16]),
+    threads=st.integers(1, 2),
+    seed=st.integers(0, 2**20),
+)
+def test_pieces_of_unequal_length_are_the_twins_one_by_one(
+    pieces: list[tuple[int, int]], heads: tuple[int, int], page: int, threads: int, seed: int
+) -> None:
+    lengths, widths = [start for start, _ in pieces], [width for _, width in pieces]
+    one, before = case(lengths, max(widths), *heads, size=8, page=page, causal=True, seed=seed), torch.get_num_threads()
+    whole, _ = twin(one, torch.zeros(len(pieces), max(widths), dtype=torch.int64), max(widths))
+    query, key, value = (
+        torch.cat([rows[:width] for rows, width in zip(tensor, widths, strict=True)])
+        for tensor in (one.query, one.key, one.value)
+    )
+    ends, trash = torch.tensor(widths).cumsum(0), torch.zeros(sum(widths), dtype=torch.int64)
+    try:
+        torch.set_num_threads(threads)
+        found = kernel.attend_pieces(query, key, value, one.pages, trash, one.table, one.lengths, ends, one.scale)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found, torch.cat([rows[:n] for rows, n in zip(whole, widths, strict=True)]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_row_does_not_depend_on_its_window(dtype: torch.dtype) -> None:
     """Alone, after its predecessors were cached, a row gets the very bits that it gets in a window with them."""
@@ -102,9 +134,10 @@ def test_a_row_does_not_depend_on_its_window(dtype: torch.dtype) -> None:
     table[:, 5:] = torch.arange(both.pages.shape[1], both.pages.shape[1] + table.shape[1] - 5)
     places = (table[0, torch.arange(20, 27) // 4] * 4 + torch.arange(20, 27) % 4)[None]
     inputs = [one[0] for one in (both.query, both.key, both.value)]
-    together = kernel.attend(*inputs, pages, places, table, both.lengths, None, 0, both.scale)
-    alone = kernel.attend(
-        *(one[6:] for one in inputs), pages, places[:, 6:], table, both.lengths + 6, None, 0, both.scale
+    ends = torch.tensor([7])
+    together = kernel.attend_pieces(*inputs, pages, places[0], table, both.lengths, ends, both.scale)
+    alone = kernel.attend_pieces(
+        *(one[6:] for one in inputs), pages, places[0, 6:], table, both.lengths + 6, ends - 6, both.scale
     )
     assert torch.equal(alone[0], together[6])
 

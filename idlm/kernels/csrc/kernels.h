@@ -11,8 +11,8 @@
 typedef struct {
     const void *query, *key, *value;
     void *pages, *out; /* pages: the keys; the values lie `half` elements further on */
-    const int64_t *table, *lengths, *visible, *rows;
-    int64_t batch, real, masks, heads, groups, size, page, columns, half;
+    const int64_t *table, *lengths, *visible, *rows, *ends;
+    int64_t batch, total, real, masks, heads, groups, size, page, columns, half;
     int64_t query_row, query_head, key_row, key_group, value_row, value_group;
     double scale;
 } Attention;

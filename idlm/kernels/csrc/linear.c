@@ -2,23 +2,28 @@
 
    A block of rows takes some columns of w at a time; its sums stay in registers over the whole of K:
 
-       sum[row][v] += x[row][k] * w[k][column + v] */
+       sum[row][v] += x[row][k] * w[k][column + v]
+
+   The first block of rows brings a panel of w into the second-level cache, where the others find it. */
 
 #include "kernels.h"
 
 #define LANES 16
 #define PANEL (16 * LANES)
+#define AHEAD 64 /* rows of w to ask for in advance: their pieces lie too far apart for the processor to guess */
 
 typedef float vector __attribute__((vector_size(64), aligned(4), may_alias));
 
 static inline __attribute__((always_inline)) void
-block(const float *const *x, const float *w, float *y, int64_t in, int64_t out, const int rows, const int vectors) {
+block(const float *const *x, const float *w, float *y, int64_t in, int64_t out, const int rows, const int vectors, const int fetch) {
     vector sum[8][16];
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) sum[r][v] = (vector){0};
-    for (int64_t k = 0; k < in; k++, w += out)
+    for (int64_t k = 0; k < in; k++, w += out) {
+        for (int v = 0; fetch && v < vectors; v++) __builtin_prefetch((const vector *)(w + AHEAD * out) + v, 0, 2);
         for (int r = 0; r < rows; r++)
             for (int v = 0; v < vectors; v++) sum[r][v] += x[r][k] * ((const vector *)w)[v];
+    }
     for (int r = 0; r < rows; r++)
         for (int v = 0; v < vectors; v++) ((vector *)(y + r * out))[v] = sum[r][v];
 }
@@ -33,16 +38,19 @@ static void edge(const float *const *x, const float *w, float *y, int64_t in, in
         }
 }
 
-#define SWEEP(ROWS, VECTORS)                                                                        \
-    for (; x->rows - row >= ROWS; row += ROWS) {                                                    \
-        const float *from[ROWS];                                                                    \
-        float *to = y + row * out;                                                                  \
-        for (int r = 0; r < ROWS; r++) from[r] = row_of(x, row + r);                                \
-        int64_t at = column;                                                                        \
-        for (; end - at >= (VECTORS) * LANES; at += (VECTORS) * LANES)                              \
-            block(from, w + at, to + at, x->size, out, ROWS, VECTORS);                              \
-        for (; end - at >= LANES; at += LANES) block(from, w + at, to + at, x->size, out, ROWS, 1); \
-        if (at < end) edge(from, w, to, x->size, out, ROWS, at);                                    \
+#define SWEEP(ROWS, VECTORS)                                                                           \
+    for (; x->rows - row >= ROWS; row += ROWS) {                                                       \
+        const float *from[ROWS];                                                                       \
+        float *to = y + row * out;                                                                     \
+        for (int r = 0; r < ROWS; r++) from[r] = row_of(x, row + r);                                   \
+        int64_t at = column;                                                                           \
+        for (; end - at >= (VECTORS) * LANES; at += (VECTORS) * LANES)                                 \
+            if (row)                                                                                   \
+                block(from, w + at, to + at, x->size, out, ROWS, VECTORS, 0);                          \
+            else                                                                                       \
+                block(from, w + at, to + at, x->size, out, ROWS, VECTORS, 1);                          \
+        for (; end - at >= LANES; at += LANES) block(from, w + at, to + at, x->size, out, ROWS, 1, 0); \
+        if (at < end) edge(from, w, to, x->size, out, ROWS, at);                                       \
     }
 
 /* Columns `column` to `end` of all rows. */

@@ -76,7 +76,8 @@ static void finish(Value *stack, int tensors, Tensor result) {
     stack[0] = (Value)result;
 }
 
-/* (query, key, value, pages, rows, table, lengths, visible, causal, masks, scale) */
+/* (query, key, value, pages, rows, table, lengths, visible, causal, masks, scale): rows are [B, R], or [T] of causal
+   pieces of prompts, which end at `visible` [B] */
 static void window_attention(Value *stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
     int64_t *query = strides(stack[0]), *key = strides(stack[1]), *value = strides(stack[2]);
@@ -84,8 +85,9 @@ static void window_attention(Value *stack, uint64_t inputs, uint64_t outputs) {
     Attention job = {
         .query = data(stack[0]), .key = data(stack[1]), .value = data(stack[2]), .pages = data(stack[3]),
         .out = data((Value)out), .rows = data(stack[4]), .table = data(stack[5]), .lengths = data(stack[6]),
-        .visible = stack[8] ? NULL : data(stack[7]),
-        .batch = sizes(stack[4])[0], .real = sizes(stack[4])[1], .masks = (int64_t)stack[9],
+        .visible = stack[8] ? NULL : data(stack[7]), .ends = stack[8] ? data(stack[7]) : NULL,
+        .batch = sizes(stack[6])[0], .total = sizes(stack[4])[0] * (stack[8] ? 1 : sizes(stack[4])[1]),
+        .real = stack[8] ? 0 : sizes(stack[4])[1], .masks = (int64_t)stack[9],
         .heads = sizes(stack[0])[1], .groups = sizes(stack[1])[1], .size = sizes(stack[0])[2],
         .page = sizes(stack[3])[2], .columns = sizes(stack[5])[1], .half = strides(stack[3])[0],
         .query_row = query[0], .query_head = query[1], .key_row = key[0], .key_group = key[1],

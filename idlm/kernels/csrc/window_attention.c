@@ -17,7 +17,7 @@
 
 #define LANES (1 << LANE_BITS)
 #define TILE 32
-#define STRIP 64
+#define STRIP 32
 
 /* A vector of 64 bytes holds 2^LANE_BITS of REAL. */
 #if LANE_BITS == 4
@@ -32,7 +32,9 @@ typedef REAL vector __attribute__((vector_size(64), aligned(sizeof(REAL)), may_a
 
 typedef struct {
     vector *keys;    /* [E] one block, transposed */
-    int64_t *places; /* where each token of the prefix lies in the pages */
+    int64_t *places, item; /* where each token of a slot's prefix lies in the pages; whose, slot x groups + group */
+    int64_t *coming, next; /* the same of the item that comes next */
+    int64_t ahead;         /* how many of its tokens to ask for meanwhile */
     REAL *query;     /* [TILE, E] times scale */
     REAL *scores;    /* [TILE, room] */
     REAL *mixed;     /* [TILE, E] */
@@ -40,16 +42,21 @@ typedef struct {
     int64_t count[TILE], room;
 } Tile;
 
-static inline int64_t width(const Attention *job) { return job->real + job->masks; }
+/* Rows of a window. Pieces of prompts may differ in length; then each says where its rows end, and has no masks. */
+static inline int64_t width(const Attention *job, int64_t slot) {
+    if (job->ends) return job->ends[slot] - (slot ? job->ends[slot - 1] : 0);
+    return job->real + job->masks;
+}
 
 /* Where a window row lies among the flat rows: all real ones, slot by slot, then all masks. */
 static inline int64_t flat(const Attention *job, int64_t slot, int64_t row) {
+    if (job->ends) return (slot ? job->ends[slot - 1] : 0) + row;
     if (row < job->real) return slot * job->real + row;
     return job->batch * job->real + slot * job->masks + row - job->real;
 }
 
 static void write_pages(const Attention *job) {
-    for (int64_t row = 0; row < job->batch * job->real; row++)
+    for (int64_t row = 0; row < job->total; row++)
         for (int64_t group = 0; group < job->groups; group++) {
             REAL *to = (REAL *)job->pages + (job->rows[row] * job->groups + group) * job->size;
             memcpy(to, (const REAL *)job->key + row * job->key_row + group * job->key_group, sizeof(REAL) * job->size);
@@ -57,12 +64,12 @@ static void write_pages(const Attention *job) {
         }
 }
 
-static void find_places(const Attention *job, Tile *tile, int64_t slot, int64_t group) {
+static void find_places(const Attention *job, int64_t *places, int64_t slot, int64_t group) {
     int64_t step = job->groups * job->size, length = job->lengths[slot];
     for (int64_t start = 0, column = slot * job->columns; start < length; start += job->page, column++) {
         int64_t place = job->table[column] * job->page * step + group * job->size;
         int64_t end = start + job->page < length ? start + job->page : length;
-        for (int64_t token = start; token < end; token++, place += step) tile->places[token] = place;
+        for (int64_t token = start; token < end; token++, place += step) places[token] = place;
     }
 }
 
@@ -99,6 +106,13 @@ static inline __attribute__((always_inline)) void place(Tile *tile, const REAL *
     }
 }
 
+/* Ask for what comes next from memory: `one` of the `all` parts of it. */
+static inline void fetch(const Attention *job, const Tile *tile, const void *base, int64_t one, int64_t all) {
+    int64_t end = tile->ahead * (one + 1) / all;
+    for (int64_t token = tile->ahead * one / all; token < end; token++)
+        for (int64_t e = 0; e < job->size; e += 64 / sizeof(REAL)) __builtin_prefetch((const REAL *)base + tile->coming[token] + e, 0, 2);
+}
+
 /* Scores of four query rows against the block. */
 static inline __attribute__((always_inline)) void score(const Tile *tile, int first, int size, vector *out) {
     const REAL *q = tile->query + (int64_t)first * size;
@@ -116,6 +130,7 @@ score_prefix(const Attention *job, Tile *tile, int64_t length, int rows, int siz
         int some = length - start < LANES ? (int)(length - start) : LANES;
         const REAL *keys[LANES];
         for (int lane = 0; lane < some; lane++) keys[lane] = (const REAL *)job->pages + tile->places[start + lane];
+        fetch(job, tile, job->pages, start / LANES, (length + LANES - 1) / LANES);
         place(tile, keys, some, size);
         for (int first = 0; first < rows; first += 4) {
             vector found[4];
@@ -128,14 +143,14 @@ score_prefix(const Attention *job, Tile *tile, int64_t length, int rows, int siz
 /* Which of the window rows `start` to `start + some` a row sees, as bits. */
 static inline uint64_t word(const Attention *job, int64_t slot, int64_t row, int64_t start, int some) {
     uint64_t all = (1ull << some) - 1;
-    if (job->visible) return (uint64_t)job->visible[slot * width(job) + row] >> start & all;
+    if (job->visible) return (uint64_t)job->visible[slot * width(job, slot) + row] >> start & all;
     return row < start ? 0 : row - start >= some ? all : (2ull << (row - start)) - 1;
 }
 
 static inline __attribute__((always_inline)) void
 score_window(const Attention *job, Tile *tile, int64_t slot, int64_t group, int64_t top, int rows, int size) {
     int64_t per_group = job->heads / job->groups, last = (top + rows - 1) / per_group;
-    int64_t end = job->visible ? width(job) : last + 1;
+    int64_t end = job->visible ? width(job, slot) : last + 1;
     for (int64_t start = 0; start < end; start += LANES) {
         int some = end - start < LANES ? (int)(end - start) : LANES;
         const REAL *keys[LANES], *key = (const REAL *)job->key + group * job->key_group;
@@ -146,7 +161,7 @@ score_window(const Attention *job, Tile *tile, int64_t slot, int64_t group, int6
             score(tile, first, size, found);
             for (int q = first; q < first + 4 && q < rows; q++) {
                 REAL *scores = tile->scores + q * tile->room;
-                int32_t *seen = tile->seen + q * width(job) - job->lengths[slot];
+                int32_t *seen = tile->seen + q * width(job, slot) - job->lengths[slot];
                 for (uint64_t bits = word(job, slot, (top + q) / per_group, start, some); bits; bits &= bits - 1) {
                     int lane = __builtin_ctzll(bits);
                     seen[tile->count[q]] = (int32_t)(start + lane);
@@ -173,6 +188,7 @@ mix_prefix(const Attention *job, Tile *tile, int64_t length, int rows, int size)
     memset(tile->mixed, 0, sizeof(REAL) * TILE * size);
     for (int64_t start = 0; start < length; start += STRIP) {
         int64_t end = start + STRIP < length ? start + STRIP : length;
+        fetch(job, tile, values, start / STRIP, (length + STRIP - 1) / STRIP);
         for (int first = 0; first < rows; first += 4) {
             const REAL *w = tile->scores + first * tile->room, *x = w + tile->room, *y = x + tile->room, *z = y + tile->room;
             REAL *to = tile->mixed + first * size;
@@ -196,7 +212,7 @@ mix_window(const Attention *job, Tile *tile, int64_t slot, int64_t group, int64_
     const REAL *window = (const REAL *)job->value + group * job->value_group;
     for (int q = 0; q < rows; q++) {
         const REAL *weights = tile->scores + q * tile->room;
-        const int32_t *seen = tile->seen + q * width(job) - length;
+        const int32_t *seen = tile->seen + q * width(job, slot) - length;
         for (int e = 0; e < size; e += LANES) {
             int part = size - e < LANES ? size - e : LANES;
             vector sum = part_of(tile->mixed + q * size + e, part);
@@ -217,7 +233,6 @@ run(const Attention *job, Tile *tile, int64_t slot, int64_t group, int64_t top, 
         for (int e = 0; e < size; e++) tile->query[q * size + e] = from[e] * (REAL)job->scale;
         tile->count[q] = length;
     }
-    find_places(job, tile, slot, group);
     score_prefix(job, tile, length, rows, size);
     score_window(job, tile, slot, group, top, rows, size);
     REAL total[TILE];
@@ -241,32 +256,56 @@ static void run_any(const Attention *job, Tile *tile, int64_t slot, int64_t grou
     }
 }
 
+/* Turn to a slot and group, and look up where the next one's prefix lies. */
+static void turn(const Attention *job, Tile *tile, int64_t item) {
+    if (tile->item == item) {
+        tile->ahead = 0;
+        return;
+    }
+    if (tile->next == item) {
+        int64_t *found = tile->coming;
+        tile->coming = tile->places, tile->places = found;
+    } else
+        find_places(job, tile->places, item / job->groups, item % job->groups);
+    tile->item = item++, tile->next = item, tile->ahead = 0;
+    if (item == job->batch * job->groups) return;
+    find_places(job, tile->coming, item / job->groups, item % job->groups);
+    tile->ahead = job->lengths[item / job->groups];
+}
+
 static void *aligned(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
 /* Returns 0, or 1 where memory ran out. */
 int NAME(attend)(const Attention *job, int threads) {
-    int64_t rows = width(job) * (job->heads / job->groups), tiles = (rows + TILE - 1) / TILE, longest = 0;
-    for (int64_t slot = 0; slot < job->batch; slot++)
+    int64_t heads = job->heads / job->groups, longest = 0, widest = 0;
+    for (int64_t slot = 0; slot < job->batch; slot++) {
         if (job->lengths[slot] > longest) longest = job->lengths[slot];
+        if (width(job, slot) > widest) widest = width(job, slot);
+    }
+    int64_t tiles = (widest * heads + TILE - 1) / TILE;
     int failed = 0;
     write_pages(job);
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
     {
-        Tile tile = {.room = (longest + width(job) + 2 * LANES) / LANES * LANES};
+        Tile tile = {.item = -1, .next = -1, .room = (longest + widest + 2 * LANES) / LANES * LANES};
         tile.keys = aligned(sizeof(vector) * job->size);
         tile.places = aligned(sizeof(int64_t) * (longest + 1));
+        tile.coming = aligned(sizeof(int64_t) * (longest + 1));
         tile.query = aligned(sizeof(REAL) * TILE * job->size);
         tile.mixed = aligned(sizeof(REAL) * TILE * job->size);
         tile.scores = aligned(sizeof(REAL) * TILE * tile.room);
-        tile.seen = aligned(sizeof(int32_t) * TILE * width(job));
-        failed = !tile.keys || !tile.places || !tile.query || !tile.mixed || !tile.scores || !tile.seen;
+        tile.seen = aligned(sizeof(int32_t) * TILE * (widest + 1));
+        failed = !tile.keys || !tile.places || !tile.coming || !tile.query || !tile.mixed || !tile.scores || !tile.seen;
         if (!failed) memset(tile.keys, 0, sizeof(vector) * job->size), memset(tile.query, 0, sizeof(REAL) * TILE * job->size);
 #pragma omp for schedule(static)
         for (int64_t one = 0; one < job->batch * job->groups * tiles; one++) {
-            int64_t top = one % tiles * TILE, group = one / tiles % job->groups, slot = one / tiles / job->groups;
-            if (!failed) run_any(job, &tile, slot, group, top, rows - top < TILE ? (int)(rows - top) : TILE);
+            int64_t item = one / tiles, slot = item / job->groups, top = one % tiles * TILE;
+            int64_t rows = width(job, slot) * heads - top;
+            if (failed || rows <= 0) continue;
+            turn(job, &tile, item);
+            run_any(job, &tile, slot, item % job->groups, top, rows < TILE ? (int)rows : TILE);
         }
-        free(tile.keys), free(tile.places), free(tile.query), free(tile.mixed), free(tile.scores), free(tile.seen);
+        free(tile.keys), free(tile.places), free(tile.coming), free(tile.query), free(tile.mixed), free(tile.scores), free(tile.seen);
     }
     return failed;
 }
