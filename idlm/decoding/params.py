@@ -66,6 +66,7 @@ class SamplingParams:
         include_stop_str_in_output: keep the stop string at the end of the text.
         ignore_eos: go on after the model's own end token; not past the end of a `guide`.
         skip_special_tokens: leave special tokens out of the text.
+        detokenize: make text at all; without it the result has tokens only, and there can be no `stop`.
         logprobs: for each token of the output the so many likeliest, with log-probabilities; 0 gives the token's own
             alone, None none.
         prompt_logprobs: the same for the tokens of the prompt.
@@ -92,6 +93,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    detokenize: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     verification: str = "coupled"
@@ -158,9 +160,11 @@ class SamplingParams:
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise InputError(f"stop entry {text!r} is not a non-empty string; use text, or stop=() for none")
-        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output"):
+        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "detokenize"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}={getattr(self, name)!r} is neither True nor False; use one of them")
+        if self.stop and not self.detokenize:
+            raise InputError(f"stop={self.stop!r} with detokenize=False, which makes no text; use stop_token_ids")
 
     def _check_guide(self) -> None:
         if self.guide is not None and not isinstance(self.guide, Guide):

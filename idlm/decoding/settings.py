@@ -151,8 +151,8 @@ class Settings:
     def features(self) -> Features:
         """What the live slots need together; read on the host, no synchronisation."""
         together = Features()
-        for one in self._live:
-            together = together if one is None else together | one
+        for one in {one for one in self._live if one is not None}:
+            together = together | one
         return together
 
     def put(
@@ -184,8 +184,7 @@ class Settings:
             self._put_history(slot, prompt, output)
 
     def clear(self, slot: int) -> None:
-        """Free a slot; its row becomes that of a greedy request without wishes."""
-        self.put(slot, SamplingParams(temperature=0), 0, ())
+        """Free a slot: steps no longer do what its request alone needed; the next one writes its row anew."""
         self._live[slot] = None
 
     def record(self, tokens: Tensor, number: Tensor) -> None:

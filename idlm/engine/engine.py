@@ -217,10 +217,11 @@ class Engine:
 
     def _grow(self, plan: Plan) -> None:
         """Pages for the step to come; where they run out, someone gives theirs up."""
-        entries = []
-        for request in sorted(self.scheduler.decoding, key=lambda one: one.order):
+        ahead, entries = self._ahead(plan), []
+        lacking = [one for one in self.scheduler.decoding if self.scheduler.lacks(one, one.length + ahead)]
+        for request in sorted(lacking, key=lambda one: one.order):
             while request.slot is not None and not request.finished:
-                fresh = self.scheduler.grow(request, min(request.length + self._ahead(plan), request.limit))
+                fresh = self.scheduler.grow(request, request.length + self._ahead(plan))
                 if fresh is not None:
                     entries += fresh
                     break

@@ -114,6 +114,8 @@ class Intake:
         return self.adapters.index(name)
 
     def _stream(self, params: SamplingParams) -> TextStream | None:
+        if not params.detokenize:
+            return None
         if self.idlm.tokenizer is None:
             if params.stop:
                 raise InputError(f"stop={params.stop!r} needs a tokenizer, which the model lacks; use stop_token_ids")

@@ -78,11 +78,15 @@ class Scheduler:
         self.prefilling.append(request)
         return request
 
+    def lacks(self, request: Request, tokens: int) -> bool:
+        """Whether a text of `tokens` tokens, or as long as it may become, needs more pages than it has."""
+        return min(tokens, request.limit) > len(request.pages) * self.pool.page_size
+
     def grow(self, request: Request, tokens: int) -> list[tuple[int, int, int]] | None:
-        """Pages for a text of `tokens` tokens, as (slot, column, page); None where there are not enough."""
+        """The pages that it lacks for `tokens` tokens, as (slot, column, page); None where there are not enough."""
         assert request.slot is not None  # noqa: S101
         held = len(request.pages)
-        missing = max(0, self.columns(tokens) - held)
+        missing = max(0, self.columns(min(tokens, request.limit)) - held)
         if not self.pool.can_allocate(missing):
             return None
         fresh = self.pool.allocate(missing)

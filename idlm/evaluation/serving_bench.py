@@ -97,7 +97,7 @@ def _decoded(runs: Sequence[Decoding]) -> Row:
     """What our engine tells.
 
     `tpf` counts prefills and windows cut short by a request's end; `tpf_decode` does not, and is what `tpf_expected`
-    predicts from the acceptance. FLOPs per token are rows run for each token that decoding gave: AR runs one.
+    predicts from the acceptance. FLOPs per token are window rows run for each token: AR runs one.
     """
     if not runs:
         names = (
@@ -119,7 +119,7 @@ def _decoded(runs: Sequence[Decoding]) -> Row:
         "tpf_decode": _tpf_decode(results),
         "tpf_expected": None if plan is None or (plan.drafts and not known) else expected_tokens(plan, known),
         "acceptance": totals["acceptance"],
-        "flops_per_token_over_ar": sum(run.rows for run in runs) / (totals["tokens"] - len(results)),
+        "flops_per_token_over_ar": sum(run.rows for run in runs) / totals["tokens"],
         "plans": dict(sum((run.plans for run in runs), Counter())),
         "host_share": median(run.host_share for run in runs),
         "reason": runs[-1].reason,

@@ -1,6 +1,7 @@
 """Requests for a bench: prompt and output lengths mixed, from a fixed seed, the same for every engine.
 
-Every request is greedy and ends at its own `max_tokens`, whatever the model says, so that all engines do equal work.
+Every request is greedy and ends at its own `max_tokens`, whatever the model says, so that all engines do equal work;
+none of them makes text of the tokens.
 Drafts of real text are accepted as users will see it: the bundled models are asked their held-out problems, and no
 output is longer than the problem's solution. Without prompts that fit, a model gets random tokens: right for speed at
 a given acceptance, worthless as a measure of acceptance.
@@ -33,7 +34,7 @@ class Request:
     @property
     def params(self) -> SamplingParams:
         """What every engine is asked for."""
-        return SamplingParams(max_tokens=self.max_tokens, temperature=0.0, ignore_eos=True)
+        return SamplingParams(max_tokens=self.max_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
 
 
 Draw = Callable[[int, int], list[Request]]

@@ -9,6 +9,7 @@ It lives as long as its socket. Whatever the engine raises ends the process; the
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -236,6 +237,8 @@ def main(file_descriptor: int, config: EngineConfig) -> int:
     try:
         llm = load(config)
         llm.engine.warm_up()
+        gc.collect()
+        gc.freeze()  # what is here now stays; looking through it again would hold all requests up
         link.send([describe(llm, config.model)])
         Worker(llm, link).run()
     except InputError as error:
