@@ -20,7 +20,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -63,11 +63,11 @@ Contestant = Callable[[Sequence[Request], int], Lap]
 
 
 def offline(idlm: Idlm, mode: str) -> Contestant:
-    """The engine in this process."""
+    """The engine in this process, making text as a server does."""
     (ours,) = contestants(idlm, [mode], 4, SLOTS)
 
     def lap(requests: Sequence[Request], concurrency: int) -> Lap:
-        run = ours.run(requests, concurrency)
+        run = ours.run([replace(one, detokenize=True) for one in requests], concurrency)
         return Lap(run.seconds, run.tokens, [one.ttft for one in run.served], [one.tpot for one in run.served])
 
     return lap

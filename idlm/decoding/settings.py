@@ -117,6 +117,7 @@ class Settings:
     seen: Tensor | None = None
     counts: Tensor | None = None
     _live: list[Features | None] = field(default_factory=list)
+    _together: Features | None = None
 
     @classmethod
     def empty(cls, slots: int, vocab_size: int, mask_id: int, device: torch.device | str = "cpu") -> Settings:
@@ -150,10 +151,11 @@ class Settings:
     @property
     def features(self) -> Features:
         """What the live slots need together; read on the host, no synchronisation."""
-        together = Features()
-        for one in {one for one in self._live if one is not None}:
-            together = together | one
-        return together
+        if self._together is None:
+            self._together = Features()
+            for one in {one for one in self._live if one is not None}:
+                self._together |= one
+        return self._together
 
     def put(
         self,
@@ -170,7 +172,7 @@ class Settings:
         """
         ends = sorted(set(stop_ids))
         needs = Features.of(params, ends)
-        self._live[slot] = needs
+        self._live[slot], self._together = needs, None
         self._put_numbers(slot, params, needs)
         self.prompt_length[slot] = len(prompt)
         rule = VERIFICATIONS.index(params.verification)
@@ -185,7 +187,7 @@ class Settings:
 
     def clear(self, slot: int) -> None:
         """Free a slot: steps no longer do what its request alone needed; the next one writes its row anew."""
-        self._live[slot] = None
+        self._live[slot] = self._together = None
 
     def record(self, tokens: Tensor, number: Tensor) -> None:
         """Count the tokens just committed, on the device: the first `number` [B] of each row of `tokens` [B, N].

@@ -193,13 +193,15 @@ class Engine:
         """One forward: a window for whoever decodes, chunks for whoever is still to."""
         if any(request.matcher for request in self.scheduler.running):
             self.drain()  # a guide has to know all that is committed
-        if not self.scheduler.running:
-            return False
         running = self.scheduler.decoding or self.scheduler.prefilling
+        if not running:
+            return False
         plan = self.planner.choose(len(running), any(request.drafting for request in running))
         self._grow(plan)
         work = self.scheduler.chunks(self._budget())
         requests = list(self.scheduler.decoding)
+        if not requests and not work:
+            return False
         started = perf_counter()
         slots = [request.slot for request in requests if request.slot is not None]
         tokens = longest(requests) + self._ahead(plan) if requests else 1
@@ -258,7 +260,8 @@ class Engine:
             for depth in range(min(drafted, stood + 1)):
                 reached[depth] += 1
                 accepted[depth] += depth < stood
-            self._deliver(request, tokens[:number], drafted, stood, logprob_entries(outcome, row, request))
+            chances = logprob_entries(outcome, row, request) if outcome.logprobs else []
+            self._deliver(request, tokens[:number], drafted, stood, chances)
         self.planner.observe(reached, accepted)
 
     def _deliver(

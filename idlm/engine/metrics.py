@@ -29,7 +29,6 @@ class Metrics:
     steps: int = 0
     tokens: int = 0
     prefill_tokens: int = 0
-    prefills: int = 0
     decode_steps: int = 0
     rows: int = 0
     window_rows: int = 0
@@ -62,7 +61,6 @@ class Metrics:
         if not prompt_tokens:
             self._decode_seconds = self._decodes[plan, batch] = _smooth(self._decodes.get((plan, batch)), seconds)
             return
-        self.prefills += 1
         self.prefill_tokens += prompt_tokens
         alone = self._decodes.get((plan, batch)) if batch else 0.0
         if alone is not None:

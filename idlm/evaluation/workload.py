@@ -1,7 +1,7 @@
 """Requests for a bench: prompt and output lengths mixed, from a fixed seed, the same for every engine.
 
-Every request is greedy and ends at its own `max_tokens`, whatever the model says, so that all engines do equal work;
-none of them makes text of the tokens.
+Every request is greedy and ends at its own `max_tokens`, whatever the model says, so that all engines do equal work.
+No engine makes text of the tokens unless a bench asks for it, as those of servers do.
 Drafts of real text are accepted as users will see it: the bundled models are asked their held-out problems, and no
 output is longer than the problem's solution. Without prompts that fit, a model gets random tokens: right for speed at
 a given acceptance, worthless as a measure of acceptance.
@@ -26,15 +26,16 @@ SHORTEST, LONGEST_OUTPUT, LONGEST_PROMPT = 16, 128, 256
 
 @dataclass(frozen=True)
 class Request:
-    """One request: its prompt, and how many tokens it gets."""
+    """One request: its prompt, how many tokens it gets, and whether as text too."""
 
     prompt_token_ids: list[int]
     max_tokens: int
+    detokenize: bool = False
 
     @property
     def params(self) -> SamplingParams:
         """What every engine is asked for."""
-        return SamplingParams(max_tokens=self.max_tokens, temperature=0.0, ignore_eos=True, detokenize=False)
+        return SamplingParams(max_tokens=self.max_tokens, temperature=0.0, ignore_eos=True, detokenize=self.detokenize)
 
 
 Draw = Callable[[int, int], list[Request]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -13,6 +12,12 @@ from idlm.serving.errors import ApiError
 
 HEADER_BYTES = 64 * 1024
 STATUS = {400: b"400 Bad Request", 408: b"408 Request Timeout", 431: b"431 Request Header Fields Too Large"}
+
+
+def headers_too_large() -> ApiError:
+    """The answer to them."""
+    message = f"the headers are larger than {HEADER_BYTES} bytes; send less"
+    return ApiError(431, message, headers={"Connection": "close"})
 
 
 class Connection(HttpToolsProtocol):
@@ -52,7 +57,7 @@ class Connection(HttpToolsProtocol):
         self._header_bytes += len(data)
         super().data_received(data)
         if self._timer is not None and self._header_bytes > HEADER_BYTES:
-            self._refuse(431, f"the headers are larger than {HEADER_BYTES} bytes; send less")
+            self._refuse(headers_too_large())
 
     def on_message_begin(self) -> None:
         """A request begins; it may be one sent before the last was answered."""
@@ -78,24 +83,24 @@ class Connection(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP."""
-        self._refuse(400, msg)
+        self._refuse(ApiError(400, msg))
 
     def _expect_headers(self) -> None:
         self._header_bytes = 0
-        late = partial(self._refuse, 408, f"the headers took more than {self._header_seconds:g} s; send them faster")
-        self._timer = self.loop.call_later(self._header_seconds, late)
+        late = ApiError(408, f"the headers took more than {self._header_seconds:g} s; send them faster")
+        self._timer = self.loop.call_later(self._header_seconds, self._refuse, late)
 
     def _headers_done(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _refuse(self, status: int, message: str) -> None:
+    def _refuse(self, error: ApiError) -> None:
         """Answer what is not a request yet, and close."""
         self._headers_done()
         if self.transport.is_closing():
             return
-        body = msgspec.json.encode(ApiError(status, message).body)
+        body = msgspec.json.encode(error.body)
         head = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-        self.transport.write(head % (STATUS[status], len(body)) + body)
+        self.transport.write(head % (STATUS[error.status_code], len(body)) + body)
         self.transport.close()

@@ -1,4 +1,4 @@
-"""`Guard`: what stands before every route. Keys, the size of a body, and the time a client may take to send it."""
+"""`Guard`: what stands before every route. Keys, the size of headers and body, the time for the body."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from time import monotonic
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from idlm.serving.config import Limits
+from idlm.serving.connections import HEADER_BYTES, headers_too_large
 from idlm.serving.errors import ApiError
 
 OPEN_PATH = "/health"
@@ -35,6 +36,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         try:
+            _check_headers(scope)
             scope.setdefault("state", {})["salt"] = self._admit(scope)
             self._check_declared_length(scope)
         except ApiError as error:
@@ -70,6 +72,12 @@ class Guard:
 
 def _header(scope: Scope, name: bytes) -> bytes:
     return next((value for key, value in scope["headers"] if key == name), b"")
+
+
+def _check_headers(scope: Scope) -> None:
+    """Those that came whole; `Connection` refuses what grows too large while it comes."""
+    if sum(len(key) + len(value) for key, value in scope["headers"]) > HEADER_BYTES:
+        raise headers_too_large()
 
 
 def _too_large(limits: Limits) -> ApiError:

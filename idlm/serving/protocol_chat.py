@@ -34,9 +34,16 @@ class AnyMessage(Strict):
 
 
 class SystemMessage(AnyMessage):
-    """Instructions; "developer" is OpenAI's newer word for "system"."""
+    """Instructions."""
 
-    role: Literal["system", "developer"]
+    role: Literal["system"]
+    content: Content
+
+
+class DeveloperMessage(AnyMessage):
+    """The same, by OpenAI's newer word."""
+
+    role: Literal["developer"]
     content: Content
 
 
@@ -82,7 +89,9 @@ class ToolMessage(AnyMessage):
     tool_call_id: str
 
 
-Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Discriminator("role")]
+Message = Annotated[
+    SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage, Discriminator("role")
+]
 
 
 class Function(Strict):

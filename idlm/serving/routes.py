@@ -33,10 +33,11 @@ ERRORS = {
     413: "The body is too large.",
     415: "The body is not application/json.",
     429: "The queue is full; Retry-After says when to try again.",
+    431: "The headers are too large.",
     500: "A bug.",
     503: "There is no engine now.",
 }
-ALWAYS = (401, 405, 500)
+ALWAYS = (401, 405, 431, 500)
 READS = (400, 408, 413, 415)
 RUNS = (404, 429, 503)
 SHAPES = (
@@ -52,10 +53,16 @@ def ref(shape: type) -> dict[str, Any]:
 
 
 def answers(shape: type, *errors: int, chunk: type | None = None) -> dict[int | str, dict[str, Any]]:
-    """How a route may answer; `chunk` is the event of its stream."""
+    """How a route may answer; `chunk` is what the events of its stream hold."""
     content = {JSON: {"schema": ref(shape)}}
     if chunk is not None:
-        content[EVENTS] = {"schema": {"type": "string", "description": f"Events, each with a {chunk.__name__}."}}
+        said = f"A {chunk.__name__} as JSON; an ErrorBody where the engine fails; [DONE] in the end."
+        event = {
+            "type": "object",
+            "properties": {"data": {"type": "string", "description": said}},
+            "required": ["data"],
+        }
+        content[EVENTS] = {"schema": event}
     body = {JSON: {"schema": ref(ErrorBody)}}
     described: dict[int | str, dict[str, Any]] = {
         status: {"description": ERRORS[status], "content": body} for status in sorted({*ALWAYS, *errors})

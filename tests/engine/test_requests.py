@@ -57,6 +57,15 @@ def test_nothing_after_a_stop_string_is_returned(nano: Idlm, stride: int) -> Non
     assert kept.text == cut.text + stop
 
 
+def test_tokens_without_text(nano: Idlm) -> None:
+    llm = LLM(nano, stride=4)
+    params = {"temperature": 0, "max_tokens": 20}
+    bare = llm.chat(ASKED[0], SamplingParams(**params, detokenize=False))
+    assert bare.text == "" and bare.token_ids == llm.chat(ASKED[0], SamplingParams(**params)).token_ids
+    with pytest.raises(InputError, match="detokenize=False, which makes no text; use stop_token_ids"):
+        SamplingParams(stop="x", detokenize=False)
+
+
 def test_min_tokens_hold_the_end_back(nano: Idlm) -> None:
     params = SamplingParams(temperature=0, max_tokens=200)
     end = len(LLM(nano).chat(ASKED[0], params).token_ids)
@@ -152,6 +161,41 @@ def test_a_long_prompt_is_prefilled_in_pieces_between_the_steps_of_others(idlm: 
     for _ in range(5):
         assert running in [update.request_id for update in engine.step()]
     assert engine.metrics.prefill_tokens <= 2 + 5 * 4 and engine.scheduler.prefilling
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_a_prompt_and_the_windows_of_others_are_one_forward(idlm: Idlm, stride: int) -> None:
+    engine = build_engine(idlm, stride, "all")
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    engine.add([3, 4], params, 0)
+    engine.step()
+    late = engine.add([5, 6, 7, 8], params, 0)
+    assert late in [update.request_id for update in engine.step()], "its first token comes with its prefill"
+    assert (engine.metrics.decode_steps, engine.metrics.rows) == (2, 3)
+
+
+def test_prompt_logprobs_survive_a_pre_emption_within_the_prefill(idlm: Idlm) -> None:
+    params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=2)
+    engine, prompt = build_engine(idlm, 2, "all", prefill_tokens=3), list(range(3, 14))
+    engine.add([3], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True), 0)
+    engine.step()
+    name = engine.add(prompt, params, 0)
+    engine.step()
+    assert engine.scheduler.victim().id == name and engine.scheduler.prefilling
+    engine._preempt()
+    results = {update.request_id: update.result for update in engine.run() if update.result is not None}
+    assert engine.metrics.preemptions == 1
+    (alone,) = LLM(idlm).generate([prompt], params)
+    assert results[name].token_ids == alone.token_ids and alone.prompt_logprobs is not None
+    assert len(alone.prompt_logprobs) == len(prompt)
+    for mine, theirs in zip((results[name].prompt_logprobs or [])[1:], alone.prompt_logprobs[1:], strict=True):
+        assert mine is not None and theirs is not None and mine.keys() == theirs.keys()
+        assert all(mine[token].logprob == pytest.approx(theirs[token].logprob) for token in mine)
+
+
+def test_a_prompt_of_one_token_has_no_logprobs_to_report(idlm: Idlm) -> None:
+    (result,) = LLM(idlm).generate([[3]], SamplingParams(max_tokens=2, seed=0, prompt_logprobs=0))
+    assert result.prompt_logprobs == [None]
 
 
 def test_one_request_refused_leaves_the_others_alone(idlm: Idlm) -> None:

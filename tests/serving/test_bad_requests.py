@@ -202,6 +202,13 @@ def test_headers_without_measure(served: Running) -> None:
     )
 
 
+def test_large_headers_that_come_whole(served: Running) -> None:
+    """In one piece they reach the server before anything has counted them."""
+    with served.open() as http:
+        refused(http.get("/v1/models", headers={"X-Large": "x" * 70_000}), 431, "65536")
+        assert http.get("/v1/models", headers={"X-Large": "x" * 60_000}).status_code == 200
+
+
 def test_a_body_that_never_ends(served: Running) -> None:
     answer = answer_to(served, HEAD % KEY.encode() + b"Content-Length: 100\r\n\r\n", b'{"model"')
     assert answer.startswith(b"HTTP/1.1 408 ") and b"the body took more than 1 s" in answer
