@@ -147,6 +147,10 @@ class EngineClient:
             self._supervising.cancel()
             await asyncio.gather(self._supervising, return_exceptions=True)
 
+    def check_room(self) -> None:
+        """See `Quota.check`."""
+        self._quota.check()
+
     def submit(self, submits: Sequence[Submit]) -> list[Ticket]:
         """Give the engine all samples of one request, or none; a ticket for each, in order.
 

@@ -35,6 +35,15 @@ class Quota:
         self.tokens = 0
         self._returned: deque[tuple[float, int]] = deque(maxlen=256)
 
+    def check(self) -> None:
+        """Refuse at once where no sample at all has room, before its prompt costs anything.
+
+        Raises:
+            Busy: so it is.
+        """
+        if self.samples >= self.most_samples:
+            raise Busy(self._wait(1, 0))
+
     def take(self, samples: int, tokens: int) -> None:
         """Make room for a request's samples, or for none of them.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -79,6 +80,8 @@ async def _start(client: EngineClient, server: HttpServer, announce: Callable[[]
     try:
         await client.start()
         await client.wait_ready(START_SECONDS)
+        gc.collect()
+        gc.freeze()  # what is here now stays; looking through it again would hold all streams up
         announce()
     except (InputError, EngineDown) as error:
         server.should_exit = True

@@ -68,11 +68,14 @@ class Server:
         """Look at what a request asks for before anything is done for it; returns what the engine said of itself.
 
         Raises:
-            ApiError: nobody answers for its model, or it is out of bounds. EngineDown: there is no engine.
+            ApiError: nobody answers for its model, or it is out of bounds. EngineDown, Busy: there is no engine, or no
+                room.
         """
         self.target(body.model)
         body.check(self.config.limits)
-        return self.engine()
+        engine = self.engine()
+        self.client.check_room()
+        return engine
 
     def engine(self) -> Ready:
         """What the engine said of itself.
