@@ -137,6 +137,7 @@ def contestants(
             kv_memory=kv_memory,
             simulate_acceptance=simulated,
         )
+        llm.engine.warm_up()  # as a server's: a plan's first steps are no part of what is measured
         found.append(Ours(llm, mode, simulated is not None))
     return found
 
