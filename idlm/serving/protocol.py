@@ -28,7 +28,7 @@ from idlm.decoding.params import SamplingParams
 from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError
 from idlm.serving.messages import Guide
-from idlm.serving.strict import Strict, check_shape, decode
+from idlm.serving.strict import Boolean, Strict, check_shape, decode
 
 MOST_STOPS = 16
 LONGEST_STOP = 256
@@ -64,7 +64,7 @@ class Neutral(Strict):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     metadata: dict[str, str] | None = None
-    store: Literal[False] | None = None
+    store: Annotated[Literal[False] | None, Boolean] = None
     service_tier: Literal["auto", "default"] | None = None
 
 

@@ -11,7 +11,7 @@ from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError
 from idlm.serving.messages import Guide
 from idlm.serving.protocol import Generation, schema_guide
-from idlm.serving.strict import Strict, decode
+from idlm.serving.strict import Boolean, Strict, decode
 
 Scalar = str | bool | int | float | None
 
@@ -191,7 +191,7 @@ class ChatRequest(Conversation, Generation):
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: Literal[True] | None = None
+    parallel_tool_calls: Annotated[Literal[True] | None, Boolean] = None
     modalities: list[Literal["text"]] | None = None
     verbosity: Literal["medium"] | None = None
     audio: None = None

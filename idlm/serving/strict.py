@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from idlm.serving.errors import ApiError
 
@@ -21,6 +21,16 @@ class Strict(BaseModel):
     """A part of a request: no unknown fields, no conversions ("1" is no number, true is no integer), no NaN."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=())
+
+
+def _boolean(value: object) -> object:
+    if value is not None and not isinstance(value, bool):
+        raise ValueError("a boolean is wanted")
+    return value
+
+
+Boolean = BeforeValidator(_boolean)
+"""For fields of one boolean: `Literal` alone takes 0 for False and 1 for True."""
 
 
 def decode(text: bytes | str, what: str) -> Any:
