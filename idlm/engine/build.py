@@ -16,6 +16,8 @@ from idlm.decoding.window import parse_branches, window
 from idlm.engine.engine import Engine
 from idlm.engine.planner import Planner, candidates, measured
 from idlm.engine.runner import Runner, attention_shapes
+from idlm.kernels import native
+from idlm.kernels.draft_weights import DraftWeights
 from idlm.models.idlm_model import Idlm
 
 log = logging.getLogger("idlm")
@@ -23,6 +25,8 @@ log = logging.getLogger("idlm")
 DEFAULT_SLOTS = 64
 MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.85}
 """Of the memory that is free once the weights are loaded, what the KV cache may take by itself."""
+DRAFT_SHARE = 0.25
+"""Of the free memory, what weights for MASK rows alone may take."""
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -49,7 +53,8 @@ def build_engine(
     _check(idlm, stride, max_num_seqs, page_size, prefill_tokens, simulate_acceptance)
     pages = _pages(idlm, max_num_seqs, kv_memory, page_size)
     depth = max(plan.drafts for plan in plans)
-    runner = Runner(idlm, max_num_seqs, depth, pages, page_size, record, simulate_acceptance, deterministic)
+    weights = _draft_weights(idlm) if depth and not deterministic else None
+    runner = Runner(idlm, max_num_seqs, depth, pages, page_size, record, simulate_acceptance, deterministic, weights)
     costs = measured(runner, plans, max_num_seqs) if branches == "planner" else None
     late = int(idlm.device.type == "cuda") if late is None else late
     root = f"{idlm.name} {idlm.dtype}".encode()
@@ -117,6 +122,20 @@ def _pages(idlm: Idlm, slots: int, kv_memory: int | str | None, page_size: int) 
         *(pages, page_size, why, pages * page_bytes / 2**20, (pages - 1) / per_request),
     )
     return int(pages)
+
+
+def _draft_weights(idlm: Idlm) -> DraftWeights | None:
+    """Weights for MASK rows alone, where this machine is faster with them; the reason goes to the log."""
+    if idlm.device.type != "cpu" or idlm.dtype != torch.float32 or not native.int8_pays():
+        return None
+    adapters = 1 if idlm.gate is None else idlm.gate.adapters
+    size, free = adapters * idlm.model.num_parameters(), psutil.virtual_memory().available
+    if size > DRAFT_SHARE * free:
+        why = "int8 weights of their own would take %.0f MiB, over a quarter of what is free"
+        log.info(f"MASK rows run in float32: {why}", size / 2**20)
+        return None
+    log.info("MASK rows run in int8, %.0f MiB: their drafts are verified in float32 anyway", size / 2**20)
+    return DraftWeights(idlm.mask_weights())
 
 
 def _share(device: torch.device) -> int:

@@ -22,6 +22,7 @@ from idlm.engine.prompts import Chunk, Prompts
 from idlm.engine.record import Recorder
 from idlm.engine.slots import Slots
 from idlm.engine.step import Core, Kind, Outcome
+from idlm.kernels.draft_weights import DraftWeights
 from idlm.kernels.fused import lay_out
 from idlm.models.idlm_model import Idlm
 
@@ -64,7 +65,7 @@ class Runner:
         depth: K, the most drafts a plan has.
         pages, page_size: of the KV cache; page 0 is the trash page.
         record: whether decode steps are recorded (see `Recorder`).
-        simulated, deterministic: see `Core`.
+        simulated, deterministic, draft_weights: see `Core`.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Runner:
         record: bool = True,
         simulated: Sequence[float] | None = None,
         deterministic: bool = False,
+        draft_weights: DraftWeights | None = None,
     ) -> None:
         self.idlm, self.depth = idlm, depth
         idlm.model.requires_grad_(False)
@@ -85,13 +87,13 @@ class Runner:
         columns = cache.columns(idlm.context)
         self.slots = Slots(slots, depth, columns, idlm.vocab_size, idlm.device)
         self.settings = Settings.empty(slots + 1, idlm.vocab_size, idlm.mask_id, idlm.device)
-        self.core = Core(idlm, cache, self.slots, self.settings, simulated, deterministic)
         # on a CPU one recording serves all batch sizes, but the number of fixed tiles is part of it
         tiled = deterministic and idlm.device.type == "cpu"
+        if cache.native:
+            lay_out(idlm.model)
+        self.core = Core(idlm, cache, self.slots, self.settings, simulated, deterministic, draft_weights)
         self._measured: set[tuple[Plan, int]] = set()
         self._steps = Recorder(self.core, record and not tiled)
-        if record and not tiled and idlm.device.type == "cpu":
-            lay_out(idlm.model)
 
     @torch.inference_mode()
     def seat(

@@ -15,8 +15,8 @@ size, V logit columns, M columns of the page table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 
 import torch
@@ -33,8 +33,9 @@ from idlm.engine.kv_cache import KVCache, Segment
 from idlm.engine.prompts import Prompts
 from idlm.engine.slots import Slots, State, select, store
 from idlm.kernels.batch_invariant import batch_invariant
+from idlm.kernels.draft_weights import DraftWeights
 from idlm.kernels.verification import draft, verify
-from idlm.models.gated_lora import NO_ROWS
+from idlm.models.gated_lora import NO_ROWS, Gate
 from idlm.models.idlm_model import Idlm
 
 Guided = GuidedRows | None  # the guides of a step's slots, if any has one
@@ -97,6 +98,7 @@ class Core:
 
     Attributes:
         simulated: acceptance by depth that replaces the verification, for shapes without trained weights.
+        draft_weights: what MASK rows run on instead of the model's own weights and adapters.
         kernels: a context for every step; batch-invariant kernels where results must not depend on the batch.
     """
 
@@ -108,7 +110,9 @@ class Core:
         settings: Settings,
         simulated: Sequence[float] | None = None,
         deterministic: bool = False,
+        draft_weights: DraftWeights | None = None,
     ) -> None:
+        self.draft_weights = draft_weights
         self.idlm, self.cache, self.slots, self.settings = idlm, cache, slots, settings
         self.simulated = None if simulated is None else torch.tensor(simulated, device=idlm.device)
         self.kernels = batch_invariant if deterministic else nullcontext
@@ -180,10 +184,21 @@ class Core:
         first = real.numel()
         tokens = torch.cat([tokens, torch.full_like(masks, self.idlm.mask_id)])
         positions = torch.cat([real, masks])
-        if self.idlm.gate is not None:
-            self.idlm.gate.adapter = adapter[:, None].expand(-1, masks.numel() // adapter.numel()).flatten()
-        hidden = self.idlm.hidden(tokens[None], positions[None], None, slice(first, positions.numel()), self.cache)[0]
+        with self._drafting(adapter[:, None].expand(-1, masks.numel() // adapter.numel()).flatten()):
+            rows = slice(first, positions.numel())
+            hidden = self.idlm.hidden(tokens[None], positions[None], None, rows, self.cache)[0]
         return hidden[:first], hidden[first:]
+
+    @contextmanager
+    def _drafting(self, adapter: Tensor) -> Iterator[None]:
+        """For model code that has MASK rows; `adapter` [MASK rows] says whose."""
+        gate = self.idlm.gate or Gate()
+        gate.adapter, gate.merged = adapter, self.draft_weights is not None
+        try:
+            with nullcontext() if self.draft_weights is None else self.draft_weights.use(adapter):
+                yield
+        finally:
+            gate.merged = False
 
     def _judge(
         self, kind: Kind, rows: Tensor, state: State, logits: Tensor, drafts: Tensor, valid: Tensor, guided: Guided
@@ -235,7 +250,9 @@ class Core:
             return
         number = first - slate.state.length
         allow = None if slate.guided is None else slate.guided.allow(slate.verdict.tokens, number)
-        drafts, log_q = draft(self.idlm.head(masks), slate.settings, kind.features, first, allow)
+        with self._drafting(slate.state.adapter[:, None].expand(-1, masks.shape[1]).flatten()):
+            logits = self.idlm.head(masks)
+        drafts, log_q = draft(logits, slate.settings, kind.features, first, allow)
         good = slate.state.drafting & served
         depth = drafts.shape[1]
         whole = torch.cat([drafts, slate.state.drafts[:, depth:]], dim=1)

@@ -28,6 +28,7 @@ UNITS = (
     ("window_attention.c", "-DREAL=float", "-DEXP=expf", "-DLANE_BITS=4"),
     ("window_attention.c", "-DREAL=double", "-DEXP=exp", "-DLANE_BITS=3"),
     ("linear.c",),
+    ("draft_linear.c",),
     ("rows.c",),
     ("ops.c",),
 )
@@ -46,6 +47,12 @@ def loaded() -> bool:
     if failed:
         log.warning("no C kernels, PyTorch's instead (slower): torch %s does not take them", torch.__version__)
     return not failed
+
+
+@cache
+def int8_pays() -> bool:
+    """Whether this machine multiplies int8 faster than float32, as the kernel of `draft_linear.c` does it."""
+    return loaded() and bool(ctypes.CDLL(str(_library())).draft_linear_pays())
 
 
 def sources() -> str:

@@ -49,12 +49,14 @@ class Gate:
         rows: a slice along the row dimension.
         adapters: how many adapters the model has.
         adapter: int64 [MASK rows], which of them each MASK row uses; looked at where there are several.
+        merged: the linear layers' products have the update in them (`merged_weights`).
     """
 
     def __init__(self) -> None:
         self.rows = NO_ROWS
         self.adapters = 1
         self.adapter: Tensor | None = None
+        self.merged = False
 
     @contextmanager
     def open(self, rows: slice) -> Iterator[None]:
@@ -96,7 +98,7 @@ class GatedLinear(nn.Module):
         """[B, Q, in] -> [B, Q, out]."""
         y: Tensor = self.base(x)
         rows = self.gate.rows
-        if rows.start == rows.stop:  # plain AR pays nothing for the adapter
+        if rows.start == rows.stop or self.gate.merged:  # plain AR pays nothing for the adapter
             return y
         masks = x[:, rows]
         update = F.linear(F.linear(masks, self.lora_A), self.lora_B)
@@ -109,6 +111,13 @@ class GatedLinear(nn.Module):
         for index, one in updates:
             y[:, rows].add_(one * self.gate.adapter.eq(index)[:, None])
         return y
+
+    def merged(self) -> list[Tensor]:
+        """W + (alpha / r) B A, [out, in], of each adapter."""
+        weight, adapters = self.base.weight, range(self.gate.adapters)
+        updates = {0: self.scale * self.lora_B @ self.lora_A}
+        updates |= {more.number: more.scale * more.b @ more.a for more in self.more}
+        return [weight + updates[number] if number in updates else weight for number in adapters]
 
 
 class MaskEmbedding(nn.Module):
@@ -205,6 +214,18 @@ def attach_more(
     embedding.more.append(mask_row.to(embedding.weight))
     gate.adapters += 1
     return index
+
+
+@torch.no_grad()
+def merged_weights(model: PreTrainedModel) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """The weight of each linear layer of the backbone, and what MASK rows have in its place, by adapter."""
+    backbone: nn.Module = model.base_model
+    gated = {name: layer for name, layer in backbone.named_modules() if isinstance(layer, GatedLinear)}
+    yield from ((layer.base.weight, layer.merged()) for layer in gated.values())
+    inside = {id(layer.base) for layer in gated.values()}
+    for layer in backbone.modules():
+        if isinstance(layer, nn.Linear) and id(layer) not in inside:
+            yield layer.weight, [layer.weight]
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

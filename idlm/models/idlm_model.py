@@ -5,6 +5,7 @@ Shapes: B batch, Q rows of this forward, S rows they may look at, D hidden size,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from idlm.decoding.errors import InputError
 from idlm.models.attention import Cache
-from idlm.models.gated_lora import NO_ROWS, Gate
+from idlm.models.gated_lora import NO_ROWS, Gate, merged_weights
 
 
 @dataclass
@@ -97,6 +98,11 @@ class Idlm:
     def _output(self) -> nn.Linear:
         output: nn.Linear = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         return output
+
+    def mask_weights(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Each linear layer's weight, the head's too, and what MASK rows have in its place, by adapter."""
+        yield from merged_weights(self.model)
+        yield self._output.weight, [self._output.weight]
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:

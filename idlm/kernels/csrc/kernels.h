@@ -37,6 +37,17 @@ static inline float *row_of(const Rows *rows, int64_t row) {
 }
 
 void linear(const Rows *x, const float *w, float *y, int64_t out, int threads);
+
+/* Weights in int8, of several adapters; see draft_linear.c. `columns` is `out` rounded up to whole vectors. */
+typedef struct {
+    const int8_t *codes;  /* [adapters, K / 4, columns, 4] */
+    const float *scales;  /* [adapters, columns] */
+    const int32_t *sums;  /* [adapters, columns] */
+    int64_t adapters, columns, out;
+} Codes;
+
+int draft_linear(const Rows *x, int64_t first, const Codes *w, const int64_t *adapter, float *y, int threads);
+int draft_linear_pays(void);
 void rms_norm(const Rows *from, const float *weight, float *to, double eps);
 void rotate(const float *from, const float *cosine, const float *sine, float *to, int64_t rows, int64_t heads,
             int64_t size, int64_t from_row, int64_t from_head);

@@ -108,6 +108,23 @@ static void linear_op(Value *stack, uint64_t inputs, uint64_t outputs) {
     finish(stack, 2, y);
 }
 
+/* (x, w, codes, scales, sums, adapter): the last rows, as many as `adapter` has, by the codes, the others by w */
+static void split_linear_op(Value *stack, uint64_t inputs, uint64_t outputs) {
+    (void)inputs, (void)outputs;
+    Rows x = rows_of(stack[0]);
+    Codes codes = {
+        .codes = data(stack[2]), .scales = data(stack[3]), .sums = data(stack[4]),
+        .adapters = sizes(stack[3])[0], .columns = sizes(stack[3])[1], .out = sizes(stack[1])[0],
+    };
+    Tensor y = dense(stack[0], codes.out);
+    int64_t first = x.rows - sizes(stack[5])[0];
+    must(first && codes.out > 1 && strides(stack[1])[0] != 1);
+    must(draft_linear(&x, first, &codes, data(stack[5]), data((Value)y), omp_get_max_threads()));
+    x.rows = first;
+    linear(&x, data(stack[1]), data((Value)y), codes.out, omp_get_max_threads());
+    finish(stack, 6, y);
+}
+
 /* (rows, weight, eps) */
 static void rms_norm_op(Value *stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
@@ -150,6 +167,9 @@ int idlm_register(void) {
          "Tensor lengths, Tensor visible, bool causal, int masks, float scale) -> Tensor",
          window_attention},
         {"linear", "linear(Tensor x, Tensor w) -> Tensor", linear_op},
+        {"split_linear",
+         "split_linear(Tensor x, Tensor w, Tensor codes, Tensor scales, Tensor sums, Tensor adapter) -> Tensor",
+         split_linear_op},
         {"rms_norm", "rms_norm(Tensor rows, Tensor weight, float eps) -> Tensor", rms_norm_op},
         {"rotate", "rotate(Tensor heads, Tensor cosine, Tensor sine) -> Tensor", rotate_op},
         {"swiglu", "swiglu(Tensor gate, Tensor up) -> Tensor", swiglu_op},
