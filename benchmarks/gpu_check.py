@@ -102,6 +102,7 @@ def step_costs(llm: LLM, bandwidth: float) -> dict[str, object]:
     }
 
 
+@torch.inference_mode()
 def host_waits(llm: LLM, steps: int = 10) -> dict[str, object]:
     """Runtime calls in which the host waits, within launched steps, from the profiler's trace; none is allowed.
 

@@ -116,35 +116,36 @@ class Settings:
     stop: Tensor | None = None
     seen: Tensor | None = None
     counts: Tensor | None = None
+    _numbers: tuple[Tensor, Tensor] | None = None
     _live: list[Features | None] = field(default_factory=list)
     _together: Features | None = None
 
     @classmethod
     def empty(cls, slots: int, vocab_size: int, mask_id: int, device: torch.device | str = "cpu") -> Settings:
         """All slots free."""
-
-        def numbers(value: float) -> Tensor:
-            return torch.full((slots,), value, dtype=torch.float64, device=device)
-
-        def integers(*shape: int, value: int = 0) -> Tensor:
-            return torch.full(shape, value, dtype=torch.int64, device=device)
-
+        # what a request brings is written at once: the numbers of all slots are columns of two tables
+        reals = torch.tensor([0.0, ALWAYS, 0.0, 1.0, 0.0, 0.0, ALWAYS], dtype=torch.float64, device=device)
+        integers = torch.tensor([vocab_size, 0, 0, 0, 0, 0, 0], device=device)
+        tables = reals.repeat(slots, 1), integers.repeat(slots, 1)
+        temperature, top_p, min_p, repetition, presence, frequency, log_tau = tables[0].unbind(1)
+        top_k, rule, hold_until, prompt_length = tables[1][:, :4].unbind(1)
         return cls(
-            temperature=numbers(0.0),
-            top_p=numbers(ALWAYS),
-            min_p=numbers(0.0),
-            repetition=numbers(1.0),
-            presence=numbers(0.0),
-            frequency=numbers(0.0),
-            log_tau=numbers(ALWAYS),
-            top_k=integers(slots, value=vocab_size),
-            keys=integers(slots, 3),
-            rule=integers(slots),
-            hold_until=integers(slots),
-            prompt_length=integers(slots),
+            temperature=temperature,
+            top_p=top_p,
+            min_p=min_p,
+            repetition=repetition,
+            presence=presence,
+            frequency=frequency,
+            log_tau=log_tau,
+            top_k=top_k,
+            keys=tables[1][:, 4:],
+            rule=rule,
+            hold_until=hold_until,
+            prompt_length=prompt_length,
             steps=torch.arange(1, vocab_size + 1, device=device) * GOLDEN,
             vocab_size=vocab_size,
             mask_id=mask_id,
+            _numbers=tables,
             _live=[None] * slots,
         )
 
@@ -173,12 +174,7 @@ class Settings:
         ends = sorted(set(stop_ids))
         needs = Features.of(params, ends)
         self._live[slot], self._together = needs, None
-        self._put_numbers(slot, params, needs)
-        self.prompt_length[slot] = len(prompt)
-        rule = VERIFICATIONS.index(params.verification)
-        streams = torch.tensor([Stream.TOKEN, Stream.DRAFT if rule == RATIO else Stream.TOKEN, Stream.ACCEPT])
-        self.keys[slot] = split_mix(torch.tensor(seed), streams).to(self.keys.device)
-        self.rule[slot] = rule
+        self._put_numbers(slot, params, needs, seed, len(prompt))
         self._put_bias(slot, params, needs)
         if needs.held:
             self._put_stop(slot, ends)
@@ -200,19 +196,29 @@ class Settings:
         self.counts.scatter_add_(1, tokens.clamp(0, self.vocab_size - 1), fresh.to(torch.int32))
         self.seen.logical_or_(self.counts > 0)
 
-    def _put_numbers(self, slot: int, params: SamplingParams, needs: Features) -> None:
-        self.temperature[slot] = params.temperature
-        self.top_p[slot] = params.top_p if needs.filtered and params.top_p < 1 else ALWAYS
-        self.top_k[slot] = (
-            min(params.top_k, self.vocab_size) if needs.filtered and params.top_k > 0 else self.vocab_size
-        )
-        self.min_p[slot] = params.min_p if needs.filtered else 0.0
-        self.repetition[slot] = params.repetition_penalty
-        self.presence[slot] = params.presence_penalty
-        self.frequency[slot] = params.frequency_penalty
+    def _put_numbers(self, slot: int, params: SamplingParams, needs: Features, seed: int, prompt_length: int) -> None:
+        assert self._numbers is not None
+        reals, integers = self._numbers
         # by torch, as `verify.relaxed` takes it
-        self.log_tau[slot] = ALWAYS if params.tau is None else torch.tensor(params.tau, dtype=torch.float64).log()
-        self.hold_until[slot] = params.min_tokens if needs.held else 0
+        log_tau = ALWAYS if params.tau is None else torch.tensor(params.tau, dtype=torch.float64).log().item()
+        reals[slot] = torch.tensor(
+            [
+                params.temperature,
+                params.top_p if needs.filtered and params.top_p < 1 else ALWAYS,
+                params.min_p if needs.filtered else 0.0,
+                params.repetition_penalty,
+                params.presence_penalty,
+                params.frequency_penalty,
+                log_tau,
+            ],
+            dtype=torch.float64,
+        )
+        top_k = min(params.top_k, self.vocab_size) if needs.filtered and params.top_k > 0 else self.vocab_size
+        rule = VERIFICATIONS.index(params.verification)
+        streams = torch.tensor([Stream.TOKEN, Stream.DRAFT if rule == RATIO else Stream.TOKEN, Stream.ACCEPT])
+        keys = split_mix(torch.tensor(seed), streams)
+        held = params.min_tokens if needs.held else 0
+        integers[slot] = torch.cat([torch.tensor([top_k, rule, held, prompt_length]), keys])
 
     def _put_bias(self, slot: int, params: SamplingParams, needs: Features) -> None:
         if self.bias is None:

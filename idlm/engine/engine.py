@@ -21,6 +21,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
+import torch
+
 from idlm.decoding.params import SamplingParams
 from idlm.decoding.plan import Plan
 from idlm.engine.intake import Intake
@@ -116,6 +118,7 @@ class Engine:
         """What a request that is still here has come to; it grows in place, and is the result in the end."""
         return self._requests[request_id].result
 
+    @torch.inference_mode()
     def abort(self, request_id: str) -> bool:
         """End a request in whatever state it is; False where it is not known (any more)."""
         request = self._requests.get(request_id)
@@ -124,6 +127,7 @@ class Engine:
         self._end(request, "abort")
         return True
 
+    @torch.inference_mode()  # once for all that it calls: entering it costs more than most of that
     def step(self) -> list[Update]:
         """Admit, launch one step, and return what the steps before have brought."""
         started = perf_counter()
@@ -148,6 +152,7 @@ class Engine:
         """Prepare the steps that most requests need, in bounded time; a server does so before it is ready."""
         self.runner.warm_up(self.planner.plans, seconds)
 
+    @torch.inference_mode()
     def drain(self) -> None:
         """Read what is under way, so that host and device agree."""
         while self._flights:
@@ -176,8 +181,8 @@ class Engine:
                 sorted(request.stop_ids),
                 request.adapter,
                 request.drafting,
+                request.pages,
             )
-            self.runner.map_pages([(request.slot, column, page) for column, page in enumerate(request.pages)])
 
     def _budget(self) -> int:
         """Prompt tokens this step may prefill; more where most wait, or the first to decode would hold them all up."""
@@ -228,8 +233,9 @@ class Engine:
                     entries += fresh
                     break
                 self._preempt()
-        seated = {request.slot for request in self.scheduler.running}
-        self.runner.map_pages([entry for entry in entries if entry[0] in seated])
+        if entries:
+            seated = {request.slot for request in self.scheduler.running}
+            self.runner.map_pages([entry for entry in entries if entry[0] in seated])
 
     def _preempt(self) -> None:
         """Take the last one's pages; first what is under way is read: it may bring the end of somebody."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import NamedTuple
 
 from idlm.decoding.params import SamplingParams
 from idlm.engine.guide import Matcher
@@ -85,8 +86,7 @@ class Result:
         return [a / r if r else 0.0 for a, r in zip(self.accepted, self.reached, strict=True)]
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """What one engine step brought one request.
 
     Attributes:
@@ -160,7 +160,8 @@ class Request:
         before = result.forwards
         result.forwards += 1
         result.timing.mark(perf_counter())
-        ended = next((at for at, token in enumerate(tokens) if token in self.stop_ids), None)
+        stops = not self.stop_ids.isdisjoint(tokens)
+        ended = next(at for at, token in enumerate(tokens) if token in self.stop_ids) if stops else None
         kept = list(tokens if ended is None else tokens[: ended + 1])
         if self.matcher is not None and (good := self.matcher.advance(kept)) < len(kept):
             kept, ended = kept[:good], None
@@ -169,12 +170,11 @@ class Request:
         if self.stream is not None and self.stream.stopped_at is not None:
             kept = kept[: self.stream.stopped_at - start]
             result.finish_reason, result.stop_reason, ended = "stop", self.stream.stopped_by, None
-        for index, token in enumerate(kept):
-            result.token_ids.append(token)
-            result.sources.append(_source(index, drafted, accepted, first=before == 0))
-            if index < drafted:
-                result.reached[index] += 1
-                result.accepted[index] += index < accepted
+        result.token_ids += kept
+        result.sources += ["first"] * len(kept) if before == 0 else _sources(len(kept), drafted, accepted)
+        for depth in range(min(len(kept), drafted)):
+            result.reached[depth] += 1
+            result.accepted[depth] += depth < accepted
         if ended is not None:
             result.finish_reason = "stop"
             result.stop_reason = kept[-1] if kept[-1] in self.params.stop_token_ids else None
@@ -197,9 +197,6 @@ class Request:
         return rest
 
 
-def _source(index: int, drafted: int, accepted: int, first: bool) -> str:
-    if first:
-        return "first"
-    if index < accepted:
-        return "accepted"
-    return "corrected" if index < drafted else "bonus"
+def _sources(tokens: int, drafted: int, accepted: int) -> list[str]:
+    """Of the first `tokens` tokens of a forward that looked at so many drafts."""
+    return [*["accepted"] * accepted, "corrected" if accepted < drafted else "bonus"][:tokens]

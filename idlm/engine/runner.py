@@ -58,7 +58,7 @@ class Launched:
 
 
 class Runner:
-    """The device side of an engine.
+    """The device side of an engine; its methods are called in torch's inference mode.
 
     Args:
         slots: the most requests at once.
@@ -95,7 +95,6 @@ class Runner:
         self._measured: set[tuple[Plan, int]] = set()
         self._steps = Recorder(self.core, record and not tiled)
 
-    @torch.inference_mode()
     def seat(
         self,
         slot: int,
@@ -107,28 +106,26 @@ class Runner:
         stop_ids: Sequence[int],
         adapter: int,
         drafting: bool,
+        pages: Sequence[int],
     ) -> None:
-        """Give a request a slot; its pages follow, and the prefill of its text but for the last token."""
+        """Give a request a slot; the prefill of its text but for the last token follows."""
         if params.verification == "ratio" and self.slots.log_q is None:
             rows = len(self.slots.state.length)
             shape = (rows, self.depth, self.idlm.vocab_size)
             self.slots.log_q = torch.zeros(shape, dtype=torch.float64, device=self.idlm.device)
         self.settings.put(slot, params, seed, prompt, output, stop_ids)
         text = [*prompt, *output]
-        self.slots.put(slot, len(text), text[-1], limit, stop_ids, adapter, drafting)
+        self.slots.put(slot, len(text), text[-1], limit, stop_ids, adapter, drafting, pages)
 
-    @torch.inference_mode()
     def clear(self, slot: int) -> None:
         """Free a slot."""
         self.settings.clear(slot)
         self.slots.clear(slot)
 
-    @torch.inference_mode()
     def map_pages(self, entries: Sequence[tuple[int, int, int]]) -> None:
         """Write (slot, column, page) entries into the page tables."""
         self.slots.map_pages(entries)
 
-    @torch.inference_mode()
     def step(
         self,
         kind: Kind,
@@ -160,23 +157,24 @@ class Runner:
             return tensor
         return tensor.pin_memory().to(self.idlm.device, non_blocking=True)
 
+    @torch.inference_mode()
     def measure(self, plan: Plan, batch: int, prefix: int = MEASURE_PREFIX) -> float:
         """Seconds of one greedy decode step of `batch` requests with `prefix` cached tokens each, on the spare slot."""
         prefix = min(prefix, self.idlm.context - self.depth - 1)
-        with torch.inference_mode():
-            self.slots.state.length[self.slots.spare] = prefix
-            kind, slots = Kind(plan, Features()), [self.slots.spare] * batch
-            shape = (plan, batch if self.idlm.device.type == "cuda" else 0)  # what one recording serves
-            warm = 1 if shape in self._measured else WARM_UP
-            self._measured.add(shape)
-            for _ in range(warm):
-                self.step(kind, slots, prefix + self.depth).read()
-            started = perf_counter()
+        self.slots.state.length[self.slots.spare] = prefix
+        kind, slots = Kind(plan, Features()), [self.slots.spare] * batch
+        shape = (plan, batch if self.idlm.device.type == "cuda" else 0)  # what one recording serves
+        warm = 1 if shape in self._measured else WARM_UP
+        self._measured.add(shape)
+        for _ in range(warm):
             self.step(kind, slots, prefix + self.depth).read()
-            seconds = perf_counter() - started
-            self.slots.state.length[self.slots.spare] = 1
+        started = perf_counter()
+        self.step(kind, slots, prefix + self.depth).read()
+        seconds = perf_counter() - started
+        self.slots.state.length[self.slots.spare] = 1
         return seconds
 
+    @torch.inference_mode()
     def warm_up(self, plans: Iterable[Plan], seconds: float) -> None:
         """Record the steps of greedy and of plainly sampled requests, so that no request waits for that later.
 

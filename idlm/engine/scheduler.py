@@ -17,6 +17,9 @@ from idlm.engine.pages import PagePool, chain
 from idlm.engine.prompts import Chunk
 from idlm.engine.request import Request
 
+AHEAD = 4
+"""Pages that a growing request gets at once, where they are free."""
+
 
 class Scheduler:
     """The host's picture of slots and pages.
@@ -83,10 +86,15 @@ class Scheduler:
         return min(tokens, request.limit) > len(request.pages) * self.pool.page_size
 
     def grow(self, request: Request, tokens: int) -> list[tuple[int, int, int]] | None:
-        """The pages that it lacks for `tokens` tokens, as (slot, column, page); None where there are not enough."""
+        """The pages that it lacks for `tokens` tokens, as (slot, column, page); None where there are not enough.
+
+        Where plenty are free it gets `AHEAD` at once, so that few steps have pages to map.
+        """
         assert request.slot is not None  # noqa: S101
         held = len(request.pages)
         missing = max(0, self.columns(min(tokens, request.limit)) - held)
+        if missing and self.pool.free >= AHEAD * len(self.running):
+            missing = max(missing, min(AHEAD, self.columns(request.limit) - held))
         if not self.pool.can_allocate(missing):
             return None
         fresh = self.pool.allocate(missing)

@@ -61,37 +61,32 @@ class Slots:
         def whole(*shape: int) -> Tensor:
             return torch.zeros(rows, *shape, dtype=torch.int64, device=device)
 
-        def flag(*shape: int) -> Tensor:
-            return torch.zeros(rows, *shape, dtype=torch.bool, device=device)
-
+        # a request's row is written at once: the numbers of all slots are columns of two tables
+        self._numbers = torch.tensor([1, 0, 1, 0, 0], device=device).repeat(rows, 1)
+        self._flags = torch.zeros(rows, 2, dtype=torch.bool, device=device)
+        length, pending, limit, valid, adapter = self._numbers.unbind(1)
+        alive, drafting = self._flags.unbind(1)
         self.spare = number
         self.log_q: Tensor | None = None
-        self.state = State(
-            length=whole() + 1,
-            pending=whole(),
-            limit=whole() + 1,
-            alive=flag(),
-            drafting=flag(),
-            drafts=whole(depth),
-            valid=whole(),
-            adapter=whole(),
-            table=whole(columns),
-        )
-        self.stops = flag(vocab_size)
+        self.state = State(length, pending, limit, alive, drafting, whole(depth), valid, adapter, table=whole(columns))
+        self.stops = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
 
     def put(
-        self, slot: int, length: int, pending: int, limit: int, stops: Sequence[int], adapter: int, drafting: bool
+        self,
+        slot: int,
+        length: int,
+        pending: int,
+        limit: int,
+        stops: Sequence[int],
+        adapter: int,
+        drafting: bool,
+        pages: Sequence[int],
     ) -> None:
         """Seat a request with `length` committed tokens, `pending` the last; `limit` or one of `stops` ends it."""
-        state = self.state
-        state.length[slot] = length
-        state.pending[slot] = pending
-        state.limit[slot] = limit
-        state.alive[slot] = True
-        state.drafting[slot] = drafting
-        state.valid[slot] = 0
-        state.adapter[slot] = adapter
-        state.table[slot] = 0
+        self._numbers[slot] = torch.tensor([length, pending, limit, 0, adapter])
+        self._flags[slot] = torch.tensor([True, drafting])
+        table = self.state.table[slot]
+        table.copy_(torch.tensor([*pages, *[0] * (len(table) - len(pages))]))
         self.stops[slot] = False
         self.stops[slot, list(stops)] = True
 

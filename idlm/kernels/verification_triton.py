@@ -92,11 +92,12 @@ def choose_rows(
     splits = triton.cdiv(vocab, share)
     bests = logits.new_empty(batch, rows, splits, dtype=torch.float64)
     ids = first.new_empty(batch, rows, splits)
+    temperature, keys = settings.temperature.contiguous(), settings.keys.contiguous()  # columns, unless selected
     if batch * rows:
         _choose[batch * rows, splits](
-            logits.contiguous(), settings.temperature if bias is None else bias.contiguous(), settings.temperature,
-            settings.keys, first, bests, ids,
-            rows, vocab, share, settings.mask_id, settings.keys.shape[1], int(stream),
+            logits.contiguous(), temperature if bias is None else bias.contiguous(), temperature,
+            keys, first, bests, ids,
+            rows, vocab, share, settings.mask_id, keys.shape[1], int(stream),
             BIASED=bias is not None, SAMPLED=sampled, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     if splits > 1:

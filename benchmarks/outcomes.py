@@ -1,0 +1,93 @@
+"""All outcomes against the chain: tokens per forward, measured, and by the formulas of `idlm.decoding.plan`.
+
+    python -m benchmarks.outcomes [--model nano] [--adapter A] [--strides 4 8] [--temperature 0] [--requests 256]
+
+The formulas are about the long run, at the acceptance measured. A request's first forward has no drafts to verify and
+its last one is cut at its end, so both are left out of `tpf`; `tpf_whole` counts them, as everywhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from idlm.decoding.plan import Plan, expected_tokens
+from idlm.engine.build import build_engine
+from idlm.engine.request import Result
+from idlm.evaluation.environment import environment
+from idlm.evaluation.workload import Request, workload
+from idlm.models.idlm_model import Idlm
+from idlm.models.loading import load
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def decode(idlm: Idlm, plan: Plan, requests: Sequence[Request], temperature: float) -> list[Result]:
+    """All requests, 32 at once; request i has seed i."""
+    engine = build_engine(idlm, plan.stride, plan.branches, max_num_seqs=32)
+    for seed, request in enumerate(requests):
+        engine.add(request.prompt_token_ids, replace(request.params, temperature=temperature), seed)
+    return [update.result for update in engine.run() if update.result is not None]
+
+
+def inner(result: Result) -> list[int]:
+    """Tokens of each forward but the first and the last: a forward ends with a token that was no draft."""
+    ends = [at for at, source in enumerate(result.sources) if source != "accepted"]
+    forwards = [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    return forwards if ends[-1] + 1 < len(result.sources) else forwards[:-1]
+
+
+def figures(plan: Plan, results: Sequence[Result]) -> dict[str, object]:
+    """Of one plan."""
+    tokens = [number for result in results for number in inner(result)]
+    reached, accepted = (
+        [sum(getattr(one, name)[depth] for one in results) for depth in range(plan.drafts)]
+        for name in ("reached", "accepted")
+    )
+    acceptance = [a / r for a, r in zip(accepted, reached, strict=True)]
+    tpf, expected = sum(tokens) / len(tokens), expected_tokens(plan, acceptance)
+    whole = sum(len(one.token_ids) for one in results) / sum(one.forwards for one in results)
+    return {
+        "plan": plan.name,
+        "tpf": tpf,
+        "expected": expected,
+        "off": tpf / expected - 1,
+        "tpf_whole": whole,
+        "forwards": len(tokens),
+        "acceptance": acceptance,
+    }
+
+
+def main() -> None:
+    """Decode, print, write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--adapter")
+    parser.add_argument("--strides", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=RESULTS / "outcomes.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    idlm = load(options.model, adapter=options.adapter)
+    requests, rows = workload(idlm)(options.requests, 5), []
+    for stride in options.strides:
+        pair = [figures(plan, decode(idlm, plan, requests, options.temperature)) for plan in _pair(stride)]
+        rows.append({"stride": stride, "all_over_chain": pair[1]["tpf"] / pair[0]["tpf"], "plans": pair})  # type: ignore[operator]
+        print(json.dumps(rows[-1]))
+    settings = {key: str(value) for key, value in vars(options).items() if key != "output"}
+    options.output.write_text(json.dumps({"rows": rows, "environment": environment() | settings}, indent=1) + "\n")
+
+
+def _pair(stride: int) -> tuple[Plan, Plan]:
+    return Plan(stride, "chain"), Plan(stride, "all")
+
+
+if __name__ == "__main__":
+    main()
