@@ -163,6 +163,37 @@ def test_the_fused_operations() -> None:
     torch.testing.assert_close(torch.ops.idlm.rotate(heads, cosine, sine), heads * cosine + turned * sine)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 20),
+    inner=st.integers(1, 70),
+    out=st.integers(1, 300),
+    by_rows=st.booleans(),
+    threads=st.integers(1, 2),
+    seed=st.integers(0, 2**20),
+)
+def test_products_of_few_rows(rows: int, inner: int, out: int, by_rows: bool, threads: int, seed: int) -> None:
+    """Of weights laid out either way; a row's bits do not depend on the rows beside it or on the threads."""
+    torch.manual_seed(seed)
+    x, weight, before = torch.randn(1, rows, inner), torch.randn(out, inner), torch.get_num_threads()
+    laid_out = weight if by_rows else weight.t().contiguous().t()
+    try:
+        torch.set_num_threads(threads)
+        found = torch.ops.idlm.linear(x, laid_out)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found, torch.nn.functional.linear(x, weight), rtol=1e-4, atol=1e-4)
+    row = seed % rows
+    assert torch.equal(found[:, row : row + 1], torch.ops.idlm.linear(x[:, row : row + 1], laid_out))
+
+
+def test_a_long_product_goes_in_narrow_panels() -> None:
+    x, weight = torch.randn(17, 5000), torch.randn(300, 5000)
+    torch.testing.assert_close(
+        torch.ops.idlm.linear(x, weight.t().contiguous().t()), x @ weight.t(), rtol=1e-3, atol=1e-3
+    )
+
+
 @pytest.mark.parametrize(("family", "norms"), [("llama", 5), ("mistral", 5), ("qwen2", 5), ("qwen3", 9)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_recordings_use_them(family: str, norms: int, dtype: torch.dtype) -> None:
@@ -210,7 +241,7 @@ def test_without_a_compiler_the_twins_serve(
     with_kernels = LLM(idlm, max_num_seqs=2).generate(prompt, greedy)[0].token_ids
     monkeypatch.setenv("CC", "/no/such/compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    caches = (native.loaded,)
+    caches = (native.loaded, native.int8_pays)
     for one in caches:
         one.cache_clear()
     try:
@@ -219,5 +250,7 @@ def test_without_a_compiler_the_twins_serve(
         assert "/no/such/compiler" in caplog.text
         assert not native.loaded()
     finally:
+        monkeypatch.undo()
         for one in caches:
             one.cache_clear()
+    assert native.loaded()  # again

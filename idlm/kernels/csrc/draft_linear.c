@@ -15,7 +15,6 @@
 #include "kernels.h"
 
 #define LANES 16
-#define PANEL (16 * LANES)
 #define AHEAD 32 /* steps of w to ask for in advance */
 #define ZERO 128
 
@@ -131,12 +130,13 @@ int draft_linear(const Rows *x, int64_t first, const Codes *w, const int64_t *ad
         ends[one + 1] = at;
     }
     y += first * w->out;
+    const int64_t step = panel_columns(number, x->size);
     if (!failed) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-        for (int64_t column = 0; column < w->columns; column += PANEL)
+        for (int64_t column = 0; column < w->columns; column += step)
             for (int64_t one = 0; one < w->adapters; one++)
                 panel(&bytes, order + ends[one], ends[one + 1] - ends[one], w, one, column,
-                      column + PANEL < w->columns ? column + PANEL : w->columns, y);
+                      column + step < w->columns ? column + step : w->columns, y);
     }
     free(order), free(ends), free(bytes.bytes), free(bytes.scales);
     return failed;

@@ -37,6 +37,14 @@ static inline float *row_of(const Rows *rows, int64_t row) {
 }
 
 void linear(const Rows *x, const float *w, float *y, int64_t out, int threads);
+void linear_by_rows(const Rows *x, const float *w, float *y, int64_t out, int threads);
+
+/* Columns of a panel of weights, `bytes` a column: as many as stay in the second-level cache from one block of rows to
+   the next, but no more than one row alone takes at a time. */
+static inline int64_t panel_columns(int64_t rows, int64_t bytes) {
+    int64_t fitting = (512 << 10) / bytes / 32 * 32;
+    return rows <= 8 || fitting > 256 ? 256 : fitting < 32 ? 32 : fitting;
+}
 
 /* Weights in int8, of several adapters; see draft_linear.c. `columns` is `out` rounded up to whole vectors. */
 typedef struct {

@@ -98,13 +98,14 @@ static void window_attention(Value *stack, uint64_t inputs, uint64_t outputs) {
     finish(stack, 8, out);
 }
 
-/* (x, w) with w [N, K] laid out as [K, N] */
+/* (x, w) with w [N, K], laid out so or as [K, N] */
 static void linear_op(Value *stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
     Rows x = rows_of(stack[0]);
     int64_t out = sizes(stack[1])[0];
     Tensor y = dense(stack[0], out);
-    linear(&x, data(stack[1]), data((Value)y), out, omp_get_max_threads());
+    int64_t by_columns = out == 1 || strides(stack[1])[0] == 1;
+    (by_columns ? linear : linear_by_rows)(&x, data(stack[1]), data((Value)y), out, omp_get_max_threads());
     finish(stack, 2, y);
 }
 
@@ -156,8 +157,10 @@ static void swiglu_op(Value *stack, uint64_t inputs, uint64_t outputs) {
     finish(stack, 2, to);
 }
 
-/* Register everything; 0 where that worked. The handles live as long as the process. */
+/* Register everything, once; 0 where that worked. The handles live as long as the process. */
 int idlm_register(void) {
+    static int done;
+    if (done) return 0;
     static const struct {
         const char *name, *schema;
         void (*call)(Value *, uint64_t, uint64_t);
@@ -180,5 +183,6 @@ int idlm_register(void) {
     for (unsigned i = 0; i < sizeof(ops) / sizeof(*ops); i++)
         if (aoti_torch_library_def(names, ops[i].schema) || aoti_torch_library_impl(calls, ops[i].name, ops[i].call))
             return 1;
+    done = 1;
     return 0;
 }
