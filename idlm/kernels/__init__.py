@@ -1,1 +1,1 @@
-"""GPU kernels in Triton, each beside its PyTorch twin behind one signature."""
+"""Kernels: in Triton for a GPU and in C for a CPU (csrc/), each beside its PyTorch twin behind one signature."""
