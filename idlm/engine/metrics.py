@@ -58,13 +58,21 @@ class Metrics:
             self.rows += batch
             self.window_rows += batch * plan.width
             self.plans[plan.name] += 1
-        if not prompt_tokens:
-            self._decode_seconds = self._decodes[plan, batch] = _smooth(self._decodes.get((plan, batch)), seconds)
-            return
         self.prefill_tokens += prompt_tokens
+        self._estimate(plan, batch, prompt_tokens, seconds)
+
+    def _estimate(self, plan: Plan, batch: int, prompt_tokens: int, seconds: float) -> None:
+        """Seconds of a prompt token, and of a decode step as this one; while prompts wait, no step is without them."""
         alone = self._decodes.get((plan, batch)) if batch else 0.0
-        if alone is not None:
-            self._prefill_average = _smooth(self._prefill_average, max(0.0, seconds - alone) / prompt_tokens)
+        if prompt_tokens and alone is not None:
+            average = max(0.0, seconds - alone) / prompt_tokens
+            self._prefill_average = _smooth(self._prefill_average, average)
+        elif prompt_tokens and self._prefill_average is not None:
+            alone = max(0.0, seconds - prompt_tokens * self._prefill_average)
+        elif not prompt_tokens:
+            alone = _smooth(alone, seconds)
+        if batch and alone is not None:
+            self._decode_seconds = self._decodes[plan, batch] = alone
 
     def prefill_budget(self) -> int:
         """Prompt tokens that take about `GAP_SHARE` decode steps, from what both have taken lately."""
