@@ -41,13 +41,14 @@ static inline vector dot(vector sum, const uint8_t *bytes, const int8_t *codes) 
 int draft_linear_pays(void) { return 0; }
 #endif
 
-/* Rows as bytes, `size` of them a row; returns 1 where memory ran out. */
+/* Rows as bytes, `size` of them a row. */
 typedef struct {
     uint8_t *bytes;
     float *scales;
     int64_t size;
 } Bytes;
 
+/* The rows from `first` on; returns 1 where memory ran out. */
 static int to_bytes(const Rows *x, int64_t first, Bytes *to) {
     int64_t rows = x->rows - first, size = x->size, whole = (size + 3) / 4 * 4; /* a byte written could be x->size */
     to->size = whole;

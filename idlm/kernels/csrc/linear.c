@@ -17,11 +17,10 @@
 #define LANES 16
 #define AHEAD 64 /* rows of w to ask for in advance: their pieces lie too far apart for the processor to guess */
 
-#define ZIP_LOW(a, b) __builtin_shuffle(a, b, (indices){0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23})
-#define ZIP_HIGH(a, b) __builtin_shuffle(a, b, (indices){8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31})
+#define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
+#define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
 
 typedef float vector __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t indices __attribute__((vector_size(64)));
 
 static inline __attribute__((always_inline)) void
 block(const float *const *x, const float *w, float *y, int64_t in, int64_t out, const int rows, const int vectors, const int fetch) {
