@@ -67,12 +67,12 @@ class Metrics:
         if prompt_tokens and alone is not None:
             average = max(0.0, seconds - alone) / prompt_tokens
             self._prefill_average = _smooth(self._prefill_average, average)
-        elif prompt_tokens and self._prefill_average is not None:
+        elif prompt_tokens and self._prefill_average is not None:  # not kept: each would confirm the other's error
             alone = max(0.0, seconds - prompt_tokens * self._prefill_average)
         elif not prompt_tokens:
-            alone = _smooth(alone, seconds)
+            alone = self._decodes[plan, batch] = _smooth(alone, seconds)
         if batch and alone is not None:
-            self._decode_seconds = self._decodes[plan, batch] = alone
+            self._decode_seconds = alone
 
     def prefill_budget(self) -> int:
         """Prompt tokens that take about `GAP_SHARE` decode steps, from what both have taken lately."""
