@@ -3,7 +3,7 @@
     python -m benchmarks.outcomes [--model nano] [--adapter A] [--strides 4 8] [--temperature 0] [--requests 256]
 
 The formulas are about the long run, at the acceptance measured. A request's first forward has no drafts to verify and
-its last one is cut at its end, so both are left out of `tpf`; `tpf_whole` counts them, as everywhere else.
+its last one is cut at its end, so both are left out of `tpf_decode`; `tpf` counts them, as everywhere else.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from idlm.decoding.plan import Plan, expected_tokens
 from idlm.engine.build import build_engine
 from idlm.engine.request import Result
 from idlm.evaluation.environment import environment
+from idlm.evaluation.metrics import summary, tpf_decode
 from idlm.evaluation.workload import Request, workload
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import load
@@ -35,32 +37,13 @@ def decode(idlm: Idlm, plan: Plan, requests: Sequence[Request], temperature: flo
     return [update.result for update in engine.run() if update.result is not None]
 
 
-def inner(result: Result) -> list[int]:
-    """Tokens of each forward but the first and the last: a forward ends with a token that was no draft."""
-    ends = [at for at, source in enumerate(result.sources) if source != "accepted"]
-    forwards = [after - before for before, after in zip(ends, ends[1:], strict=False)]
-    return forwards if ends[-1] + 1 < len(result.sources) else forwards[:-1]
-
-
-def figures(plan: Plan, results: Sequence[Result]) -> dict[str, object]:
+def figures(plan: Plan, results: Sequence[Result]) -> dict[str, Any]:
     """Of one plan."""
-    tokens = [number for result in results for number in inner(result)]
-    reached, accepted = (
-        [sum(getattr(one, name)[depth] for one in results) for depth in range(plan.drafts)]
-        for name in ("reached", "accepted")
-    )
-    acceptance = [a / r for a, r in zip(accepted, reached, strict=True)]
-    tpf, expected = sum(tokens) / len(tokens), expected_tokens(plan, acceptance)
-    whole = sum(len(one.token_ids) for one in results) / sum(one.forwards for one in results)
-    return {
-        "plan": plan.name,
-        "tpf": tpf,
-        "expected": expected,
-        "off": tpf / expected - 1,
-        "tpf_whole": whole,
-        "forwards": len(tokens),
-        "acceptance": acceptance,
-    }
+    totals, tpf = summary(results), tpf_decode(results)
+    acceptance = [share for share in totals["acceptance"][: plan.drafts] if share is not None]
+    expected = expected_tokens(plan, acceptance)
+    off = None if tpf is None else tpf / expected - 1
+    return {"plan": plan.name, "tpf_decode": tpf, "tpf_expected": expected, "off": off, **totals}
 
 
 def main() -> None:
@@ -79,7 +62,7 @@ def main() -> None:
     requests, rows = workload(idlm)(options.requests, 5), []
     for stride in options.strides:
         pair = [figures(plan, decode(idlm, plan, requests, options.temperature)) for plan in _pair(stride)]
-        rows.append({"stride": stride, "all_over_chain": pair[1]["tpf"] / pair[0]["tpf"], "plans": pair})  # type: ignore[operator]
+        rows.append({"stride": stride, "all_over_chain": pair[1]["tpf_decode"] / pair[0]["tpf_decode"], "plans": pair})
         print(json.dumps(rows[-1]))
     settings = {key: str(value) for key, value in vars(options).items() if key != "output"}
     options.output.write_text(json.dumps({"rows": rows, "environment": environment() | settings}, indent=1) + "\n")

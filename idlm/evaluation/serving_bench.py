@@ -12,9 +12,8 @@ from math import ceil
 from statistics import median
 
 from idlm.decoding.plan import expected_tokens
-from idlm.engine.llm import Result
 from idlm.evaluation.closed_loop import Contestant, Decoding, Run
-from idlm.evaluation.metrics import summary
+from idlm.evaluation.metrics import summary, tpf_decode
 from idlm.evaluation.workload import Draw
 
 Row = dict[str, object]
@@ -116,7 +115,7 @@ def _decoded(runs: Sequence[Decoding]) -> Row:
     known = [share for share in totals["acceptance"] if share is not None]
     return {
         "tpf": totals["tpf"],
-        "tpf_decode": _tpf_decode(results),
+        "tpf_decode": tpf_decode(results),
         "tpf_expected": None if plan is None or (plan.drafts and not known) else expected_tokens(plan, known),
         "acceptance": totals["acceptance"],
         "flops_per_token_over_ar": sum(run.rows for run in runs) / totals["tokens"],
@@ -124,13 +123,6 @@ def _decoded(runs: Sequence[Decoding]) -> Row:
         "host_share": median(run.host_share for run in runs),
         "reason": runs[-1].reason,
     }
-
-
-def _tpf_decode(results: Sequence[Result]) -> float | None:
-    """Tokens per whole window: each ends with the first token that is no accepted draft."""
-    ends = [[at for at, source in enumerate(one.sources) if source in ("corrected", "bonus")] for one in results]
-    windows = sum(map(len, ends))
-    return sum(end[-1] for end in ends if end) / windows if windows else None
 
 
 def _latency(name: str, seconds: Sequence[float]) -> Row:

@@ -10,8 +10,8 @@ T rows of which the last M are MASK rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -59,11 +59,9 @@ class DraftWeights:
     def __init__(self, layers: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> None:
         self._layers = {id(weight): (weight, Codes.of(merged)) for weight, merged in layers}
 
-    @contextmanager
-    def use(self, adapter: Tensor) -> Iterator[None]:
+    def use(self, adapter: Tensor) -> AbstractContextManager[object]:
         """Run model code whose last rows are MASK rows, `adapter` int64 [M] says whose."""
-        with _Split(self._layers, adapter):
-            yield
+        return _Split(self._layers, adapter)
 
 
 class _Split(TorchFunctionMode):
@@ -81,7 +79,9 @@ class _Split(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is F.linear and id(args[1]) in self.layers:
-            x, weight, bias = (*args, None)[:3] if not kwargs else (*args, kwargs.get("bias"))[:3]
-            done = split_linear(x, weight, self.layers[id(weight)][1], self.adapter)
-            return done if bias is None else done + bias
-        return func(*args, **dict(kwargs or {}))
+            return self._linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        done = split_linear(x, weight, self.layers[id(weight)][1], self.adapter)
+        return done if bias is None else done + bias

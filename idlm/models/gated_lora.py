@@ -114,10 +114,10 @@ class GatedLinear(nn.Module):
 
     def merged(self) -> list[Tensor]:
         """W + (alpha / r) B A, [out, in], of each adapter."""
-        weight, adapters = self.base.weight, range(self.gate.adapters)
+        weight = self.base.weight
         updates = {0: self.scale * self.lora_B @ self.lora_A}
         updates |= {more.number: more.scale * more.b @ more.a for more in self.more}
-        return [weight + updates[number] if number in updates else weight for number in adapters]
+        return [weight + updates[number] if number in updates else weight for number in range(self.gate.adapters)]
 
 
 class MaskEmbedding(nn.Module):
@@ -220,9 +220,9 @@ def attach_more(
 def merged_weights(model: PreTrainedModel) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """The weight of each linear layer of the backbone, and what MASK rows have in its place, by adapter."""
     backbone: nn.Module = model.base_model
-    gated = {name: layer for name, layer in backbone.named_modules() if isinstance(layer, GatedLinear)}
-    yield from ((layer.base.weight, layer.merged()) for layer in gated.values())
-    inside = {id(layer.base) for layer in gated.values()}
+    gated = [layer for layer in backbone.modules() if isinstance(layer, GatedLinear)]
+    yield from ((layer.base.weight, layer.merged()) for layer in gated)
+    inside = {id(layer.base) for layer in gated}
     for layer in backbone.modules():
         if isinstance(layer, nn.Linear) and id(layer) not in inside:
             yield layer.weight, [layer.weight]

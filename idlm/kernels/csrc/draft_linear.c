@@ -1,5 +1,5 @@
 /* Products of MASK rows by weights in int8. What they give are drafts, which verification checks, so rounding costs
-   acceptance and never a byte of output; a row takes a quarter of the time of one in float32, and of the memory read.
+   acceptance and never a byte of output; a row takes some 0.4 of the time of one in float32, and the weights a quarter.
 
    w[k][n] = scales[n] code[k][n], and a row is x[k] = scale (byte[k] - ZERO), so
 
