@@ -17,7 +17,10 @@ from idlm.engine.engine import Engine
 from idlm.engine.planner import Planner, candidates, measured
 from idlm.engine.runner import Runner, attention_shapes
 from idlm.kernels import native
-from idlm.kernels.draft_weights import DraftWeights
+from idlm.kernels.choice import choose_linears, drafts_pay
+from idlm.kernels.fused import faster_operators
+from idlm.kernels.linears import Linears
+from idlm.kernels.panels import FORMATS
 from idlm.models.idlm_model import Idlm
 
 log = logging.getLogger("idlm")
@@ -25,8 +28,8 @@ log = logging.getLogger("idlm")
 DEFAULT_SLOTS = 64
 MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.85}
 """Of the memory that is free once the weights are loaded, what the KV cache may take by itself."""
-DRAFT_SHARE = 0.25
-"""Of the free memory, what weights for MASK rows alone may take."""
+PANELS_SHARE, DRAFT_SHARE = 0.5, 0.25
+"""Of the free memory, what the kernels' copy of the weights may take, and what weights for MASK rows alone may."""
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -43,6 +46,7 @@ def build_engine(
     simulate_acceptance: Sequence[float] | None = None,
     late: int | None = None,
     record: bool = True,
+    weights: str = "auto",
 ) -> Engine:
     """See `LLM` for the arguments; `late` and `record` as in `Engine` and `Runner`.
 
@@ -53,8 +57,11 @@ def build_engine(
     _check(idlm, stride, max_num_seqs, page_size, prefill_tokens, simulate_acceptance)
     pages = _pages(idlm, max_num_seqs, kv_memory, page_size)
     depth = max(plan.drafts for plan in plans)
-    weights = _draft_weights(idlm) if depth and not deterministic else None
-    runner = Runner(idlm, max_num_seqs, depth, pages, page_size, record, simulate_acceptance, deterministic, weights)
+    idlm.model.requires_grad_(False)
+    linears = _linears(idlm, weights, bool(depth), deterministic)
+    fused = _fused(idlm) if idlm.device.type == "cpu" and idlm.dtype == torch.float32 else frozenset()
+    simulated = simulate_acceptance
+    runner = Runner(idlm, max_num_seqs, depth, pages, page_size, record, simulated, deterministic, linears, fused)
     costs = measured(runner, plans, max_num_seqs) if branches == "planner" else None
     late = int(idlm.device.type == "cuda") if late is None else late
     root = f"{idlm.name} {idlm.dtype}".encode()
@@ -124,18 +131,67 @@ def _pages(idlm: Idlm, slots: int, kv_memory: int | str | None, page_size: int) 
     return int(pages)
 
 
-def _draft_weights(idlm: Idlm) -> DraftWeights | None:
-    """Weights for MASK rows alone, where this machine is faster with them; the reason goes to the log."""
-    if idlm.device.type != "cpu" or idlm.dtype != torch.float32 or not native.int8_pays():
+def _linears(idlm: Idlm, weights: str, drafting: bool, deterministic: bool) -> Linears | None:
+    """The kernels that multiply by the model's weights; None where PyTorch does. The reasons go to the log.
+
+    Raises:
+        InputError: `weights` cannot be used with this model or on this machine.
+    """
+    if weights not in ("auto", *FORMATS):
+        raise InputError(f"weights={weights!r} is unknown; use auto, {', '.join(FORMATS)}")
+    reason = _no_kernels(idlm, deterministic)
+    if reason is not None:
+        if weights != "auto":
+            raise InputError(f"weights={weights!r} {reason}; leave it out")
         return None
+    format = weights
+    if weights == "auto":
+        format = "bfloat16" if idlm.stored == torch.bfloat16 else "float32"
+        size, free = 4 * idlm.model.num_parameters(), psutil.virtual_memory().available
+        if format == "float32" and size > PANELS_SHARE * free:
+            why = "a copy of the weights for the C kernels would take %.0f MiB, over half of what is free"
+            log.info(f"PyTorch multiplies: {why}; weights='bfloat16' or 'int8' need less", size / 2**20)
+            return None
+    linears = Linears(idlm.linear_weights(), format)
+    choose_linears(linears)
+    if drafting:
+        _add_drafts(idlm, linears)
+    return linears
+
+
+def _no_kernels(idlm: Idlm, deterministic: bool) -> str | None:
+    """Why the C kernels cannot multiply for this engine; None where they can."""
+    if idlm.device.type != "cpu":
+        return f"is for a CPU, and the model is on {idlm.device}"
+    if deterministic:
+        return "does not go with deterministic=True, which has kernels of its own"
+    if idlm.dtype != torch.float32:
+        kind = str(idlm.dtype).removeprefix("torch.")
+        return f"needs float32 activations, and the model is {kind} (dtype='float32' makes it that)"
+    return None if native.loaded() else "needs the C kernels, which are not there (the log says why)"
+
+
+def _add_drafts(idlm: Idlm, linears: Linears) -> None:
+    """Give MASK rows int8 weights of their own where this machine is faster with them."""
     adapters = 1 if idlm.gate is None else idlm.gate.adapters
     size, free = adapters * idlm.model.num_parameters(), psutil.virtual_memory().available
+    beside = idlm.adapter_weights()
     if size > DRAFT_SHARE * free:
         why = "int8 weights of their own would take %.0f MiB, over a quarter of what is free"
-        log.info(f"MASK rows run in float32: {why}", size / 2**20)
-        return None
-    log.info("MASK rows run in int8, %.0f MiB: their drafts are verified in float32 anyway", size / 2**20)
-    return DraftWeights(idlm.mask_weights())
+        log.info(f"MASK rows: the model's weights and the adapter; {why}", size / 2**20)
+    elif drafts_pay(linears, idlm.mask_weights(), {id(w): sum(m.shape[0] for m in low[::2]) for w, low in beside}):
+        linears.add_drafts(idlm.mask_weights())
+        return
+    if linears.format == "float32":
+        linears.add(matrix for _, low in beside for matrix in low)
+
+
+def _fused(idlm: Idlm) -> frozenset[str]:
+    """The operators that recordings of steps use the C kernels for."""
+    heads, _, size = attention_shapes(idlm)[0]
+    config = idlm.model.config
+    hidden = int(config.hidden_size)
+    return faster_operators(hidden, int(getattr(config, "intermediate_size", None) or 4 * hidden), heads, size)
 
 
 def _share(device: torch.device) -> int:

@@ -110,8 +110,10 @@ def _cache_file(runner: Runner, plans: Sequence[Plan], slots: int) -> Path:
     config: dict[str, Any] = idlm.model.config.to_dict()
     where = torch.cuda.get_device_name(idlm.device) if idlm.device.type == "cuda" else platform.processor()
     facts = [config, str(idlm.dtype), idlm.gate is not None, where, platform.node(), torch.__version__]
-    facts += [torch.get_num_threads(), slots, [plan.name for plan in plans], runner.core.draft_weights is not None]
-    facts.append(native.sources() if idlm.device.type == "cpu" and native.loaded() else None)
+    linears = runner.core.linears
+    facts += [torch.get_num_threads(), slots, [plan.name for plan in plans]]
+    facts += [] if linears is None else [linears.format, linears.drafts]
+    facts.append(native.facts() if idlm.device.type == "cpu" and native.loaded() else None)
     key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
     return native.user_cache("costs") / f"{key}.json"
 

@@ -75,7 +75,7 @@ def _trace(core: Core, step: Replay, *inputs: Tensor) -> Replay:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of sizes that are static by design
         traced = torch.jit.trace(lambda *given: step(*given[: len(inputs)]), (*inputs, *written), check_trace=False)
-    fuse(traced.graph, core.idlm.dtype)
+    fuse(traced.graph, core.idlm.dtype, core.fused)
 
     def replay(*inputs: Tensor) -> tuple[Tensor, ...]:
         with torch.jit.optimized_execution(False):

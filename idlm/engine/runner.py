@@ -22,8 +22,8 @@ from idlm.engine.prompts import Chunk, Prompts
 from idlm.engine.record import Recorder
 from idlm.engine.slots import Slots
 from idlm.engine.step import Core, Kind, Outcome
-from idlm.kernels.draft_weights import DraftWeights
-from idlm.kernels.fused import lay_out
+from idlm.kernels.fused import OPERATORS
+from idlm.kernels.linears import Linears
 from idlm.models.idlm_model import Idlm
 
 WARM_UP = 6
@@ -65,7 +65,7 @@ class Runner:
         depth: K, the most drafts a plan has.
         pages, page_size: of the KV cache; page 0 is the trash page.
         record: whether decode steps are recorded (see `Recorder`).
-        simulated, deterministic, draft_weights: see `Core`.
+        simulated, deterministic, linears, fused: see `Core`.
     """
 
     def __init__(
@@ -78,10 +78,10 @@ class Runner:
         record: bool = True,
         simulated: Sequence[float] | None = None,
         deterministic: bool = False,
-        draft_weights: DraftWeights | None = None,
+        linears: Linears | None = None,
+        fused: frozenset[str] = OPERATORS,
     ) -> None:
         self.idlm, self.depth = idlm, depth
-        idlm.model.requires_grad_(False)
         like = torch.empty(0, dtype=idlm.dtype, device=idlm.device)
         cache = KVCache(attention_shapes(idlm), pages, page_size, like, deterministic)
         columns = cache.columns(idlm.context)
@@ -89,9 +89,7 @@ class Runner:
         self.settings = Settings.empty(slots + 1, idlm.vocab_size, idlm.mask_id, idlm.device)
         # on a CPU one recording serves all batch sizes, but the number of fixed tiles is part of it
         tiled = deterministic and idlm.device.type == "cpu"
-        if cache.native:
-            lay_out(idlm.model)
-        self.core = Core(idlm, cache, self.slots, self.settings, simulated, deterministic, draft_weights)
+        self.core = Core(idlm, cache, self.slots, self.settings, simulated, deterministic, linears, fused)
         self._measured: set[tuple[Plan, int]] = set()
         self._steps = Recorder(self.core, record and not tiled)
 

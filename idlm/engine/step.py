@@ -16,7 +16,7 @@ size, V logit columns, M columns of the page table.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 
 import torch
@@ -33,7 +33,8 @@ from idlm.engine.kv_cache import KVCache, Segment
 from idlm.engine.prompts import Prompts
 from idlm.engine.slots import Slots, State, select, store
 from idlm.kernels.batch_invariant import batch_invariant
-from idlm.kernels.draft_weights import DraftWeights
+from idlm.kernels.fused import OPERATORS
+from idlm.kernels.linears import Linears
 from idlm.kernels.verification import draft, verify
 from idlm.models.gated_lora import NO_ROWS, Gate
 from idlm.models.idlm_model import Idlm
@@ -98,7 +99,8 @@ class Core:
 
     Attributes:
         simulated: acceptance by depth that replaces the verification, for shapes without trained weights.
-        draft_weights: what MASK rows run on instead of the model's own weights and adapters.
+        linears: the kernels that multiply by the linear layers' weights; None where PyTorch does.
+        fused: the operators that recordings use the C kernels for.
         kernels: a context for every step; batch-invariant kernels where results must not depend on the batch.
     """
 
@@ -110,9 +112,10 @@ class Core:
         settings: Settings,
         simulated: Sequence[float] | None = None,
         deterministic: bool = False,
-        draft_weights: DraftWeights | None = None,
+        linears: Linears | None = None,
+        fused: frozenset[str] = OPERATORS,
     ) -> None:
-        self.draft_weights = draft_weights
+        self.linears, self.fused = linears, fused
         self.idlm, self.cache, self.slots, self.settings = idlm, cache, slots, settings
         self.simulated = None if simulated is None else torch.tensor(simulated, device=idlm.device)
         self.kernels = batch_invariant if deterministic else nullcontext
@@ -130,6 +133,9 @@ class Core:
         state = [getattr(self.slots.state, field.name) for field in fields(State)]
         return [*self.cache.pages, *state, *(tensor for tensor in optional if tensor is not None)]
 
+    def _products(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.linears is None else self.linears.use()
+
     def step(
         self, kind: Kind, rows: Tensor, columns: Tensor, prompts: Prompts | None = None, guided: Guided = None
     ) -> Outcome:
@@ -137,12 +143,12 @@ class Core:
 
         The slots' texts lie in the first `columns` [M] of their page tables.
         """
-        with self.kernels():
+        with self.kernels(), self._products():
             return self._step(kind, rows, columns, prompts, guided)
 
     def prefill(self, prompts: Prompts) -> Tensor:
         """The pieces alone; returns their hidden states [T, D]."""
-        with self.kernels():
+        with self.kernels(), self._products():
             self.cache.segments = self._pieces(prompts)
             tokens, positions = prompts.pieces.tokens, prompts.pieces.positions
             return self.idlm.hidden(tokens[None], positions[None], None, NO_ROWS, self.cache)[0]
@@ -192,10 +198,10 @@ class Core:
     @contextmanager
     def _drafting(self, adapter: Tensor) -> Iterator[None]:
         """For model code that has MASK rows; `adapter` [MASK rows] says whose."""
-        gate = self.idlm.gate or Gate()
-        gate.adapter, gate.merged = adapter, self.draft_weights is not None
+        gate, own = self.idlm.gate or Gate(), self.linears is not None and self.linears.drafts
+        gate.adapter, gate.merged = adapter, own
         try:
-            with nullcontext() if self.draft_weights is None else self.draft_weights.use(adapter):
+            with self.linears.drafting(adapter) if self.linears is not None and own else nullcontext():
                 yield
         finally:
             gate.merged = False

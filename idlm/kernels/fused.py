@@ -1,4 +1,4 @@
-"""The rewriting of a recorded step to use the C kernels: RMS norm, rotary embedding, SwiGLU, products of few rows.
+"""The rewriting of a recorded step to use the C kernels: RMS norm, rotary embedding, SwiGLU.
 
 Stock model code spells the first three out in two to ten operations, each with a pass over memory and the cost of a
 call, which for a small model is most of the step. The recording is searched for those very operations; what does not
@@ -8,13 +8,18 @@ anyway.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Container
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from idlm.kernels import native
+from idlm.kernels.choice import Call, faster
+
+TIMED_ROWS = 8
+"""Rows that the operators are timed at."""
 
 # a pattern matches only where every value inside it has as many uses as here, constants included
 _RMS_NORM = """
@@ -52,36 +57,72 @@ graph(%heads, %cosine, %sine, %half, %half_too):
     %out = aten::add(%plain, %crossed, %one)
     return (%out)"""
 _FUSED = (
-    (_RMS_NORM, "graph(%rows, %weight, %eps):\n    %out = idlm::rms_norm(%rows, %weight, %eps)\n    return (%out)"),
     (
+        "rms_norm",
+        _RMS_NORM,
+        "graph(%rows, %weight, %eps):\n    %out = idlm::rms_norm(%rows, %weight, %eps)\n    return (%out)",
+    ),
+    (
+        "rotate",
         _ROTATE,
         "graph(%heads, %cosine, %sine, %half, %half_too):\n"
         "    %out = idlm::rotate(%heads, %cosine, %sine)\n    return (%out)",
     ),
 )
 
-SHORTEST_ROW = 512
-"""Inputs of a head that lies by rows, from which on our product is faster than PyTorch's."""
+OPERATORS = frozenset(("rms_norm", "rotate", "swiglu"))
 
 
-def fuse(graph: torch.Graph, dtype: torch.dtype) -> None:
-    """Put the fused operations into a recording of a model in float32, in place; others stay as they were."""
+def fuse(graph: torch.Graph, dtype: torch.dtype, operators: Container[str] = OPERATORS) -> None:
+    """Put fused operations into a recording of a model in float32, in place; others stay as they were."""
     if dtype != torch.float32 or not native.loaded():
         return
     torch._C._jit_pass_inline(graph)
     _drop_casts(graph)
-    for pattern, fused in _FUSED:
-        torch._C._jit_pass_custom_pattern_based_rewrite_graph(pattern, fused, graph)
+    for name, pattern, fused in _FUSED:
+        if name in operators:
+            torch._C._jit_pass_custom_pattern_based_rewrite_graph(pattern, fused, graph)
     for node in list(graph.nodes()):
         if node.kind() == "idlm::rms_norm":
             _constant_eps(graph, node)
-        elif node.kind() == "aten::linear" and _fits(*node.inputs()):
-            _replace(graph, node, "idlm::linear", list(node.inputs())[:2])
-        elif node.kind() == "aten::mul" and next(node.inputs()).node().kind() == "aten::silu":
+        elif "swiglu" in operators and _is_swiglu(node):
             # at the product's place: between it and silu an adapter adds to the other factor, in place
             soft, up = node.inputs()
             _replace(graph, node, "idlm::swiglu", [next(soft.node().inputs()), up])
     torch._C._jit_pass_dce(graph)
+
+
+def _is_swiglu(node: torch.Node) -> bool:
+    return node.kind() == "aten::mul" and next(node.inputs()).node().kind() == "aten::silu"
+
+
+@torch.inference_mode()
+def faster_operators(hidden: int, inner: int, heads: int, size: int) -> frozenset[str]:
+    """Those of `OPERATORS` that are faster here than what stock model code does; the log says.
+
+    Args:
+        hidden, inner: sizes of a hidden state and between the two halves of an MLP; heads, size: of the queries.
+    """
+    if not native.loaded():
+        return frozenset()
+    rows, weight, eps = torch.randn(1, TIMED_ROWS, hidden), torch.randn(hidden), torch.tensor(1e-6)
+    gate, up = torch.randn(2, 1, TIMED_ROWS, inner)
+    query = torch.randn(1, TIMED_ROWS, heads, size).transpose(1, 2)
+    cosine, sine = torch.randn(2, 1, 1, TIMED_ROWS, size)
+    ops, half = torch.ops.idlm, size // 2
+
+    def norm() -> Tensor:
+        return weight * (rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + eps))
+
+    def turn() -> Tensor:
+        return query * cosine + torch.cat((-query[..., half:], query[..., :half]), dim=-1) * sine
+
+    candidates: dict[str, tuple[Call, Call]] = {
+        "rms_norm": (lambda: ops.rms_norm(rows, weight, eps), norm),
+        "rotate": (lambda: ops.rotate(query, cosine, sine), turn),
+        "swiglu": (lambda: ops.swiglu(gate, up), lambda: F.silu(gate) * up),
+    }
+    return frozenset(name for name, (ours, theirs) in candidates.items() if faster(name, ours, theirs))
 
 
 def _drop_casts(graph: torch.Graph) -> None:
@@ -102,35 +143,9 @@ def _constant_eps(graph: torch.Graph, node: torch.Node) -> None:
     node.replaceInput(2, graph.insertConstant(float(number)))  # type: ignore[attr-defined]
 
 
-def _fits(x: torch.Value, weight: torch.Value, bias: torch.Value) -> bool:
-    """Whether this is a product without bias by a weight that the kernel is fast with."""
-    found = weight.toIValue()
-    return (
-        isinstance(found, Tensor)
-        and (found.t().is_contiguous() or (found.is_contiguous() and found.shape[1] >= SHORTEST_ROW))
-        and bias.toIValue() is None
-        and bias.node().kind() == "prim::Constant"
-    )
-
-
 def _replace(graph: torch.Graph, node: torch.Node, kind: str, inputs: list[torch.Value]) -> None:
     made = graph.create(kind, inputs, 1)
     made.insertBefore(node)
     made.output().setType(node.output().type())
     node.output().replaceAllUsesWith(made.output())
     node.destroy()
-
-
-def lay_out(model: nn.Module) -> None:
-    """Turn weight matrices [N, K], adapters' too, to lie as [K, N], which is faster for few rows; the values stay.
-
-    An embedding is read row by row, so it stays as it is, with the head where that is tied to it.
-    """
-    if not native.loaded():
-        return
-    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            fits = parameter.dim() == 2 and parameter.dtype == torch.float32 and owners[id(parameter)] == 1
-            if fits and not isinstance(module, nn.Embedding):
-                parameter.data = parameter.data.t().contiguous().t()

@@ -1,6 +1,10 @@
-"""The C kernels for a CPU (csrc/): compiled by the machine's C compiler at their first use, kept in the user's cache.
+"""The C kernels for a CPU (csrc/): one library for each instruction set, all from one source.
 
-Loading them registers the operators `torch.ops.idlm.*`. Without a compiler the PyTorch twins serve; the log says so.
+A wheel brings the libraries of its platform; from a source checkout the machine's C compiler builds the one that the
+processor needs at its first use, into the user's cache. Loading a library registers the operators `torch.ops.idlm.*`.
+Where there is none the PyTorch twins serve; the log says once what that costs.
+
+`IDLM_NATIVE` is `auto` (the best the processor has; the default), `0` (none), or the name of an instruction set.
 """
 
 from __future__ import annotations
@@ -18,17 +22,21 @@ from pathlib import Path
 
 import torch
 
+from idlm.decoding.errors import InputError
+from idlm.kernels.instruction_sets import INSTRUCTION_SETS, InstructionSet, best, runs_here
+
 log = logging.getLogger("idlm")
 
 SOURCES = Path(__file__).parent / "csrc"
-FLAGS = ("-std=c11", "-O3", "-march=native", "-fopenmp", "-fPIC")
-FAST = ("-ffast-math", "-mprefer-vector-width=512") if platform.machine() == "x86_64" else ("-ffast-math",)
+LIBRARIES = Path(__file__).parent / "lib"
+"""Where a wheel has its libraries; a source checkout has none."""
+FLAGS = ("-std=c11", "-O3", "-fopenmp", "-fPIC")
+FAST = "-ffast-math"
 """For compiling alone: where fast math is given for linking too, it changes the whole process's rounding."""
 UNITS = (
-    ("window_attention.c", "-DREAL=float", "-DEXP=expf", "-DLANE_BITS=4"),
-    ("window_attention.c", "-DREAL=double", "-DEXP=exp", "-DLANE_BITS=3"),
+    ("window_attention.c", "-DREAL=float", "-DREAL_BYTES=4", "-DEXP=expf"),
+    ("window_attention.c", "-DREAL=double", "-DREAL_BYTES=8", "-DEXP=exp"),
     ("linear.c",),
-    ("draft_linear.c",),
     ("rows.c",),
     ("ops.c",),
 )
@@ -36,23 +44,41 @@ UNITS = (
 
 @cache
 def loaded() -> bool:
-    """Whether the operators are there; the first call builds and loads them."""
-    if os.environ.get("IDLM_NATIVE") == "0":
+    """Whether the operators are there; the first call builds and loads them.
+
+    Raises:
+        InputError: IDLM_NATIVE names an instruction set that is unknown, or that this processor does not have.
+    """
+    wanted = instruction_set()
+    if wanted is None:
         return False
     try:
-        failed = ctypes.CDLL(str(_library())).idlm_register()
+        failed = ctypes.CDLL(str(library(wanted))).idlm_register()
     except (OSError, subprocess.SubprocessError) as error:
-        log.warning("no C kernels, PyTorch's instead (slower): %s", str(getattr(error, "stderr", "") or error).strip())
+        why = str(getattr(error, "stderr", "") or error).strip()
+        log.warning("no C kernels: PyTorch's operators serve, at about half the speed (%s)", why)
         return False
     if failed:
-        log.warning("no C kernels, PyTorch's instead (slower): torch %s does not take them", torch.__version__)
+        log.warning("no C kernels: torch %s does not take them; PyTorch's operators serve", torch.__version__)
     return not failed
 
 
-@cache
-def int8_pays() -> bool:
-    """Whether this machine multiplies int8 faster than float32, as the kernel of `draft_linear.c` does it."""
-    return loaded() and bool(ctypes.CDLL(str(_library())).draft_linear_pays())
+def instruction_set() -> InstructionSet | None:
+    """The one whose library is used, by IDLM_NATIVE and the processor; None where there is to be none.
+
+    Raises:
+        InputError: IDLM_NATIVE names an instruction set that is unknown, or that this processor does not have.
+    """
+    wanted = os.environ.get("IDLM_NATIVE", "auto")
+    if wanted == "0":
+        return None
+    if wanted in ("auto", "1", ""):
+        return best()
+    if wanted not in INSTRUCTION_SETS:
+        raise InputError(f"IDLM_NATIVE={wanted!r} is unknown; use auto, 0, or one of {', '.join(INSTRUCTION_SETS)}")
+    if not runs_here(INSTRUCTION_SETS[wanted]):
+        raise InputError(f"IDLM_NATIVE={wanted!r}: this processor does not have it; use auto")
+    return INSTRUCTION_SETS[wanted]
 
 
 def sources() -> str:
@@ -60,44 +86,60 @@ def sources() -> str:
     return "".join(place.read_text() for place in sorted(SOURCES.glob("*.[ch]")))
 
 
+def facts() -> tuple[str, ...]:
+    """What measurements of the kernels depend on, beside the machine."""
+    target = instruction_set()
+    return sources(), repr(UNITS), torch.__version__, "" if target is None else target.name
+
+
 def user_cache(name: str) -> Path:
     """Where this user's files of one kind stay between runs; it may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "idlm" / name
 
 
-def _library() -> Path:
-    """The shared library, from the cache if it was built before from the same sources on such a machine."""
+def library(target: InstructionSet) -> Path:
+    """The shared library for an instruction set: the wheel's, or from the cache, or built now.
+
+    Raises:
+        OSError: there is neither a library nor a C compiler.
+        subprocess.SubprocessError: the compiler failed.
+    """
+    shipped = LIBRARIES / f"{target.name}.so"
+    if shipped.exists():
+        return shipped
     compiler = os.environ.get("CC") or shutil.which("cc")
     if compiler is None:
         raise FileNotFoundError("no C compiler (cc) on the PATH; install one, or set CC")
-    facts = (sources(), *FLAGS, *FAST, compiler, torch.__version__, platform.machine(), _processor())
+    facts = (sources(), repr(UNITS), *FLAGS, FAST, *target.flags, compiler, platform.machine())
     home = user_cache("kernels")
     place = home / f"{hashlib.sha256(''.join(facts).encode()).hexdigest()[:24]}.so"
     if not place.exists():
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=home) as folder:  # others may be building the same
-            _build(compiler, Path(folder)).replace(place)
+            build(compiler, target, Path(folder)).replace(place)
     return place
 
 
-def _build(compiler: str, folder: Path) -> Path:
+def build(compiler: str, target: InstructionSet, folder: Path) -> Path:
+    """Compile the library for an instruction set into `folder`; neither torch nor its headers are needed.
+
+    It names torch's library as one it needs, so that the loader finds the operators' C interface there: a stub of that
+    name serves for linking.
+    """
     objects = []
     for number, (source, *defines) in enumerate(UNITS):
         objects.append(str(folder / f"{number}.o"))
-        _run(compiler, *FLAGS, *FAST, *defines, "-c", str(SOURCES / source), "-o", objects[-1])
-    made, torch_libraries = folder / "kernels.so", Path(torch.__file__).parent / "lib"
-    _run(compiler, "-shared", "-fopenmp", *objects, f"-L{torch_libraries}", "-ltorch_cpu", "-lm", "-o", str(made))
+        _run(compiler, *FLAGS, FAST, *target.flags, *defines, "-c", str(SOURCES / source), "-o", objects[-1])
+    made = folder / f"{target.name}.so"
+    if platform.system() == "Darwin":
+        _run(compiler, "-dynamiclib", "-undefined", "dynamic_lookup", "-fopenmp", *objects, "-o", str(made))
+        return made
+    stub = folder / "libtorch_cpu.so"
+    _run(compiler, "-shared", "-Wl,-soname,libtorch_cpu.so", "-x", "c", os.devnull, "-o", str(stub))
+    linking = ("-shared", "-fopenmp", "-Wl,--no-as-needed", f"-L{folder}", "-ltorch_cpu", "-lm")
+    _run(compiler, *objects, *linking, "-o", str(made))
     return made
 
 
 def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-
-
-def _processor() -> str:
-    """What `-march=native` depends on: a cache may be shared by several machines."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    return next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), platform.processor())
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)

@@ -119,6 +119,10 @@ class GatedLinear(nn.Module):
         updates |= {more.number: more.scale * more.b @ more.a for more in self.more}
         return [weight + updates[number] if number in updates else weight for number in range(self.gate.adapters)]
 
+    def low_rank(self) -> list[Tensor]:
+        """A [r, in] and B [out, r] of every adapter."""
+        return [self.lora_A, self.lora_B, *(matrix for more in self.more for matrix in (more.a, more.b))]
+
 
 class MaskEmbedding(nn.Module):
     """The base's embedding, with the MASK row kept beside it.

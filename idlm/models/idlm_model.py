@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from idlm.decoding.errors import InputError
 from idlm.models.attention import Cache
-from idlm.models.gated_lora import NO_ROWS, Gate, merged_weights
+from idlm.models.gated_lora import NO_ROWS, Gate, GatedLinear, merged_weights
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Idlm:
         gate: the adapter's gate; None for a plain or fully fine-tuned model.
         block_size: the largest block trained, b; strides up to b + 1 draft as trained. None: never trained to draft.
         name: what the user called it.
+        stored: the type the checkpoint holds the weights in, where it is not that of `model`.
     """
 
     model: PreTrainedModel
@@ -36,6 +37,7 @@ class Idlm:
     gate: Gate | None = None
     block_size: int | None = None
     name: str = ""
+    stored: torch.dtype | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -99,10 +101,21 @@ class Idlm:
         output: nn.Linear = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         return output
 
+    def linear_weights(self) -> list[Tensor]:
+        """The weight [N, K] of each linear layer, the head's too, once each; adapters' matrices are not among them."""
+        backbone: nn.Module = self.model.base_model
+        layers = [layer for layer in backbone.modules() if isinstance(layer, nn.Linear)]
+        return list({id(layer): layer.weight for layer in [*layers, self._output]}.values())
+
     def mask_weights(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """Each linear layer's weight, the head's too, and what MASK rows have in its place, by adapter."""
         yield from merged_weights(self.model)
         yield self._output.weight, [self._output.weight]
+
+    def adapter_weights(self) -> list[tuple[Tensor, list[Tensor]]]:
+        """Each adapted layer's weight, and the matrices A [r, in] and B [out, r] of its adapters."""
+        layers = [layer for layer in self.model.modules() if isinstance(layer, GatedLinear)]
+        return [(layer.base.weight, layer.low_rank()) for layer in layers]
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:

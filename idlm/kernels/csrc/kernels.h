@@ -1,4 +1,4 @@
-/* What the kernels and their registration share. The kernels are compiled once with REAL float and once with double;
+/* What the kernels and their registration share. Window attention is compiled once with REAL float and once with double;
    NAME(f) is then f_float and f_double. */
 
 #include <stdint.h>
@@ -36,26 +36,29 @@ static inline float *row_of(const Rows *rows, int64_t row) {
     return rows->data + offset;
 }
 
-void linear(const Rows *x, const float *w, float *y, int64_t out, int threads);
-void linear_by_rows(const Rows *x, const float *w, float *y, int64_t out, int threads);
+/* Weights in panels; see linear.c. */
+enum { FLOAT32, BFLOAT16, INT8 };
+#define PANEL 32
 
-/* Columns of a panel of weights, `bytes` a column: as many as stay in the second-level cache from one block of rows to
-   the next, but no more than one row alone takes at a time. */
-static inline int64_t panel_columns(int64_t rows, int64_t bytes) {
-    int64_t fitting = (512 << 10) / bytes / 32 * 32;
-    return rows <= 8 || fitting > 256 ? 256 : fitting < 32 ? 32 : fitting;
-}
-
-/* Weights in int8, of several adapters; see draft_linear.c. `columns` is `out` rounded up to whole vectors. */
 typedef struct {
-    const int8_t *codes;  /* [adapters, K / 4, columns, 4] */
-    const float *scales;  /* [adapters, columns] */
-    const int32_t *sums;  /* [adapters, columns] */
-    int64_t adapters, columns, out;
-} Codes;
+    const void *panels;
+    const float *scales; /* of each column, whole panels; int8 only */
+    int64_t in, out;
+    int format;
+} Weights;
 
-int draft_linear(const Rows *x, int64_t first, const Codes *w, const int64_t *adapter, float *y, int threads);
-int draft_linear_pays(void);
+/* Rows float32 [in], or 16-bit numbers where the weights are int8, with the rows' scales. */
+typedef struct {
+    const Weights *w;
+    const void *const *x;
+    const float *scales;
+    float *const *y;
+    int64_t rows;
+} Product;
+
+void multiply(const Product *product, int threads);
+float to_numbers(const float *from, int16_t *to, int64_t size);
+
 void rms_norm(const Rows *from, const float *weight, float *to, double eps);
 void rotate(const float *from, const float *cosine, const float *sine, float *to, int64_t rows, int64_t heads,
             int64_t size, int64_t from_row, int64_t from_head);

@@ -1,131 +1,253 @@
 /* y [rows, N] = x [rows, K] w for the few rows of a decode step, where a general matrix product is slow.
 
-   w as [K, N]: a block of rows takes some columns of w at a time; its sums stay in registers over the whole of K:
+   w lies in panels of PANEL columns, read from end to end:
 
-       sum[row][v] += x[row][k] * w[k][column + v]
+       panels[n / PANEL][k / group][n % PANEL][k % group]       group 1: float32; 2: bfloat16, int8
 
-   The first block of rows brings a panel of w into the second-level cache, where the others find it.
+   A tile is some rows by some vectors of columns; its sums stay in registers over a block of K:
 
-   w as [N, K], as an embedding lies that is the head too: four rows of x by four of w, 16 sums of LANES parts each.
+       sum[row][v] += x[row][k] * w[k][v]
 
-   Either way the order of a sum does not depend on the rows beside it. */
+   While the tiles of a block of a panel are computed, the block that follows it in memory is asked for, a part by each
+   tile. The order of a sum does not depend on the rows beside it.
 
+   bfloat16: two of them side by side are a 32-bit lane, and each is the upper half of a float32, so shifting and masking
+   make two vectors of weights; products and sums are float32's.
+
+   int8: w[k][n] = scales[n] code[k][n], and a row of x is rounded to 16 bits, x[k] = scale number[k]. Two products of 16
+   bits a lane are added as integers, exactly, for BLOCK inputs at a time; no code exceeds 127, no number 32,767. */
+
+#include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "kernels.h"
+#include "vector.h"
 
-#define LANES 16
-#define AHEAD 64 /* rows of w to ask for in advance: their pieces lie too far apart for the processor to guess */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
-#define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
-#define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+#define LANES (VECTOR_BYTES / 4)
+#define WHOLE (PANEL / LANES)   /* vectors of a panel */
+#define BLOCK 512               /* inputs at a time; 512 * 127 * 32767 < 2^31, so that sums of int8 are exact */
+#define MOST_ROWS 256           /* at a time */
+#define X_BYTES (512 << 10)     /* of rows at a time: they stay in the second-level cache from panel to panel */
+#define MOST_PARTS 8            /* tiles that ask for the next block: with more of them there is time enough */
 
-typedef float vector __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float floats __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+typedef uint32_t bits __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+typedef int16_t shorts __attribute__((vector_size(VECTOR_BYTES), aligned(2), may_alias));
+typedef int8_t bytes __attribute__((vector_size(VECTOR_BYTES / 2), aligned(1), may_alias));
 
-static inline __attribute__((always_inline)) void
-block(const float *const *x, const float *w, float *y, int64_t in, int64_t out, const int rows, const int vectors, const int fetch) {
-    vector sum[8][16];
+/* sum += w * x for two pairs of 16 bits a lane */
+INLINE ints dot(ints sum, shorts w, int32_t pair) {
+#if defined(__AVX512VNNI__)
+    return (ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(pair));
+#elif defined(__AVX512BW__)
+    return sum + (ints)_mm512_madd_epi16((__m512i)w, _mm512_set1_epi32(pair));
+#elif defined(__AVXVNNI__)
+    return (ints)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)w, _mm256_set1_epi32(pair));
+#elif defined(__AVX2__)
+    return sum + (ints)_mm256_madd_epi16((__m256i)w, _mm256_set1_epi32(pair));
+#elif defined(__SSE2__)
+    return sum + (ints)_mm_madd_epi16((__m128i)w, _mm_set1_epi32(pair));
+#else
+    ints both = (ints)w; /* the lower half is the first: little-endian */
+    return sum + (both << 16 >> 16) * (int32_t)(int16_t)pair + (both >> 16) * (pair >> 16);
+#endif
+}
+
+/* One block of one panel by some rows of x. */
+typedef struct {
+    const char *block;
+    const void *const *x;
+    int64_t start, end; /* inputs */
+    float *sums;        /* [rows, PANEL], so far */
+    const char *next;   /* what to ask for from memory, `stride` bytes more with each step */
+    int64_t stride;
+} Job;
+
+/* `lines` cache lines from where this step of the tile `at` has come to. */
+INLINE void ask(const Job *job, int64_t step, const int lines) {
+    for (int line = 0; line < lines; line++) __builtin_prefetch(job->next + step * job->stride + 64 * line, 0, 2);
+}
+
+INLINE void load(const Job *job, floats sum[TILE_ROWS][WHOLE], const int rows, const int vectors, const int first) {
     for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vectors; v++) sum[r][v] = (vector){0};
-    for (int64_t k = 0; k < in; k++, w += out) {
-        for (int v = 0; fetch && v < vectors; v++) __builtin_prefetch((const vector *)(w + AHEAD * out) + v, 0, 2);
+        for (int v = 0; v < vectors; v++) sum[r][v] = ((const floats *)(job->sums + r * PANEL))[first + v];
+}
+
+INLINE void keep(const Job *job, floats sum[TILE_ROWS][WHOLE], const int rows, const int vectors, const int first) {
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) ((floats *)(job->sums + r * PANEL))[first + v] = sum[r][v];
+}
+
+INLINE void tile_float32(const Job *job, const int rows, const int vectors, const int first, const int lines) {
+    const floats *panel = (const floats *)job->block + first;
+    floats sum[TILE_ROWS][WHOLE];
+    load(job, sum, rows, vectors, first);
+    for (int64_t k = job->start; k < job->end; k++, panel += WHOLE) {
+        floats w[WHOLE];
+        ask(job, k - job->start, lines);
+        for (int v = 0; v < vectors; v++) w[v] = panel[v];
         for (int r = 0; r < rows; r++)
-            for (int v = 0; v < vectors; v++) sum[r][v] += x[r][k] * ((const vector *)w)[v];
+            for (int v = 0; v < vectors; v++) sum[r][v] += ((const float *)job->x[r])[k] * w[v];
     }
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vectors; v++) ((vector *)(y + r * out))[v] = sum[r][v];
+    keep(job, sum, rows, vectors, first);
 }
 
-/* The columns that fill no vector. */
-static void edge(const float *const *x, const float *w, float *y, int64_t in, int64_t out, int rows, int64_t column) {
-    for (int r = 0; r < rows; r++)
-        for (int64_t n = column; n < out; n++) {
-            float sum = 0;
-            for (int64_t k = 0; k < in; k++) sum += x[r][k] * w[k * out + n];
-            y[r * out + n] = sum;
+INLINE void tile_bfloat16(const Job *job, const int rows, const int vectors, const int first, const int lines) {
+    const bits *panel = (const bits *)job->block + first;
+    floats sum[TILE_ROWS][WHOLE];
+    load(job, sum, rows, vectors, first);
+    for (int64_t k = job->start; k < job->end; k += 2, panel += WHOLE) {
+        const int64_t second = k + 1 < job->end ? k + 1 : k; /* past an odd end the weight is 0 */
+        ask(job, (k - job->start) / 2, lines);
+        for (int v = 0; v < vectors; v++) {
+            floats even = (floats)(panel[v] << 16), odd = (floats)(panel[v] & 0xffff0000u);
+            for (int r = 0; r < rows; r++) {
+                sum[r][v] += ((const float *)job->x[r])[k] * even;
+                sum[r][v] += ((const float *)job->x[r])[second] * odd;
+            }
         }
-}
-
-#define SWEEP(ROWS, VECTORS)                                                                           \
-    for (; x->rows - row >= ROWS; row += ROWS) {                                                       \
-        const float *from[ROWS];                                                                       \
-        float *to = y + row * out;                                                                     \
-        for (int r = 0; r < ROWS; r++) from[r] = row_of(x, row + r);                                   \
-        int64_t at = column;                                                                           \
-        for (; end - at >= (VECTORS) * LANES; at += (VECTORS) * LANES)                                 \
-            if (row)                                                                                   \
-                block(from, w + at, to + at, x->size, out, ROWS, VECTORS, 0);                          \
-            else                                                                                       \
-                block(from, w + at, to + at, x->size, out, ROWS, VECTORS, 1);                          \
-        for (; end - at >= LANES; at += LANES) block(from, w + at, to + at, x->size, out, ROWS, 1, 0); \
-        if (at < end) edge(from, w, to, x->size, out, ROWS, at);                                       \
     }
-
-/* Columns `column` to `end` of all rows. */
-static void panel(const Rows *x, const float *w, float *y, int64_t out, int64_t column, int64_t end) {
-    int64_t row = 0;
-    SWEEP(8, 2)
-    SWEEP(4, 4)
-    SWEEP(2, 8)
-    SWEEP(1, 16)
+    keep(job, sum, rows, vectors, first);
 }
 
-void linear(const Rows *x, const float *w, float *y, int64_t out, int threads) {
-    const int64_t step = panel_columns(x->rows, x->size * (int64_t)sizeof(float));
+INLINE void tile_int8(const Job *job, const int rows, const int vectors, const int first, const int lines) {
+    const bytes *panel = (const bytes *)job->block + first;
+    floats sum[TILE_ROWS][WHOLE];
+    ints exact[TILE_ROWS][WHOLE];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) exact[r][v] = (ints){0};
+    for (int64_t k = job->start; k < job->end; k += 2, panel += WHOLE) {
+        shorts w[WHOLE];
+        ask(job, (k - job->start) / 2, lines);
+        for (int v = 0; v < vectors; v++) w[v] = __builtin_convertvector(panel[v], shorts);
+        for (int r = 0; r < rows; r++) {
+            int32_t pair;
+            memcpy(&pair, (const int16_t *)job->x[r] + k, 4);
+            for (int v = 0; v < vectors; v++) exact[r][v] = dot(exact[r][v], w[v], pair);
+        }
+    }
+    load(job, sum, rows, vectors, first);
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vectors; v++) sum[r][v] += __builtin_convertvector(exact[r][v], floats);
+    keep(job, sum, rows, vectors, first);
+}
+
+INLINE void tile(const int format, const Job *job, const int rows, const int vectors, const int first, const int lines) {
+    if (format == FLOAT32) tile_float32(job, rows, vectors, first, lines);
+    if (format == BFLOAT16) tile_bfloat16(job, rows, vectors, first, lines);
+    if (format == INT8) tile_int8(job, rows, vectors, first, lines);
+}
+
+/* Vectors that a tile of so many rows takes: few rows take more, so that there are sums enough to hide their latency. */
+INLINE int vectors_of(int rows) {
+    int most = TILE_ROWS * TILE_VECTORS / rows;
+    return most >= WHOLE ? WHOLE : most >= 4 ? 4 : TILE_VECTORS;
+}
+
+/* All columns of the panel. */
+INLINE void columns(const int format, Job *job, const int rows, const int lines) {
+    for (int first = 0; first < WHOLE; first += vectors_of(rows)) {
+        tile(format, job, rows, vectors_of(rows), first, lines);
+        job->next += (job->end - job->start + (format != FLOAT32)) / (format == FLOAT32 ? 1 : 2) * job->stride;
+    }
+}
+
+/* One function for each number of rows: compilers assign registers by the function, and badly in large ones. */
+#define VARIANT(format, rows)                                                                            \
+    static __attribute__((noinline)) void format##_##rows(Job *job) { columns(format, job, rows, 0); }   \
+    static __attribute__((noinline)) void format##_##rows##_1(Job *job) { columns(format, job, rows, 1); } \
+    static __attribute__((noinline)) void format##_##rows##_2(Job *job) { columns(format, job, rows, 2); }
+#if TILE_ROWS == 8
+#define SIZES(V, format) V(format, 1) V(format, 2) V(format, 3) V(format, 4) V(format, 5) V(format, 6) V(format, 7) V(format, 8)
+#elif TILE_ROWS == 6
+#define SIZES(V, format) V(format, 1) V(format, 2) V(format, 3) V(format, 4) V(format, 5) V(format, 6)
+#else
+#define SIZES(V, format) V(format, 1) V(format, 2) V(format, 3) V(format, 4) V(format, 5)
+#endif
+SIZES(VARIANT, FLOAT32)
+SIZES(VARIANT, BFLOAT16)
+SIZES(VARIANT, INT8)
+
+#define ENTRY(format, rows) {format##_##rows, format##_##rows##_1, format##_##rows##_2},
+static void (*const TILES[][TILE_ROWS][3])(Job *) = {
+    [FLOAT32] = {SIZES(ENTRY, FLOAT32)}, [BFLOAT16] = {SIZES(ENTRY, BFLOAT16)}, [INT8] = {SIZES(ENTRY, INT8)}};
+
+/* Bytes of a panel from one step, of one or two inputs, to the next. */
+INLINE int64_t step_bytes(int format) { return format == INT8 ? 2 * PANEL : 4 * PANEL; }
+
+/* Tiles that a block of a panel takes, as far as they count. */
+static int64_t parts_of(int64_t rows) {
+    int64_t parts = rows / TILE_ROWS * (WHOLE / vectors_of(TILE_ROWS));
+    if (rows % TILE_ROWS) parts += WHOLE / vectors_of((int)(rows % TILE_ROWS));
+    return parts < MOST_PARTS ? parts : MOST_PARTS;
+}
+
+/* sums [rows, PANEL] += the rows `from` to `to` by one panel. */
+static void panel(const Product *p, const char *block, int64_t from, int64_t to, float *sums) {
+    const int format = p->w->format;
+    const int64_t group = format == FLOAT32 ? 1 : 2, width = step_bytes(format), parts = parts_of(to - from);
+    const int64_t stride = width / parts;
+    for (int64_t start = 0; start < p->w->in; start += BLOCK) {
+        int64_t end = start + BLOCK < p->w->in ? start + BLOCK : p->w->in, steps = (end - start + group - 1) / group;
+        const char *next = block + steps * width, *stop = next + steps * width;
+        Job job = {block, NULL, start, end, NULL, next, stride};
+        for (int64_t row = from; row < to; row += TILE_ROWS) {
+            int64_t rows = to - row < TILE_ROWS ? to - row : TILE_ROWS;
+            job.x = p->x + row, job.sums = sums + (row - from) * PANEL;
+            TILES[format][rows - 1][job.next >= stop ? 0 : stride > 64 ? 2 : 1](&job);
+        }
+        block = next;
+    }
+}
+
+static void finish(const Product *p, const float *sums, int64_t column, int64_t from, int64_t to) {
+    int64_t width = p->w->out - column < PANEL ? p->w->out - column : PANEL;
+    for (int64_t row = from; row < to; row++, sums += PANEL) {
+        float *y = p->y[row] + column;
+        if (p->w->format != INT8) {
+            memcpy(y, sums, sizeof(float) * (size_t)width);
+            continue;
+        }
+        for (int64_t n = 0; n < width; n++) y[n] = sums[n] * (p->scales[row] * p->w->scales[column + n]);
+    }
+}
+
+/* Rows at a time: they stay in the second-level cache from one panel to the next. */
+static int64_t rows_at_once(int64_t in) {
+    int64_t fitting = X_BYTES / 4 / in / TILE_ROWS * TILE_ROWS;
+    return fitting < TILE_ROWS ? TILE_ROWS : fitting < MOST_ROWS ? fitting : MOST_ROWS;
+}
+
+void multiply(const Product *p, int threads) {
+    const int64_t step = rows_at_once(p->w->in), group = p->w->format == FLOAT32 ? 1 : 2;
+    const int64_t bytes_of_panel = (p->w->in + group - 1) / group * step_bytes(p->w->format);
+    for (int64_t from = 0; from < p->rows; from += step) {
+        int64_t to = from + step < p->rows ? from + step : p->rows;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t column = 0; column < out; column += step)
-        panel(x, w, y, out, column, column + step < out ? column + step : out);
-}
-
-/* The sums over the lanes of 16 vectors. Adding two vectors zipped both ways halves the parts of each; four times over,
-   every vector's sum is one lane, that of vector i at the lane that has i's four bits in reverse. */
-static inline __attribute__((always_inline)) vector fold(vector *parts) {
-    for (int left = LANES / 2; left; left /= 2)
-        for (int i = 0; i < left; i++) parts[i] = ZIP_LOW(parts[2 * i], parts[2 * i + 1]) + ZIP_HIGH(parts[2 * i], parts[2 * i + 1]);
-    return parts[0];
-}
-
-/* sum[4 * row + column] += x[row] * w[column], part by part */
-static inline __attribute__((always_inline)) void
-add(vector *sum, const float *const *x, const float *const *w, int64_t k, const int part) {
-    vector row[4] = {{0}}, column[4] = {{0}};
-    for (int i = 0; i < 4; i++) {
-        if (part == LANES)
-            row[i] = *(const vector *)(x[i] + k), column[i] = *(const vector *)(w[i] + k);
-        else
-            memcpy(row + i, x[i] + k, sizeof(float) * (size_t)part), memcpy(column + i, w[i] + k, sizeof(float) * (size_t)part);
-    }
-    for (int r = 0; r < 4; r++)
-        for (int c = 0; c < 4; c++) sum[4 * r + c] += row[r] * column[c];
-}
-
-/* x[row] . w[column], at the lane that has the bits of 4 * row + column in reverse */
-static inline __attribute__((always_inline)) vector
-tile(const float *const *x, const float *const *w, int64_t in, const int fetch) {
-    vector sum[16] = {{0}};
-    int64_t k = 0;
-    for (; in - k >= LANES; k += LANES) {
-        for (int i = 0; fetch && i < 4; i++) __builtin_prefetch(w[i] + 4 * in + k, 0, 2);
-        add(sum, x, w, k, LANES);
-    }
-    if (k < in) add(sum, x, w, k, (int)(in - k));
-    return fold(sum);
-}
-
-static void four_columns(const Rows *x, const float *w, float *y, int64_t out, int64_t first) {
-    static const int reversed[16] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
-    const float *columns[4], *rows[4];
-    for (int64_t i = 0; i < 4; i++) columns[i] = w + (first + i < out ? first + i : out - 1) * x->size;
-    for (int64_t row = 0; row < x->rows; row += 4) {
-        for (int64_t i = 0; i < 4; i++) rows[i] = row_of(x, row + i < x->rows ? row + i : x->rows - 1);
-        vector sums = row ? tile(rows, columns, x->size, 0) : tile(rows, columns, x->size, 1);
-        for (int64_t i = 0; i < 16; i++)
-            if (row + i / 4 < x->rows && first + i % 4 < out) y[(row + i / 4) * out + first + i % 4] = sums[reversed[i]];
+        for (int64_t column = 0; column < p->w->out; column += PANEL) {
+            float sums[MOST_ROWS * PANEL] __attribute__((aligned(64)));
+            memset(sums, 0, sizeof(float) * PANEL * (size_t)(to - from));
+            panel(p, (const char *)p->w->panels + column / PANEL * bytes_of_panel, from, to, sums);
+            finish(p, sums, column, from, to);
+        }
     }
 }
 
-/* The same with w as [N, K]. */
-void linear_by_rows(const Rows *x, const float *w, float *y, int64_t out, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t first = 0; first < out; first += 4) four_columns(x, w, y, out, first);
+/* A row as 16-bit numbers times what it returns; `to` has room for one more than `size`, rounded up to even. */
+float to_numbers(const float *restrict from, int16_t *restrict to, int64_t size) {
+    float most = 0;
+    for (int64_t k = 0; k < size; k++) most = fmaxf(most, fabsf(from[k]));
+    float rate = most > 0 ? 32767 / most : 0;
+    for (int64_t k = 0; k < size; k++) {
+        float number = from[k] * rate;
+        to[k] = (int16_t)(int32_t)(number + (number < 0 ? -0.5f : 0.5f));
+    }
+    if (size % 2) to[size] = 0;
+    return most / 32767;
 }

@@ -21,9 +21,11 @@ extern int32_t aoti_torch_get_strides(Tensor, int64_t **);
 extern int32_t aoti_torch_get_dim(Tensor, int64_t *);
 extern int32_t aoti_torch_get_dtype(Tensor, int32_t *);
 extern int32_t aoti_torch_empty_strided(int64_t, const int64_t *, const int64_t *, int32_t, int32_t, int32_t, Tensor *);
+extern int32_t aoti_torch__reinterpret_tensor(Tensor, int64_t, const int64_t *, const int64_t *, int64_t, Tensor *);
+extern int32_t aoti_torch_cpu_mm_out(Tensor, Tensor, Tensor);
 extern int32_t aoti_torch_delete_tensor_object(Tensor);
 
-enum { FLOAT = 6, DOUBLE = 7, CPU = 0 }; /* torch's numbers */
+enum { FLOAT = 6, DOUBLE = 7, BFLOAT = 15, CPU = 0 }; /* torch's numbers */
 
 static void must(int32_t failed) {
     if (failed) fputs("idlm: torch's C interface refused a call, or memory ran out\n", stderr), abort();
@@ -98,32 +100,104 @@ static void window_attention(Value *stack, uint64_t inputs, uint64_t outputs) {
     finish(stack, 8, out);
 }
 
-/* (x, w) with w [N, K], laid out so or as [K, N] */
+/* The weights of one adapter, or of all: panels [P, steps, PANEL, group], scales [P * PANEL], for `in` inputs. */
+static Weights weights_of(Value panels, Value scales, int64_t in, int64_t out) {
+    int32_t found = type(panels);
+    return (Weights){
+        .panels = data(panels), .scales = data(scales), .in = in, .out = out,
+        .format = found == FLOAT ? FLOAT32 : found == BFLOAT ? BFLOAT16 : INT8,
+    };
+}
+
+/* The rows `which` of x (the rows themselves where that is NULL) by w, to the same rows of y [x->rows, out], dense. */
+static void multiply_rows(const Rows *x, const int64_t *which, int64_t rows, const Weights *w, float *y) {
+    int64_t padded = (x->size + 1) / 2 * 2;
+    size_t room = (size_t)rows + 1;
+    const void **from = malloc(sizeof(*from) * room);
+    float **to = malloc(sizeof(*to) * room), *scales = malloc(sizeof(*scales) * room);
+    int16_t *numbers = w->format == INT8 ? malloc(sizeof(*numbers) * room * (size_t)padded) : NULL;
+    must(!from || !to || !scales || (w->format == INT8 && !numbers));
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t place = which ? which[row] : row;
+        from[row] = row_of(x, place), to[row] = y + place * w->out;
+        if (!numbers) continue;
+        scales[row] = to_numbers(from[row], numbers + row * padded, x->size);
+        from[row] = numbers + row * padded;
+    }
+    multiply(&(Product){w, from, scales, to, rows}, omp_get_max_threads());
+    free(from), free(to), free(scales), free(numbers);
+}
+
+/* Which bit of a choice stands for so many rows: 1, 2, 3-4, 5-8, ... */
+static int bucket(int64_t rows) {
+    int found = 0;
+    while (1ll << found < rows) found++;
+    return found;
+}
+
+/* Leading rows of a tensor as a matrix, which has to be one but for dimensions of size 1. */
+static Tensor as_matrix(Value tensor, const Rows *rows, int64_t some) {
+    int64_t shape[2] = {some, rows->size}, steps[2] = {rows->dim > 1 ? rows->strides[rows->dim - 2] : rows->size, 1};
+    Tensor made;
+    return must(aoti_torch__reinterpret_tensor((Tensor)tensor, 2, shape, steps, 0, &made)), made;
+}
+
+static int is_matrix(const Rows *rows) {
+    for (int64_t d = 0; d < rows->dim - 2; d++)
+        if (rows->sizes[d] != 1) return 0;
+    return 1;
+}
+
+/* The first `some` rows of x by weight [out, in] as PyTorch does it. */
+static void multiply_torch(Value x, const Rows *rows, int64_t some, Value weight, Tensor y) {
+    Rows result = rows_of((Value)y);
+    int64_t *shape = sizes(weight), *steps = strides(weight), turned[2] = {shape[1], shape[0]}, by[2] = {steps[1], steps[0]};
+    Tensor from = as_matrix(x, rows, some), to = as_matrix((Value)y, &result, some), w;
+    must(aoti_torch__reinterpret_tensor((Tensor)weight, 2, turned, by, 0, &w));
+    must(aoti_torch_cpu_mm_out(to, from, w));
+    must(aoti_torch_delete_tensor_object(from) || aoti_torch_delete_tensor_object(to) || aoti_torch_delete_tensor_object(w));
+}
+
+/* The first `some` rows of x, by the panels or by PyTorch, as `choice` has it for so many. */
+static void multiply_chosen(Value *stack, const Rows *x, int64_t some, int64_t out, int64_t choice, Tensor y) {
+    if (!some) return;
+    if (choice >> bucket(some) & 1 || !is_matrix(x)) {
+        Weights w = weights_of(stack[2], stack[3], x->size, out);
+        multiply_rows(x, NULL, some, &w, data((Value)y));
+    } else
+        multiply_torch(stack[0], x, some, stack[1], y);
+}
+
+/* (x, weight, panels, scales, out, choice): bit b of choice says that the panels are used for `bucket` b of rows; weight
+   [out, in] may be anything where all are */
 static void linear_op(Value *stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
     Rows x = rows_of(stack[0]);
-    int64_t out = sizes(stack[1])[0];
-    Tensor y = dense(stack[0], out);
-    int64_t by_columns = out == 1 || strides(stack[1])[0] == 1;
-    (by_columns ? linear : linear_by_rows)(&x, data(stack[1]), data((Value)y), out, omp_get_max_threads());
-    finish(stack, 2, y);
+    Tensor y = dense(stack[0], (int64_t)stack[4]);
+    multiply_chosen(stack, &x, x.rows, (int64_t)stack[4], (int64_t)stack[5], y);
+    finish(stack, 4, y);
 }
 
-/* (x, w, codes, scales, sums, adapter): the last rows, as many as `adapter` has, by the codes, the others by w */
+/* (x, weight, panels, scales, codes, code_scales, adapter, out, choice): the last rows, as many as `adapter` has, by the
+   int8 codes of their adapters [A, ..]; the others as `linear` does */
 static void split_linear_op(Value *stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
     Rows x = rows_of(stack[0]);
-    Codes codes = {
-        .codes = data(stack[2]), .scales = data(stack[3]), .sums = data(stack[4]),
-        .adapters = sizes(stack[3])[0], .columns = sizes(stack[3])[1], .out = sizes(stack[1])[0],
-    };
-    Tensor y = dense(stack[0], codes.out);
-    int64_t first = x.rows - sizes(stack[5])[0];
-    must(first && codes.out > 1 && strides(stack[1])[0] != 1);
-    must(draft_linear(&x, first, &codes, data(stack[5]), data((Value)y), omp_get_max_threads()));
-    x.rows = first;
-    linear(&x, data(stack[1]), data((Value)y), codes.out, omp_get_max_threads());
-    finish(stack, 6, y);
+    int64_t out = (int64_t)stack[7], masks = sizes(stack[6])[0], first = x.rows - masks, adapters = sizes(stack[4])[0];
+    const int64_t *adapter = data(stack[6]);
+    Tensor y = dense(stack[0], out);
+    multiply_chosen(stack, &x, first, out, (int64_t)stack[8], y);
+    int64_t *which = malloc(sizeof(*which) * (size_t)(masks + 1));
+    must(!which);
+    Weights w = weights_of(stack[4], stack[5], x.size, out);
+    for (int64_t one = 0; one < adapters; one++, w.panels = (const char *)w.panels + strides(stack[4])[0], w.scales += strides(stack[5])[0]) {
+        int64_t rows = 0;
+        for (int64_t row = 0; row < masks; row++)
+            if (adapters == 1 || adapter[row] == one) which[rows++] = first + row;
+        if (rows) multiply_rows(&x, which, rows, &w, data((Value)y));
+    }
+    free(which);
+    finish(stack, 7, y);
 }
 
 /* (rows, weight, eps) */
@@ -169,9 +243,11 @@ int idlm_register(void) {
          "window_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) pages, Tensor rows, Tensor table, "
          "Tensor lengths, Tensor visible, bool causal, int masks, float scale) -> Tensor",
          window_attention},
-        {"linear", "linear(Tensor x, Tensor w) -> Tensor", linear_op},
+        {"linear",
+         "linear(Tensor x, Tensor weight, Tensor panels, Tensor scales, int out, int choice) -> Tensor", linear_op},
         {"split_linear",
-         "split_linear(Tensor x, Tensor w, Tensor codes, Tensor scales, Tensor sums, Tensor adapter) -> Tensor",
+         "split_linear(Tensor x, Tensor weight, Tensor panels, Tensor scales, Tensor codes, Tensor code_scales, "
+         "Tensor adapter, int out, int choice) -> Tensor",
          split_linear_op},
         {"rms_norm", "rms_norm(Tensor rows, Tensor weight, float eps) -> Tensor", rms_norm_op},
         {"rotate", "rotate(Tensor heads, Tensor cosine, Tensor sine) -> Tensor", rotate_op},

@@ -1,10 +1,10 @@
 /* The CPU kernel of idlm.kernels.window_attention: writes a segment's real rows to the pages, then attends. Shapes are
    explained there. Compiled once for each REAL.
 
-   One tile is TILE query rows (window row x head) of one slot's key/value head. Keys come in blocks of LANES tokens,
-   transposed, so that a row's scores against a block are one vector and need no horizontal sum:
+   One tile is TILE query rows (window row x head) of one slot's key/value head. Keys come in blocks of BLOCK tokens,
+   transposed, so that a row's scores against a block are PARTS whole vectors and need no horizontal sum:
 
-       keys[e][lane]     e = 0 .. E-1       score[lane] += query[e] * keys[e][lane]
+       keys[e][token]     e = 0 .. E-1       score[token] += query[e] * keys[e][token]
 
    A row's scores lie side by side: the prefix, then those window rows that it sees, in the order of their positions.
    What it does not see leaves no gap, so a row's result depends on its keys alone, not on the window they came in. */
@@ -14,24 +14,30 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "vector.h"
 
-#define LANES (1 << LANE_BITS)
+#define LANES (VECTOR_BYTES / REAL_BYTES)
+#define PARTS (64 / VECTOR_BYTES)
+#define BLOCK (LANES * PARTS)
 #define TILE 32
 #define STRIP 32
 
-/* A vector of 64 bytes holds 2^LANE_BITS of REAL. */
-#if LANE_BITS == 4
-#define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
-#define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
+/* Query rows that one pass over a block takes: their sums, ABREAST * PARTS of them, stay in registers. */
+#if VECTOR_BYTES == 16 && !defined(__aarch64__)
+#define ABREAST 2
 #else
-#define ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
-#define ZIP_HIGH(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+#define ABREAST 4
 #endif
 
-typedef REAL vector __attribute__((vector_size(64), aligned(sizeof(REAL)), may_alias));
+typedef REAL vector __attribute__((vector_size(VECTOR_BYTES), aligned(REAL_BYTES), may_alias));
+#if REAL_BYTES == 4
+typedef int32_t places __attribute__((vector_size(VECTOR_BYTES)));
+#else
+typedef int64_t places __attribute__((vector_size(VECTOR_BYTES)));
+#endif
 
 typedef struct {
-    vector *keys;    /* [E] one block, transposed */
+    REAL *keys;      /* [E, BLOCK] one block, transposed */
     int64_t *places, item; /* where each token of a slot's prefix lies in the pages; whose, slot x groups + group */
     int64_t *coming, next; /* the same of the item that comes next */
     int64_t ahead;         /* how many of its tokens to ask for meanwhile */
@@ -73,37 +79,61 @@ static void find_places(const Attention *job, int64_t *places, int64_t slot, int
     }
 }
 
-static inline __attribute__((always_inline)) vector part_of(const REAL *from, int part) {
+INLINE vector part_of(const REAL *from, int part) {
     vector to = {0};
     if (part == LANES) return *(const vector *)from;
     memcpy(&to, from, sizeof(REAL) * part);
     return to;
 }
 
+/* a's lane, b's lane, a's next, ...: from the lower halves of both, and from the upper ones. The processors' own zips stay
+   within 16 bytes, so the lanes are named here. */
+INLINE vector zip_low(vector a, vector b) {
+#if VECTOR_BYTES == 64 && REAL_BYTES == 4
+    return LANES_OF(places, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif VECTOR_BYTES / REAL_BYTES == 8
+    return LANES_OF(places, a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#elif VECTOR_BYTES / REAL_BYTES == 4
+    return LANES_OF(places, a, b, 0, 4, 1, 5);
+#else
+    return LANES_OF(places, a, b, 0, 2);
+#endif
+}
+
+INLINE vector zip_high(vector a, vector b) {
+#if VECTOR_BYTES == 64 && REAL_BYTES == 4
+    return LANES_OF(places, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif VECTOR_BYTES / REAL_BYTES == 8
+    return LANES_OF(places, a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#elif VECTOR_BYTES / REAL_BYTES == 4
+    return LANES_OF(places, a, b, 2, 6, 3, 7);
+#else
+    return LANES_OF(places, a, b, 1, 3);
+#endif
+}
+
 /* Zip rows i and i + LANES / 2 together, log2(LANES) times: that is a transposition. */
-static inline __attribute__((always_inline)) void transpose(vector *rows) {
+INLINE void transpose(vector *rows) {
     vector other[LANES];
     for (int width = 1; width < LANES; width *= 2) {
         for (int i = 0; i < LANES / 2; i++) {
-            other[2 * i] = ZIP_LOW(rows[i], rows[i + LANES / 2]);
-            other[2 * i + 1] = ZIP_HIGH(rows[i], rows[i + LANES / 2]);
+            other[2 * i] = zip_low(rows[i], rows[i + LANES / 2]);
+            other[2 * i + 1] = zip_high(rows[i], rows[i + LANES / 2]);
         }
         memcpy(rows, other, sizeof(other));
     }
 }
 
-/* `some` keys side by side in the lanes; the lanes left over repeat the first. */
-static inline __attribute__((always_inline)) void place(Tile *tile, const REAL *const *keys, int some, int size) {
-    for (int e = 0; e < size; e += LANES) {
-        vector rows[LANES];
-        int part = size - e < LANES ? size - e : LANES;
-        for (int lane = 0; lane < LANES; lane++) {
-            const REAL *key = keys[lane < some ? lane : 0] + e;
-            rows[lane] = part_of(key, part);
+/* `some` keys of a block side by side; the places left over repeat the first. */
+INLINE void place(Tile *tile, const REAL *const *keys, int some, int size) {
+    for (int start = 0; start < BLOCK; start += LANES)
+        for (int e = 0; e < size; e += LANES) {
+            vector rows[LANES];
+            int part = size - e < LANES ? size - e : LANES;
+            for (int lane = 0; lane < LANES; lane++) rows[lane] = part_of(keys[start + lane < some ? start + lane : 0] + e, part);
+            transpose(rows);
+            for (int i = 0; i < part; i++) *(vector *)(tile->keys + (e + i) * BLOCK + start) = rows[i];
         }
-        transpose(rows);
-        memcpy(tile->keys + e, rows, sizeof(vector) * part);
-    }
 }
 
 /* Ask for what comes next from memory: `one` of the `all` parts of it. */
@@ -113,29 +143,30 @@ static inline void fetch(const Attention *job, const Tile *tile, const void *bas
         for (int64_t e = 0; e < job->size; e += 64 / sizeof(REAL)) __builtin_prefetch((const REAL *)base + tile->coming[token] + e, 0, 2);
 }
 
-/* Scores of four query rows against the block. */
-static inline __attribute__((always_inline)) void score(const Tile *tile, int first, int size, vector *out) {
-    const REAL *q = tile->query + (int64_t)first * size;
-    vector a = {0}, b = {0}, c = {0}, d = {0};
-    for (int e = 0; e < size; e++) {
-        vector key = tile->keys[e];
-        a += q[e] * key, b += q[size + e] * key, c += q[2 * size + e] * key, d += q[3 * size + e] * key;
-    }
-    out[0] = a, out[1] = b, out[2] = c, out[3] = d;
+/* Scores [ABREAST, BLOCK] of the query rows from `first` on against the block. */
+INLINE void score(const Tile *tile, int first, int size, REAL *to) {
+    const REAL *query = tile->query + (int64_t)first * size;
+    vector sum[ABREAST][PARTS] = {{{0}}};
+    for (int e = 0; e < size; e++)
+        for (int p = 0; p < PARTS; p++) {
+            vector key = *(const vector *)(tile->keys + e * BLOCK + p * LANES);
+            for (int q = 0; q < ABREAST; q++) sum[q][p] += query[q * size + e] * key;
+        }
+    for (int q = 0; q < ABREAST; q++)
+        for (int p = 0; p < PARTS; p++) *(vector *)(to + q * BLOCK + p * LANES) = sum[q][p];
 }
 
-static inline __attribute__((always_inline)) void
-score_prefix(const Attention *job, Tile *tile, int64_t length, int rows, int size) {
-    for (int64_t start = 0; start < length; start += LANES) {
-        int some = length - start < LANES ? (int)(length - start) : LANES;
-        const REAL *keys[LANES];
-        for (int lane = 0; lane < some; lane++) keys[lane] = (const REAL *)job->pages + tile->places[start + lane];
-        fetch(job, tile, job->pages, start / LANES, (length + LANES - 1) / LANES);
+INLINE void score_prefix(const Attention *job, Tile *tile, int64_t length, int rows, int size) {
+    for (int64_t start = 0; start < length; start += BLOCK) {
+        int some = length - start < BLOCK ? (int)(length - start) : BLOCK;
+        const REAL *keys[BLOCK];
+        for (int i = 0; i < some; i++) keys[i] = (const REAL *)job->pages + tile->places[start + i];
+        fetch(job, tile, job->pages, start / BLOCK, (length + BLOCK - 1) / BLOCK);
         place(tile, keys, some, size);
-        for (int first = 0; first < rows; first += 4) {
-            vector found[4];
+        for (int first = 0; first < rows; first += ABREAST) {
+            REAL found[ABREAST * BLOCK];
             score(tile, first, size, found);
-            for (int q = 0; q < 4; q++) memcpy(tile->scores + (first + q) * tile->room + start, found + q, 64);
+            for (int q = 0; q < ABREAST; q++) memcpy(tile->scores + (first + q) * tile->room + start, found + q * BLOCK, 64);
         }
     }
 }
@@ -147,25 +178,24 @@ static inline uint64_t word(const Attention *job, int64_t slot, int64_t row, int
     return row < start ? 0 : row - start >= some ? all : (2ull << (row - start)) - 1;
 }
 
-static inline __attribute__((always_inline)) void
-score_window(const Attention *job, Tile *tile, int64_t slot, int64_t group, int64_t top, int rows, int size) {
+INLINE void score_window(const Attention *job, Tile *tile, int64_t slot, int64_t group, int64_t top, int rows, int size) {
     int64_t per_group = job->heads / job->groups, last = (top + rows - 1) / per_group;
     int64_t end = job->visible ? width(job, slot) : last + 1;
-    for (int64_t start = 0; start < end; start += LANES) {
-        int some = end - start < LANES ? (int)(end - start) : LANES;
-        const REAL *keys[LANES], *key = (const REAL *)job->key + group * job->key_group;
-        for (int lane = 0; lane < some; lane++) keys[lane] = key + flat(job, slot, start + lane) * job->key_row;
+    for (int64_t start = 0; start < end; start += BLOCK) {
+        int some = end - start < BLOCK ? (int)(end - start) : BLOCK;
+        const REAL *keys[BLOCK], *key = (const REAL *)job->key + group * job->key_group;
+        for (int i = 0; i < some; i++) keys[i] = key + flat(job, slot, start + i) * job->key_row;
         place(tile, keys, some, size);
-        for (int first = 0; first < rows; first += 4) {
-            vector found[4];
+        for (int first = 0; first < rows; first += ABREAST) {
+            REAL found[ABREAST * BLOCK];
             score(tile, first, size, found);
-            for (int q = first; q < first + 4 && q < rows; q++) {
+            for (int q = first; q < first + ABREAST && q < rows; q++) {
                 REAL *scores = tile->scores + q * tile->room;
                 int32_t *seen = tile->seen + q * width(job, slot) - job->lengths[slot];
                 for (uint64_t bits = word(job, slot, (top + q) / per_group, start, some); bits; bits &= bits - 1) {
                     int lane = __builtin_ctzll(bits);
                     seen[tile->count[q]] = (int32_t)(start + lane);
-                    scores[tile->count[q]++] = found[q - first][lane];
+                    scores[tile->count[q]++] = found[(q - first) * BLOCK + lane];
                 }
             }
         }
@@ -181,34 +211,39 @@ static REAL soften(REAL *scores, int64_t count) {
     return total;
 }
 
-/* Values of the prefix, LANES elements at a time for four query rows; in strips of tokens that stay in the cache. */
-static inline __attribute__((always_inline)) void
-mix_prefix(const Attention *job, Tile *tile, int64_t length, int rows, int size) {
+/* Adds the weighted values of the tokens `start` to `end` to `part` elements of ABREAST query rows. */
+INLINE void mix(const Tile *tile, const REAL *values, int64_t start, int64_t end, int first, int e, int size, const int parts, int part) {
+    const REAL *weights = tile->scores + first * tile->room;
+    REAL *to = tile->mixed + first * size + e;
+    vector sum[ABREAST][PARTS];
+    for (int q = 0; q < ABREAST; q++)
+        for (int p = 0; p < parts; p++) sum[q][p] = part_of(to + q * size + p * LANES, part);
+    for (int64_t token = start; token < end; token++)
+        for (int p = 0; p < parts; p++) {
+            vector value = part_of(values + tile->places[token] + e + p * LANES, part);
+            for (int q = 0; q < ABREAST; q++) sum[q][p] += weights[q * tile->room + token] * value;
+        }
+    for (int q = 0; q < ABREAST; q++)
+        for (int p = 0; p < parts; p++) memcpy(to + q * size + p * LANES, &sum[q][p], sizeof(REAL) * part);
+}
+
+/* Values of the prefix, in strips of tokens that stay in the cache. */
+INLINE void mix_prefix(const Attention *job, Tile *tile, int64_t length, int rows, int size) {
     const REAL *values = (const REAL *)job->pages + job->half;
     memset(tile->mixed, 0, sizeof(REAL) * TILE * size);
     for (int64_t start = 0; start < length; start += STRIP) {
         int64_t end = start + STRIP < length ? start + STRIP : length;
         fetch(job, tile, values, start / STRIP, (length + STRIP - 1) / STRIP);
-        for (int first = 0; first < rows; first += 4) {
-            const REAL *w = tile->scores + first * tile->room, *x = w + tile->room, *y = x + tile->room, *z = y + tile->room;
-            REAL *to = tile->mixed + first * size;
-            for (int e = 0; e < size; e += LANES) {
-                int part = size - e < LANES ? size - e : LANES;
-                vector a = part_of(to + e, part), b = part_of(to + size + e, part);
-                vector c = part_of(to + 2 * size + e, part), d = part_of(to + 3 * size + e, part);
-                for (int64_t token = start; token < end; token++) {
-                    vector value = part_of(values + tile->places[token] + e, part);
-                    a += w[token] * value, b += x[token] * value, c += y[token] * value, d += z[token] * value;
-                }
-                vector found[4] = {a, b, c, d};
-                for (int q = 0; q < 4; q++) memcpy(to + q * size + e, found + q, sizeof(REAL) * part);
-            }
+        for (int first = 0; first < rows; first += ABREAST) {
+            int e = 0;
+            for (; size - e >= BLOCK; e += BLOCK) mix(tile, values, start, end, first, e, size, PARTS, LANES);
+            for (; size - e >= LANES; e += LANES) mix(tile, values, start, end, first, e, size, 1, LANES);
+            if (e < size) mix(tile, values, start, end, first, e, size, 1, size - e);
         }
     }
 }
 
-static inline __attribute__((always_inline)) void
-mix_window(const Attention *job, Tile *tile, int64_t slot, int64_t group, int64_t length, int rows, int size) {
+INLINE void mix_window(const Attention *job, Tile *tile, int64_t slot, int64_t group, int64_t length, int rows, int size) {
     const REAL *window = (const REAL *)job->value + group * job->value_group;
     for (int q = 0; q < rows; q++) {
         const REAL *weights = tile->scores + q * tile->room;
@@ -224,8 +259,7 @@ mix_window(const Attention *job, Tile *tile, int64_t slot, int64_t group, int64_
 }
 
 /* Query rows `top` to `top + rows` of one slot and group, row = window row x (H / G) + head of the group. */
-static inline __attribute__((always_inline)) void
-run(const Attention *job, Tile *tile, int64_t slot, int64_t group, int64_t top, int rows, int size) {
+INLINE void run(const Attention *job, Tile *tile, int64_t slot, int64_t group, int64_t top, int rows, int size) {
     int64_t per_group = job->heads / job->groups, length = job->lengths[slot];
     for (int q = 0; q < rows; q++) {
         int64_t head = group * per_group + (top + q) % per_group, row = (top + q) / per_group;
@@ -287,8 +321,8 @@ int NAME(attend)(const Attention *job, int threads) {
     write_pages(job);
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(| : failed)
     {
-        Tile tile = {.item = -1, .next = -1, .room = (longest + widest + 2 * LANES) / LANES * LANES};
-        tile.keys = aligned(sizeof(vector) * job->size);
+        Tile tile = {.item = -1, .next = -1, .room = (longest + widest + 2 * BLOCK) / BLOCK * BLOCK};
+        tile.keys = aligned(sizeof(REAL) * BLOCK * job->size);
         tile.places = aligned(sizeof(int64_t) * (longest + 1));
         tile.coming = aligned(sizeof(int64_t) * (longest + 1));
         tile.query = aligned(sizeof(REAL) * TILE * job->size);
@@ -296,7 +330,7 @@ int NAME(attend)(const Attention *job, int threads) {
         tile.scores = aligned(sizeof(REAL) * TILE * tile.room);
         tile.seen = aligned(sizeof(int32_t) * TILE * (widest + 1));
         failed = !tile.keys || !tile.places || !tile.coming || !tile.query || !tile.mixed || !tile.scores || !tile.seen;
-        if (!failed) memset(tile.keys, 0, sizeof(vector) * job->size), memset(tile.query, 0, sizeof(REAL) * TILE * job->size);
+        if (!failed) memset(tile.keys, 0, sizeof(REAL) * BLOCK * job->size), memset(tile.query, 0, sizeof(REAL) * TILE * job->size);
 #pragma omp for schedule(static)
         for (int64_t one = 0; one < job->batch * job->groups * tiles; one++) {
             int64_t item = one / tiles, slot = item / job->groups, top = one % tiles * TILE;

@@ -1,0 +1,67 @@
+"""`Panels`: a linear layer's weights as the C kernels read them (csrc/linear.c): in float32,
+bfloat16 or int8.
+
+A general matrix product takes a whole matrix; a decode step has 1 to 64 rows, so what counts is to
+read each weight once, from end to end. bfloat16 halves what is read and int8 quarters it. Sums and
+activations stay float32; for int8, a row of activations is rounded to 16 bits and products are
+added exactly.
+
+Shapes: N outputs, K inputs, P = N / 32 rounded up, g inputs side by side (1 float32, 2 others),
+T = K / g rounded up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PANEL = 32
+MOST = 127
+FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+"""What linear layers can hold their weights in on a CPU, by the name that users give."""
+
+
+class Panels(NamedTuple):
+    """One layer.
+
+    Attributes:
+        weights: [P, T, 32, g]; what lies past N or K is 0.
+        scales: float32 [32 P] for int8: weight = scales[n] * code; else empty.
+        out: N; inner: K.
+    """
+
+    weights: Tensor
+    scales: Tensor
+    out: int
+    inner: int
+
+    @classmethod
+    def of(cls, weight: Tensor, format: str) -> Panels:
+        """From `weight` [N, K]. In int8 the largest of each output's weights becomes +-127."""
+        out, inner = weight.shape
+        source, scales = weight.detach().float(), weight.new_empty(0, dtype=torch.float32)
+        if format == "int8":
+            scales = F.pad(source.abs().amax(dim=1) / MOST, (0, -out % PANEL))
+            least = torch.finfo(torch.float32).tiny
+            source = (source / scales[:out, None].clamp(min=least)).round()
+        group = 1 if format == "float32" else 2
+        padded = F.pad(source.to(FORMATS[format]), (0, -inner % group, 0, -out % PANEL))
+        split = padded.view(-1, PANEL, padded.shape[1] // group, group)
+        return cls(split.transpose(1, 2).contiguous(), scales, out, inner)
+
+    def matrix(self) -> Tensor:
+        """What the panels stand for: float32 [N, K]."""
+        whole = self.weights.transpose(1, 2).flatten(2).flatten(0, 1).float()
+        if self.scales.numel():
+            whole = whole * self.scales[:, None]
+        return whole[: self.out, : self.inner]
+
+
+def stacked(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """int8 panels of one layer's weights [N, K] by adapter: [A, P, T, 32, 2]; scales [A, 32 P]."""
+    each = [Panels.of(weight, "int8") for weight in weights]
+    return torch.stack([one.weights for one in each]), torch.stack([one.scales for one in each])
