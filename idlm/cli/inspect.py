@@ -12,7 +12,8 @@ from idlm.cli import common
 
 def inspect(
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="A model or adapter: a folder, a hub id, or a bundled name.")
+        str,
+        typer.Argument(metavar="PATH", help="A model or adapter: a folder, a GGUF file, a hub id, or a bundled name."),
     ],
     adapter: common.Adapter = None,
     as_json: common.Json = False,

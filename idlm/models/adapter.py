@@ -28,7 +28,8 @@ from idlm.models.gated_lora import Gate, LoraSpec, adapter_parameters, attach, a
 from idlm.models.idlm_model import Idlm
 from idlm.models.peft_config import refuse_features
 from idlm.models.sources import read_json
-from idlm.models.weights import TensorInfo, embedding_rows, file_tensors, fingerprint, output_head
+from idlm.models.tensor_info import TensorInfo
+from idlm.models.weights import embedding_rows, file_tensors, fingerprint, output_head
 
 __all__ = ["AdapterInfo", "fingerprint", "load_into", "read", "save"]
 
@@ -69,6 +70,8 @@ def read(folder: Path) -> AdapterInfo:
     Raises:
         InputError: no adapter there, or a PEFT feature that is not implemented: it names the key and the value.
     """
+    if folder.is_file():
+        raise InputError(f"adapter {str(folder)!r} is a file; give the folder of a gated LoRA")
     config = read_json(folder / CONFIG)
     refuse_features(config, f"{str(folder / CONFIG)!r}")
     if not (folder / TENSORS).exists():

@@ -1,4 +1,4 @@
-"""What a model folder's config says: the architecture, refused where a window cannot express it, and the MASK token."""
+"""What a checkpoint's config says: the architecture, refused where a window cannot express it, and the MASK token."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from idlm.decoding.errors import InputError
+from idlm.models.gguf_checkpoint import gguf_config, gguf_tokenizer, passed_over
+from idlm.models.gguf_header import is_gguf
 from idlm.models.sources import first_line, read_json
 
 SDAR = "sdar"
@@ -28,16 +30,19 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The transformers config of a model folder, built without running any code from it.
+    """The transformers config of a model folder or a GGUF file, built without running any code from it.
 
     Raises:
         InputError: no valid config.json, or an architecture that is refused; the message says which and why.
     """
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise InputError(f"{str(folder)!r} is an adapter; give its base as the model and this folder as the adapter")
-    raw = read_json(folder / "config.json")
+    where = folder if is_gguf(folder) else folder / "config.json"
+    raw = gguf_config(where) if is_gguf(where) else read_json(where)
     if raw.get("model_type") == SDAR:
         raw |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    if _was_gguf(raw):
+        del raw["quantization_config"]
     _refuse_family(raw, folder)
     code = {"auto_map", "model_type", "attn_implementation", "_attn_implementation"}
     try:
@@ -46,12 +51,22 @@ def read_config(folder: Path) -> PreTrainedConfig:
         reason = _experts(config.to_dict()) or _layers(config) or _attention(config)
     except Exception as error:  # each config class has its own checks and its own kinds of error
         text = " ".join(str(error).split())
-        raise InputError(
-            f"{str(folder / 'config.json')!r} is not a valid {raw['model_type']} config: {text}"
-        ) from error
+        raise InputError(f"{str(where)!r} is not a valid {raw['model_type']} config: {text}") from error
+    if reason is None and is_gguf(folder):
+        reason = passed_over(folder, config)
     if reason is not None:
         raise InputError(f"{str(folder)!r} ({config.model_type}) {reason}")
     return config
+
+
+def _was_gguf(raw: dict[str, Any]) -> bool:
+    """Whether the folder was saved from a model that transformers had loaded from a GGUF file.
+
+    Its config.json may say that it is quantised. But its tensors are floats: blocks have other shapes, and would be
+    refused as misshapen when they are loaded.
+    """
+    quantised = raw.get("quantization_config")
+    return isinstance(quantised, dict) and quantised.get("quant_method") == "gguf"
 
 
 def _refuse_family(raw: dict[str, Any], folder: Path) -> None:
@@ -114,17 +129,21 @@ def _context(config: PreTrainedConfig) -> int:
 
 
 def read_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase | None:
-    """The folder's tokenizer, or None where it has none; none of the folder's code runs.
+    """The tokenizer of a folder or a GGUF file, or None where it has none; none of the folder's code runs.
 
     Raises:
         InputError: the tokenizer's files are broken.
     """
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+    if not is_gguf(folder) and not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
     try:
+        if is_gguf(folder):
+            return gguf_tokenizer(folder)
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, config=config, trust_remote_code=False, local_files_only=True
         )
+    except InputError:
+        raise
     except Exception as error:  # the tokenizers library raises bare Exception
         raise InputError(f"the tokenizer in {str(folder)!r} cannot be read: {first_line(error)}") from error
     return tokenizer

@@ -11,8 +11,11 @@ from transformers import PreTrainedConfig
 from idlm.decoding.errors import InputError
 from idlm.models import adapter as adapters
 from idlm.models.architecture import mask_token, read_config, read_tokenizer, trained_block_size
+from idlm.models.gguf_checkpoint import auto_dtype, quantisation
+from idlm.models.gguf_header import is_gguf, read_header
 from idlm.models.sources import read_json, resolve
-from idlm.models.weights import DTYPES, TensorInfo, model_tensors
+from idlm.models.tensor_info import TensorInfo
+from idlm.models.weights import DTYPES, model_tensors
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Inspection:
         kind: "model", "adapter", or "model with adapter".
         family: transformers' model_type ("qwen3" for published I-DLM checkpoints).
         parameters: elements of the stored tensors, a tied head counted once.
+        dtype: of most elements; for a GGUF file what dtype "auto" makes of it.
+        quantisation: of a GGUF file: its tensors' types, that of most elements first.
         context: the most positions of a sequence.
         mask_source: "config.json", "tokenizer", "adapter", or "added" (a row after the vocabulary's last).
         base_fingerprint: of the base that the adapter was trained on.
@@ -41,6 +46,7 @@ class Inspection:
     hidden_size: int | None = None
     vocab_size: int | None = None
     dtype: str | None = None
+    quantisation: tuple[str, ...] | None = None
     context: int | None = None
     mask_id: int | None = None
     mask_source: str | None = None
@@ -56,7 +62,7 @@ class Inspection:
 
 
 def inspect_checkpoint(path: str | Path, adapter: str | Path | None = None) -> Inspection:
-    """Inspect a model folder, an adapter folder, a hub id or a bundled name.
+    """Inspect a model folder, a GGUF file, an adapter folder, a hub id or a bundled name.
 
     Raises:
         InputError: there is nothing readable at `path`. A model that is refused is no error here: `reason` says why.
@@ -72,11 +78,16 @@ def inspect_checkpoint(path: str | Path, adapter: str | Path | None = None) -> I
 
 
 def _model(found: Inspection, folder: Path) -> Inspection:
-    raw = read_json(folder / "config.json")
-    found = replace(found, family=raw.get("model_type"))
+    family = (
+        read_header(folder).architecture if is_gguf(folder) else read_json(folder / "config.json").get("model_type")
+    )
+    found = replace(found, family=family)
     try:
         config, tensors = read_config(folder), model_tensors(folder)
         found = _facts(found, config, tensors)
+        if is_gguf(folder):
+            dtype = str(auto_dtype(tensors)).removeprefix("torch.")
+            found = replace(found, quantisation=quantisation(tensors), dtype=dtype)
         mask, source = mask_token(config, read_tokenizer(folder, config))
         found = replace(found, mask_id=mask, mask_source=source, block_size=trained_block_size(config))
     except InputError as error:

@@ -1,8 +1,8 @@
-"""`load`: a folder, a hub id or a bundled name, with or without an adapter, becomes an `Idlm`; and the way back."""
+"""`load`: a folder, a GGUF file, a hub id or a bundled name becomes an `Idlm`, with an adapter or without; and back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from logging import ERROR
 from pathlib import Path
@@ -17,8 +17,11 @@ from idlm.decoding.errors import InputError
 from idlm.models import adapter as adapters
 from idlm.models.architecture import mask_token, read_config, read_tokenizer, trained_block_size
 from idlm.models.attention import NAME, attend
+from idlm.models.gguf_checkpoint import auto_dtype, dequantised, origin
+from idlm.models.gguf_header import is_gguf
 from idlm.models.idlm_model import Idlm
 from idlm.models.sources import first_line, resolve
+from idlm.models.tensor_info import TensorInfo
 from idlm.models.weights import embedding_rows, model_tensors, output_head
 
 FLOATS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,9 +43,10 @@ def load(
     """Load a model that can be asked for rows.
 
     Args:
-        path_or_hub_id: a folder, a hub id, or "nano", "nano-base", "nano-full".
+        path_or_hub_id: a folder, a GGUF file, a hub id, or "nano", "nano-base", "nano-full".
         adapter: a gated LoRA's folder or hub id; "nano" brings its own.
-        dtype: of the weights: "auto" (as stored), "float64", "float32", "bfloat16", "float16".
+        dtype: of the weights: "auto", "float64", "float32", "bfloat16", "float16". "auto" is as stored; for a GGUF file
+            float32, unless its matrices are all BF16 or all F16.
         device: where to put the weights.
 
     Raises:
@@ -91,15 +95,17 @@ def _device(device: str | torch.device) -> torch.device:
 
 def _read_model(folder: Path, config: PreTrainedConfig, dtype: str | torch.dtype) -> PreTrainedModel:
     """transformers' own model with its weights, complete and of the right shapes."""
-    model_tensors(folder)  # refuses pickles and truncated files by name
+    tensors = model_tensors(folder)  # refuses pickles and truncated files by name
+    if is_gguf(folder) and dtype == "auto":
+        dtype = auto_dtype(tensors)
     try:
-        with _quiet():
+        with _quiet(), _origin(folder) as (place, more):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
+                place,
+                **more,
                 config=config,
                 dtype=dtype,
                 attn_implementation=NAME,
-                use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
                 ignore_mismatched_sizes=True,
@@ -121,7 +127,30 @@ def _read_model(folder: Path, config: PreTrainedConfig, dtype: str | torch.dtype
             raise InputError(
                 f"{str(folder)!r} has {len(found)} {problem} tensors, {min(found)} first; download it again"
             )
+    if is_gguf(folder):
+        _check_all_used(folder, model, tensors)
+        model.name_or_path = str(folder)
     return model
+
+
+@contextmanager
+def _origin(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Where transformers is to look for weights, and the arguments that this needs."""
+    if is_gguf(folder):
+        with origin(folder) as (empty, more):
+            yield empty, more | {"quantization_config": dequantised()}
+    else:
+        yield folder, {"use_safetensors": True}
+
+
+def _check_all_used(path: Path, model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> None:
+    """transformers passes over tensors of a GGUF file that it has no place for: biases, say, or scales of rotations."""
+    stored, loaded = sum(info.count for info in tensors.values()), sum(p.numel() for p in model.parameters())
+    if stored != loaded:
+        raise InputError(
+            f"{str(path)!r} holds {stored} weights, but a {model.config.model_type} of its sizes has {loaded}; "
+            "use the model's original folder"
+        )
 
 
 class _Probe:

@@ -1,4 +1,4 @@
-"""Where checkpoints come from: the bundled names, folders, ids on the Hugging Face hub; and reading their JSON."""
+"""Where checkpoints come from: bundled names, folders, GGUF files, ids on the Hugging Face hub; and their JSON."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from idlm.decoding.errors import InputError
+from idlm.models.gguf_header import is_gguf
 
 WEIGHTS = Path(__file__).parents[1] / "nano" / "weights"
 BUNDLED = {
@@ -25,23 +26,36 @@ HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def resolve(name: str | Path) -> tuple[Path, Path | None]:
-    """The folder that `name` stands for, and the adapter that belongs to the name (only for "nano").
+    """The folder or GGUF file that `name` stands for, and the adapter that belongs to the name (only for "nano").
 
     Raises:
-        InputError: there is no such folder, and the hub has none either or cannot be reached.
+        InputError: there is no such folder or file, and the hub has none either or cannot be reached; it is a file of
+            another kind, or a folder that has weights in GGUF files only.
     """
     if str(name) in BUNDLED:
         return BUNDLED[str(name)]
     folder = Path(name).expanduser()
     if folder.is_dir():
+        _refuse_only_gguf(folder)
+        return folder, None
+    if folder.exists() and is_gguf(folder):
         return folder, None
     if folder.exists():
-        raise InputError(f"{str(name)!r} is a file; give the folder that holds it")
+        raise InputError(f"{str(name)!r} is a file, and no GGUF; give the folder that holds it")
+    if folder.suffix.lower() == ".gguf":
+        raise InputError(f"no file {str(name)!r}; check the path")
     if isinstance(name, Path) or not HUB_ID.fullmatch(name):
         raise InputError(
             f"no folder {str(name)!r}; give a folder, a hub id such as Qwen/Qwen3-0.6B, or {', '.join(BUNDLED)}"
         )
     return _download(name), None
+
+
+def _refuse_only_gguf(folder: Path) -> None:
+    """Refuse a folder whose weights are GGUF files: which of them is meant, often of several, is not ours to guess."""
+    files = sorted(folder.glob("*.gguf"))
+    if files and not any(folder.glob("*.safetensors")):
+        raise InputError(f"{str(folder)!r} has GGUF weights only; give a file of it, such as {str(files[0])!r}")
 
 
 def _download(hub_id: str) -> Path:

@@ -1,13 +1,11 @@
-"""Tensor files (safetensors): what they hold, from their headers alone; and the fingerprint of a model's weights."""
+"""Tensor files: what they hold, from their headers alone; and the fingerprint of a model's weights."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +14,9 @@ from transformers import PreTrainedModel
 
 from idlm.decoding.errors import InputError
 from idlm.models.gated_lora import GatedLinear, MaskEmbedding, adapter_parameters
+from idlm.models.gguf_header import is_gguf, read_header
 from idlm.models.sources import read_json
+from idlm.models.tensor_info import TensorInfo
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -33,28 +33,14 @@ DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor on disk: its dtype by safetensors' name, its shape, and its bytes' place in `file`."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def count(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-
 def model_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """The tensors of a model folder, by name.
+    """The tensors of a model folder, or of a GGUF file, by name.
 
     Raises:
         InputError: no safetensors weights (pickle is never read), a missing shard, a truncated file.
     """
+    if is_gguf(folder):
+        return read_header(folder).tensors
     return {name: info for file in _weight_files(folder) for name, info in file_tensors(file).items()}
 
 
@@ -103,11 +89,12 @@ def _info(path: Path, entry: dict[str, list[int]], data: int) -> TensorInfo:
 def fingerprint(model: PreTrainedModel) -> str:
     """sha256 of a model's weights: the same with and without an adapter, and in whatever dtype they were loaded.
 
-    It covers name, dtype, shape and all bytes of each tensor of the folder the model came from; a model that came from
-    no folder is hashed in memory. Tensors are hashed apart and in parallel: about a second per GB on two cores.
+    It covers name, dtype, shape and all bytes of each tensor as stored: of the folder, or the GGUF file, that the model
+    came from (so a GGUF file and a folder made from it are two bases). A model that came from neither is hashed in
+    memory. Tensors are hashed apart and in parallel: about a second per GB on two cores.
     """
     folder = Path(model.name_or_path or "")
-    if model.name_or_path and any((folder / name).exists() for name in (SINGLE, INDEX)):
+    if model.name_or_path and (is_gguf(folder) or any((folder / name).exists() for name in (SINGLE, INDEX))):
         return folder_fingerprint(folder)
     return _digest(
         (name, _dtype_name(t), tuple(t.shape), _hash_tensor(t)) for name, t in _base_parameters(model).items()
@@ -115,7 +102,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """`fingerprint` of the model stored in `folder`."""
+    """`fingerprint` of the model stored in `folder`, or in a GGUF file."""
     tensors = model_tensors(folder)
     with ThreadPoolExecutor() as pool:
         hashes = list(pool.map(_hash_stored, tensors.values()))
