@@ -40,6 +40,7 @@ def bench(
     adapter: common.Adapter = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
+    weights: common.Weights = "auto",
     threads: Annotated[int, typer.Option(help="CPU threads; small models gain nothing from more.")] = 1,
     as_json: common.Json = False,
 ) -> None:
@@ -65,11 +66,17 @@ def bench(
     torch.set_num_threads(threads)
     idlm = load(model, adapter=adapter, dtype=dtype, device=device)
     draw = workload(idlm, [one.encode(idlm, chat=True) for one in asked])
-    ours = contestants(idlm, chosen, stride, max(in_flight), shares)
+    ours = contestants(idlm, chosen, stride, max(in_flight), shares, weights=weights)
     runs = len(in_flight) * (repeats + 1) * len(ours)
     with common.progress("measuring in turn", runs) as advance:
         rows = run(ours, draw, in_flight, requests, repeats, advance)
-    settings = {"model": model, "adapter": adapter, "stride": stride, "simulated_acceptance": shares}
+    settings = {
+        "model": model,
+        "adapter": adapter,
+        "stride": stride,
+        "simulated_acceptance": shares,
+        "weights": weights,
+    }
     report = {"rows": rows, "environment": environment() | settings | _work(idlm, requests, repeats)}
     if as_json:
         common.print_json(report)

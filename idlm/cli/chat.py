@@ -29,9 +29,11 @@ def chat(
     *,
     adapter: common.Adapter = None,
     stride: common.Stride = 4,
-    branches: common.BranchesOption = "all",
+    branches: common.BranchesOption = "planner",
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
+    weights: common.Weights = "auto",
+    threads: common.Threads = None,
     url: Annotated[
         str | None, typer.Option(metavar="URL", help="Talk to a server with OpenAI's API: http://host:port/v1.")
     ] = None,
@@ -60,22 +62,17 @@ def chat(
 
         partner = RemotePartner(url, _key(api_key), name, sampling)
     else:
-        partner = _local(str(model), adapter, stride, branches, dtype, device, sampling)
+        from idlm.engine.build import plans_for
+        from idlm.engine.llm import LLM
+        from idlm.models.loading import load
+        from idlm.ui.chat_local import LocalPartner
+
+        plans_for(stride, branches)  # before the model is loaded, which can take minutes
+        idlm = load(str(model), adapter=adapter, dtype=dtype, device=device)
+        llm = LLM(idlm, stride=stride, branches=branches, max_num_seqs=1, weights=weights, threads=threads)
+        partner = LocalPartner(llm, sampling)
     Chat(partner, colors).run(reader())
 
 
 def _key(given: str | None) -> str | None:
     return given or next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
-
-
-def _local(
-    model: str, adapter: str | None, stride: int, branches: str, dtype: str, device: str, sampling: SamplingParams
-) -> Partner:
-    from idlm.engine.build import plans_for
-    from idlm.engine.llm import LLM
-    from idlm.models.loading import load
-    from idlm.ui.chat_local import LocalPartner
-
-    plans_for(stride, branches)  # before the model is loaded, which can take minutes
-    idlm = load(model, adapter=adapter, dtype=dtype, device=device)
-    return LocalPartner(LLM(idlm, stride=stride, branches=branches, max_num_seqs=1), sampling)

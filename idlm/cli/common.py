@@ -28,6 +28,17 @@ Dtype = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.", rich_help_panel="Model")]
+Weights = Annotated[
+    Literal["auto", "float32", "bfloat16", "int8"],
+    typer.Option(
+        help="What linear layers hold on a CPU; auto is the checkpoint's, int8 quantises.",
+        rich_help_panel="Model",
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="CPU threads; measured if not given.", rich_help_panel="Decoding"),
+]
 Stride = Annotated[
     int, typer.Option(metavar="N", help="The most tokens a forward commits; 1 is plain AR.", rich_help_panel="Decoding")
 ]

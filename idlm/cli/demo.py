@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 def demo(
     stride: common.Stride = 4,
+    branches: common.BranchesOption = "planner",
     questions: Annotated[int, typer.Option(help="Held-out problems to answer.")] = 4,
     rounds: Annotated[int, typer.Option(help="Times each decoder runs, in turn; medians are reported.")] = 5,
     threads: Annotated[int, typer.Option(help="CPU threads; small models gain nothing from more.")] = 1,
     as_json: common.Json = False,
 ) -> None:
     """Decode with AR and with ISD on the bundled model: same bytes, fewer forward passes, less time."""
-    _check(stride, questions=questions, rounds=rounds, threads=threads)
+    _check(stride, branches, questions=questions, rounds=rounds, threads=threads)
 
     import torch
 
@@ -43,10 +44,17 @@ def demo(
     def run(llm: LLM) -> list[Result]:
         return [llm.chat([{"role": "user", "content": question}], params) for question in asked]
 
-    ar, isd = LLM(idlm, stride=1, max_num_seqs=1), LLM(idlm, stride=stride, max_num_seqs=1)
+    ar = LLM(idlm, stride=1, max_num_seqs=1)
+    isd = LLM(idlm, stride=stride, branches=branches, max_num_seqs=1)
     with common.progress("AR and ISD in turn", 2 * (rounds + 1)) as advance:
         laps = race({"ar": lambda: run(ar), "isd": lambda: run(isd)}, rounds, advance)
-    report = _report(laps) | {"stride": stride, "prompts": questions, "rounds": rounds, "threads": threads}
+    settings = {"stride": stride, "branches": branches, "prompts": questions, "rounds": rounds}
+    report = _report(laps) | settings | {"threads": threads, "plan": isd.engine.planner.reason}
+    report["plans"] = dict(isd.engine.metrics.plans)
+    if branches != "planner" and report["speedup"] < 1:
+        better = LLM(idlm, stride=stride, branches="planner", max_num_seqs=1)
+        run(better)
+        report["better"] = better.engine.planner.reason
     if as_json:
         common.print_json(report)
     else:
@@ -54,10 +62,10 @@ def demo(
     raise typer.Exit(0 if report["identical"] else 1)
 
 
-def _check(stride: int, **counts: int) -> None:
+def _check(stride: int, branches: str, **counts: int) -> None:
     from idlm.engine.build import plans_for
 
-    plans_for(stride, "all")
+    plans_for(stride, branches)
     for name, value in counts.items():
         if not 1 <= value <= 1000:
             raise InputError(f"--{name} {value} is out of range; use 1 to 1000")
@@ -101,6 +109,10 @@ def _show(idlm: Idlm, questions: list[str], results: list[Result], report: dict[
     console.print(table)
     depths = ", ".join("-" if a is None else f"{a:.3f}" for a in report["acceptance"])
     console.print(f"acceptance by depth: {depths}")
+    ran = ", ".join(f"{name} {count}" for name, count in report["plans"].items())
+    console.print(f"plan: {report['plan']} (steps by plan: {ran})", markup=False)
+    if "better" in report:
+        console.print(f"{report['branches']} is slower than AR here; the planner runs {report['better']}", markup=False)
     same = "the same bytes" if report["identical"] else "[bold red]DIFFERENT bytes[/]"
     console.print(f"{same}, {report['speedup']:.2f} times as fast")
 

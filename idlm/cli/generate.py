@@ -27,10 +27,12 @@ def generate(
     ] = None,
     adapter: common.Adapter = None,
     stride: common.Stride = 4,
-    branches: common.BranchesOption = "all",
+    branches: common.BranchesOption = "planner",
     chat: Annotated[bool, typer.Option("--chat/--raw", help="Use the model's chat template, if it has one.")] = True,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
+    weights: common.Weights = "auto",
+    threads: common.Threads = None,
     as_json: common.Json = False,
     sampling: SamplingParams,
 ) -> None:
@@ -44,7 +46,8 @@ def generate(
     from idlm.models.loading import load
 
     plans_for(stride, branches)  # before the model is loaded, which can take minutes
-    llm = LLM(load(model, adapter=adapter, dtype=dtype, device=device), stride=stride, branches=branches)
+    idlm = load(model, adapter=adapter, dtype=dtype, device=device)
+    llm = LLM(idlm, stride=stride, branches=branches, weights=weights, threads=threads)
     ids = [one.encode(llm.idlm, chat) for one in asked]
     started = perf_counter()
     first = llm.generate(ids, sampling, use_tqdm=True)

@@ -38,7 +38,8 @@ def serve(
     device: common.Device = "cpu",
     max_num_seqs: Annotated[int, _option("Engine", "The most samples at once; others wait.")] = 64,
     kv_memory: Annotated[str | None, _option("Engine", "Memory of the KV cache: bytes, or such as 512MiB.")] = None,
-    threads: Annotated[int | None, _option("Engine", "Threads of the engine; all cores if not given.")] = None,
+    threads: Annotated[int | None, _option("Engine", "Threads of the engine; measured if not given.")] = None,
+    weights: common.Weights = "auto",
     deterministic: Annotated[bool, _option("Engine", "Batch-invariant kernels: the same bytes, slower.")] = False,
     salt_by_key: Annotated[bool, _option("Network", "Share cached prefixes only within a key.")] = False,
     log_prompts: Annotated[bool, _option("Network", "Write prompts and outputs to the log.")] = False,
@@ -59,7 +60,20 @@ def serve(
     limits = Limits(*bounds, timeout=timeout, drain_seconds=drain_seconds)
     _check(limits)
     names = _adapters(adapter or [])
-    engine = _engine(model, names, stride, branches, dtype, device, max_num_seqs, kv_memory, deterministic, threads)
+    engine = EngineConfig(
+        model=model,
+        adapters=names,
+        stride=stride,
+        branches=branches,
+        dtype=dtype,
+        device=device,
+        max_num_seqs=_at_least("--max-num-seqs", max_num_seqs, 1),
+        kv_memory=kv_memory,
+        deterministic=deterministic,
+        weights=weights,
+        threads=None if threads is None else _at_least("--threads", threads, 1),
+    )
+    _check_engine(engine)
     keys = _keys(api_key or [])
     if not 0 <= port <= MOST_PORT:
         raise InputError(f"--port {port} is no port; use 0 to {MOST_PORT}")
@@ -77,36 +91,13 @@ def _announce(config: ServeConfig, url: str) -> None:
     typer.echo(f"idlm serves {config.name} at {url}")
 
 
-def _engine(
-    model: str,
-    adapters: dict[str, str],
-    stride: int,
-    branches: str,
-    dtype: str,
-    device: str,
-    max_num_seqs: int,
-    kv_memory: str | None,
-    deterministic: bool,
-    threads: int | None,
-) -> EngineConfig:
-    """The engine's part, checked as far as it can be before a model is loaded."""
+def _check_engine(engine: EngineConfig) -> None:
+    """As far as it can be done before a model is loaded."""
     from idlm.engine.build import parse_memory, plans_for
 
-    plans_for(stride, branches)
-    if kv_memory is not None:
-        parse_memory(kv_memory)
-    return EngineConfig(
-        model=model,
-        adapters=adapters,
-        stride=stride,
-        branches=branches,
-        dtype=dtype,
-        device=device,
-        max_num_seqs=_at_least("--max-num-seqs", max_num_seqs, 1),
-        kv_memory=kv_memory,
-        deterministic=deterministic,
-        threads=None if threads is None else _at_least("--threads", threads, 1),
-    )
+    plans_for(engine.stride, engine.branches)
+    if engine.kv_memory is not None:
+        parse_memory(engine.kv_memory)
 
 
 def _check(limits: Limits) -> None:

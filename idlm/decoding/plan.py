@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from idlm.decoding.errors import InputError
 from idlm.decoding.window import Branches, outcomes, parse_branches
@@ -133,9 +132,11 @@ def choose(
 class RunningAcceptance:
     """Acceptance by depth over the last steps: accepted / reached, both fading by `decay` a step.
 
-    A depth's estimate starts from the one of the depth before (the first one's from `prior`) as if `weight` drafts had
-    shown it; a depth never reached therefore has the value of the depth before. Counts fade in every step, also where
-    nothing was drafted so deep: what is not tried drifts back to its start, and so gets tried again.
+    A depth's estimate starts from the one of the depth before (the first one's from `prior`) as if
+    `weight` drafts had shown it; a depth never reached therefore has the value of the depth before.
+    Counts fade in every step with drafts, at all depths: one that is not tried any more drifts back
+    to its start, and so gets tried again. Steps without drafts (AR) say nothing, so nothing fades:
+    trying drafts again has a price, which `engine.planner` pays in small looks.
     """
 
     def __init__(self, depth: int, prior: float = 0.8, weight: float = 4.0, decay: float = 0.99) -> None:
@@ -151,6 +152,8 @@ class RunningAcceptance:
         """
         if len(reached) != len(accepted) or len(reached) > len(self._reached):
             raise ValueError(f"{len(reached)} reached and {len(accepted)} accepted for {len(self._reached)} depths")
+        if not any(reached):
+            return
         self._reached = [self.decay * count for count in self._reached]
         self._accepted = [self.decay * count for count in self._accepted]
         for depth, (looked, stood) in enumerate(zip(reached, accepted, strict=True)):
@@ -168,71 +171,3 @@ class RunningAcceptance:
             before = (accepted + self.weight * before) / (reached + self.weight)
             values.append(before)
         return values
-
-
-class CostTable:
-    """Measured seconds of a step, by plan and batch size."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[Plan, dict[int, float]] = {}
-        self._at: dict[int, dict[Plan, float]] = {}
-
-    def put(self, batch: int, plan: Plan, seconds: float) -> None:
-        """Store a measurement; the newest counts.
-
-        Raises:
-            ValueError: the batch or the seconds are not above 0.
-        """
-        if batch < 1 or not 0 < seconds < float("inf"):
-            raise ValueError(f"{plan.name} at batch {batch} cannot take {seconds} seconds")
-        measured = {**self._seconds.get(plan, {}), batch: seconds}
-        self._seconds[plan] = dict(sorted(measured.items()))
-        self._at.clear()
-
-    @property
-    def plans(self) -> list[Plan]:
-        """Every plan that was measured at all."""
-        return list(self._seconds)
-
-    def cost(self, batch: int, plan: Plan) -> float:
-        """Seconds of a step: linear between the nearest measured batch sizes, the nearest one's outside of them.
-
-        Raises:
-            KeyError: the plan was never measured.
-        """
-        measured = self._seconds[plan]
-        below = max((size for size in measured if size <= batch), default=min(measured))
-        above = min((size for size in measured if size >= batch), default=max(measured))
-        if below == above or not below <= batch <= above:
-            return measured[above if batch < below else below]
-        share = (batch - below) / (above - below)
-        return measured[below] + share * (measured[above] - measured[below])
-
-    def costs(self, batch: int) -> Mapping[Plan, float]:
-        """`cost` of every plan: what `choose` takes. Worked out once for each batch size."""
-        if batch not in self._at:
-            self._at[batch] = {plan: self.cost(batch, plan) for plan in self._seconds}
-        return self._at[batch]
-
-    def to_json(self) -> list[dict[str, Any]]:
-        """Plain lists, dictionaries and numbers, for `json.dump`."""
-        return [
-            {"stride": plan.stride, "branches": plan.branches, "batch": batch, "seconds": seconds}
-            for plan, measured in self._seconds.items()
-            for batch, seconds in measured.items()
-        ]
-
-    @classmethod
-    def from_json(cls, rows: Iterable[Mapping[str, Any]]) -> CostTable:
-        """The table that `to_json` wrote.
-
-        Raises:
-            ValueError: the rows are not such a table.
-        """
-        table = cls()
-        try:
-            for row in rows:
-                table.put(row["batch"], Plan(row["stride"], row["branches"]), row["seconds"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a table of costs: {error!r}") from None
-        return table

@@ -11,11 +11,12 @@ import psutil
 import torch
 
 from idlm.decoding.errors import InputError
-from idlm.decoding.plan import Plan
+from idlm.decoding.plan import AR, Plan
 from idlm.decoding.window import parse_branches, window
 from idlm.engine.engine import Engine
 from idlm.engine.planner import Planner, candidates, measured
 from idlm.engine.runner import Runner, attention_shapes
+from idlm.engine.threads import choose_threads
 from idlm.kernels import native
 from idlm.kernels.choice import choose_linears, drafts_pay
 from idlm.kernels.fused import faster_operators
@@ -47,6 +48,7 @@ def build_engine(
     late: int | None = None,
     record: bool = True,
     weights: str = "auto",
+    threads: int | None = None,
 ) -> Engine:
     """See `LLM` for the arguments; `late` and `record` as in `Engine` and `Runner`.
 
@@ -54,15 +56,25 @@ def build_engine(
         InputError: an argument cannot be used.
     """
     plans = plans_for(stride, branches)
-    _check(idlm, stride, max_num_seqs, page_size, prefill_tokens, simulate_acceptance)
+    _check(idlm, stride, branches, max_num_seqs, page_size, prefill_tokens, simulate_acceptance)
+    if branches == "planner" and not idlm.can_draft:
+        log.info("AR: model %r has no MASK row to draft with; an adapter would bring one", idlm.name)
+        plans = [AR]
     pages = _pages(idlm, max_num_seqs, kv_memory, page_size)
     depth = max(plan.drafts for plan in plans)
     idlm.model.requires_grad_(False)
-    linears = _linears(idlm, weights, bool(depth), deterministic)
-    fused = _fused(idlm) if idlm.device.type == "cpu" and idlm.dtype == torch.float32 else frozenset()
+    linears = _linears(idlm, weights, deterministic)
+    if idlm.device.type == "cpu":
+        choose_threads(idlm, linears, threads)
+    if linears is not None:
+        choose_linears(linears)
+        if depth:
+            _add_drafts(idlm, linears)
+    floats = idlm.device.type == "cpu" and idlm.dtype == torch.float32
+    fused = _fused(idlm) if floats else frozenset()
     simulated = simulate_acceptance
     runner = Runner(idlm, max_num_seqs, depth, pages, page_size, record, simulated, deterministic, linears, fused)
-    costs = measured(runner, plans, max_num_seqs) if branches == "planner" else None
+    costs = measured(runner, plans, max_num_seqs) if len(plans) > 1 else None
     late = int(idlm.device.type == "cuda") if late is None else late
     root = f"{idlm.name} {idlm.dtype}".encode()
     planner = Planner(plans, costs)
@@ -86,12 +98,13 @@ def plans_for(stride: int, branches: str | Iterable[int]) -> list[Plan]:
 def _check(
     idlm: Idlm,
     stride: int,
+    branches: str | Iterable[int],
     max_num_seqs: int,
     page_size: int,
     prefill_tokens: int | None,
     simulate_acceptance: Sequence[float] | None,
 ) -> None:
-    if stride > 1 and idlm.gate is None and idlm.mask_id >= idlm.vocab_size:
+    if stride > 1 and branches != "planner" and not idlm.can_draft:
         raise InputError(f"model {idlm.name!r} has no MASK row to draft with; give an adapter, or use stride 1")
     for name, value in (("max_num_seqs", max_num_seqs), ("page_size", page_size), ("prefill_tokens", prefill_tokens)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -131,7 +144,7 @@ def _pages(idlm: Idlm, slots: int, kv_memory: int | str | None, page_size: int) 
     return int(pages)
 
 
-def _linears(idlm: Idlm, weights: str, drafting: bool, deterministic: bool) -> Linears | None:
+def _linears(idlm: Idlm, weights: str, deterministic: bool) -> Linears | None:
     """The kernels that multiply by the model's weights; None where PyTorch does. The reasons go to the log.
 
     Raises:
@@ -152,11 +165,7 @@ def _linears(idlm: Idlm, weights: str, drafting: bool, deterministic: bool) -> L
             why = "a copy of the weights for the C kernels would take %.0f MiB, over half of what is free"
             log.info(f"PyTorch multiplies: {why}; weights='bfloat16' or 'int8' need less", size / 2**20)
             return None
-    linears = Linears(idlm.linear_weights(), format)
-    choose_linears(linears)
-    if drafting:
-        _add_drafts(idlm, linears)
-    return linears
+    return Linears(idlm.linear_weights(), format)
 
 
 def _no_kernels(idlm: Idlm, deterministic: bool) -> str | None:

@@ -213,8 +213,10 @@ class Engine:
         matchers = [request.matcher for request in requests]
         chunks = [chunk for _, chunk in work]
         launched = self.runner.step(self._kind(plan), slots, tokens, chunks, matchers)
-        prompt_tokens = sum(len(chunk.tokens) for chunk in chunks)
-        self.metrics.count_launch(plan, len(slots), prompt_tokens, perf_counter() - started)
+        prompt_tokens, seconds = sum(len(chunk.tokens) for chunk in chunks), perf_counter() - started
+        self.metrics.count_launch(plan, len(slots), prompt_tokens, seconds)
+        if not chunks and not any(matchers) and self.runner.steady:
+            self.planner.observe_cost(len(slots), plan, seconds)
         self._flights.append(_Flight(launched, requests, plan.stride if requests else 0, work))
         return True
 

@@ -37,9 +37,9 @@ class LLM:
         adapters: more gated LoRAs of the same base, by the name that requests give: `generate(..., adapter=name)`. The
             first one given is the default; `adapter` is called "default".
         stride: N, the most tokens a forward commits; 1 is plain AR.
-        branches: "all" drafts for every outcome of the verification, "chain" only for the one where every draft
-            stands; numbers of accepted drafts, for those; "planner" picks stride (up to `stride`) and branches at each
-            step from measured costs and running acceptance.
+        branches: "planner" picks stride (up to `stride`) and branches at each step from measured costs and running
+            acceptance, AR where nothing is faster; "all" drafts for every outcome of the verification, "chain" only
+            for the one where every draft stands; numbers of accepted drafts, for those.
         max_num_seqs: the most requests at once; others wait.
         kv_memory: for the KV cache: bytes, or a string such as "512MiB"; None takes twice what `max_num_seqs` requests
             of full length need, so that as much can stay cached, within a share of the memory there is.
@@ -49,6 +49,9 @@ class LLM:
         device: where to run.
         deterministic: batch-invariant kernels: a token's logits do not depend on the rows beside it, also in float32
             and bfloat16. Slower.
+        weights: on a CPU, what linear layers hold their weights in: "float32", "bfloat16" (half to read), "int8" (a
+            quarter; a quantised model, whose AR and ISD outputs are each other's). "auto" is what the checkpoint holds.
+        threads: on a CPU: how many the engine uses; None measures 1, 2 and 4, as far as the machine has them.
         simulate_acceptance: by depth: accept drafts by chance, whatever the tokens. For measuring shapes without
             trained weights; the output means nothing.
 
@@ -64,7 +67,7 @@ class LLM:
         model: str | Idlm,
         adapter: str | None = None,
         stride: int = 4,
-        branches: str | Iterable[int] = "all",
+        branches: str | Iterable[int] = "planner",
         dtype: str | torch.dtype = "auto",
         device: str = "cpu",
         *,
@@ -75,6 +78,8 @@ class LLM:
         prefill_tokens: int | None = None,
         deterministic: bool = False,
         simulate_acceptance: Sequence[float] | None = None,
+        weights: str = "auto",
+        threads: int | None = None,
     ) -> None:
         if isinstance(model, Idlm) and adapter is not None:
             raise InputError(f"adapter={adapter!r} with a loaded model; give it to idlm.load instead")
@@ -96,6 +101,8 @@ class LLM:
             prefill_tokens=prefill_tokens,
             deterministic=deterministic,
             simulate_acceptance=simulate_acceptance,
+            weights=weights,
+            threads=threads,
         )
         self.stride = stride
 

@@ -35,6 +35,9 @@ class Recorder:
     def __init__(self, core: Core, on: bool) -> None:
         self.core = core
         self.on = on
+        self.steady = True
+        """Whether the last step ran as all later ones of its kind will: neither recorded just now
+        nor bound to be recorded later."""
         self._seen: Counter[object] = Counter()
         self._recordings: dict[object, Replay] = {}
 
@@ -49,7 +52,9 @@ class Recorder:
             hidden = core.prefill(prompts)
             return replace(self.step(kind, rows, columns, None), prompt=hidden)
         key = (kind, len(rows), len(columns)) if cuda else (kind, prompts is not None)
-        if (prompts is not None and not core.cache.native) or not self._due(key, rows.device.type):
+        recordable = prompts is None or core.cache.native
+        self.steady = key in self._recordings or not self.on or not recordable
+        if not recordable or not self._due(key, rows.device.type):
             return core.step(kind, rows, columns, prompts)
         if key not in self._recordings:
             self._recordings[key] = (_capture if cuda else _recording)(core, kind, rows, columns, prompts)
@@ -58,6 +63,11 @@ class Recorder:
             return Outcome(packed, tuple(logprobs))
         packed, hidden, *logprobs = self._recordings[key](rows, columns, *prompts.pieces)
         return Outcome(packed, tuple(logprobs), hidden)
+
+    def prepare(self, kind: Kind) -> None:
+        """On a CPU: let the next step of this kind be recorded, however new it is."""
+        for prompts in (False, True):
+            self._seen[kind, prompts] = max(self._seen[kind, prompts], WARM["cpu"])
 
     def _due(self, key: object, device: str) -> bool:
         """Whether to record now, or to use the recording."""

@@ -26,8 +26,8 @@ from idlm.kernels.fused import OPERATORS
 from idlm.kernels.linears import Linears
 from idlm.models.idlm_model import Idlm
 
-WARM_UP = 6
-"""Steps before the first one that is timed: by then it is recorded."""
+WARM_UP = 2
+"""Steps before the first one that is timed: it is recorded in the first."""
 MEASURE_PREFIX = 256
 """Cached tokens of the slots that step costs are measured on."""
 
@@ -162,15 +162,20 @@ class Runner:
         self.slots.state.length[self.slots.spare] = prefix
         kind, slots = Kind(plan, Features()), [self.slots.spare] * batch
         shape = (plan, batch if self.idlm.device.type == "cuda" else 0)  # what one recording serves
-        warm = 1 if shape in self._measured else WARM_UP
-        self._measured.add(shape)
-        for _ in range(warm):
+        self._steps.prepare(kind)
+        for _ in range(1 if shape in self._measured else WARM_UP):
             self.step(kind, slots, prefix + self.depth).read()
+        self._measured.add(shape)
         started = perf_counter()
         self.step(kind, slots, prefix + self.depth).read()
         seconds = perf_counter() - started
         self.slots.state.length[self.slots.spare] = 1
         return seconds
+
+    @property
+    def steady(self) -> bool:
+        """Whether the time of the last step says what later ones like it will take."""
+        return self._steps.steady and self.idlm.device.type == "cpu"
 
     @torch.inference_mode()
     def warm_up(self, plans: Iterable[Plan], seconds: float) -> None:
@@ -182,9 +187,10 @@ class Runner:
             return
         started, spare = perf_counter(), self.slots.spare
         for features, plan in product((Features(), Features(sampled=True)), dict.fromkeys([AR, *plans])):
+            kind = Kind(plan, features)
+            self._steps.prepare(kind)
             for chunks in ((), [Chunk(spare, [0, 0], 0)]):
-                for _ in range(WARM_UP):
-                    self.step(Kind(plan, features), [spare], 3, chunks)
+                self.step(kind, [spare], 3, chunks)
                 if perf_counter() - started > seconds:
                     return
 

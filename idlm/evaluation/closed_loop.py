@@ -120,6 +120,7 @@ def contestants(
     slots: int,
     simulate_acceptance: Sequence[float] | None = None,
     kv_memory: str | None = None,
+    weights: str = "auto",
 ) -> list[Ours]:
     """Our engine in each of the modes, over the same weights; `stride` is the planner's largest.
 
@@ -136,6 +137,7 @@ def contestants(
             max_num_seqs=slots,
             kv_memory=kv_memory,
             simulate_acceptance=simulated,
+            weights=weights,
         )
         llm.engine.warm_up()  # as a server's: a plan's first steps are no part of what is measured
         found.append(Ours(llm, mode, simulated is not None))

@@ -45,6 +45,11 @@ class Idlm:
         return int(self._output.weight.shape[0])
 
     @property
+    def can_draft(self) -> bool:
+        """Whether there is a MASK row to draft with, the base's own or an adapter's."""
+        return self.gate is not None or self.mask_id < self.vocab_size
+
+    @property
     def context(self) -> int:
         """The most positions a sequence may have."""
         return int(self.model.config.max_position_embeddings)

@@ -24,6 +24,7 @@ class EngineConfig:
     page_size: int = 16
     prefill_tokens: int | None = None
     deterministic: bool = False
+    weights: str = "auto"
     threads: int | None = None
 
 

@@ -25,7 +25,6 @@ from time import monotonic
 from typing import NoReturn
 
 import msgspec
-import torch
 
 from idlm import __version__
 from idlm.decoding.errors import InputError
@@ -192,10 +191,6 @@ def load(config: EngineConfig) -> LLM:
     Raises:
         InputError: it cannot be had so.
     """
-    if config.threads is not None:
-        if config.threads < 1:
-            raise InputError(f"threads={config.threads}; use 1 or more")
-        torch.set_num_threads(config.threads)
     return LLM(
         config.model,
         adapters=config.adapters,
@@ -208,6 +203,8 @@ def load(config: EngineConfig) -> LLM:
         page_size=config.page_size,
         prefill_tokens=config.prefill_tokens,
         deterministic=config.deterministic,
+        weights=config.weights,
+        threads=config.threads,
     )
 
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from idlm.decoding.costs import CostTable, RunningCosts
 from idlm.decoding.errors import InputError
-from idlm.decoding.plan import AR, CostTable, Plan, RunningAcceptance, choose, expected_tokens
+from idlm.decoding.plan import AR, Plan, RunningAcceptance, choose, expected_tokens
 from idlm.decoding.window import outcomes, window
 
 PLANS = [AR, Plan(2, "chain"), Plan(4, "chain"), Plan(4, "all"), Plan(8, "chain"), Plan(8, "all"), Plan(4, (0, 3))]
@@ -136,14 +137,25 @@ def test_a_depth_never_reached_has_the_value_of_the_one_before():
     assert third == fourth == second
 
 
-def test_what_is_not_tried_drifts_back_to_the_prior():
+def test_a_depth_that_is_not_tried_any_more_drifts_back_to_the_one_before():
     running = RunningAcceptance(2, prior=0.8)
     for _ in range(200):
-        running.update([1], [0])
-    assert running.values[0] < 0.05
+        running.update([1, 1], [1, 0])
+    assert running.values[1] < 0.05
     for _ in range(1500):
+        running.update([1], [1])
+    assert running.values == pytest.approx([1.0, 1.0], abs=0.03)
+
+
+def test_steps_without_drafts_say_nothing():
+    running = RunningAcceptance(2, prior=0.8)
+    for _ in range(20):
+        running.update([1], [0])
+    before = running.values
+    for _ in range(1500):
+        running.update([0, 0], [0, 0])
         running.update([], [])
-    assert running.values == pytest.approx([0.8, 0.8], abs=0.01)
+    assert running.values == before
 
 
 def test_newer_steps_count_more():
@@ -195,3 +207,43 @@ def test_costs_survive_json_and_what_is_no_table_is_refused():
     for wrong in ([{**row, "seconds": -1.0}], [{**row, "batch": None}], [{"batch": 1}], 7, [{**row, "stride": 99}]):
         with pytest.raises(ValueError):
             CostTable.from_json(wrong)
+
+
+CHAIN = Plan(4, "chain")
+
+
+def running_costs(ar: float, chain: float) -> RunningCosts:
+    made = CostTable()
+    made.put(1, AR, ar)
+    made.put(1, CHAIN, chain)
+    return RunningCosts(made)
+
+
+def test_a_slower_machine_makes_every_plan_dearer():
+    costs = running_costs(0.01, 0.02)
+    for _ in range(100):
+        costs.observe(1, CHAIN, 0.06, own=False)
+    assert costs.costs(1) == pytest.approx({AR: 0.03, CHAIN: 0.06}, rel=0.01)
+
+
+def test_a_look_at_another_plan_corrects_that_plan_alone():
+    """The table has AR three times too dear."""
+    costs = running_costs(0.03, 0.02)
+    for _ in range(8):
+        costs.observe(1, CHAIN, 0.02, own=False)
+        costs.observe(1, AR, 0.01, own=True)
+    assert costs.cost(1, AR) == pytest.approx(0.01, rel=0.1)
+    assert costs.cost(1, CHAIN) == pytest.approx(0.02)
+
+
+def test_one_step_that_waited_for_something_counts_little():
+    costs = running_costs(0.01, 0.02)
+    costs.observe(1, AR, 10.0, own=False)
+    assert costs.cost(1, AR) < 0.011
+
+
+def test_batches_are_corrected_apart():
+    costs = running_costs(0.01, 0.02)
+    for _ in range(6):
+        costs.observe(32, AR, 0.08, own=True)
+    assert costs.cost(32, AR) > 0.05 and costs.cost(1, AR) == pytest.approx(0.01)

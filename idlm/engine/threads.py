@@ -1,0 +1,79 @@
+"""How many threads an engine on a CPU uses: 1, 2 or 4, by what they bring on this machine now."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from idlm.decoding.errors import InputError
+from idlm.kernels.choice import fastest
+from idlm.kernels.linears import Linears
+from idlm.models.idlm_model import Idlm
+
+log = logging.getLogger("idlm")
+
+COUNTS = (1, 2, 4)
+WORTH = 0.9
+"""More threads are used if a pass takes at most this share of the time with fewer of them."""
+ROUNDS = 5
+
+
+def free_cores() -> int:
+    """Cores this process may use, as far as PyTorch was not told to use fewer."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(allowed or 1, torch.get_num_threads())
+
+
+def choose_threads(idlm: Idlm, linears: Linears | None, wanted: int | None) -> None:
+    """Set PyTorch's number of threads, which the C kernels take too; the log says why.
+
+    Args:
+        wanted: the number; None: whichever is fastest in a pass of one row through all linear
+            layers, and of 1, 2 and 4 no more than there are free cores.
+
+    Raises:
+        InputError: `wanted` is not a number of threads.
+    """
+    if wanted is not None:
+        if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= 1024:
+            raise InputError(f"threads={wanted!r} is no number of threads; use 1 to 1024")
+        torch.set_num_threads(wanted)
+        return
+    counts = [count for count in COUNTS if count <= free_cores()]
+    if len(counts) < 2:
+        return
+    seconds = _time(idlm, linears, counts)
+    best = counts[0]
+    for count in counts[1:]:
+        if seconds[count] <= WORTH * seconds[best]:
+            best = count
+    figures = ", ".join(f"{count}: {1e3 * seconds[count]:.2f} ms" for count in counts)
+    log.info("threads: %d (one row through all linear layers, by threads: %s)", best, figures)
+    torch.set_num_threads(best)
+
+
+@torch.inference_mode()
+def _time(idlm: Idlm, linears: Linears | None, counts: list[int]) -> dict[int, float]:
+    """Seconds of a pass by number of threads."""
+    weights = idlm.linear_weights()
+    rows = {size: torch.randn(1, size, dtype=idlm.dtype) for size in {w.shape[1] for w in weights}}
+
+    def through(count: int) -> None:
+        torch.set_num_threads(count)
+        for weight in weights:
+            x = rows[weight.shape[1]]
+            if linears is None:
+                F.linear(x, weight)
+            else:
+                linears.layers[id(weight)].multiply(x, None)
+
+    before = torch.get_num_threads()
+    try:
+        found = fastest([partial(through, count) for count in counts], ROUNDS)
+    finally:
+        torch.set_num_threads(before)
+    return dict(zip(counts, found, strict=True))
