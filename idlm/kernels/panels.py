@@ -7,7 +7,7 @@ activations stay float32; for int8, a row of activations is rounded to 16 bits a
 added exactly.
 
 Shapes: N outputs, K inputs, P = N / 32 rounded up, g inputs side by side (1 float32, 2 others),
-T = K / g rounded up.
+T = K / g rounded up, C = K / 128 rounded up.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PANEL = 32
+PANEL, GROUP = 32, 128
 MOST = 127
 FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 """What linear layers can hold their weights in on a CPU, by the name that users give."""
@@ -30,7 +30,7 @@ class Panels(NamedTuple):
 
     Attributes:
         weights: [P, T, 32, g]; what lies past N or K is 0.
-        scales: float32 [32 P] for int8: weight = scales[n] * code; else empty.
+        scales: float32 [P, C, 32] for int8: 128 inputs of an output share one; else empty.
         out: N; inner: K.
     """
 
@@ -41,13 +41,11 @@ class Panels(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor, format: str) -> Panels:
-        """From `weight` [N, K]. In int8 the largest of each output's weights becomes +-127."""
+        """From `weight` [N, K]. In int8 the largest weight that shares a scale becomes +-127."""
         out, inner = weight.shape
         source, scales = weight.detach().float(), weight.new_empty(0, dtype=torch.float32)
         if format == "int8":
-            scales = F.pad(source.abs().amax(dim=1) / MOST, (0, -out % PANEL))
-            least = torch.finfo(torch.float32).tiny
-            source = (source / scales[:out, None].clamp(min=least)).round()
+            source, scales = _codes(source)
         group = 1 if format == "float32" else 2
         padded = F.pad(source.to(FORMATS[format]), (0, -inner % group, 0, -out % PANEL))
         split = padded.view(-1, PANEL, padded.shape[1] // group, group)
@@ -55,13 +53,24 @@ class Panels(NamedTuple):
 
     def matrix(self) -> Tensor:
         """What the panels stand for: float32 [N, K]."""
-        whole = self.weights.transpose(1, 2).flatten(2).flatten(0, 1).float()
+        whole = self.weights.transpose(1, 2).flatten(2).float()
         if self.scales.numel():
-            whole = whole * self.scales[:, None]
-        return whole[: self.out, : self.inner]
+            scales = self.scales.transpose(1, 2).repeat_interleave(GROUP, 2)
+            whole = whole * scales[..., : whole.shape[2]]
+        return whole.flatten(0, 1)[: self.out, : self.inner]
+
+
+def _codes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers [N, K] and the scales [P, C, 32] that make `weight` [N, K] of them."""
+    out, inner = weight.shape
+    groups = F.pad(weight, (0, -inner % GROUP)).view(out, -1, GROUP)
+    scales = groups.abs().amax(dim=2) / MOST
+    codes = groups / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+    panels = F.pad(scales, (0, 0, 0, -out % PANEL)).view(-1, PANEL, scales.shape[1])
+    return codes.round().flatten(1)[:, :inner], panels.transpose(1, 2).contiguous()
 
 
 def stacked(weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """int8 panels of one layer's weights [N, K] by adapter: [A, P, T, 32, 2]; scales [A, 32 P]."""
+    """int8 panels [A, P, T, 32, 2] and scales [A, P, C, 32] of one layer's weights by adapter."""
     each = [Panels.of(weight, "int8") for weight in weights]
     return torch.stack([one.weights for one in each]), torch.stack([one.scales for one in each])

@@ -42,7 +42,7 @@ enum { FLOAT32, BFLOAT16, INT8 };
 
 typedef struct {
     const void *panels;
-    const float *scales; /* of each column, whole panels; int8 only */
+    const float *scales; /* [panels, groups, PANEL]; int8 only */
     int64_t in, out;
     int format;
 } Weights;

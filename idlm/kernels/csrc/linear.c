@@ -14,8 +14,8 @@
    bfloat16: two of them side by side are a 32-bit lane, and each is the upper half of a float32, so shifting and masking
    make two vectors of weights; products and sums are float32's.
 
-   int8: w[k][n] = scales[n] code[k][n], and a row of x is rounded to 16 bits, x[k] = scale number[k]. Two products of 16
-   bits a lane are added as integers, exactly, for BLOCK inputs at a time; no code exceeds 127, no number 32,767. */
+   int8: w[k][n] = scales[k / GROUP][n] code[k][n], and a row of x is rounded to 16 bits, x[k] = scale number[k]. Two
+   products of 16 bits a lane are added as integers, exactly, a group at a time. */
 
 #include <math.h>
 #include <stdlib.h>
@@ -30,7 +30,8 @@
 
 #define LANES (VECTOR_BYTES / 4)
 #define WHOLE (PANEL / LANES)   /* vectors of a panel */
-#define BLOCK 512               /* inputs at a time; 512 * 127 * 32767 < 2^31, so that sums of int8 are exact */
+#define BLOCK 512               /* inputs at a time, whole groups */
+#define GROUP 128               /* inputs that share a scale; 128 * 127 * 32767 < 2^31, so that their sum is exact */
 #define MOST_ROWS 256           /* at a time */
 #define X_BYTES (512 << 10)     /* of rows at a time: they stay in the second-level cache from panel to panel */
 #define MOST_PARTS 8            /* tiles that ask for the next block: with more of them there is time enough */
@@ -63,7 +64,8 @@ INLINE ints dot(ints sum, shorts w, int32_t pair) {
 typedef struct {
     const char *block;
     const void *const *x;
-    int64_t start, end; /* inputs */
+    int64_t start, end;  /* inputs */
+    const float *scales; /* [groups, PANEL], int8 */
     float *sums;        /* [rows, PANEL], so far */
     const char *next;   /* what to ask for from memory, `stride` bytes more with each step */
     int64_t stride;
@@ -119,22 +121,26 @@ INLINE void tile_bfloat16(const Job *job, const int rows, const int vectors, con
 INLINE void tile_int8(const Job *job, const int rows, const int vectors, const int first, const int lines) {
     const bytes *panel = (const bytes *)job->block + first;
     floats sum[TILE_ROWS][WHOLE];
-    ints exact[TILE_ROWS][WHOLE];
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vectors; v++) exact[r][v] = (ints){0};
-    for (int64_t k = job->start; k < job->end; k += 2, panel += WHOLE) {
-        shorts w[WHOLE];
-        ask(job, (k - job->start) / 2, lines);
-        for (int v = 0; v < vectors; v++) w[v] = __builtin_convertvector(panel[v], shorts);
-        for (int r = 0; r < rows; r++) {
-            int32_t pair;
-            memcpy(&pair, (const int16_t *)job->x[r] + k, 4);
-            for (int v = 0; v < vectors; v++) exact[r][v] = dot(exact[r][v], w[v], pair);
-        }
-    }
     load(job, sum, rows, vectors, first);
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < vectors; v++) sum[r][v] += __builtin_convertvector(exact[r][v], floats);
+    for (int64_t start = job->start; start < job->end; start += GROUP) {
+        const floats *scales = (const floats *)(job->scales + start / GROUP * PANEL) + first;
+        const int64_t end = start + GROUP < job->end ? start + GROUP : job->end;
+        ints exact[TILE_ROWS][WHOLE];
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < vectors; v++) exact[r][v] = (ints){0};
+        for (int64_t k = start; k < end; k += 2, panel += WHOLE) {
+            shorts w[WHOLE];
+            ask(job, (k - job->start) / 2, lines);
+            for (int v = 0; v < vectors; v++) w[v] = __builtin_convertvector(panel[v], shorts);
+            for (int r = 0; r < rows; r++) {
+                int32_t pair;
+                memcpy(&pair, (const int16_t *)job->x[r] + k, 4);
+                for (int v = 0; v < vectors; v++) exact[r][v] = dot(exact[r][v], w[v], pair);
+            }
+        }
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < vectors; v++) sum[r][v] += __builtin_convertvector(exact[r][v], floats) * scales[v];
+    }
     keep(job, sum, rows, vectors, first);
 }
 
@@ -189,14 +195,14 @@ static int64_t parts_of(int64_t rows) {
 }
 
 /* sums [rows, PANEL] += the rows `from` to `to` by one panel. */
-static void panel(const Product *p, const char *block, int64_t from, int64_t to, float *sums) {
+static void panel(const Product *p, const char *block, const float *scales, int64_t from, int64_t to, float *sums) {
     const int format = p->w->format;
     const int64_t group = format == FLOAT32 ? 1 : 2, width = step_bytes(format), parts = parts_of(to - from);
     const int64_t stride = width / parts;
     for (int64_t start = 0; start < p->w->in; start += BLOCK) {
         int64_t end = start + BLOCK < p->w->in ? start + BLOCK : p->w->in, steps = (end - start + group - 1) / group;
         const char *next = block + steps * width, *stop = next + steps * width;
-        Job job = {block, NULL, start, end, NULL, next, stride};
+        Job job = {block, NULL, start, end, scales, NULL, next, stride};
         for (int64_t row = from; row < to; row += TILE_ROWS) {
             int64_t rows = to - row < TILE_ROWS ? to - row : TILE_ROWS;
             job.x = p->x + row, job.sums = sums + (row - from) * PANEL;
@@ -214,7 +220,7 @@ static void finish(const Product *p, const float *sums, int64_t column, int64_t 
             memcpy(y, sums, sizeof(float) * (size_t)width);
             continue;
         }
-        for (int64_t n = 0; n < width; n++) y[n] = sums[n] * (p->scales[row] * p->w->scales[column + n]);
+        for (int64_t n = 0; n < width; n++) y[n] = sums[n] * p->scales[row];
     }
 }
 
@@ -233,7 +239,8 @@ void multiply(const Product *p, int threads) {
         for (int64_t column = 0; column < p->w->out; column += PANEL) {
             float sums[MOST_ROWS * PANEL] __attribute__((aligned(64)));
             memset(sums, 0, sizeof(float) * PANEL * (size_t)(to - from));
-            panel(p, (const char *)p->w->panels + column / PANEL * bytes_of_panel, from, to, sums);
+            const float *scales = p->w->scales + column * ((p->w->in + GROUP - 1) / GROUP);
+            panel(p, (const char *)p->w->panels + column / PANEL * bytes_of_panel, scales, from, to, sums);
             finish(p, sums, column, from, to);
         }
     }

@@ -100,7 +100,7 @@ static void window_attention(Value *stack, uint64_t inputs, uint64_t outputs) {
     finish(stack, 8, out);
 }
 
-/* The weights of one adapter, or of all: panels [P, steps, PANEL, group], scales [P * PANEL], for `in` inputs. */
+/* Panels [P, steps, PANEL, 1 or 2] and scales [P, groups, PANEL] of weights with `in` inputs. */
 static Weights weights_of(Value panels, Value scales, int64_t in, int64_t out) {
     int32_t found = type(panels);
     return (Weights){
