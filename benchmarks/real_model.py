@@ -304,7 +304,7 @@ def main() -> None:
     models = {name: loaded(options.model, PRECISIONS[name]) for name in names}
     report: dict[str, object] = {"rows": [], "steps": [], "versions": {}}
     report["settings"] = {key: value for key, value in vars(options).items() if not isinstance(value, Path)}
-    report["environment"] = environment()
+    report["environment"] = {key: value for key, value in environment().items() if key != "threads"}  # each row's own
     for threads in options.threads:
         torch.set_num_threads(threads)
         with ExitStack() as stack:

@@ -91,9 +91,8 @@ def test_a_failed_request_is_not_passed_over(llamacpp: ModuleType, address: str)
         llamacpp.closed_loop(address, requests(5, 9), 1)
 
 
-def test_threads_slots_and_the_caches_precision_reach_the_server(llamacpp: ModuleType) -> None:
+def test_threads_and_slots_reach_the_server(llamacpp: ModuleType) -> None:
     command = llamacpp.arguments(Namespace(model="models/m-F32.gguf", threads=2, slots=8))
     said = dict(zip(command[::2], command[1::2], strict=False))
     assert (said["--threads"], said["--threads-batch"], said["--parallel"]) == ("2", "2", "8")
-    assert said["--cache-type-k"] == said["--cache-type-v"] == "f32"
-    assert llamacpp.cache_type("models/m-Q8_0.gguf") == "f16"
+    assert int(said["--ctx-size"]) == 8 * llamacpp.CONTEXT
