@@ -204,7 +204,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def row(
     entry: Entry, runs: Sequence[Run], ar: Sequence[Run], concurrency: int, eos: frozenset[int]
 ) -> dict[str, object]:
-    """The figures of one contestant; `over_our_ar` are ratios to our AR of the same precision and round."""
+    """The figures of one contestant; `over_our_ar` are ratios to our AR of the same precision and round.
+
+    `peak_memory_mb` is the process's, and all of our engines run in one.
+    """
     one = entry.contestant
     decoding = [decoding_rate(run, concurrency) for run in runs]
     base = [decoding_rate(run, concurrency) for run in ar]
