@@ -7,11 +7,13 @@ STAMP  := $(VENV)/.installed
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-VLLM   := build/vllm
-MODELS := build/models
-SMOLLM := $(MODELS)/SmolLM2-135M-Instruct
+VLLM     := build/vllm
+LLAMACPP := build/llamacpp
+MODELS   := build/models
+SMOLLM   := $(MODELS)/SmolLM2-135M-Instruct
 
-.PHONY: demo test lint bench cost-curve gpu-check soak server-faults server-bytes server-fuzz server-speed vllm models docs clean
+.PHONY: demo test lint bench cost-curve gpu-check soak server-faults server-bytes server-fuzz server-speed real-model \
+	peers vllm llamacpp models docs clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -52,6 +54,12 @@ server-fuzz: $(STAMP)
 server-speed: $(STAMP)
 	$(BIN)/python -m benchmarks.server_speed $(ARGS)
 
+# against those peers that have an environment: `make peers` builds them all
+real-model: $(STAMP)
+	$(BIN)/python -m benchmarks.real_model $(ARGS)
+
+peers: vllm llamacpp
+
 vllm: $(VLLM)/.installed
 
 # vLLM's CPU build pins its own torch, so it has an environment of its own; the packages taken out again are for media
@@ -74,6 +82,26 @@ $(SMOLLM)-Q4_1.gguf: | $(STAMP)
 
 $(SMOLLM)/config.json: $(SMOLLM)-Q4_1.gguf | $(STAMP)
 	$(BIN)/python -m benchmarks.models $< $(@D)
+
+llamacpp: $(LLAMACPP)/.installed
+
+# llama.cpp twice: as a binary package, compiled for AVX2, and its server compiled here for all that this CPU has (about
+# ten minutes), from the source that llama-cpp-python's archive holds
+$(LLAMACPP)/.installed:
+	$(PYTHON) -m venv --clear $(LLAMACPP)
+	$(LLAMACPP)/bin/python -m pip install --quiet --disable-pip-version-check xllamacpp==2026.10.11549 cmake ninja
+	$(LLAMACPP)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps \
+		--no-binary llama-cpp-python --dest $(LLAMACPP) llama-cpp-python==0.3.36
+	mkdir -p $(LLAMACPP)/source
+	tar -xzf $(LLAMACPP)/llama_cpp_python-0.3.36.tar.gz -C $(LLAMACPP)/source --strip-components=3 \
+		llama_cpp_python-0.3.36/vendor/llama.cpp
+	$(LLAMACPP)/bin/cmake -S $(LLAMACPP)/source -B $(LLAMACPP)/source/build -G Ninja \
+		-DCMAKE_MAKE_PROGRAM=$(abspath $(LLAMACPP))/bin/ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
+		-DBUILD_SHARED_LIBS=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF \
+		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF > $(LLAMACPP)/cmake.log
+	$(LLAMACPP)/bin/cmake --build $(LLAMACPP)/source/build --target llama-server > $(LLAMACPP)/build.log
+	cp $(LLAMACPP)/source/build/bin/llama-server $(LLAMACPP)/bin/
+	@touch $@
 
 docs: $(STAMP)
 	$(BIN)/typer idlm.cli utils docs --name idlm --title 'Command line' --output docs/cli.md

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -27,10 +28,10 @@ PLANS = (AR, Plan(2, "all"), Plan(4, "chain"), Plan(4, "all"), Plan(8, "chain"),
 """Windows of 1, 4, 7, 16, 15 and 64 rows."""
 
 
-def step_costs(llm: LLM, batch: int, repeats: int) -> dict[Plan, float]:
+def step_costs(llm: LLM, batch: int, repeats: int, plans: Sequence[Plan] = PLANS) -> dict[Plan, float]:
     """Median seconds of each plan's step; the plans take turns."""
-    turns = [{plan: llm.engine.runner.measure(plan, batch) for plan in PLANS} for _ in range(repeats)]
-    return {plan: median(turn[plan] for turn in turns) for plan in PLANS}
+    turns = [{plan: llm.engine.runner.measure(plan, batch) for plan in plans} for _ in range(repeats)]
+    return {plan: median(turn[plan] for turn in turns) for plan in plans}
 
 
 def curve(costs: dict[Plan, float], acceptance: list[float]) -> dict[str, object]:
@@ -72,7 +73,7 @@ def main() -> None:
     models: dict[str, object] = {}
     for name in options.models:
         idlm = subject(name, getattr(torch, options.dtype), options.device)
-        llm = LLM(idlm, stride=8, max_num_seqs=max(options.batches))
+        llm = LLM(idlm, stride=8, branches="all", max_num_seqs=max(options.batches))
         rows = {batch: curve(step_costs(llm, batch, options.repeats), options.acceptance) for batch in options.batches}
         models[name] = {"parameters": idlm.model.num_parameters(), "batches": rows}
         for batch, row in rows.items():

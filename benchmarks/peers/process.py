@@ -21,12 +21,17 @@ class Peer:
     Args:
         python: of the environment that has the engine.
         script: in this folder.
+        model: a folder in Hugging Face form, or a GGUF file for llama.cpp.
+        slots: the most requests in flight.
     """
 
     simulated = False
 
-    def __init__(self, python: str | Path, script: str, model: Path, threads: int, mode: str | None = None) -> None:
-        options = ["--model", str(model), "--threads", str(threads), *(["--mode", mode] if mode else [])]
+    def __init__(
+        self, python: str | Path, script: str, model: Path, threads: int, mode: str | None = None, slots: int = 64
+    ) -> None:
+        options = ["--model", str(model), "--threads", str(threads), "--slots", str(slots)]
+        options += ["--mode", mode] if mode else []
         command = [str(python), str(HERE / script), *options]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
         introduction = self._read()

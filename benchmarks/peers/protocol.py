@@ -7,7 +7,7 @@
 
 Every request is greedy and ends at its `max_tokens`, not before: every engine does the same work. Times are in
 seconds: `ttft` from arrival to the first token, `tpot` per token after it, `worst_gap` the longest wait between the
-tokens of two steps.
+tokens of two steps; NaN where the engine does not tell.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from time import perf_counter, process_time
-from typing import TypedDict
+from typing import Protocol, TypedDict
 
 
 class Request(TypedDict):
@@ -62,35 +62,70 @@ class Clock:
         return {"token_ids": self.token_ids, "ttft": ttft, "tpot": tpot, "worst_gap": self.worst_gap}
 
 
-Run = Callable[[list[Request], int], list[Clock]]
+class Report(Protocol):
+    """How one request was served: a `Clock`, or what the engine tells itself."""
+
+    def report(self) -> dict[str, object]:
+        """The request's entry in the answer."""
+        ...
+
+
+Run = Callable[[list[Request], int], Sequence[Report]]
+"""Serves the requests, so many of them in flight; reports in the order of the requests."""
+
+
+def own_peak_memory() -> float:
+    """This process's, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A loaded engine; the process that it runs in is this one unless the functions say otherwise."""
+
+    run: Run
+    cpu_seconds: Callable[[], float] = process_time
+    peak_memory_mb: Callable[[], float] = own_peak_memory
+    close: Callable[[], None] = lambda: None
+
+
+def installed(*packages: str) -> dict[str, str]:
+    """The packages' versions."""
+    return {name: version(name) for name in packages}
 
 
 def parse(doc: str | None, *modes: str) -> argparse.Namespace:
     """The command line of every peer; the threads are set here, before anything that counts them is imported."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a folder in Hugging Face form")
+    parser.add_argument("--model", required=True, help="a folder in Hugging Face form; llama.cpp: a GGUF file")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--mode", choices=modes, default=modes[0])
+    parser.add_argument("--slots", type=int, default=64, help="the most requests in flight")
     parsed = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(parsed.threads)
     return parsed
 
 
-def serve(engine: str, mode: str, packages: Sequence[str], load: Callable[[], Run]) -> None:
+def serve(name: str, mode: str, versions: dict[str, str], load: Callable[[], Engine]) -> None:
     """Load, introduce the engine, and answer until stdin ends; whatever libraries print goes to stderr."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    run = load()
-    versions = {name: version(name) for name in packages}
-    print(json.dumps({"engine": engine, "mode": mode, "versions": versions}), file=answers)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        started, cpu = perf_counter(), process_time()
-        clocks = run(asked["requests"], asked["concurrency"])
-        answer = {
-            "seconds": perf_counter() - started,
-            "cpu_seconds": process_time() - cpu,
-            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            "requests": [clock.report() for clock in clocks],
-        }
-        print(json.dumps(answer), file=answers)
+    engine = load()
+    try:
+        print(json.dumps({"engine": name, "mode": mode, "versions": versions}), file=answers)
+        for line in sys.stdin:
+            print(json.dumps(answer(engine, json.loads(line))), file=answers)
+    finally:
+        engine.close()
+
+
+def answer(engine: Engine, asked: dict[str, object]) -> dict[str, object]:
+    """Run what a line asks for."""
+    started, cpu = perf_counter(), engine.cpu_seconds()
+    served = engine.run(asked["requests"], asked["concurrency"])  # type: ignore[arg-type]
+    return {
+        "seconds": perf_counter() - started,
+        "cpu_seconds": engine.cpu_seconds() - cpu,
+        "peak_memory_mb": engine.peak_memory_mb(),
+        "requests": [one.report() for one in served],
+    }

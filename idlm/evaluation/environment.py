@@ -9,12 +9,16 @@ from pathlib import Path
 
 import torch
 
+VECTORS = ("avx", "amx", "fma", "f16c", "asimd", "sve")
+"""How the names of instruction sets begin that kernels of a language model may use, on x86 and on ARM."""
+
 
 def environment() -> dict[str, object]:
-    """CPU, cores, threads, system, versions, and the GPU where there is one."""
-    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
+    """CPU, its vector instructions, cores, threads, system, versions, and the GPU where there is one."""
+    name, flags = _cpuinfo("model name"), _cpuinfo("flags") or _cpuinfo("Features")
     found: dict[str, object] = {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": name or platform.processor(),
+        "instructions": [flag for flag in flags.split() if flag.startswith(VECTORS)],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
@@ -26,6 +30,8 @@ def environment() -> dict[str, object]:
     return found
 
 
-def _cpuinfo() -> list[str]:
+def _cpuinfo(key: str) -> str:
+    """What Linux says of the first core under `key`; empty where it says nothing."""
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
