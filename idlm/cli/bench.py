@@ -34,8 +34,7 @@ def bench(
         Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts: .txt one a line, or .jsonl.")
     ] = None,
     stride: Annotated[
-        int,
-        typer.Option(metavar="N", help="N of chain and all; the planner's largest.", rich_help_panel="Decoding"),
+        int, typer.Option(metavar="N", help="N of chain and all; the planner's largest.", rich_help_panel="Decoding")
     ] = 4,
     adapter: common.Adapter = None,
     dtype: common.Dtype = "auto",
@@ -70,14 +69,9 @@ def bench(
     runs = len(in_flight) * (repeats + 1) * len(ours)
     with common.progress("measuring in turn", runs) as advance:
         rows = run(ours, draw, in_flight, requests, repeats, advance)
-    settings = {
-        "model": model,
-        "adapter": adapter,
-        "stride": stride,
-        "simulated_acceptance": shares,
-        "weights": weights,
-    }
-    report = {"rows": rows, "environment": environment() | settings | _work(idlm, requests, repeats)}
+    settings = {"model": model, "adapter": adapter, "stride": stride, "weights": weights}
+    settings |= {"simulated_acceptance": shares} | _work(idlm, requests, repeats)
+    report = {"rows": rows, "environment": environment() | settings}
     if as_json:
         common.print_json(report)
     else:

@@ -59,25 +59,16 @@ def serve(
     bounds = (queue, queue_tokens, max_tokens, max_n, max_prompts, max_body)
     limits = Limits(*bounds, timeout=timeout, drain_seconds=drain_seconds)
     _check(limits)
-    names = _adapters(adapter or [])
     engine = EngineConfig(
-        model=model,
-        adapters=names,
-        stride=stride,
-        branches=branches,
-        dtype=dtype,
-        device=device,
-        max_num_seqs=_at_least("--max-num-seqs", max_num_seqs, 1),
-        kv_memory=kv_memory,
+        *(model, _adapters(adapter or []), stride, branches, dtype, device, max_num_seqs, kv_memory),
         deterministic=deterministic,
         weights=weights,
-        threads=None if threads is None else _at_least("--threads", threads, 1),
+        threads=threads,
     )
     _check_engine(engine)
     keys = _keys(api_key or [])
-    if not 0 <= port <= MOST_PORT:
-        raise InputError(f"--port {port} is no port; use 0 to {MOST_PORT}")
     config = ServeConfig(engine, _name(name or model, engine), host, port, keys, salt_by_key, log_prompts, limits)
+    _check_port(port)
 
     from idlm.serving.server import serve as run
 
@@ -96,8 +87,16 @@ def _check_engine(engine: EngineConfig) -> None:
     from idlm.engine.build import parse_memory, plans_for
 
     plans_for(engine.stride, engine.branches)
+    _at_least("--max-num-seqs", engine.max_num_seqs, 1)
+    if engine.threads is not None:
+        _at_least("--threads", engine.threads, 1)
     if engine.kv_memory is not None:
         parse_memory(engine.kv_memory)
+
+
+def _check_port(port: int) -> None:
+    if not 0 <= port <= MOST_PORT:
+        raise InputError(f"--port {port} is no port; use 0 to {MOST_PORT}")
 
 
 def _check(limits: Limits) -> None:

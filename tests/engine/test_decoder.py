@@ -112,6 +112,7 @@ def test_a_mask_in_the_prompt_is_refused(idlm: Idlm) -> None:
 
 def test_a_model_without_mask_row_decodes_ar_only() -> None:
     plain = tiny_idlm("qwen3", adapter=False)
-    assert LLM(plain, stride=1).generate([[1, 2]], SamplingParams(max_tokens=3))[0].forwards == 3
+    for options in ({"stride": 1}, {}):  # the planner has nothing but AR to choose
+        assert LLM(plain, **options).generate([[1, 2]], SamplingParams(max_tokens=3))[0].forwards == 3
     with pytest.raises(InputError, match="no MASK row"):
-        LLM(plain, stride=2)
+        LLM(plain, stride=2, branches="all")
