@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 
 VLLM   := build/vllm
 
-.PHONY: demo test lint bench cost-curve gpu-check soak server-faults server-bytes server-fuzz server-speed vllm docs clean
+.PHONY: demo test lint wheel bench cost-curve gpu-check soak server-faults server-bytes server-fuzz server-speed vllm docs clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -22,6 +22,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# for this platform, with the C kernels compiled for each of its instruction sets; build/lib would keep deleted modules
+wheel: $(STAMP)
+	rm -rf build/lib build/bdist.* dist/*.whl
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(BIN)/python -m deploy.check_wheel dist/*.whl
 
 # compares with vLLM where `make vllm` has been run: make bench ARGS="--vllm build/vllm/bin/python"
 bench: $(STAMP)
