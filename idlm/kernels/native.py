@@ -28,7 +28,6 @@ log = logging.getLogger("idlm")
 
 LIBRARIES = Path(__file__).parent / "lib"
 """Where a wheel has its libraries; a source checkout has none."""
-LOST = "no C kernels: PyTorch's operators serve, at about half the speed"
 
 
 @cache
@@ -47,7 +46,7 @@ def loaded() -> bool:
         if load(wanted).idlm_register():
             raise OSError(f"torch {torch.__version__} does not take them")
     except OSError as error:
-        log.warning("no C kernels: PyTorch's operators serve, at about half the speed (%s)", error)
+        log.warning("no C kernels: PyTorch's operators serve, at a third to half the speed (%s)", error)
         return False
     return True
 
