@@ -12,8 +12,8 @@ LLAMACPP := build/llamacpp
 MODELS   := build/models
 SMOLLM   := $(MODELS)/SmolLM2-135M-Instruct
 
-.PHONY: demo test lint bench cost-curve gpu-check soak server-faults server-bytes server-fuzz server-speed real-model \
-	peers vllm llamacpp models docs clean
+.PHONY: demo test lint wheel bench cost-curve gpu-check soak server-faults server-bytes server-fuzz server-speed \
+	real-model peers vllm llamacpp models docs clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -26,6 +26,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# for this platform, with the C kernels compiled for each of its instruction sets; build/lib would keep deleted modules
+wheel: $(STAMP)
+	rm -rf build/lib build/bdist.* dist/*.whl
+	$(BIN)/python -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
+	$(BIN)/python -m deploy.check_wheel dist/*.whl
 
 # compares with vLLM where `make vllm` has been run: make bench ARGS="--vllm build/vllm/bin/python"
 bench: $(STAMP)

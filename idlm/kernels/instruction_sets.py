@@ -1,4 +1,7 @@
-"""The instruction sets that the C kernels are built for, and which of them this processor has."""
+"""The instruction sets that the C kernels are built for, and which of them this processor has.
+
+Like compiling.py it imports the standard library alone: a wheel's build loads it by its path.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,12 @@ INSTRUCTION_SETS = {one.name: one for one in _ALL}
 """By name, the best first."""
 
 
+def machine() -> str:
+    """This platform, as Linux names it."""
+    known = {"AMD64": "x86_64", "arm64": "aarch64"}
+    return known.get(platform.machine(), platform.machine())
+
+
 @cache
 def processor_flags() -> frozenset[str]:
     """What the processor has, by Linux's names; empty where nothing says so, which leaves the plainest build."""
@@ -54,14 +63,9 @@ def processor_flags() -> frozenset[str]:
 
 def runs_here(target: InstructionSet) -> bool:
     """Whether this machine runs such a build."""
-    return target.machine == _machine() and target.needs <= processor_flags()
+    return target.machine == machine() and target.needs <= processor_flags()
 
 
 def best() -> InstructionSet | None:
     """The best one that runs here; None on a platform that there is no build for."""
     return next(filter(runs_here, INSTRUCTION_SETS.values()), None)
-
-
-def _machine() -> str:
-    known = {"AMD64": "x86_64", "arm64": "aarch64"}
-    return known.get(platform.machine(), platform.machine())

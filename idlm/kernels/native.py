@@ -1,8 +1,8 @@
-"""The C kernels for a CPU (csrc/): one library for each instruction set, all from one source.
+"""Loading the C kernels for a CPU (csrc/), which registers the operators `torch.ops.idlm.*`.
 
-A wheel brings the libraries of its platform; from a source checkout the machine's C compiler builds the one that the
-processor needs at its first use, into the user's cache. Loading a library registers the operators `torch.ops.idlm.*`.
-Where there is none the PyTorch twins serve; the log says once what that costs.
+A wheel brings a library for every instruction set of its platform, and the best one that the processor has is taken.
+From a source checkout, or where the wheel's does not load, the machine's C compiler builds it at its first use, into
+the user's cache. Where there is neither, PyTorch's operators serve; the log says once what that costs.
 
 `IDLM_NATIVE` is `auto` (the best the processor has; the default), `0` (none), or the name of an instruction set.
 """
@@ -13,8 +13,6 @@ import ctypes
 import hashlib
 import logging
 import os
-import platform
-import shutil
 import subprocess
 import tempfile
 from functools import cache
@@ -23,44 +21,75 @@ from pathlib import Path
 import torch
 
 from idlm.decoding.errors import InputError
-from idlm.kernels.instruction_sets import INSTRUCTION_SETS, InstructionSet, best, runs_here
+from idlm.kernels import compiling
+from idlm.kernels.instruction_sets import INSTRUCTION_SETS, InstructionSet, best, machine, runs_here
 
 log = logging.getLogger("idlm")
 
-SOURCES = Path(__file__).parent / "csrc"
 LIBRARIES = Path(__file__).parent / "lib"
 """Where a wheel has its libraries; a source checkout has none."""
-FLAGS = ("-std=c11", "-O3", "-fopenmp", "-fPIC")
-FAST = "-ffast-math"
-"""For compiling alone: where fast math is given for linking too, it changes the whole process's rounding."""
-UNITS = (
-    ("window_attention.c", "-DREAL=float", "-DREAL_BYTES=4", "-DEXP=expf"),
-    ("window_attention.c", "-DREAL=double", "-DREAL_BYTES=8", "-DEXP=exp"),
-    ("linear.c",),
-    ("rows.c",),
-    ("ops.c",),
-)
 
 
 @cache
 def loaded() -> bool:
-    """Whether the operators are there; the first call builds and loads them.
+    """Whether the operators are there; the first call loads them, or says once why there are none.
 
     Raises:
         InputError: IDLM_NATIVE names an instruction set that is unknown, or that this processor does not have.
     """
+    if os.environ.get("IDLM_NATIVE") == "0":
+        return False
     wanted = instruction_set()
-    if wanted is None:
-        return False
     try:
-        failed = ctypes.CDLL(str(library(wanted))).idlm_register()
-    except (OSError, subprocess.SubprocessError) as error:
-        why = str(getattr(error, "stderr", "") or error).strip()
-        log.warning("no C kernels: PyTorch's operators serve, at about half the speed (%s)", why)
+        if wanted is None:
+            raise OSError(f"there are none for {machine()}")
+        if load(wanted).idlm_register():
+            raise OSError(f"torch {torch.__version__} does not take them")
+    except OSError as error:
+        log.warning("no C kernels: PyTorch's operators serve, at a third to half the speed (%s)", error)
         return False
-    if failed:
-        log.warning("no C kernels: torch %s does not take them; PyTorch's operators serve", torch.__version__)
-    return not failed
+    return True
+
+
+def load(target: InstructionSet) -> ctypes.CDLL:
+    """The library for an instruction set: the wheel's, else from the cache, else built now; the log says which.
+
+    Raises:
+        OSError: there is none, and why.
+    """
+    shipped = LIBRARIES / compiling.file_name(target)
+    try:
+        library = ctypes.CDLL(str(shipped))
+    except OSError as error:
+        missing = str(error) if shipped.exists() else f"none for {target.name} came with this installation"
+    else:
+        log.info("C kernels: %s, from the wheel", target.name)
+        return library
+    try:
+        library = ctypes.CDLL(str(built(target)))
+    except (OSError, subprocess.SubprocessError) as error:
+        raise OSError(f"{missing}; {compiling.reason(error)}") from error
+    # a source checkout brings none, and that is as it should be
+    level = logging.WARNING if LIBRARIES.exists() else logging.INFO
+    log.log(level, "C kernels: %s, built on this machine (%s)", target.name, missing)
+    return library
+
+
+def built(target: InstructionSet) -> Path:
+    """The library for an instruction set from the cache, or compiled now.
+
+    Raises:
+        OSError: there is no C compiler, or no place for the library.
+        subprocess.SubprocessError: the compiler failed.
+    """
+    command, home = compiling.compiler(), user_cache("kernels")
+    key = compiling.fingerprint(target) + command
+    place = home / f"{target.name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
+    if not place.exists():
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home) as folder:  # others may be building the same
+            compiling.compile_library(command, target, Path(folder)).replace(place)
+    return place
 
 
 def instruction_set() -> InstructionSet | None:
@@ -81,65 +110,12 @@ def instruction_set() -> InstructionSet | None:
     return INSTRUCTION_SETS[wanted]
 
 
-def sources() -> str:
-    """The text of all kernels."""
-    return "".join(place.read_text() for place in sorted(SOURCES.glob("*.[ch]")))
-
-
 def facts() -> tuple[str, ...]:
     """What measurements of the kernels depend on, beside the machine."""
     target = instruction_set()
-    return sources(), repr(UNITS), torch.__version__, "" if target is None else target.name
+    return torch.__version__, *(() if target is None else (target.name, compiling.fingerprint(target)))
 
 
 def user_cache(name: str) -> Path:
     """Where this user's files of one kind stay between runs; it may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "idlm" / name
-
-
-def library(target: InstructionSet) -> Path:
-    """The shared library for an instruction set: the wheel's, or from the cache, or built now.
-
-    Raises:
-        OSError: there is neither a library nor a C compiler.
-        subprocess.SubprocessError: the compiler failed.
-    """
-    shipped = LIBRARIES / f"{target.name}.so"
-    if shipped.exists():
-        return shipped
-    compiler = os.environ.get("CC") or shutil.which("cc")
-    if compiler is None:
-        raise FileNotFoundError("no C compiler (cc) on the PATH; install one, or set CC")
-    facts = (sources(), repr(UNITS), *FLAGS, FAST, *target.flags, compiler, platform.machine())
-    home = user_cache("kernels")
-    place = home / f"{hashlib.sha256(''.join(facts).encode()).hexdigest()[:24]}.so"
-    if not place.exists():
-        home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home) as folder:  # others may be building the same
-            build(compiler, target, Path(folder)).replace(place)
-    return place
-
-
-def build(compiler: str, target: InstructionSet, folder: Path) -> Path:
-    """Compile the library for an instruction set into `folder`; neither torch nor its headers are needed.
-
-    It names torch's library as one it needs, so that the loader finds the operators' C interface there: a stub of that
-    name serves for linking.
-    """
-    objects = []
-    for number, (source, *defines) in enumerate(UNITS):
-        objects.append(str(folder / f"{number}.o"))
-        _run(compiler, *FLAGS, FAST, *target.flags, *defines, "-c", str(SOURCES / source), "-o", objects[-1])
-    made = folder / f"{target.name}.so"
-    if platform.system() == "Darwin":
-        _run(compiler, "-dynamiclib", "-undefined", "dynamic_lookup", "-fopenmp", *objects, "-o", str(made))
-        return made
-    stub = folder / "libtorch_cpu.so"
-    _run(compiler, "-shared", "-Wl,-soname,libtorch_cpu.so", "-x", "c", os.devnull, "-o", str(stub))
-    linking = ("-shared", "-fopenmp", "-Wl,--no-as-needed", f"-L{folder}", "-ltorch_cpu", "-lm")
-    _run(compiler, *objects, *linking, "-o", str(made))
-    return made
-
-
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
