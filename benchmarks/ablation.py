@@ -63,7 +63,7 @@ def run(
         idlm = load("nano-base", adapter=final) if config == LORA else load(final)
     row: dict[str, object] = {"seconds": seconds}
     for stride in (4, 8):
-        llm = LLM(idlm, stride=stride)
+        llm = LLM(idlm, stride=stride, branches="all")
         found = evaluate(llm, held_out_problems(problems), SamplingParams(temperature=0, max_tokens=256))
         totals = summary(found.results)
         row[f"N={stride}"] = {"tpf": totals["tpf"], "acceptance": totals["acceptance"], "accuracy": found.share}

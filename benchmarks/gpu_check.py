@@ -152,7 +152,7 @@ def shape() -> dict[str, object]:
     """The Qwen3-8B shape."""
     idlm = random_model("8B", torch.bfloat16, "cuda")
     bandwidth = copy_bandwidth()
-    llm = LLM(idlm, stride=8, max_num_seqs=64, kv_memory="8GiB", simulate_acceptance=ACCEPTANCE)
+    llm = LLM(idlm, stride=8, branches="all", max_num_seqs=64, kv_memory="8GiB", simulate_acceptance=ACCEPTANCE)
     found: dict[str, object] = {"parameters": idlm.model.num_parameters(), "copy_bandwidth": bandwidth}
     found |= {"costs": step_costs(llm, bandwidth), "synchronisation": host_waits(llm)}
     return found | {"sweep": sweep(idlm, [1, 8, 64], "8GiB", ACCEPTANCE)}

@@ -69,7 +69,7 @@ def bench(
     runs = len(in_flight) * (repeats + 1) * len(ours)
     with common.progress("measuring in turn", runs) as advance:
         rows = run(ours, draw, in_flight, requests, repeats, advance)
-    settings = {"model": model, "adapter": adapter, "stride": stride, "weights": weights}
+    settings: dict[str, object] = {"model": model, "adapter": adapter, "stride": stride, "weights": weights}
     settings |= {"simulated_acceptance": shares} | _work(idlm, requests, repeats)
     report = {"rows": rows, "environment": environment() | settings}
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,16 +16,37 @@ def inspect(
         typer.Argument(metavar="PATH", help="A model or adapter: a folder, a GGUF file, a hub id, or a bundled name."),
     ],
     adapter: common.Adapter = None,
+    weights: Annotated[
+        Literal["bfloat16", "int8"] | None,
+        typer.Option(help="Load the model, and say what weights held so do to its logits (CPU)."),
+    ] = None,
     as_json: common.Json = False,
 ) -> None:
-    """Say what is in a checkpoint, and whether it can decode with ISD; no weights are read."""
+    """Say what is in a checkpoint, and whether it can decode with ISD; without --weights none are read."""
     from idlm.models.checkpoint import inspect_checkpoint
 
     found = asdict(inspect_checkpoint(path, adapter))
+    if weights is not None:
+        found |= {"weights": weights} | _accuracy(path, weights)
     if as_json:
         common.print_json(found)
         return
     for key, value in found.items():
         if value is not None:
-            shown = f"{value:,}" if key == "parameters" else ", ".join(value) if isinstance(value, tuple) else value
-            typer.echo(f"{key.replace('_', ' '):18} {shown}")
+            typer.echo(f"{key.replace('_', ' '):23} {_shown(key, value)}")
+
+
+def _accuracy(path: str, weights: str) -> dict[str, float]:
+    """The format against float32, over a built-in text; see `WeightsAccuracy`."""
+    from idlm.engine.weights_accuracy import weights_accuracy
+    from idlm.models.loading import load
+
+    return asdict(weights_accuracy(load(path, dtype="float32"), weights))
+
+
+def _shown(key: str, value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(value)
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if key in ("parameters", "tokens") else str(value)

@@ -72,8 +72,8 @@ class KVCache:
         self.heads, groups, size = shapes[0]
         self.page_size = page_size
         self._deterministic = deterministic
-        self.native = not deterministic and native.available(like)
         self.pages = [like.new_zeros(2, pages, page_size, groups, size) for _ in shapes]
+        self.native = not deterministic and native.faster_here(self.pages[0], self.heads)
         self.segments: Sequence[Segment] = ()
 
     def columns(self, tokens: int) -> int:

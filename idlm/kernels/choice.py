@@ -35,8 +35,9 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
 """Row counts that products are timed at; each stands for those down to the one before it."""
 SECONDS = 2.0
 """Timing of products stops after about this long; what is left takes what fewer rows had."""
-ROUNDS = 5
-"""Times each candidate is run, in turn; the least counts, since noise only ever adds."""
+ROUNDS, MOST_ROUNDS, ENOUGH_SECONDS = 5, 50, 0.01
+"""Times each candidate is run, in turn: short ones more often, until all took ENOUGH_SECONDS. The
+least counts, since noise only ever adds."""
 NOISE = 0.03
 """How far two timings of the same thing differ. Ours may be behind by as much: what it makes of a
 row does not depend on the rows beside it."""
@@ -61,9 +62,12 @@ class Timing:
 
 
 def fastest(calls: Sequence[Call], rounds: int = ROUNDS) -> list[float]:
-    """Seconds of each call: the least of `rounds`, in turn, so that noise hits them alike."""
+    """Seconds of each call: the least of `rounds` or more, in turn, so that noise hits them alike."""
     best = [float("inf")] * len(calls)
-    for _ in range(rounds + 1):  # the first brings caches and threads up
+    begun = perf_counter()
+    for number in range(MOST_ROUNDS):
+        if number > rounds and perf_counter() - begun > ENOUGH_SECONDS:
+            break  # the first round, which brings caches and threads up, is one more
         for index, call in enumerate(calls):
             started = perf_counter()
             call()

@@ -6,13 +6,44 @@ import torch
 from torch import Tensor
 
 from idlm.kernels import native
+from idlm.kernels.choice import faster
+from idlm.kernels.window_attention import attend_torch, window_meta, write_pages
 
 TYPES = (torch.float32, torch.float64)
+TIMED_ROWS, TIMED_TOKENS = 4, 256
+"""Rows of a window, and cached tokens before it, that the kernel is timed at."""
 
 
 def available(pages: Tensor) -> bool:
     """Whether the kernel serves such pages."""
     return pages.device.type == "cpu" and pages.dtype in TYPES and native.loaded()
+
+
+@torch.inference_mode()
+def faster_here(pages: Tensor, heads: int) -> bool:
+    """Whether the kernel is faster than the PyTorch twin on windows over such pages; the log says.
+
+    `pages` [2, P, T, G, E] are any layer's: only their shape and type count.
+    """
+    if not available(pages):
+        return False
+    _, _, page, groups, size = pages.shape
+    own = pages.new_zeros(2, TIMED_TOKENS // page + 1, page, groups, size)
+    query, key, value = (pages.new_zeros(TIMED_ROWS, count, size) for count in (heads, groups, groups))
+    table, lengths = torch.arange(own.shape[1])[None], torch.tensor([TIMED_TOKENS])
+    visible = (2 ** torch.arange(1, TIMED_ROWS + 1) - 1)[None]
+    rows = torch.zeros(1, TIMED_ROWS, dtype=torch.int64)
+
+    def ours() -> Tensor:
+        return attend(query, key, value, own, rows, table, lengths, visible, 0, 1.0)
+
+    meta = window_meta(own, table, lengths, visible, TIMED_ROWS, heads)
+
+    def theirs() -> Tensor:
+        write_pages(own, key[None], value[None], rows)
+        return attend_torch(query[None], key[None], value[None], own, meta, 1.0)
+
+    return faster(f"window attention {heads}x{size}", ours, theirs)
 
 
 def attend(

@@ -28,7 +28,7 @@ class Idlm:
         gate: the adapter's gate; None for a plain or fully fine-tuned model.
         block_size: the largest block trained, b; strides up to b + 1 draft as trained. None: never trained to draft.
         name: what the user called it.
-        stored: the type the checkpoint holds the weights in, where it is not that of `model`.
+        stored: the type that the checkpoint holds the weights in, if it came from one.
     """
 
     model: PreTrainedModel

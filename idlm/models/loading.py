@@ -45,8 +45,9 @@ def load(
     Args:
         path_or_hub_id: a folder, a GGUF file, a hub id, or "nano", "nano-base", "nano-full".
         adapter: a gated LoRA's folder or hub id; "nano" brings its own.
-        dtype: of the weights: "auto", "float64", "float32", "bfloat16", "float16". "auto" is as stored; for a GGUF file
-            float32, unless its matrices are all BF16 or all F16.
+        dtype: of the model: "auto", "float64", "float32", "bfloat16", "float16". "auto" is as stored; on a CPU, where
+            PyTorch is slow in 16 bits, float32, which holds 16-bit weights as they are (an engine's linear layers
+            then hold bfloat16 again: see `weights` of `LLM`). A GGUF file's quantised weights become float32.
         device: where to put the weights.
 
     Raises:
@@ -65,8 +66,12 @@ def load(
             f"mask_token_id {mask_id} is outside the vocabulary of {config.vocab_size}; give an adapter with its row"
         )
     model = _read_model(folder, config, kind)
+    stored = model.dtype
+    if kind == "auto" and place.type == "cpu" and stored in (torch.bfloat16, torch.float16):
+        model.float()  # type: ignore[no-untyped-call]
     model.to(place)  # type: ignore[arg-type]  # transformers' decorator hides the signature
-    idlm = Idlm(model, tokenizer, mask_id, block_size=trained_block_size(config), name=str(path_or_hub_id))
+    name, block = str(path_or_hub_id), trained_block_size(config)
+    idlm = Idlm(model, tokenizer, mask_id, block_size=block, name=name, stored=stored)
     check_architecture(idlm)
     if extra is not None:
         own = mask_id if mask_id < config.vocab_size else None

@@ -73,9 +73,13 @@ def test_the_logits_are_those_of_transformers(tmp_path: Path, family: str, kind:
     ("kind", "expected"),
     [("F32", torch.float32), ("Q8_0", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)],
 )
-def test_dtype_auto_is_float32_unless_all_matrices_are_half(tmp_path: Path, kind: str, expected: torch.dtype) -> None:
+def test_dtype_auto_is_float32_on_a_cpu_and_knows_what_is_stored(
+    tmp_path: Path, kind: str, expected: torch.dtype
+) -> None:
     path = files.write(tmp_path / "model.gguf", kind)
-    assert {p.dtype for p in idlm.load(path).model.parameters()} == {expected}
+    model = idlm.load(path)
+    assert {p.dtype for p in model.model.parameters()} == {torch.float32}
+    assert model.stored == expected
     assert inspect_checkpoint(path).dtype == str(expected).removeprefix("torch.")
 
 

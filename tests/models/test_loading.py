@@ -42,19 +42,21 @@ def test_loaded_model_gives_the_logits_of_transformers(
 @pytest.mark.parametrize(
     ("stored", "asked", "expected"),
     [
-        (torch.bfloat16, "auto", torch.bfloat16),
+        (torch.bfloat16, "auto", torch.float32),  # on a CPU
+        (torch.bfloat16, "bfloat16", torch.bfloat16),
         (torch.float32, "auto", torch.float32),
         (torch.bfloat16, "float64", torch.float64),
         (torch.float32, torch.float16, torch.float16),
     ],
 )
-def test_dtype_auto_is_the_stored_one(
+def test_dtype_auto_is_the_stored_one_or_float32_on_a_cpu(
     tmp_path: Path, stored: torch.dtype, asked: str | torch.dtype, expected: torch.dtype
 ) -> None:
     tiny.tiny_model("qwen3").to(stored).save_pretrained(tmp_path)
     model = idlm.load(tmp_path, dtype=asked)
     assert {p.dtype for p in model.model.parameters()} == {expected}
     assert model.tokenizer is None
+    assert model.stored == (stored if asked == "auto" else expected)
 
 
 def test_published_checkpoint_loads_as_qwen3_and_its_code_never_runs(tmp_path: Path) -> None:
