@@ -30,7 +30,7 @@
 
 #define LANES (VECTOR_BYTES / 4)
 #define WHOLE (PANEL / LANES)   /* vectors of a panel */
-#define BLOCK 512               /* inputs at a time, whole groups */
+#define BLOCK 1024              /* inputs at a time, at most */
 #define GROUP 128               /* inputs that share a scale; 128 * 127 * 32767 < 2^31, so that their sum is exact */
 #define MOST_ROWS 256           /* at a time */
 #define X_BYTES (512 << 10)     /* of rows at a time: they stay in the second-level cache from panel to panel */
@@ -184,6 +184,12 @@ SIZES(VARIANT, INT8)
 static void (*const TILES[][TILE_ROWS][3])(Job *) = {
     [FLOAT32] = {SIZES(ENTRY, FLOAT32)}, [BFLOAT16] = {SIZES(ENTRY, BFLOAT16)}, [INT8] = {SIZES(ENTRY, INT8)}};
 
+/* Inputs at a time: whole groups, and as even as they go, so that each block has the time to ask for the next. */
+static int64_t block_of(int64_t in) {
+    int64_t blocks = (in + BLOCK - 1) / BLOCK, even = (in + blocks - 1) / blocks;
+    return (even + GROUP - 1) / GROUP * GROUP;
+}
+
 /* Bytes of a panel from one step, of one or two inputs, to the next. */
 INLINE int64_t step_bytes(int format) { return format == INT8 ? 2 * PANEL : 4 * PANEL; }
 
@@ -198,9 +204,9 @@ static int64_t parts_of(int64_t rows) {
 static void panel(const Product *p, const char *block, const float *scales, int64_t from, int64_t to, float *sums) {
     const int format = p->w->format;
     const int64_t group = format == FLOAT32 ? 1 : 2, width = step_bytes(format), parts = parts_of(to - from);
-    const int64_t stride = width / parts;
-    for (int64_t start = 0; start < p->w->in; start += BLOCK) {
-        int64_t end = start + BLOCK < p->w->in ? start + BLOCK : p->w->in, steps = (end - start + group - 1) / group;
+    const int64_t stride = width / parts, size = block_of(p->w->in);
+    for (int64_t start = 0; start < p->w->in; start += size) {
+        int64_t end = start + size < p->w->in ? start + size : p->w->in, steps = (end - start + group - 1) / group;
         const char *next = block + steps * width, *stop = next + steps * width;
         Job job = {block, NULL, start, end, scales, NULL, next, stride};
         for (int64_t row = from; row < to; row += TILE_ROWS) {
