@@ -24,6 +24,8 @@ SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-std=c11", "-O3", "-march=native", "-fopenmp", "-fPIC")
 FAST = ("-ffast-math", "-mprefer-vector-width=512") if platform.machine() == "x86_64" else ("-ffast-math",)
 """For compiling alone: where fast math is given for linking too, it changes the whole process's rounding."""
+COMPILER_SECONDS = 600
+"""Only for one that hangs: a slow or busy machine takes minutes, once, and would be without kernels for good."""
 UNITS = (
     ("window_attention.c", "-DREAL=float", "-DEXP=expf", "-DLANE_BITS=4"),
     ("window_attention.c", "-DREAL=double", "-DEXP=exp", "-DLANE_BITS=3"),
@@ -91,7 +93,7 @@ def _build(compiler: str, folder: Path) -> Path:
 
 
 def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILER_SECONDS)
 
 
 def _processor() -> str:
