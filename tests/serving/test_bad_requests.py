@@ -12,6 +12,7 @@ import httpx2 as httpx
 import pytest
 
 from idlm.serving.connections import Connection
+from idlm.serving.server import KEEP_ALIVE_SECONDS
 from tests.serving.conftest import KEY, SECONDS, Running
 from tests.waiting import HANG_SECONDS, wait_until
 
@@ -201,7 +202,7 @@ def answer_to(served: Running, *pieces: bytes) -> bytes:
 def late_answer(served: Running, ours: socket.socket, theirs: Connection, piece: bytes) -> bytes:
     """What it is answered when nothing more comes for longer than the limit, after a piece of a request."""
     ours.sendall(piece)
-    wait_until(lambda: theirs._header_bytes == len(piece) and served.loop.limits(SECONDS / 2))
+    wait_until(lambda: theirs._header_bytes == len(piece) and served.loop.limits(KEEP_ALIVE_SECONDS))
     served.loop.forward_from_outside(SECONDS / 2)
     assert theirs in served.http.server_state.connections and not theirs.transport.is_closing()
     served.loop.forward_from_outside(SECONDS)
