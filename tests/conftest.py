@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from idlm.models import adapter, attention
@@ -15,7 +15,8 @@ from idlm.models.weights import folder_fingerprint
 from idlm.nano.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)
-settings.register_profile("patient", deadline=None)  # a busy machine is not a failure
+# a busy machine is not a failure
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
 SPEC = LoraSpec(4, 8.0, ("q_proj", "v_proj", "down_proj"))
 

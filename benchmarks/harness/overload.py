@@ -12,31 +12,36 @@ from time import perf_counter
 from typing import Any
 
 from benchmarks.harness.client import Answer, Connection, ask_all
-from benchmarks.harness.process import ServerProcess
+from benchmarks.harness.process import HANG_SECONDS, ServerProcess
 from benchmarks.harness.results import percentile
 from benchmarks.harness.workload import COMPLETIONS, bodies
 
 FACTOR = 4.0
 MOST_RATIO = 1.5
-HANG_SECONDS = 60.0
+LEAST_PER_SLOT = 4
+"""Requests of either part, however long they take: on a slow machine none may come to an end within the time."""
 Body = dict[str, Any]
 
 
 async def overload(server: ServerProcess, model: str, slots: int, seconds: float) -> dict[str, Any]:
     """As many clients as there are slots, for so long; then as long four times the requests that were answered."""
     gc.disable()  # thousands of answers are kept: a pause to look through them would count as the server's
-    started = perf_counter()
-    alone = await ask_all(server.port, COMPLETIONS, _until(started + seconds, model), slots)
-    rate = len(alone) / (perf_counter() - started)
-    await asyncio.to_thread(server.wait_idle, 5.0)
-    answers, hanging = await _open_loop(server.port, FACTOR * rate, seconds, model)
+    try:
+        started, least = perf_counter(), LEAST_PER_SLOT * slots
+        alone = await ask_all(server.port, COMPLETIONS, _until(started + seconds, least, model), slots)
+        rate = len(alone) / (perf_counter() - started)
+        await asyncio.to_thread(server.wait_idle)
+        answers, hanging = await open_loop(server.port, FACTOR * rate, seconds, least, model)
+    finally:
+        gc.enable()
     accepted = [one for one in answers if one.finished and one.error is None]
     # without those that filled the slots, one or all at once: what counts is how it goes on
     quiet, loaded = latencies(alone[slots:]), latencies(accepted[slots:])
     if not quiet["ttft"] or not loaded["ttft"]:
-        raise RuntimeError(f"{seconds:g} s are too short for {slots} slots; give more")
+        raise RuntimeError(f"{len(accepted)} requests of {len(answers)} were answered, too few for {slots} slots")
     ratios = {name: loaded[name]["p99"] / quiet[name]["p99"] for name in quiet}
     refused = [one for one in answers if one.status == 429]
+    span = max(seconds, answers[-1].asked - answers[0].asked)
     as_told = len(accepted) + len(refused) == len(answers) and all("retry-after" in one.headers for one in refused)
     return {
         "holds": as_told and not hanging and max(ratios.values()) <= MOST_RATIO,
@@ -44,8 +49,8 @@ async def overload(server: ServerProcess, model: str, slots: int, seconds: float
         "seconds": seconds,
         "without_overload": {"requests_per_second": rate, "latency_ms": quiet},
         "overload": {
-            "offered_per_second": len(answers) / seconds,
-            "accepted_per_second": len(accepted) / seconds,
+            "offered_per_second": len(answers) / span,
+            "accepted_per_second": len(accepted) / span,
             "statuses": Counter(str(one.status) for one in answers),
             "refusal_ms": _spread([one.last - one.asked for one in refused]),
             "hanging": hanging,
@@ -63,20 +68,23 @@ def _requests(model: str, seed: int) -> Iterator[Body]:
         seed += 1
 
 
-def _until(end: float, model: str) -> Iterator[Body]:
-    for body in _requests(model, 1000):
-        if perf_counter() > end:
+def _until(end: float, least: int, model: str) -> Iterator[Body]:
+    for number, body in enumerate(_requests(model, 1000)):
+        if perf_counter() > end and number >= least:
             return
         yield body
 
 
-async def _open_loop(port: int, rate: float, seconds: float, model: str) -> tuple[list[Answer], int]:
-    """Requests at random times, `rate` a second, whatever becomes of those before; answers, and how many never came."""
+async def open_loop(port: int, rate: float, seconds: float, least: int, model: str) -> tuple[list[Answer], int]:
+    """Requests at random times, `rate` a second, whatever becomes of those before; answers, and how many never came.
+
+    They come for so many seconds, and until there were `least`.
+    """
     rng, free, asked = random.Random(0), list[Connection](), list[asyncio.Task[Answer]]()
     due, end = perf_counter(), perf_counter() + seconds
     for body in _requests(model, 2000):
         due += rng.expovariate(rate)
-        if due > end:
+        if due > end and len(asked) >= least:
             break
         await asyncio.sleep(max(0.0, due - perf_counter()))
         connection = free.pop() if free else Connection(port)

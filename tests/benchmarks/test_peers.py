@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,10 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.peers import protocol
 from benchmarks.peers.process import Peer
-from benchmarks.peers.protocol import Clock
 from idlm import load
 from idlm.evaluation.workload import Request, workload
+
+ROUNDS = 5
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +44,17 @@ def test_transformers_gives_the_models_own_tokens_alone_and_in_padded_batches(pe
 
 
 def test_times_add_up(peer: Peer, checkpoint: Path) -> None:
+    """Of all rounds: what else the machine does may fall between the requests of one, and not of every one."""
     requests = workload(load(checkpoint / "base"))(4, 1)
-    run = peer.run(requests, 1)
-    spent = sum(one.ttft + one.tpot * (len(one.token_ids) - 1) for one in run.served)
-    assert 0.5 * run.seconds < spent < run.seconds
-    assert all(0 < one.tpot <= one.worst_gap < run.seconds for one in run.served)
-    assert run.peak_memory_mb > 50 and run.cpu_seconds > 0
+    shares = []
+    for _ in range(ROUNDS):
+        run = peer.run(requests, 1)
+        spent = sum(one.ttft + one.tpot * (len(one.token_ids) - 1) for one in run.served)
+        assert spent < run.seconds
+        assert all(0 < one.tpot <= one.worst_gap < run.seconds for one in run.served)
+        assert run.peak_memory_mb > 50 and run.cpu_seconds > 0
+        shares.append(spent / run.seconds)
+    assert max(shares) > 0.5
     assert (peer.engine, peer.mode) == ("transformers", "static") and set(peer.versions) == {"transformers", "torch"}
 
 
@@ -57,12 +63,11 @@ def test_a_peer_that_does_not_start_is_reported(tmp_path: Path) -> None:
         Peer(sys.executable, "no_such_script.py", tmp_path, threads=1)
 
 
-def test_a_clock_stops_at_its_limit() -> None:
-    clock = Clock(3)
+def test_a_clock_stops_at_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([1.0, 3.0])
+    monkeypatch.setattr(protocol, "perf_counter", lambda: next(now))
+    clock = protocol.Clock(3, arrival=0.5)
     clock.extend([4, 5])
-    time.sleep(0.02)
     clock.extend([6, 7])
     clock.extend([8])
-    report = clock.report()
-    assert report["token_ids"] == [4, 5, 6]
-    assert 0.02 <= clock.worst_gap < 2 and report["tpot"] == pytest.approx(clock.worst_gap / 2)
+    assert clock.report() == {"token_ids": [4, 5, 6], "ttft": 0.5, "tpot": 1.0, "worst_gap": 2.0}

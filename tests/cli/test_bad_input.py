@@ -17,6 +17,7 @@ from idlm.cli import app
 from idlm.decoding.window import parse_branches
 from idlm.models.gated_lora import LoraSpec
 from idlm.training.config import load_config
+from tests.waiting import HANG_SECONDS
 
 COMMANDS: dict[str, tuple[list[str], str]] = {
     # case: the command line ({base}, {lora}, {dir} are filled in), what the message must name
@@ -122,7 +123,7 @@ def test_commands(case: str, places: dict[str, str]) -> None:
 @pytest.mark.parametrize("arguments", [["demo", "--stride", "0"], ["generate", "nowhere/at-all", "hi"], ["dance"]])
 def test_real_processes(arguments: list[str]) -> None:
     program = [sys.executable, "-c", "from idlm.cli import app; app(prog_name='idlm')"]
-    result = subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert result.returncode == 2 and result.stdout == ""
     one_line(result.stderr)
 

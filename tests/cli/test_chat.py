@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 
 from idlm.cli import app
 from tests.cli.test_serve import running
+from tests.waiting import HANG_SECONDS
 
 QUESTION = "Mia has 14 apples. Then she buys 9 more apples at the market. How many apples does Mia have now?"
 GREEDY = ("--temperature", "0", "--dtype", "float64", "--max-tokens", "40")
@@ -171,7 +172,6 @@ def on_a_terminal(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], Te
             os.close(ours)
 
 
-@pytest.mark.timeout(90)
 @pytest.mark.parametrize("where", ["here", "there"])
 def test_on_a_terminal_tokens_have_colours_and_ctrl_c_ends_the_answer_only(where: str, url: str) -> None:
     who = ["nano"] if where == "here" else ["--url", url, "--api-key", "k"]
@@ -185,7 +185,7 @@ def test_on_a_terminal_tokens_have_colours_and_ctrl_c_ends_the_answer_only(where
         terminal.type(b"/reset\n")
         terminal.wait_for(b"a new conversation", b"> ")
         terminal.type(b"\x04")  # ctrl-D
-        assert process.wait(20) == 0
+        assert process.wait(HANG_SECONDS) == 0
 
 
 class Foreign(BaseHTTPRequestHandler):

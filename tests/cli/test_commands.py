@@ -13,6 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 from idlm.cli import app
+from tests.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,12 +112,14 @@ def test_train(checkpoint: Path, tmp_path: Path) -> None:
 def test_version_and_help_come_without_torch() -> None:
     """The command line must answer before torch could be imported."""
     code = "import sys; from idlm.cli import app; assert 'torch' not in sys.modules; app(['--version'])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert result.returncode == 0 and result.stdout.startswith("idlm "), result.stderr
 
 
 def test_the_help_page_is_up_to_date(tmp_path: Path) -> None:
     page = tmp_path / "cli.md"
     command = ["idlm.cli", "utils", "docs", "--name", "idlm", "--title", "Command line", "--output", str(page)]
-    subprocess.run([sys.executable, "-m", "typer", *command], check=True, capture_output=True, cwd=ROOT, timeout=120)
+    subprocess.run(
+        [sys.executable, "-m", "typer", *command], check=True, capture_output=True, cwd=ROOT, timeout=HANG_SECONDS
+    )
     assert page.read_text() == (ROOT / "docs" / "cli.md").read_text(), "run `make docs`"

@@ -21,6 +21,7 @@ from idlm.serving.config import EngineConfig, Limits, ServeConfig
 from idlm.serving.metrics import Meters
 from idlm.serving.routes import router
 from idlm.serving.server import GRACE_SECONDS
+from tests.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -164,6 +165,6 @@ def test_systemd_knows_every_setting(tmp_path: Path) -> None:
     text = (DEPLOY / "idlm.service").read_text().replace("/opt/idlm/bin/idlm", sys.executable)
     (tmp_path / "idlm.service").write_text(text)
     command = ["systemd-analyze", "verify", "--man=no", str(tmp_path / "idlm.service")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
     complaints = [line for line in result.stderr.splitlines() if "idlm.service" in line]
     assert not complaints

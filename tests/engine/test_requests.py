@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 
 from idlm import LLM, Idlm, InputError, SamplingParams, load
 from idlm.decoding.law import law
+from idlm.decoding.plan import Plan
 from idlm.engine.build import build_engine, parse_memory
 from idlm.nano.problems import held_out_problems
 from tests.engine.tiny import tiny_idlm
@@ -127,8 +126,7 @@ def test_a_deadline_ends_a_request_and_no_other(idlm: Idlm) -> None:
     engine = LLM(idlm, stride=1).engine
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     late = engine.add([3], params, 0, timeout=0.0)
-    fine = engine.add([3], params, 0, timeout=60.0)
-    time.sleep(0.001)
+    fine = engine.add([3], params, 0, timeout=3600.0)
     results = {update.request_id: update.result for update in engine.run() if update.result is not None}
     assert results[late].finish_reason == "timeout" and results[late].token_ids == []
     assert results[fine].finish_reason == "length" and len(results[fine].token_ids) == 20
@@ -262,8 +260,17 @@ def test_the_planner_chooses_among_plans_and_keeps_the_bytes(nano: Idlm, tmp_pat
     assert "tok/s" in llm.engine.planner.reason and sum(llm.engine.metrics.plans.values()) > 0
 
 
-def test_the_first_to_decode_does_not_hold_up_the_many_that_came_with_it(nano: Idlm) -> None:
+def test_the_first_to_decode_does_not_hold_up_the_many_that_came_with_it(
+    nano: Idlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the times of a machine that does nothing else: how many prompt tokens a step takes follows from them."""
     engine = LLM(nano, max_num_seqs=32).engine
+    count = engine.metrics.count_launch
+
+    def timed(plan: Plan, batch: int, prompt_tokens: int, seconds: float) -> None:
+        count(plan, batch, prompt_tokens, 2e-3 * bool(batch) + 5e-4 * batch + 5e-5 * prompt_tokens)
+
+    monkeypatch.setattr(engine.metrics, "count_launch", timed)
     params = SamplingParams(max_tokens=200, ignore_eos=True)
     engine.add([5] * 12, params, 0)
     while not engine.scheduler.decoding:

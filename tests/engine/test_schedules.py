@@ -193,7 +193,7 @@ class EagerSchedules(Schedules):
 LIMITS = settings(max_examples=10, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("machine", [RecordedSchedules, EagerSchedules])
 def test_any_schedule(machine: type[Schedules]) -> None:
     machine.steps = 0

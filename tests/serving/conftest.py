@@ -5,19 +5,27 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx2 as httpx
+import psutil
 import pytest
-import uvloop
 
 from idlm import LLM
 from idlm.models.sources import WEIGHTS
+from idlm.serving import client as client_module
+from idlm.serving import supervisor
 from idlm.serving.client import EngineClient
 from idlm.serving.config import EngineConfig, Limits, ServeConfig
 from idlm.serving.prompts import Prompts
 from idlm.serving.server import HttpServer, bind, url
+from tests.serving.clock import Clock
+from tests.waiting import HANG_SECONDS, wait_until
 
+SECONDS = 300.0
+"""For headers and bodies."""
+STALL_SECONDS = 3600.0
 KEY = "a-key"
 ADAPTER = str(WEIGHTS / "lora")
 CONFIG = ServeConfig(
@@ -27,7 +35,9 @@ CONFIG = ServeConfig(
     name="nano",
     port=0,
     api_keys=("another-key", KEY),
-    limits=Limits(queue_requests=64, header_seconds=1.0, body_seconds=1.0, timeout=120.0, n=4, prompts=4),
+    limits=Limits(
+        queue_requests=64, header_seconds=SECONDS, body_seconds=SECONDS, timeout=HANG_SECONDS, n=4, prompts=4
+    ),
 )
 
 
@@ -39,41 +49,89 @@ class Running:
     port: int
     http: HttpServer
     client: EngineClient
+    loop: Clock
+    worker: psutil.Process | None = None
 
     def open(self, key: str | None = KEY) -> httpx.Client:
         """A plain HTTP client for it."""
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        return httpx.Client(base_url=self.url.removesuffix("/v1"), headers=headers, timeout=60)
+        return httpx.Client(base_url=self.url.removesuffix("/v1"), headers=headers, timeout=HANG_SECONDS)
 
 
-@pytest.fixture(scope="session")
-def served() -> Iterator[Running]:
+def workers() -> list[psutil.Process]:
+    """This process's engines, the newest last; another server's may be among them."""
+    found = [one for one in psutil.Process().children() if "idlm.serving.worker" in one.cmdline()]
+    return sorted(found, key=psutil.Process.create_time)
+
+
+@contextmanager
+def held(process: psutil.Process | None) -> Iterator[None]:
+    """Stop an engine's process meanwhile: it says nothing and ends nothing, however long the test takes."""
+    assert process is not None
+    process.suspend()
+    try:
+        yield
+    finally:
+        process.resume()
+
+
+@contextmanager
+def running(prompts: Prompts, engine: bool) -> Iterator[Running]:
+    """A server in a thread; without an engine it answers nothing but /health and the like."""
     found: list[Running] = []
     started = threading.Event()
 
     async def main() -> None:
         with bind(CONFIG.host, 0) as listener:
             client = EngineClient(CONFIG.engine, CONFIG.limits)
-            http = HttpServer(CONFIG, client, Prompts.load(CONFIG.engine.model))
-            await client.start()
-            found.append(Running(url(CONFIG.host, listener), listener.getsockname()[1], http, client))
+            http = HttpServer(CONFIG, client, prompts)
+            loop = asyncio.get_running_loop()
+            assert isinstance(loop, Clock)
+            found.append(Running(url(CONFIG.host, listener), listener.getsockname()[1], http, client, loop))
+            if engine:
+                await client.start()
             serving = asyncio.create_task(http.serve(sockets=[listener]))
-            await client.wait_ready(120)
+            if engine:
+                await client.wait_ready(HANG_SECONDS)
+                found[0].worker = workers()[-1]
             started.set()
             await serving
             await client.close()
 
     def run() -> None:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with asyncio.Runner(loop_factory=Clock) as runner:
             runner.run(main())
 
     thread = threading.Thread(target=run)
     thread.start()
-    assert started.wait(180)
+    wait_until(lambda: started.is_set() or not thread.is_alive())
+    assert started.is_set()
     yield found[0]
     found[0].http.should_exit = True
-    thread.join(60)
+    thread.join(HANG_SECONDS)
     assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patience() -> Iterator[None]:
+    """A busy machine's engine may be slow to speak; tests of these bounds move the clock."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(client_module, "GUARD_SECONDS", HANG_SECONDS)
+        patch.setattr(supervisor, "STALL_SECONDS", STALL_SECONDS)
+        yield
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[Running]:
+    with running(Prompts.load(CONFIG.engine.model), engine=True) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def engineless() -> Iterator[Running]:
+    """A server whose clock can be put forward without an engine's samples being overdue."""
+    with running(Prompts(None, "none", 16), engine=False) as server:
+        yield server
 
 
 @pytest.fixture

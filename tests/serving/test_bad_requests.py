@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import socket
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx2 as httpx
 import pytest
 
-from tests.serving.conftest import KEY, Running
+from idlm.serving.connections import Connection
+from idlm.serving.server import KEEP_ALIVE_SECONDS
+from tests.serving.conftest import KEY, SECONDS, Running
+from tests.waiting import HANG_SECONDS, wait_until
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -171,31 +175,62 @@ def test_a_body_in_chunks_is_counted_too(http: httpx.Client) -> None:
     refused(http.post(CHAT, content=chunks, headers={"Content-Type": "application/json"}), 413, "4194304")
 
 
+@contextmanager
+def connected(served: Running) -> Iterator[tuple[socket.socket, Connection]]:
+    """A raw connection, and the server's end of it."""
+    with socket.create_connection(("127.0.0.1", served.port), timeout=HANG_SECONDS) as ours:
+        there = served.http.server_state.connections
+        wait_until(lambda: any(one.client == ours.getsockname() for one in list(there)))
+        (theirs,) = [one for one in list(there) if one.client == ours.getsockname()]
+        assert isinstance(theirs, Connection)
+        yield ours, theirs
+
+
+def rest_of(connection: socket.socket) -> bytes:
+    """What it is answered, up to its end."""
+    return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
 def answer_to(served: Running, *pieces: bytes) -> bytes:
-    """What a raw connection is answered, up to its end, after sending these pieces and nothing more."""
-    with socket.create_connection(("127.0.0.1", served.port), timeout=20) as connection:
+    """What a raw connection is answered after sending these pieces."""
+    with connected(served) as (ours, _):
         for piece in pieces:
-            connection.sendall(piece)
-        answer = b""
-        while chunk := connection.recv(65536):
-            answer += chunk
-        return answer
+            ours.sendall(piece)
+        return rest_of(ours)
+
+
+def late_answer(served: Running, ours: socket.socket, theirs: Connection, piece: bytes) -> bytes:
+    """What it is answered when nothing more comes for longer than the limit, after a piece of a request."""
+    ours.sendall(piece)
+    wait_until(lambda: theirs._header_bytes == len(piece) and served.loop.limits(KEEP_ALIVE_SECONDS))
+    served.loop.forward_from_outside(SECONDS / 2)
+    assert theirs in served.http.server_state.connections and not theirs.transport.is_closing()
+    served.loop.forward_from_outside(SECONDS)
+    return rest_of(ours)
 
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nAuthorization: Bearer %b\r\n"
 
 
-def test_headers_that_never_end(served: Running) -> None:
-    assert answer_to(served, b"GET /health HTTP/1.1\r\nHost: x\r\nX-Slow: ").startswith(b"HTTP/1.1 408 ")
+def test_headers_that_never_end(engineless: Running) -> None:
+    with connected(engineless) as ends:
+        answer = late_answer(engineless, *ends, b"GET /health HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+    assert answer.startswith(b"HTTP/1.1 408 ") and b"the headers took more than 300 s" in answer
 
 
-def test_a_client_that_says_nothing(served: Running) -> None:
-    assert answer_to(served).startswith(b"HTTP/1.1 408 ")
+def test_a_client_that_says_nothing(engineless: Running) -> None:
+    with connected(engineless) as ends:
+        assert late_answer(engineless, *ends, b"").startswith(b"HTTP/1.1 408 ")
 
 
-def test_a_second_request_that_never_ends(served: Running) -> None:
-    answer = answer_to(served, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /hea")
-    assert answer.startswith(b"HTTP/1.1 200 ") and b"HTTP/1.1 408 " in answer
+def test_a_second_request_that_never_ends(engineless: Running) -> None:
+    with connected(engineless) as (ours, theirs):
+        ours.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        answer = b""
+        while b'{"status":"alive"}' not in answer:
+            answer += ours.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert late_answer(engineless, ours, theirs, b"GET /hea").startswith(b"HTTP/1.1 408 ")
 
 
 def test_headers_without_measure(served: Running) -> None:
@@ -211,9 +246,11 @@ def test_large_headers_that_come_whole(served: Running) -> None:
         assert http.get("/v1/models", headers={"X-Large": "x" * 60_000}).status_code == 200
 
 
-def test_a_body_that_never_ends(served: Running) -> None:
-    answer = answer_to(served, HEAD % KEY.encode() + b"Content-Length: 100\r\n\r\n", b'{"model"')
-    assert answer.startswith(b"HTTP/1.1 408 ") and b"the body took more than 1 s" in answer
+def test_a_body_that_never_ends(engineless: Running) -> None:
+    request = HEAD % KEY.encode() + b'Content-Length: 100\r\n\r\n{"model"'
+    with connected(engineless) as ends:
+        answer = late_answer(engineless, *ends, request)
+    assert answer.startswith(b"HTTP/1.1 408 ") and b"the body took more than 300 s" in answer
 
 
 def test_what_is_no_http(served: Running) -> None:
@@ -221,18 +258,20 @@ def test_what_is_no_http(served: Running) -> None:
     assert answer.startswith(b"HTTP/1.1 400 ") and b'{"error":' in answer
 
 
-def test_a_client_that_never_reads(served: Running) -> None:
+def test_a_client_that_never_reads(engineless: Running) -> None:
     request = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %b\r\n\r\n" % KEY.encode()
-    connections = served.http.server_state.connections
-    before = len(connections)
-    with socket.create_connection(("127.0.0.1", served.port)) as connection:
-        connection.sendall(request * 400)
-        time.sleep(0.5)
-        assert len(connections) == before + 1
-        end = time.monotonic() + 10
-        while len(connections) > before and time.monotonic() < end:
-            time.sleep(0.05)
-        assert len(connections) == before
+    connections = engineless.http.server_state.connections
+    with connected(engineless) as (ours, theirs):
+        ours.sendall(request * 400)
+        wait_until(lambda: theirs.flow.write_paused)
+        engineless.loop.forward_from_outside(SECONDS / 2)
+        assert theirs in connections
+
+        def cut_off() -> bool:
+            engineless.loop.forward_from_outside(SECONDS)  # again where there was still room for some in between
+            return theirs not in connections
+
+        wait_until(cut_off)
 
 
 def test_a_client_that_leaves_within_its_request_is_no_bad_request(served: Running) -> None:
@@ -242,9 +281,9 @@ def test_a_client_that_leaves_within_its_request_is_no_bad_request(served: Runni
         return sum(float(line.split()[-1]) for line in lines)
 
     before, gone = counted("400"), counted("499")
-    with socket.create_connection(("127.0.0.1", served.port)) as connection:
+    with connected(served) as (ours, theirs):
         head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 300\r\n\r\n{{"
-        connection.sendall(head.encode())
-        time.sleep(0.2)
-    time.sleep(0.3)
+        ours.sendall(head.encode())
+        wait_until(lambda: theirs.cycle is not None)
+    wait_until(lambda: counted("499") > gone)
     assert (counted("400"), counted("499")) == (before, gone + 1)

@@ -10,12 +10,14 @@ import pytest
 
 from idlm.cli.serve import KEY_VARIABLE
 from tests.serving.conftest import KEY, Running
+from tests.waiting import HANG_SECONDS
 
 PROBE = Path(__file__).parents[2] / "deploy" / "probe.py"
 
 
 def test_the_probe_tells_a_server_that_is_ready(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     probe = runpy.run_path(str(PROBE))["probe"]
+    monkeypatch.setitem(probe.__globals__, "SECONDS", HANG_SECONDS)
     root = served.url.removesuffix("/v1")
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
     assert probe("/health", root) == 0 and probe("/ready", root) == 1

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,9 @@ from idlm import LLM, SamplingParams, __version__
 from idlm.serving.logs import JsonLines
 from idlm.serving.messages import Stats
 from idlm.serving.metrics import EngineCollector
+from idlm.serving.prompts import Prompts
 from tests.serving.conftest import Running
+from tests.waiting import HANG_SECONDS
 
 MESSAGES = [{"role": "user", "content": "1 + 1 ="}]
 
@@ -130,16 +133,23 @@ def test_answers_have_the_shape_of_the_document(
     jsonschema.Draft202012Validator(schema).validate(answer.json())
 
 
-def test_slow_text_is_cut_into_tokens_beside_the_loop(served: Running) -> None:
+def test_slow_text_is_cut_into_tokens_beside_the_loop(
+    served: Running, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While a long text is being tokenized, others are answered."""
+    text, begun, answered = Prompts.text, threading.Event(), threading.Event()
 
-    async def main() -> float:
-        async with httpx.AsyncClient(base_url=served.url.removesuffix("/v1"), timeout=60) as http:
-            key = {"Authorization": "Bearer a-key"}
-            long = asyncio.create_task(http.post("/tokenize", json={"prompt": "ab " * 2000}, headers=key))
-            await asyncio.sleep(0)
-            answer = await http.get("/health")
-            await long
-            return answer.elapsed.total_seconds()
+    def slow(*arguments: Any) -> list[int]:
+        begun.set()
+        assert answered.wait(HANG_SECONDS)
+        return text(*arguments)
 
-    assert asyncio.run(main()) < 1.0
+    monkeypatch.setattr(Prompts, "text", slow)
+    with ThreadPoolExecutor(1) as pool, served.open() as other:
+        long = pool.submit(http.post, "/tokenize", json={"prompt": "ab " * 2000})
+        try:
+            assert begun.wait(HANG_SECONDS)
+            assert other.get("/health", timeout=HANG_SECONDS / 2).status_code == 200
+        finally:
+            answered.set()
+        assert long.result().status_code == 200

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-import time
+import socket
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import httpx2 as httpx
@@ -14,7 +16,8 @@ import pytest
 from benchmarks.harness.client import Answer
 from benchmarks.server_bytes import body, offline, output
 from idlm import LLM, SamplingParams
-from tests.serving.conftest import Running
+from tests.serving.conftest import KEY, Running, held
+from tests.waiting import HANG_SECONDS, wait_until
 
 CHAT = "/v1/chat/completions"
 LONG: dict[str, Any] = {
@@ -29,14 +32,11 @@ def events(response: httpx.Response) -> list[str]:
     return [line.removeprefix("data: ") for line in response.iter_lines() if line]
 
 
-def idle(served: Running, within: float = 5.0) -> bool:
-    """Whether the engine has nothing to do any more, or soon has not."""
-    end = time.monotonic() + within
-    while served.client.running or served.client.queued_tokens or served.client.stats.pages_live:
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
+def idle(served: Running) -> None:
+    """Wait until the engine has nothing to do any more, and has said so."""
+    wait_until(lambda: not served.client.running and not served.client.queued_tokens)
+    before = served.client.stats
+    wait_until(lambda: served.client.stats is not before and not served.client.stats.pages_live)
 
 
 def test_on_the_wire(http: httpx.Client) -> None:
@@ -62,50 +62,67 @@ def test_samples_come_side_by_side(http: httpx.Client, llm: LLM) -> None:
     assert texts == [offline.text, *(sample.text for sample in offline.samples)]
 
 
+def ask(served: Running, body: dict[str, Any]) -> socket.socket:
+    """A connection on which this has been asked."""
+    content = json.dumps(body).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+    connection = socket.create_connection(("127.0.0.1", served.port), timeout=HANG_SECONDS)
+    connection.sendall(head.encode() + f"Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    return connection
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place_at_once(stream: bool, served: Running) -> None:
-    assert idle(served)
-    with served.open() as http, pytest.raises(httpx.TimeoutException):
+    """The engine is held from before it leaves until the server has seen it, or a fast engine would be done by then."""
+    idle(served)
+    before = served.client.stats.tokens
+    with ExitStack() as stack:
+        if not stream:
+            stack.enter_context(held(served.worker))
+        connection = stack.enter_context(ask(served, LONG | {"stream": stream, "n": 2}))
         if stream:
-            with http.stream("POST", CHAT, json=LONG | {"stream": True, "n": 2}) as response:
-                next(response.iter_lines())
-                assert served.client.running == 2
-                raise httpx.ReadTimeout("left")
-        else:
-            http.post(CHAT, json=LONG | {"n": 2}, timeout=0.3)
-    assert idle(served, 2.0)
+            assert connection.recv(1)
+            stack.enter_context(held(served.worker))
+        wait_until(lambda: served.client.running == 2)
+        connection.close()
+        wait_until(lambda: not served.http.server_state.tasks)
+    idle(served)
+    assert served.client.stats.tokens - before < 2 * LONG["max_tokens"]
 
 
 def test_clients_that_leave_whenever_they_like(served: Running) -> None:
     chance = random.Random(0)
 
-    def visit(patience: float) -> None:
-        with served.open() as http:
-            try:
-                body = LONG | {"stream": chance.random() < 0.5, "max_tokens": 50}
-                with http.stream("POST", CHAT, json=body, timeout=patience) as response:
-                    for _ in zip(response.iter_lines(), range(int(patience * 40)), strict=False):
-                        pass
-            except httpx.TimeoutException:
-                pass
+    def visit(how: tuple[bool, float]) -> None:
+        """Stay for some lines of a stream, or for some time."""
+        stream, patience = how
+        body = LONG | {"stream": stream, "max_tokens": 50}
+        with served.open() as http, suppress(httpx.TimeoutException):
+            limits = httpx.Timeout(HANG_SECONDS if stream else patience)
+            with http.stream("POST", CHAT, json=body, timeout=limits) as response:
+                for _ in zip(response.iter_lines(), range(int(patience * 40)), strict=False):
+                    pass
 
     with ThreadPoolExecutor(12) as pool:
-        list(pool.map(visit, [chance.random() * 0.5 + 0.001 for _ in range(36)]))
-    assert idle(served, 10.0)
+        list(pool.map(visit, [(chance.random() < 0.5, chance.random() * 0.5 + 0.001) for _ in range(36)]))
+    idle(served)
     stats = served.client.stats
     assert stats.running == stats.waiting == 0
 
 
 def test_more_than_the_queue_takes_is_answered_429(served: Running) -> None:
+    body = LONG | {"n": 4, "max_tokens": 10}
     with served.open() as http, ThreadPoolExecutor(20) as pool:
-        body = LONG | {"n": 4, "max_tokens": 10}
-        answers = list(pool.map(lambda _: http.post(CHAT, json=body), range(20)))
-    statuses = [answer.status_code for answer in answers]
-    assert set(statuses) == {200, 429} and statuses.count(200) >= 16
+        with held(served.worker):  # so that none is done before the last has come
+            asked = [pool.submit(http.post, CHAT, json=body) for _ in range(20)]
+            wait_until(lambda: sum(one.done() for one in asked) == 4)
+            assert served.client.running == 64
+        answers = [one.result() for one in asked]
+    assert Counter(answer.status_code for answer in answers) == {200: 16, 429: 4}
     for answer in answers:
         if answer.status_code == 429:
             assert int(answer.headers["retry-after"]) >= 1 and answer.json()["error"]["type"] == "rate_limit_error"
-    assert idle(served)
+    idle(served)
 
 
 def test_the_same_bytes_alone_and_beside_others_cold_and_warm(served: Running) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from idlm.training.config import TrainConfig, as_tree
 from idlm.training.objective import Objective
 from idlm.training.trainer import train
 from tests.training import tiny
+from tests.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
 RUN = """
@@ -32,6 +32,24 @@ from idlm.training.config import load_config
 from idlm.training.trainer import train
 train(load_config(sys.argv[1]))
 """
+KILLED = """
+import os
+import signal
+import sys
+from idlm.training import trainer
+from idlm.training.config import load_config
+
+save_file = trainer.save_file
+
+def save_and_die(tensors, path):
+    save_file(tensors, path)
+    if "checkpoint-24" in str(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+trainer.save_file = save_and_die
+trainer.train(load_config(sys.argv[1]))
+"""
+"""By itself, within a checkpoint: whoever watches from outside may come too late."""
 LORA = {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "v_proj"]}
 
 
@@ -81,12 +99,9 @@ def test_killed_and_resumed_is_bit_identical(folder: Path, method: str) -> None:
     long = {"stages": [{"steps": 30, "block_size": 2}, {"steps": 30, "block_size": 3, "soft": "tv"}], "save_steps": 3}
     train(config(folder, method, output_dir=str(folder / "straight"), **long))
     killed = config(folder, method, output_dir=str(folder / "killed"), **long)
-    process = start(killed, folder)
-    writing, done = folder / "killed" / ".writing" / "checkpoint-24", folder / "killed" / "checkpoint-24"
-    while process.poll() is None and not writing.exists() and not done.exists():
-        time.sleep(0.0005)
-    process.kill()
-    assert process.wait() == -9, "the run ended before it was killed"
+    assert start(killed, folder, ("-c", KILLED)).wait(HANG_SECONDS) == -9
+    assert list((folder / "killed" / ".writing" / "checkpoint-24").iterdir())
+    assert not (folder / "killed" / "checkpoint-24").exists()
     assert not (folder / "killed" / "final").exists()
     with pytest.raises(InputError, match="holds checkpoint-"):
         train(killed)
@@ -197,7 +212,7 @@ def test_two_processes_train_as_one(folder: Path) -> None:
     both = config(folder, "full", output_dir=str(folder / "two"), stages=[stage], batch_size=4)
     (folder / "run.py").write_text(RUN)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(folder / "run.py"))
-    assert start(both, folder, launcher).wait(timeout=120) == 0
+    assert start(both, folder, launcher).wait(HANG_SECONDS) == 0
     one, two = weights(folder / "one" / "final"), weights(folder / "two" / "final")
     assert one.keys() == two.keys()
     for name in one:
