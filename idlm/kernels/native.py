@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -33,11 +34,14 @@ LIBRARIES = Path(__file__).parent / "lib"
 FLAGS = ("-std=c11", "-O3", "-fopenmp", "-fPIC")
 FAST = "-ffast-math"
 """For compiling alone: where fast math is given for linking too, it changes the whole process's rounding."""
+FUSED = "-ffp-contract=fast"
+"""Sums in the order that they are written in, with fused multiply-adds: a row's bits do not depend on its tile, and
+those of int8 not on the instruction set."""
 UNITS = (
-    ("window_attention.c", "-DREAL=float", "-DREAL_BYTES=4", "-DEXP=expf"),
-    ("window_attention.c", "-DREAL=double", "-DREAL_BYTES=8", "-DEXP=exp"),
-    ("linear.c",),
-    ("rows.c",),
+    ("window_attention.c", FAST, "-DREAL=float", "-DREAL_BYTES=4", "-DEXP=expf"),
+    ("window_attention.c", FAST, "-DREAL=double", "-DREAL_BYTES=8", "-DEXP=exp"),
+    ("linear.c", FUSED),
+    ("rows.c", FAST),
     ("ops.c",),
 )
 
@@ -51,6 +55,8 @@ def loaded() -> bool:
     """
     wanted = instruction_set()
     if wanted is None:
+        if os.environ.get("IDLM_NATIVE") != "0":
+            log.warning("no C kernels: there are none for %s; PyTorch's operators serve", platform.machine())
         return False
     try:
         failed = ctypes.CDLL(str(library(wanted))).idlm_register()
@@ -110,7 +116,7 @@ def library(target: InstructionSet) -> Path:
     compiler = os.environ.get("CC") or shutil.which("cc")
     if compiler is None:
         raise FileNotFoundError("no C compiler (cc) on the PATH; install one, or set CC")
-    facts = (sources(), repr(UNITS), *FLAGS, FAST, *target.flags, compiler, platform.machine())
+    facts = (sources(), repr(UNITS), *FLAGS, *target.flags, compiler, platform.machine())
     home = user_cache("kernels")
     place = home / f"{hashlib.sha256(''.join(facts).encode()).hexdigest()[:24]}.so"
     if not place.exists():
@@ -126,10 +132,7 @@ def build(compiler: str, target: InstructionSet, folder: Path) -> Path:
     It names torch's library as one it needs, so that the loader finds the operators' C interface there: a stub of that
     name serves for linking.
     """
-    objects = []
-    for number, (source, *defines) in enumerate(UNITS):
-        objects.append(str(folder / f"{number}.o"))
-        _run(compiler, *FLAGS, FAST, *target.flags, *defines, "-c", str(SOURCES / source), "-o", objects[-1])
+    objects = compile_units(compiler, target, folder)
     made = folder / f"{target.name}.so"
     if platform.system() == "Darwin":
         _run(compiler, "-dynamiclib", "-undefined", "dynamic_lookup", "-fopenmp", *objects, "-o", str(made))
@@ -139,6 +142,18 @@ def build(compiler: str, target: InstructionSet, folder: Path) -> Path:
     linking = ("-shared", "-fopenmp", "-Wl,--no-as-needed", f"-L{folder}", "-ltorch_cpu", "-lm")
     _run(compiler, *objects, *linking, "-o", str(made))
     return made
+
+
+def compile_units(
+    compiler: str, target: InstructionSet, folder: Path, units: Sequence[tuple[str, ...]] = UNITS, *flags: str
+) -> list[str]:
+    """Compile units for an instruction set into `folder`, with `flags` beside its own; returns the objects."""
+    objects = []
+    for number, (source, *own) in enumerate(units):
+        objects.append(str(folder / f"{number}.o"))
+        command = (compiler, *FLAGS, *target.flags, *flags, *own)
+        _run(*command, "-c", str(SOURCES / source), "-o", objects[-1])
+    return objects
 
 
 def _run(*command: str) -> None:
