@@ -6,6 +6,7 @@ driver.c is linked with the kernels and runs as a process of its own, natively o
 from __future__ import annotations
 
 import atexit
+import fcntl
 import hashlib
 import os
 import shutil
@@ -32,8 +33,6 @@ PRODUCT, NUMBERS, ATTENTION_FLOAT, ATTENTION_DOUBLE, RMS_NORM, ROTATE, SWIGLU = 
 EVERYWHERE = "IDLM_EVERYWHERE"
 """Set to 1, foreign instruction sets are tested too."""
 COMPILER, EMULATOR, SYSROOT = "aarch64-linux-gnu-gcc", "qemu-aarch64", "/usr/aarch64-linux-gnu"
-PACKAGES = "gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"
-"""Debian's, for the foreign ones."""
 
 
 class Kernels(Protocol):
@@ -208,7 +207,7 @@ def driver(target: InstructionSet) -> Driver:
         compiler, command = os.environ.get("CC") or "cc", []
     else:
         missing = [one for one in (COMPILER, EMULATOR) if shutil.which(one) is None]
-        assert not missing, f"{', '.join(missing)} not found; install Debian's {PACKAGES}"
+        assert not missing, f"{', '.join(missing)} not found; `make kernels-everywhere` says what to install"
         compiler, command = COMPILER, [EMULATOR, "-L", SYSROOT]
     return Driver([*command, str(program(compiler, target))])
 
@@ -218,11 +217,13 @@ def program(compiler: str, target: InstructionSet) -> Path:
     flags = os.environ.get("CFLAGS", "").split()
     facts = (native.sources(), DRIVER.read_text(), native.FLAGS, native.UNITS, target, compiler, flags)
     home = native.user_cache("drivers")
+    home.mkdir(parents=True, exist_ok=True)
     place = home / hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
-    if not place.exists():
-        home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home) as folder:  # others may be building the same
-            build(compiler, target, flags, Path(folder)).replace(place)
+    with place.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests that run beside these need the same
+        if not place.exists():
+            with tempfile.TemporaryDirectory(dir=home) as folder:
+                build(compiler, target, flags, Path(folder)).replace(place)
     return place
 
 

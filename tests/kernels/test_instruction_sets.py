@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -139,6 +140,15 @@ def test_everything_else(kernels: Driver, check: partial[None]) -> None:
 def test_row_operations(kernels: Driver, rows: int, size: int, heads: int, seed: int) -> None:
     torch.manual_seed(seed)
     checks.check_row_operations(kernels, rows, size, heads)
+
+
+COMPILERS = [one for one in ("cc", "gcc", "clang") if shutil.which(one)]
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("target", [one for one in SETS if instruction_sets.runs_here(one)], ids=lambda one: one.name)
+def test_compilers_have_nothing_to_say(compiler: str, target: InstructionSet, tmp_path: Path) -> None:
+    native.compile_units(compiler, target, tmp_path, native.UNITS, "-Wall", "-Wextra", "-Werror", "-fsyntax-only")
 
 
 class TestWhichOne:
