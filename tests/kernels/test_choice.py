@@ -195,7 +195,11 @@ def test_only_faster_operators_are_used(monkeypatch: pytest.MonkeyPatch, caplog:
     assert "rotate: torch; C 2000.000 ms, torch 1000.000" in caplog.text
 
 
-@pytest.mark.parametrize("used", [set(), {"rms_norm"}, {"rotate"}, {"swiglu"}, set(fused.OPERATORS)], ids=str)
+@pytest.mark.parametrize(
+    "used",
+    [set(), {"rms_norm"}, {"rotate"}, {"swiglu"}, set(fused.OPERATORS)],
+    ids=["none", "norm", "rotate", "swiglu", "all"],
+)
 def test_a_recording_has_the_operators_that_were_chosen(used: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "faster_operators", lambda *shape: frozenset(used))
     found, fuse = set[str](), fused.fuse
