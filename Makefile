@@ -12,7 +12,11 @@ LLAMACPP := build/llamacpp
 MODELS   := build/models
 SMOLLM   := $(MODELS)/SmolLM2-135M-Instruct
 
-.PHONY: demo test lint wheel bench cost-curve gpu-check soak server-faults server-bytes server-fuzz server-speed \
+# Debian's packages for the C kernels on ARM64, emulated, and a file of each
+FOREIGN := gcc-aarch64-linux-gnu=/usr/bin/aarch64-linux-gnu-gcc \
+	libc6-dev-arm64-cross=/usr/aarch64-linux-gnu/include/stdio.h qemu-user=/usr/bin/qemu-aarch64
+
+.PHONY: demo test kernels-everywhere foreign-packages lint wheel bench cost-curve gpu-check soak server-faults server-bytes server-fuzz server-speed \
 	real-model peers vllm llamacpp models docs clean
 .DELETE_ON_ERROR:
 
@@ -21,6 +25,15 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# every build of the C kernels that this processor runs, as in `make test`, and ARM64's
+kernels-everywhere: $(STAMP)
+	@missing=; for one in $(FOREIGN); do [ -e "$${one#*=}" ] || missing="$$missing $${one%%=*}"; done; \
+		[ -z "$$missing" ] || { echo "error: missing here: apt-get install$$missing" >&2; exit 1; }
+	IDLM_EVERYWHERE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/test_instruction_sets.py $(ARGS)
+
+foreign-packages:
+	@for one in $(FOREIGN); do echo "$${one%%=*}"; done
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

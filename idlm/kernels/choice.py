@@ -19,7 +19,6 @@ from functools import partial
 from itertools import cycle
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +60,11 @@ class Timing:
         return self.ours <= (1 + NOISE) * self.torch
 
 
+def noise(*shape: int) -> Tensor:
+    """Something to time with; torch's own generator stays as it was, since others draw from it."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
 def fastest(calls: Sequence[Call], rounds: int = ROUNDS) -> list[float]:
     """Seconds of each call: the least of `rounds` or more, in turn, so that noise hits them alike."""
     best = [float("inf")] * len(calls)
@@ -85,15 +89,15 @@ def choose_linears(linears: Linears, seconds: float = SECONDS) -> None:
         return
     shapes = _by_shape(linears)
     place = _file("linears", sorted(shapes))
-    known, until, found = _read(place), perf_counter() + seconds, {}
+    known, until = _read(place), perf_counter() + seconds
+    found: dict[str, list[Timing]] = {}
     for shape, layers in shapes.items():
         name = f"{shape[0]}x{shape[1]}"
-        timings = [Timing(*one) for one in known[name]] if name in known else _time(layers, until)
-        found[name] = [(one.rows, one.ours, one.torch) for one in timings]
+        timings = found[name] = known.get(name) or _time(layers, until)
         for layer in layers:
             layer.choice = _bits(timings)
         log.info("%s", _line(f"linear {name}", timings))
-    if not known:
+    if found != known:
         _write(place, found)
 
 
@@ -111,7 +115,7 @@ def _time(layers: Sequence[Layer], until: float) -> list[Timing]:
     for rows in ROWS:
         if timings and perf_counter() > until:
             break
-        x = torch.randn(rows, layers[0].shape[0])
+        x = noise(rows, layers[0].shape[0])
         calls = (partial(_ours, turn, x), partial(_torch, turn, x))
         timings.append(Timing(rows, *fastest(calls)))
     return timings
@@ -176,9 +180,9 @@ def drafts_pay(linears: Linears, merged: Iterable[tuple[Tensor, Sequence[Tensor]
 
 def _time_drafts(layer: Layer, adapters: Sequence[Tensor], rank: int) -> tuple[float, float]:
     inner, out = layer.shape
-    x, adapter = torch.randn(2 * DRAFT_ROWS, inner), torch.zeros(DRAFT_ROWS, dtype=torch.int64)
+    x, adapter = noise(2 * DRAFT_ROWS, inner), torch.zeros(DRAFT_ROWS, dtype=torch.int64)
     trial = Layer(layer.weight, layer.panels, stacked(adapters[:1]), layer.choice)
-    down, up = torch.randn(rank, inner), torch.randn(out, rank)
+    down, up = noise(rank, inner), noise(out, rank)
 
     def beside() -> None:
         y = layer.multiply(x, None)
@@ -215,20 +219,22 @@ def processor_name() -> str:
     return found.partition(":")[2].strip() or platform.processor()
 
 
-def _read(place: Path) -> dict[str, Any]:
+def _read(place: Path) -> dict[str, list[Timing]]:
+    """By shape; nothing where nothing was measured yet, or the file holds something else."""
     try:
-        found: dict[str, Any] = json.loads(place.read_text())
-    except (OSError, ValueError):
-        return {}  # not measured yet: measure
-    return found
+        found = json.loads(place.read_text())
+        return {name: [Timing(int(rows), float(a), float(b)) for rows, a, b in one] for name, one in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
 
 
-def _write(place: Path, found: Mapping[str, object]) -> None:
+def _write(place: Path, found: Mapping[str, Sequence[Timing]]) -> None:
     """Best effort: without a place to write, the next start measures again."""
+    content = {name: [(one.rows, one.ours, one.torch) for one in timings] for name, timings in found.items()}
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         draft = place.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(found))
+        draft.write_text(json.dumps(content))
         draft.replace(place)
     except OSError:
         return

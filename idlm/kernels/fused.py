@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from idlm.kernels import native
-from idlm.kernels.choice import Call, faster
+from idlm.kernels.choice import Call, faster, noise
 
 TIMED_ROWS = 8
 """Rows that the operators are timed at."""
@@ -105,10 +105,10 @@ def faster_operators(hidden: int, inner: int, heads: int, size: int) -> frozense
     """
     if not native.loaded():
         return frozenset()
-    rows, weight, eps = torch.randn(1, TIMED_ROWS, hidden), torch.randn(hidden), torch.tensor(1e-6)
-    gate, up = torch.randn(2, 1, TIMED_ROWS, inner)
-    query = torch.randn(1, TIMED_ROWS, heads, size).transpose(1, 2)
-    cosine, sine = torch.randn(2, 1, 1, TIMED_ROWS, size)
+    rows, weight, eps = noise(1, TIMED_ROWS, hidden), noise(hidden), torch.tensor(1e-6)
+    gate, up = noise(2, 1, TIMED_ROWS, inner)
+    query = noise(1, TIMED_ROWS, heads, size).transpose(1, 2)
+    cosine, sine = noise(2, 1, 1, TIMED_ROWS, size)
     ops, half = torch.ops.idlm, size // 2
 
     def norm() -> Tensor:

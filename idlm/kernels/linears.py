@@ -70,6 +70,7 @@ class Layer:
         """
         weights, scales, out, _ = self.panels
         ops, choice = torch.ops.idlm, self.choice
+        x = x if x.stride(-1) == 1 else x.contiguous()  # the kernels read rows from end to end
         found: Tensor
         if adapter is None or self.drafts is None:
             found = ops.linear(x, self.weight, weights, scales, out, choice)
@@ -142,6 +143,11 @@ class _Products(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is F.linear and id(args[1]) in self.linears.layers:
+        if func is F.linear and len(args) > 1 and id(args[1]) in self.linears.layers and _is_served(args[0]):
             return self.linears.multiply(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _is_served(x: Tensor) -> bool:
+    """Rows in another type are PyTorch's to refuse."""
+    return x.dtype == torch.float32

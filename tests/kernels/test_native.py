@@ -12,50 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from idlm.decoding.errors import InputError
 from idlm.decoding.params import SamplingParams
 from idlm.engine.build import build_engine
 from idlm.engine.llm import LLM
 from idlm.kernels import fused, native
-from idlm.kernels import window_attention_native as kernel
-from idlm.kernels.window_attention import attend_torch, window_meta, write_pages
+from idlm.kernels.panels import FORMATS, Panels
 from tests.engine.tiny import tiny_idlm
-from tests.kernels.oracle import Case, case
+from tests.kernels import checks
+from tests.kernels.everywhere import Ops
+from tests.kernels.oracle import case
 from tests.kernels.test_window_attention import RATIOS, SHAPES
 
 pytestmark = pytest.mark.skipif(not native.loaded(), reason="no C compiler: there is nothing to test")
 
 
-def twin(one: Case, rows: Tensor, real: int) -> tuple[Tensor, Tensor]:
-    """What the PyTorch twin makes of the windows, and the pages it leaves."""
-    pages = one.pages.clone()
-    write_pages(pages, one.key[:, :real], one.value[:, :real], rows)
-    width, heads = one.query.shape[1:3]
-    meta = window_meta(pages, one.table, one.lengths, one.visible, width, heads)
-    return attend_torch(one.query, one.key, one.value, pages.clone(), meta, one.scale), pages
-
-
-def flat(windows: Tensor, real: int) -> Tensor:
-    """[B, W, ...] -> the real rows of all slots, then their masks."""
-    return torch.cat([windows[:, :real].flatten(0, 1), windows[:, real:].flatten(0, 1)])
-
-
-def attend(one: Case, pages: Tensor, rows: Tensor, real: int) -> Tensor:
-    """Windows; where the rows are causal, as pieces of prompts."""
-    query, key, value = (flat(tensor, real) for tensor in (one.query, one.key, one.value))
-    width = one.query.shape[1]
-    if one.visible is None:
-        ends = torch.arange(1, len(one.lengths) + 1) * width
-        return kernel.attend_pieces(query, key, value, pages, rows.flatten(), one.table, one.lengths, ends, one.scale)
-    return kernel.attend(query, key, value, pages, rows, one.table, one.lengths, one.visible, width - real, one.scale)
-
-
-def check(one: Case, real: int, **tolerance: float) -> None:
-    real = one.query.shape[1] if one.visible is None else real  # pieces have no masks
-    rows = torch.zeros(len(one.lengths), real, dtype=torch.int64)  # the trash page's first row: nobody reads it
-    expected, left = twin(one, rows, real)
-    pages = one.pages.clone()
-    torch.testing.assert_close(attend(one, pages, rows, real), flat(expected, real), **tolerance)
-    torch.testing.assert_close(pages, left, rtol=0, atol=0, equal_nan=True)
+OPS = Ops()
 
 
 @settings(max_examples=60, deadline=None)
@@ -72,7 +44,8 @@ def check(one: Case, real: int, **tolerance: float) -> None:
 def test_attention_is_the_twin(
     lengths: list[int], width: int, heads: tuple[int, int], page: int, size: int, causal: bool, real: int, seed: int
 ) -> None:
-    check(case(lengths, width, *heads, size=size, page=page, causal=causal, seed=seed), min(real, width))
+    one = case(lengths, width, *heads, size=size, page=page, causal=causal, seed=seed)
+    checks.check_attention(OPS, one, min(real, width))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -81,21 +54,12 @@ def test_attention_is_the_twin(
 def test_attention_of_real_shapes(
     shape: tuple[list[int], int, int, int, int, int], causal: bool, dtype: torch.dtype
 ) -> None:
-    one = case(*shape, causal=causal).to(dtype)
-    check(one, max(1, shape[1] // 2), **({} if dtype == torch.float64 else {"atol": 2e-5, "rtol": 1e-4}))
+    tolerance = {} if dtype == torch.float64 else checks.SINGLE
+    checks.check_attention(OPS, case(*shape, causal=causal).to(dtype), max(1, shape[1] // 2), **tolerance)
 
 
 def test_attention_on_several_threads_is_bit_equal() -> None:
-    one, threads = case([40, 7, 90], 40, 6, 2, 32, 16, causal=True), torch.get_num_threads()
-    rows = torch.zeros(3, 40, dtype=torch.int64)
-    try:
-        found = []
-        for number in (1, 2):
-            torch.set_num_threads(number)
-            found.append(attend(one, one.pages.clone(), rows, 40))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(*found)
+    checks.check_threads(OPS)
 
 
 @settings(max_examples=40, deadline=None)
@@ -110,88 +74,63 @@ def test_pieces_of_unequal_length_are_the_twins_one_by_one(
     pieces: list[tuple[int, int]], heads: tuple[int, int], page: int, threads: int, seed: int
 ) -> None:
     lengths, widths = [start for start, _ in pieces], [width for _, width in pieces]
-    one, before = case(lengths, max(widths), *heads, size=8, page=page, causal=True, seed=seed), torch.get_num_threads()
-    whole, _ = twin(one, torch.zeros(len(pieces), max(widths), dtype=torch.int64), max(widths))
-    query, key, value = (
-        torch.cat([rows[:width] for rows, width in zip(tensor, widths, strict=True)])
-        for tensor in (one.query, one.key, one.value)
-    )
-    ends, trash = torch.tensor(widths).cumsum(0), torch.zeros(sum(widths), dtype=torch.int64)
-    try:
-        torch.set_num_threads(threads)
-        found = kernel.attend_pieces(query, key, value, one.pages, trash, one.table, one.lengths, ends, one.scale)
-    finally:
-        torch.set_num_threads(before)
-    torch.testing.assert_close(found, torch.cat([rows[:n] for rows, n in zip(whole, widths, strict=True)]))
+    one = case(lengths, max(widths), *heads, size=8, page=page, causal=True, seed=seed)
+    checks.check_pieces(OPS, one, widths, threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_row_does_not_depend_on_its_window(dtype: torch.dtype) -> None:
-    """Alone, after its predecessors were cached, a row gets the very bits that it gets in a window with them."""
-    both = case([20], 7, 6, 2, 32, 4, causal=True).to(dtype)
-    pages = torch.cat([both.pages, torch.zeros_like(both.pages)], 1)
-    table = torch.cat([both.table, torch.arange(both.pages.shape[1], pages.shape[1])[None]], 1)
-    table[:, 5:] = torch.arange(both.pages.shape[1], both.pages.shape[1] + table.shape[1] - 5)
-    places = (table[0, torch.arange(20, 27) // 4] * 4 + torch.arange(20, 27) % 4)[None]
-    inputs = [one[0] for one in (both.query, both.key, both.value)]
-    ends = torch.tensor([7])
-    together = kernel.attend_pieces(*inputs, pages, places[0], table, both.lengths, ends, both.scale)
-    alone = kernel.attend_pieces(
-        *(one[6:] for one in inputs), pages, places[0, 6:], table, both.lengths + 6, ends - 6, both.scale
-    )
-    assert torch.equal(alone[0], together[6])
+    checks.check_alone(OPS, dtype)
 
 
 def test_a_row_that_sees_nothing_gets_zeros() -> None:
-    one = case([0], 2, 2, 1, 32, 4, causal=False)
-    blind = torch.zeros(1, 2, dtype=torch.int64)
-    inputs = [tensor[0] for tensor in (one.query, one.key, one.value)]
-    mixed = kernel.attend(
-        *inputs, one.pages, torch.zeros(1, 2, dtype=torch.int64), one.table, one.lengths, blind, 0, 1.0
-    )
-    assert mixed.eq(0).all()
+    checks.check_blind(OPS)
+
+
+def test_scores_that_lie_far_apart() -> None:
+    checks.check_far_scores(OPS)
 
 
 def test_the_fused_operations() -> None:
     torch.manual_seed(0)
-    rows, up, weight = torch.randn(1, 5, 37), torch.randn(1, 5, 37), torch.randn(37)
-    plain = weight * (rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + 1e-6))
-    torch.testing.assert_close(torch.ops.idlm.rms_norm(rows, weight, torch.tensor(1e-6)), plain)
-    torch.testing.assert_close(torch.ops.idlm.swiglu(rows, up), torch.nn.functional.silu(rows) * up)
-    heads, (cosine, sine) = torch.randn(1, 5, 3, 8).transpose(1, 2), torch.randn(2, 1, 1, 5, 8)
-    turned = torch.cat([-heads[..., 4:], heads[..., :4]], -1)
-    torch.testing.assert_close(torch.ops.idlm.rotate(heads, cosine, sine), heads * cosine + turned * sine)
+    checks.check_row_operations(OPS, rows=5, size=37, heads=3)
+    checks.check_extremes(OPS)
 
 
+@pytest.mark.parametrize("format", FORMATS)
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 20),
     inner=st.integers(1, 70),
     out=st.integers(1, 300),
-    by_rows=st.booleans(),
     threads=st.integers(1, 2),
     seed=st.integers(0, 2**20),
 )
-def test_products_of_few_rows(rows: int, inner: int, out: int, by_rows: bool, threads: int, seed: int) -> None:
-    """Of weights laid out either way; a row's bits do not depend on the rows beside it or on the threads."""
+def test_products_of_few_rows(format: str, rows: int, inner: int, out: int, threads: int, seed: int) -> None:
     torch.manual_seed(seed)
-    x, weight, before = torch.randn(1, rows, inner), torch.randn(out, inner), torch.get_num_threads()
-    laid_out = weight if by_rows else weight.t().contiguous().t()
-    try:
-        torch.set_num_threads(threads)
-        found = torch.ops.idlm.linear(x, laid_out)
-    finally:
-        torch.set_num_threads(before)
-    torch.testing.assert_close(found, torch.nn.functional.linear(x, weight), rtol=1e-4, atol=1e-4)
-    row = seed % rows
-    assert torch.equal(found[:, row : row + 1], torch.ops.idlm.linear(x[:, row : row + 1], laid_out))
+    checks.check_product(OPS, torch.randn(rows, inner), torch.randn(out, inner), format, threads)
 
 
-def test_a_long_product_goes_in_narrow_panels() -> None:
-    x, weight = torch.randn(17, 5000), torch.randn(300, 5000)
-    torch.testing.assert_close(
-        torch.ops.idlm.linear(x, weight.t().contiguous().t()), x @ weight.t(), rtol=1e-3, atol=1e-3
-    )
+@pytest.mark.parametrize("format", FORMATS)
+def test_long_products_and_many_rows(format: str) -> None:
+    """Sums over many blocks, and more rows than are multiplied at a time."""
+    checks.check_product(OPS, torch.randn(17, 5000), torch.randn(300, 5000), format, 2)
+    checks.check_product(OPS, torch.randn(300, 33), torch.randn(70, 33), format, 2)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_panels_stand_for_the_matrix(format: str) -> None:
+    weight = torch.randn(70, 33) * torch.logspace(-20, 20, 70)[:, None]
+    weight[7] = 0
+    panels = Panels.of(weight, format)
+    assert panels.weights.shape[::2] == (3, 32)
+    assert panels.weights.dtype == FORMATS[format]
+    if format == "int8":
+        step = weight.abs().amax(dim=1, keepdim=True) / 127
+        assert ((panels.matrix() - weight).abs() <= step * 0.5001).all()
+        assert torch.equal(panels.weights.abs().amax(dim=(1, 3)).flatten()[:70].gt(0), weight.ne(0).any(dim=1))
+    else:
+        assert torch.equal(panels.matrix(), weight.to(FORMATS[format]).float())
 
 
 @pytest.mark.parametrize(("family", "norms"), [("llama", 5), ("mistral", 5), ("qwen2", 5), ("qwen3", 9)])
@@ -241,9 +180,7 @@ def test_without_a_compiler_the_twins_serve(
     with_kernels = LLM(idlm, max_num_seqs=2).generate(prompt, greedy)[0].token_ids
     monkeypatch.setenv("CC", "/no/such/compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    caches = (native.loaded, native.int8_pays)
-    for one in caches:
-        one.cache_clear()
+    native.loaded.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "idlm"):
             assert LLM(idlm, max_num_seqs=2).generate(prompt, greedy)[0].token_ids == with_kernels
@@ -251,6 +188,42 @@ def test_without_a_compiler_the_twins_serve(
         assert not native.loaded()
     finally:
         monkeypatch.undo()
-        for one in caches:
-            one.cache_clear()
+        native.loaded.cache_clear()
     assert native.loaded()  # again
+
+
+@pytest.mark.parametrize(("value", "platform", "said"), [("0", "x86_64", ""), ("auto", "sparc", "none for sparc")])
+def test_without_kernels_pytorch_multiplies(
+    value: str, platform: str, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Because somebody wants that, or since there are none for this platform."""
+    idlm, prompt, greedy = tiny_idlm("qwen3"), [5, 6, 7], SamplingParams(temperature=0)
+    idlm.model.float()
+    with_kernels = LLM(idlm, max_num_seqs=2).generate(prompt, greedy)[0].token_ids
+    monkeypatch.setenv("IDLM_NATIVE", value)
+    monkeypatch.setattr("platform.machine", lambda: platform)
+    native.loaded.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, "idlm"):
+            assert LLM(idlm, max_num_seqs=2).generate(prompt, greedy)[0].token_ids == with_kernels
+        assert build_engine(idlm, 4, "all").runner.core.linears is None
+        with pytest.raises(InputError, match="weights='int8' needs the C kernels, which are not there"):
+            build_engine(idlm, 4, "all", weights="int8")
+        assert said in caplog.text
+        assert bool(caplog.text) == bool(said)
+    finally:
+        monkeypatch.undo()
+        native.loaded.cache_clear()
+    assert native.loaded()  # again
+
+
+def test_an_instruction_set_that_is_unknown_stops_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    idlm = tiny_idlm("qwen3")
+    monkeypatch.setenv("IDLM_NATIVE", "mmx")
+    native.loaded.cache_clear()
+    try:
+        with pytest.raises(InputError, match="IDLM_NATIVE='mmx' is unknown; use auto, 0, or one of avx512_vnni"):
+            LLM(idlm, max_num_seqs=2)
+    finally:
+        monkeypatch.undo()
+        native.loaded.cache_clear()

@@ -17,7 +17,7 @@
    int8: w[k][n] = scales[k / GROUP][n] code[k][n], and a row of x is rounded to 16 bits, x[k] = scale number[k]. Two
    products of 16 bits a lane are added as integers, exactly, a group at a time. */
 
-#include <math.h>
+#include <float.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -34,6 +34,7 @@
 #define GROUP 128               /* inputs that share a scale; 128 * 127 * 32767 < 2^31, so that their sum is exact */
 #define MOST_ROWS 256           /* at a time */
 #define X_BYTES (512 << 10)     /* of rows at a time: they stay in the second-level cache from panel to panel */
+#define LEAST 1e-30f
 #define MOST_PARTS 8            /* tiles that ask for the next block: with more of them there is time enough */
 
 typedef float floats __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
@@ -252,14 +253,24 @@ void multiply(const Product *p, int threads) {
     }
 }
 
-/* A row as 16-bit numbers times what it returns; `to` has room for one more than `size`, rounded up to even. */
+/* A row as 16-bit numbers times what it returns; `to` has room for `size` of them, rounded up to even. Halves are rounded
+   away from 0, in integers: as floats, x rate + 0.5 would be rounded once where there is a fused multiply-add and twice
+   elsewhere, and instruction sets would disagree. A row below LEAST counts as zeros: its rate would be infinite. One with
+   a NaN or an infinity becomes NaN, by what is returned. */
 float to_numbers(const float *restrict from, int16_t *restrict to, int64_t size) {
-    float most = 0;
-    for (int64_t k = 0; k < size; k++) most = fmaxf(most, fabsf(from[k]));
-    float rate = most > 0 ? 32767 / most : 0;
+    uint32_t top = 0; /* of the absolute values, which are ordered as their bits are; NaN is above all */
     for (int64_t k = 0; k < size; k++) {
-        float number = from[k] * rate;
-        to[k] = (int16_t)(int32_t)(number + (number < 0 ? -0.5f : 0.5f));
+        uint32_t bits;
+        memcpy(&bits, from + k, 4);
+        bits &= 0x7fffffff;
+        top = bits > top ? bits : top;
+    }
+    float most;
+    memcpy(&most, &top, 4);
+    float rate = most > LEAST && most <= FLT_MAX ? 2 * 32767 / most : 0;
+    for (int64_t k = 0; k < size; k++) {
+        int32_t twice = (int32_t)(from[k] * rate);
+        to[k] = (int16_t)((twice + (twice >= 0)) >> 1);
     }
     if (size % 2) to[size] = 0;
     return most / 32767;

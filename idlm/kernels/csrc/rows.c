@@ -29,10 +29,13 @@ void rotate(const float *restrict from, const float *restrict cosine, const floa
         }
 }
 
-/* silu(gate) * up */
+/* silu(gate) * up. Below LEAST silu is 0 as far as float32 can tell; without the bound expf would be infinite, and the
+   reciprocals that fast math divides by make NaN of that. */
+#define LEAST -80.0f
+
 void swiglu(const Rows *gate, const Rows *up, float *restrict to) {
     for (int64_t row = 0; row < gate->rows; row++, to += gate->size) {
         const float *restrict a = row_of(gate, row), *restrict b = row_of(up, row);
-        for (int64_t d = 0; d < gate->size; d++) to[d] = a[d] / (1 + expf(-a[d])) * b[d];
+        for (int64_t d = 0; d < gate->size; d++) to[d] = a[d] / (1 + expf(-fmaxf(a[d], LEAST))) * b[d];
     }
 }

@@ -1,0 +1,183 @@
+"""What every build of the C kernels has to do, against PyTorch twins; `kernels` are those of one build."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from idlm.kernels.panels import Panels
+from idlm.kernels.window_attention import attend_torch, window_meta, write_pages
+from tests.kernels.everywhere import Kernels, flat
+from tests.kernels.oracle import Case, case
+
+BLOCK = 512
+"""Inputs whose int8 products csrc/linear.c adds as integers."""
+SINGLE = {"atol": 2e-5, "rtol": 1e-4}
+"""Tolerance of attention in float32."""
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows x [T, K] as csrc/linear.c rounds them, in whole numbers up to 32,767: int64 [T, K], scales [T]."""
+    most = x.abs().amax(dim=1)
+    rate = torch.full_like(most, 65534) / most  # 65534 / most would multiply by a reciprocal
+    twice = (x * torch.where(most > 1e-30, rate, 0)[:, None]).nan_to_num().trunc().to(torch.int64)
+    return (twice + (twice >= 0)) >> 1, most / 32767
+
+
+def int8_twin(x: Tensor, panels: Panels) -> Tensor:
+    """The same roundings by PyTorch: exact sums of a block, then the float32 operations of csrc/linear.c, in order."""
+    numbers, scales = rounded(x)
+    codes = panels._replace(scales=torch.empty(0)).matrix().to(torch.int64)
+    found = torch.zeros(len(x), panels.out)
+    for start in range(0, panels.inner, BLOCK):
+        exact = numbers[:, start : start + BLOCK].double() @ codes[:, start : start + BLOCK].t().double()
+        found += exact.float()
+    return found * (scales[:, None] * panels.scales[: panels.out])
+
+
+def check_product(kernels: Kernels, x: Tensor, weight: Tensor, format: str, number: int) -> None:
+    """`x` [T, K] by `weight` [N, K]; a row's bits do not depend on the rows beside it or on the threads."""
+    panels = Panels.of(weight, format)
+    with threads(number):
+        found = kernels.linear(x, panels)
+    if format == "int8":
+        assert torch.equal(found, int8_twin(x, panels))
+        x = (rounded(x)[0] * rounded(x)[1].double()[:, None]).float()
+    size = x.abs().double() @ panels.matrix().abs().double().t()  # what rounding errors are relative to
+    error = (found - x.double() @ panels.matrix().double().t()).abs()
+    assert (error <= 2**-22 * (2 + x.shape[1] ** 0.5) * size + 1e-30).all()
+    if format != "int8":
+        row = len(x) // 2
+        assert torch.equal(found[row : row + 1], kernels.linear(x[row : row + 1], panels))
+
+
+def twin(one: Case, rows: Tensor, real: int) -> tuple[Tensor, Tensor]:
+    """What the PyTorch twin makes of the windows, and the pages it leaves."""
+    pages = one.pages.clone()
+    write_pages(pages, one.key[:, :real], one.value[:, :real], rows)
+    width, heads = one.query.shape[1:3]
+    meta = window_meta(pages, one.table, one.lengths, one.visible, width, heads)
+    return attend_torch(one.query, one.key, one.value, pages.clone(), meta, one.scale), pages
+
+
+def attend(kernels: Kernels, one: Case, pages: Tensor, rows: Tensor, real: int) -> Tensor:
+    """Windows; where the rows are causal, as pieces of prompts."""
+    if one.visible is not None:
+        return kernels.attend(one, pages, rows, real)
+    ends = torch.arange(1, len(one.lengths) + 1) * one.query.shape[1]
+    return kernels.attend_pieces(flattened(one), pages, rows.flatten(), ends)
+
+
+def flattened(one: Case, widths: Sequence[int] | None = None) -> Case:
+    """The rows of all slots one after the other, as many of each as `widths` has."""
+
+    def joined(rows: Tensor) -> Tensor:
+        return torch.cat([of[:width] for of, width in zip(rows, widths or [None] * len(rows), strict=True)])
+
+    return replace(one, query=joined(one.query), key=joined(one.key), value=joined(one.value))
+
+
+def check_attention(kernels: Kernels, one: Case, real: int, **tolerance: float) -> None:
+    real = one.query.shape[1] if one.visible is None else real  # pieces have no masks
+    rows = torch.zeros(len(one.lengths), real, dtype=torch.int64)  # the trash page's first row: nobody reads it
+    expected, left = twin(one, rows, real)
+    pages = one.pages.clone()
+    found = attend(kernels, one, pages, rows, real)
+    torch.testing.assert_close(found, flat(expected, real), **tolerance)
+    torch.testing.assert_close(pages, left, rtol=0, atol=0, equal_nan=True)
+
+
+def check_pieces(kernels: Kernels, one: Case, widths: Sequence[int], number: int, **tolerance: float) -> None:
+    """Causal pieces of these lengths are the twin's one by one."""
+    trash = torch.zeros(len(widths), max(widths), dtype=torch.int64)
+    whole, _ = twin(one, trash, max(widths))
+    with threads(number):
+        ends, flat_rows = torch.tensor(widths).cumsum(0), torch.zeros(sum(widths), dtype=torch.int64)
+        found = kernels.attend_pieces(flattened(one, widths), one.pages.clone(), flat_rows, ends)
+    expected = torch.cat([rows[:n] for rows, n in zip(whole, widths, strict=True)])
+    torch.testing.assert_close(found, expected, **tolerance)
+
+
+def check_threads(kernels: Kernels) -> None:
+    """Attention is bit-equal on any number of threads."""
+    one, found = case([40, 7, 90], 40, 6, 2, 32, 16, causal=True), []
+    for number in (1, 2):
+        with threads(number):
+            rows = torch.zeros(3, 40, dtype=torch.int64)
+            found.append(attend(kernels, one, one.pages.clone(), rows, 40))
+    assert torch.equal(*found)
+
+
+def check_alone(kernels: Kernels, dtype: torch.dtype) -> None:
+    """Alone, after its predecessors were cached, a row gets the very bits that it gets in a window with them."""
+    both = case([20], 7, 6, 2, 32, 4, causal=True).to(dtype)
+    pages = torch.cat([both.pages, torch.zeros_like(both.pages)], 1)
+    table = torch.cat([both.table, torch.arange(both.pages.shape[1], pages.shape[1])[None]], 1)
+    table[:, 5:] = torch.arange(both.pages.shape[1], both.pages.shape[1] + table.shape[1] - 5)
+    places = (table[0, torch.arange(20, 27) // 4] * 4 + torch.arange(20, 27) % 4)[None]
+    ends, rows = torch.tensor([7]), replace(flattened(both), table=table)
+    together = kernels.attend_pieces(rows, pages, places[0], ends)
+    last = replace(rows, query=rows.query[6:], key=rows.key[6:], value=rows.value[6:], lengths=rows.lengths + 6)
+    assert torch.equal(kernels.attend_pieces(last, pages, places[0, 6:], ends - 6)[0], together[6])
+
+
+def check_blind(kernels: Kernels) -> None:
+    """A row that sees nothing gets zeros."""
+    one = replace(case([0], 2, 2, 1, 32, 4, causal=False), visible=torch.zeros(1, 2, dtype=torch.int64))
+    assert kernels.attend(one, one.pages, torch.zeros(1, 2, dtype=torch.int64), 2).eq(0).all()
+
+
+def check_far_scores(kernels: Kernels) -> None:
+    """Scores so far apart that most weights are 0, and all of them far below 0."""
+    one = case([40, 3], 9, 4, 2, 8, 4, causal=False).to(torch.float32)
+    for shift in (0, 50):
+        check_attention(kernels, replace(one, query=200 * one.query - shift), 5, **SINGLE)
+
+
+def check_row_operations(kernels: Kernels, rows: int, size: int, heads: int) -> None:
+    """RMS norm, rotary embedding, SwiGLU."""
+    x, up, weight = torch.randn(rows, size), torch.randn(rows, size), torch.randn(size)
+    plain = weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+    torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-6), plain)
+    torch.testing.assert_close(kernels.swiglu(x, up), F.silu(x) * up)
+    half = (size + 1) // 2
+    turning, (cosine, sine) = torch.randn(rows, heads, 2 * half), torch.randn(2, rows, 1, 2 * half)
+    turned = torch.cat([-turning[..., half:], turning[..., :half]], -1)
+    found = kernels.rotate(turning, cosine[:, 0], sine[:, 0])
+    torch.testing.assert_close(found, turning * cosine + turned * sine)
+
+
+def check_extremes(kernels: Kernels) -> None:
+    """Gates of any size, rows of zeros and columns of zeros."""
+    gates = torch.tensor([-1e6, -1000, -100, -89, -88.8, -88, -80, -50, 0, 50, 89, 1000, 1e30])
+    gates = gates.repeat(5)[None]  # so that there are whole vectors and a rest
+    torch.testing.assert_close(kernels.swiglu(gates, torch.ones_like(gates)), F.silu(gates))
+    assert kernels.rms_norm(torch.zeros(2, 9), torch.ones(9), 1e-6).eq(0).all()
+    weight, x = torch.randn(20, 8), torch.randn(4, 8)
+    weight[3], x[1], x[2] = 0, 0, 1e-40
+    for format in ("float32", "bfloat16", "int8"):
+        found = kernels.linear(x, Panels.of(weight, format))
+        assert found[1].eq(0).all()
+        assert found[2].abs().max() < 1e-37
+        assert found[:, 3].eq(0).all()
+        assert found[0].ne(0).sum() == 19
+    for wrong in (torch.nan, torch.inf):
+        x[0, 5] = wrong
+        found = kernels.linear(x, Panels.of(weight, "int8"))
+        assert found[0].isnan().all()
+        assert found[1:].isfinite().all()

@@ -1,0 +1,313 @@
+"""Products by panels inside the model: weights of MASK rows, and what they may and may not change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import idlm
+from idlm.decoding.errors import InputError
+from idlm.decoding.params import SamplingParams
+from idlm.engine import build
+from idlm.engine.build import build_engine
+from idlm.engine.request import Result
+from idlm.kernels import native
+from idlm.kernels.linears import ALWAYS, Layer, Linears, _shared
+from idlm.kernels.panels import FORMATS, Panels, stacked
+from idlm.models.idlm_model import Idlm
+from idlm.nano.problems import held_out_problems
+from tests.engine.tiny import tiny_idlm, with_second_adapter
+from tests.kernels.checks import rounded, threads
+
+pytestmark = pytest.mark.skipif(not native.loaded(), reason="no C compiler: there is nothing to test")
+
+
+def single(family: str = "qwen3") -> Idlm:
+    model = tiny_idlm(family)
+    model.model.float()
+    return model
+
+
+def exact(x: Tensor, weights: Tensor, adapter: Tensor) -> Tensor:
+    """The MASK rows `x` [M, K] by int8 weights of their adapters' `weights` [A, N, K], in float64: [M, N]."""
+    numbers, scales = rounded(x)
+    codes = torch.stack([Panels.of(weight, "int8").matrix() for weight in weights]).double()
+    return torch.einsum("mk,mnk->mn", numbers * scales[:, None].double(), codes.index_select(0, adapter))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    real=st.integers(0, 9),
+    masks=st.integers(1, 20),
+    inner=st.integers(1, 70),
+    out=st.integers(1, 300),
+    adapters=st.integers(1, 3),
+    number=st.integers(1, 2),
+    choice=st.sampled_from([ALWAYS, 0]),
+    format=st.sampled_from(list(FORMATS)),
+    seed=st.integers(0, 2**20),
+)
+def test_masks_by_their_adapters_codes_and_the_others_as_ever(
+    real: int, masks: int, inner: int, out: int, adapters: int, number: int, choice: int, format: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    weights, x = torch.randn(adapters, out, inner), torch.randn(1, real + masks, inner)
+    adapter = torch.randint(adapters, (masks,))
+    layer = Layer(weights[0], Panels.of(weights[0], format), stacked(list(weights)), choice)
+    with threads(number):
+        found = layer.multiply(x, adapter)[0]
+        assert found.shape == (real + masks, out)
+        if real:
+            assert torch.equal(found[:real], layer.multiply(x[:, :real], None)[0])
+    torch.testing.assert_close(found[real:].double(), exact(x[0, real:], weights, adapter), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(inner=st.integers(1, 300), out=st.integers(1, 40), seed=st.integers(0, 2**20))
+def test_the_rounding_is_within_its_bound(inner: int, out: int, seed: int) -> None:
+    """Half a step of each factor: |error| <= sum of s_x/2 |w| + s_w/2 |x| + s_x s_w / 4."""
+    torch.manual_seed(seed)
+    weight, x = torch.randn(out, inner), torch.randn(3, inner)
+    layer = Layer(weight, Panels.of(weight, "float32"), stacked([weight]))
+    found = layer.multiply(x[None], torch.zeros(3, dtype=torch.int64))[0]
+    rows, columns = x.abs().amax(dim=1) / 65534, weight.abs().amax(dim=1) / 254
+    bound = rows[:, None] * weight.abs().sum(1) + columns * x.abs().sum(1)[:, None] + inner * rows[:, None] * columns
+    assert ((found - x @ weight.t()).abs() <= bound * (1 + 1e-4) + 1e-5).all()
+
+
+def test_a_row_of_zeros_and_a_column_of_zeros_stay_zero() -> None:
+    weight = torch.randn(20, 8)
+    weight[3] = 0
+    x = torch.randn(1, 2, 8)
+    x[0, 1] = 0
+    layer = Layer(weight, Panels.of(weight, "float32"), stacked([weight]))
+    found = layer.multiply(x, torch.zeros(2, dtype=torch.int64))[0]
+    assert found[1].eq(0).all()
+    assert found[:, 3].eq(0).all()
+    assert found[0].ne(0).sum() == 19
+
+
+def test_rows_that_lie_apart_and_rows_of_several_sequences() -> None:
+    weight, wide = torch.randn(40, 8), torch.randn(2, 3, 16)
+    panels = Panels.of(weight, "float32")
+    for choice in (ALWAYS, 0):
+        layer = Layer(weight, panels, None, choice)
+        for x in (wide[..., :8], wide[..., ::2], wide[0, :, :8], wide[0, 1, 8:], wide[:1, :, 8:], wide[:, 1:2, 3:11]):
+            torch.testing.assert_close(layer.multiply(x, None), F.linear(x, weight))
+    assert layer.multiply(wide[:, :0, :8], None).shape == (2, 0, 40)
+
+
+def other_panels(weight: Tensor) -> Panels:
+    """Panels of another weight, so that one sees who multiplied."""
+    return Panels.of(weight + 1, "float32")
+
+
+@pytest.mark.parametrize("choice", [0, 0b1, 0b100, 0b1010, (1 << 62) - 1 & ~0b10, ALWAYS])
+def test_each_number_of_rows_goes_where_the_choice_says(choice: int) -> None:
+    weight = torch.randn(40, 8)
+    panels = other_panels(weight)
+    for rows in (*range(1, 19), 31, 32, 33, 64, 65):
+        x = torch.randn(1, rows, 8)
+        bit = (rows - 1).bit_length()
+        expected = F.linear(x, weight + 1 if choice >> bit & 1 else weight)
+        torch.testing.assert_close(Layer(weight, panels, None, choice).multiply(x, None), expected)
+        masks = torch.zeros(3, dtype=torch.int64)  # they do not count
+        split = Layer(weight, panels, stacked([weight]), choice).multiply(
+            torch.cat([x, x[:, :1].expand(1, 3, 8)], 1), masks
+        )
+        torch.testing.assert_close(split[:, :rows], expected)
+
+
+def test_merged_weights_are_the_gated_update() -> None:
+    """Rows of two adapters by the gated layers and by the merged weights, in float64."""
+    tokens, positions = torch.full((1, 3), 24), torch.arange(3)[None]
+    visible = torch.ones(3, 3, dtype=torch.bool).tril()[None, None]
+    for number in range(2):
+        gated, merged = (with_second_adapter(tiny_idlm("qwen3")) for _ in range(2))
+        assert gated.gate is not None
+        assert merged.gate is not None
+        gated.gate.adapter = merged.gate.adapter = torch.full((3,), number)
+        want = gated.hidden(tokens, positions, visible, slice(0, 3))
+        for weight, own in list(merged.mask_weights()):
+            weight.data = own[number] if len(own) == 2 else own[0]
+        merged.gate.merged = True
+        torch.testing.assert_close(merged.hidden(tokens, positions, visible, slice(0, 3)), want)
+
+
+def int8_drafts(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
+    """As if it had been measured so."""
+    monkeypatch.setattr(build, "drafts_pay", lambda linears, merged, ranks: on)
+
+
+def results(model: Idlm, int8: bool, monkeypatch: pytest.MonkeyPatch, record: bool) -> list[Result]:
+    """Greedy and sampled requests, of both adapters where there are two, side by side."""
+    int8_drafts(monkeypatch, int8)
+    adapters = ["one", "two"][: 1 if model.gate is None else model.gate.adapters]
+    engine = build_engine(model, 4, "all", adapters, max_num_seqs=4, record=record)
+    linears = engine.runner.core.linears
+    assert linears is not None
+    assert linears.drafts == int8
+    for seed in range(8):
+        params = SamplingParams(max_tokens=40, temperature=0.7 * (seed % 2), ignore_eos=True)
+        engine.add([5, 6, 7 + seed], params, seed, adapters[seed // 4 % len(adapters)])
+    found = [update.result for update in engine.run() if update.result is not None]
+    return sorted(found, key=lambda one: one.seed)
+
+
+@pytest.mark.parametrize("record", [True, False], ids=["recorded", "eager"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])  # with biases and without
+def test_the_output_stays_and_the_drafts_hardly_change(
+    family: str, record: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_second_adapter(single(family))
+    plain, int8 = (results(model, on, monkeypatch, record) for on in (False, True))
+    assert [one.token_ids for one in int8] == [one.token_ids for one in plain]
+    assert sum(one.forwards for one in int8) == pytest.approx(sum(one.forwards for one in plain), rel=0.05)
+
+
+@pytest.mark.parametrize("int8", [True, False])
+def test_recorded_and_eager_steps_draft_alike(int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded, eager = (results(single(), int8, monkeypatch, record) for record in (True, False))
+    assert [(one.forwards, one.reached, one.accepted) for one in recorded] == [
+        (one.forwards, one.reached, one.accepted) for one in eager
+    ]
+
+
+def test_acceptance_of_the_bundled_model_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    forwards, chats = [], [[{"role": "user", "content": one.question}] for one in held_out_problems(8)]
+    for int8 in (False, True):
+        int8_drafts(monkeypatch, int8)
+        llm = idlm.LLM("nano", stride=4, branches="chain", max_num_seqs=8)
+        forwards.append(sum(one.forwards for one in llm.chat(chats, SamplingParams(temperature=0, max_tokens=60))))
+    assert forwards[1] <= forwards[0] * 1.03
+
+
+def test_other_users_of_the_model_keep_the_adapter_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's int8 weights are its own: the model itself, between two steps, drafts as the oracle does."""
+    int8_drafts(monkeypatch, True)
+    model = single()
+    tokens, visible = torch.tensor([5, 6, 24, 24]), torch.ones(4, 4, dtype=torch.bool).tril()
+    before = model.forward(tokens, torch.arange(4), visible)
+    engine = build_engine(model, 4, "all", max_num_seqs=2)
+    engine.add([5, 6, 7], SamplingParams(max_tokens=30, temperature=0, ignore_eos=True), 0)
+    for _ in range(3):
+        engine.step()
+    torch.testing.assert_close(model.forward(tokens, torch.arange(4), visible), before)
+
+
+def test_weights_that_a_float64_model_has_are_left_alone() -> None:
+    assert build_engine(tiny_idlm("qwen3"), 4, "all", max_num_seqs=2).runner.core.linears is None
+
+
+def test_no_memory_for_them_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    int8_drafts(monkeypatch, True)
+    monkeypatch.setattr(build, "DRAFT_SHARE", 0.0)
+    with caplog.at_level("INFO", "idlm"):
+        linears = build_engine(single(), 4, "all", max_num_seqs=2).runner.core.linears
+    assert linears is not None
+    assert not linears.drafts
+    assert "MASK rows: the model's weights and the adapter; int8 weights of their own would take" in caplog.text
+
+
+def test_no_memory_for_panels_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(build, "PANELS_SHARE", 0.0)
+    with caplog.at_level("INFO", "idlm"):
+        assert build_engine(single(), 4, "all", max_num_seqs=2).runner.core.linears is None
+    assert "PyTorch multiplies: a copy of the weights for the C kernels would take" in caplog.text
+    linears = build_engine(single(), 4, "all", max_num_seqs=2, weights="int8").runner.core.linears
+    assert linears is not None  # since somebody asked for it
+    assert linears.format == "int8"
+
+
+def test_layers_that_are_not_known_are_left_alone() -> None:
+    known, weight, x = torch.randn(5, 8), torch.randn(5, 8), torch.randn(1, 3, 8)
+    linears = Linears([known], "int8")
+    with linears.use():
+        assert torch.equal(F.linear(x, weight), x @ weight.t())
+        assert not torch.equal(F.linear(x, known), x @ known.t())
+        with pytest.raises(RuntimeError, match="dtype"):
+            F.linear(x.double(), known)
+
+
+def test_a_bias_is_added() -> None:
+    weight, bias, x = torch.randn(5, 8), torch.randn(5), torch.randn(1, 3, 8)
+    with Linears([weight], "float32").use():
+        torch.testing.assert_close(F.linear(x, weight, bias), x @ weight.t() + bias)
+        torch.testing.assert_close(F.linear(x, weight, bias=bias), x @ weight.t() + bias)
+
+
+def test_engines_on_one_model_share_its_panels_until_it_is_trained_on() -> None:
+    weight = torch.nn.Parameter(torch.randn(5, 8))
+    first = _shared(weight, "float32")
+    assert _shared(weight, "float32").weights is first.weights
+    assert _shared(weight, "int8").weights is not first.weights
+    with torch.no_grad():
+        weight += 1
+    assert torch.equal(_shared(weight, "float32").matrix(), weight)
+
+
+PLANS: tuple[tuple[int, str], ...] = ((2, "chain"), (4, "all"), (3, "chain"))
+
+
+def greedy(model: Idlm, stride: int, branches: str, **options: object) -> Iterator[tuple[int, ...]]:
+    engine = build_engine(model, stride, branches, max_num_seqs=4, **options)  # type: ignore[arg-type]
+    for seed in range(6):
+        params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+        engine.add([5, 6, 7 + seed, 3][: 2 + seed % 3], params, seed)
+    found = [update.result for update in engine.run() if update.result is not None]
+    yield from (tuple(one.token_ids) for one in sorted(found, key=lambda one: one.seed))
+
+
+@pytest.mark.parametrize("int8", [True, False], ids=["int8-drafts", "own"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_drafting_changes_no_token_in_any_format(
+    format: str, family: str, int8: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    int8_drafts(monkeypatch, int8)
+    model = single(family)
+    ar = list(greedy(model, 1, "chain", weights=format))
+    assert len(ar) == 6
+    for stride, branches in PLANS:
+        assert list(greedy(model, stride, branches, weights=format)) == ar
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_each_format_is_the_models_own_rounding(format: str) -> None:
+    """An engine with rounded weights writes what a model with those very weights writes; qwen2's head has its own."""
+    model, copy = single("qwen2"), single("qwen2")
+    with torch.no_grad():
+        for weight in copy.linear_weights():
+            weight.copy_(Panels.of(weight, format).matrix())
+    assert list(greedy(model, 4, "all", weights=format)) == list(greedy(copy, 4, "all"))
+
+
+def test_a_checkpoint_in_bfloat16_is_multiplied_in_bfloat16() -> None:
+    model = single()
+    for stored, format in ((torch.bfloat16, "bfloat16"), (None, "float32"), (torch.float16, "float32")):
+        model.stored = stored
+        linears = build_engine(model, 4, "all", max_num_seqs=2).runner.core.linears
+        assert linears is not None
+        assert linears.format == format
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_formats_that_cannot_be_used_are_refused(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=rf"weights='{format}' needs float32 activations, and the model is float64"):
+        build_engine(tiny_idlm("qwen3"), 4, "all", weights=format)
+    with pytest.raises(InputError, match=rf"weights='{format}' does not go with deterministic=True"):
+        build_engine(single(), 4, "all", weights=format, deterministic=True)
+    monkeypatch.setattr(build.native, "loaded", lambda: False)  # what IDLM_NATIVE=0 makes of it, see test_native.py
+    with pytest.raises(InputError, match=rf"weights='{format}' needs the C kernels, which are not there"):
+        build_engine(single(), 4, "all", weights=format)
+
+
+def test_an_unknown_format_is_refused() -> None:
+    with pytest.raises(InputError, match="weights='int4' is unknown; use auto, float32, bfloat16, int8"):
+        build_engine(single(), 4, "all", weights="int4")
