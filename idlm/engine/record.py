@@ -66,6 +66,7 @@ class Recorder:
 
     def prepare(self, kind: Kind) -> None:
         """On a CPU: let the next step of this kind be recorded, however new it is."""
+        self.core.layout(kind.plan)  # now: made while a step is recorded, it would be made in every step
         for prompts in (False, True):
             self._seen[kind, prompts] = max(self._seen[kind, prompts], WARM["cpu"])
 

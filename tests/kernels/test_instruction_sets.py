@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from idlm.decoding.errors import InputError
-from idlm.kernels import instruction_sets, native
+from idlm.kernels import compiling, instruction_sets, native
 from idlm.kernels.instruction_sets import INSTRUCTION_SETS, InstructionSet
 from idlm.kernels.panels import FORMATS
 from tests.kernels import checks
