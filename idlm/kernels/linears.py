@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from idlm.kernels.huge_pages import in_huge_pages
 from idlm.kernels.panels import Panels, stacked
 
 ALWAYS = -1
@@ -33,13 +34,21 @@ _made = WeakTensorKeyDictionary()
 weights that they are of."""
 
 
-def _shared(weight: Tensor, format: str) -> Panels:
+def _shared(weights: Iterable[Tensor], format: str) -> list[Panels]:
     """Engines on one model share its panels; weights that were trained on get new ones."""
-    known = _made.setdefault(weight, {})
-    if format not in known or known[format][0] != weight._version:
-        known[format] = (weight._version, Panels.of(weight, format))
-    panels: Panels = known[format][1]
-    return panels
+    weights = list(weights)
+    fresh = [weight for weight in weights if _known(weight, format) is None]
+    made = [Panels.of(weight, format) for weight in fresh]
+    memory = in_huge_pages([one.weights for one in made])
+    for weight, panels, place in zip(fresh, made, memory, strict=True):
+        kept = (weight._version, panels._replace(weights=place))
+        _made.setdefault(weight, {})[format] = kept
+    return [_made[weight][format][1] for weight in weights]
+
+
+def _known(weight: Tensor, format: str) -> Panels | None:
+    version, panels = _made.get(weight, {}).get(format, (None, None))
+    return panels if version == weight._version else None
 
 
 @dataclass
@@ -101,12 +110,16 @@ class Linears:
 
     def add(self, weights: Iterable[Tensor]) -> None:
         """Serve further weights, such as adapters'."""
-        self.layers |= {id(w): Layer(w, _shared(w, self.format)) for w in weights}
+        weights = list(weights)
+        panels = _shared(weights, self.format)
+        self.layers |= {id(w): Layer(w, one) for w, one in zip(weights, panels, strict=True)}
 
     def add_drafts(self, merged: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> None:
         """Give MASK rows int8 weights: of each layer's weight, what each adapter makes of it."""
-        for weight, adapters in merged:
-            self.layers[id(weight)].drafts = stacked(adapters)
+        made = [(self.layers[id(weight)], *stacked(adapters)) for weight, adapters in merged]
+        memory = in_huge_pages([codes for _, codes, _ in made])
+        for (layer, _, scales), codes in zip(made, memory, strict=True):
+            layer.drafts = codes, scales
 
     @contextmanager
     def use(self) -> Iterator[None]:

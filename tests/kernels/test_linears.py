@@ -244,12 +244,12 @@ def test_a_bias_is_added() -> None:
 
 def test_engines_on_one_model_share_its_panels_until_it_is_trained_on() -> None:
     weight = torch.nn.Parameter(torch.randn(5, 8))
-    first = _shared(weight, "float32")
-    assert _shared(weight, "float32").weights is first.weights
-    assert _shared(weight, "int8").weights is not first.weights
+    first = _shared([weight], "float32")[0]
+    assert _shared([weight], "float32")[0].weights is first.weights
+    assert _shared([weight], "int8")[0].weights is not first.weights
     with torch.no_grad():
         weight += 1
-    assert torch.equal(_shared(weight, "float32").matrix(), weight)
+    assert torch.equal(_shared([weight], "float32")[0].matrix(), weight)
 
 
 PLANS: tuple[tuple[int, str], ...] = ((2, "chain"), (4, "all"), (3, "chain"))

@@ -108,13 +108,13 @@ INLINE void tile_bfloat16(const Job *job, const int rows, const int vectors, con
     for (int64_t k = job->start; k < job->end; k += 2, panel += WHOLE) {
         const int64_t second = k + 1 < job->end ? k + 1 : k; /* past an odd end the weight is 0 */
         ask(job, (k - job->start) / 2, lines);
-        for (int v = 0; v < vectors; v++) {
-            floats even = (floats)(panel[v] << 16), odd = (floats)(panel[v] & 0xffff0000u);
-            for (int r = 0; r < rows; r++) {
-                sum[r][v] += ((const float *)job->x[r])[k] * even;
-                sum[r][v] += ((const float *)job->x[r])[second] * odd;
-            }
-        }
+        floats w[WHOLE]; /* one of the two at a time: registers are few */
+        for (int v = 0; v < vectors; v++) w[v] = (floats)(panel[v] << 16);
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < vectors; v++) sum[r][v] += ((const float *)job->x[r])[k] * w[v];
+        for (int v = 0; v < vectors; v++) w[v] = (floats)(panel[v] & 0xffff0000u);
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < vectors; v++) sum[r][v] += ((const float *)job->x[r])[second] * w[v];
     }
     keep(job, sum, rows, vectors, first);
 }
@@ -194,11 +194,24 @@ static int64_t block_of(int64_t in) {
 /* Bytes of a panel from one step, of one or two inputs, to the next. */
 INLINE int64_t step_bytes(int format) { return format == INT8 ? 2 * PANEL : 4 * PANEL; }
 
+/* Rows of the next tile, of those that are left: as even as they go. */
+static int64_t rows_of_tile(int64_t left) {
+    int64_t tiles = (left + TILE_ROWS - 1) / TILE_ROWS;
+    return (left + tiles - 1) / tiles;
+}
+
 /* Tiles that a block of a panel takes, as far as they count. */
 static int64_t parts_of(int64_t rows) {
-    int64_t parts = rows / TILE_ROWS * (WHOLE / vectors_of(TILE_ROWS));
-    if (rows % TILE_ROWS) parts += WHOLE / vectors_of((int)(rows % TILE_ROWS));
+    int64_t parts = 0;
+    for (int64_t tile; rows && parts < MOST_PARTS; rows -= tile)
+        tile = rows_of_tile(rows), parts += WHOLE / vectors_of((int)tile);
     return parts < MOST_PARTS ? parts : MOST_PARTS;
+}
+
+/* Whether the processor, which sees one tile read a panel from end to end, fetches ahead better than we would: it can
+   have more on their way than we can ask for. With more arithmetic than memory to wait for it falls behind. */
+static int left_alone(int format, int64_t rows) {
+    return format == FLOAT32 ? rows <= 5 && vectors_of((int)rows) == WHOLE : format == BFLOAT16 && rows == 1;
 }
 
 /* sums [rows, PANEL] += the rows `from` to `to` by one panel. */
@@ -206,14 +219,15 @@ static void panel(const Product *p, const char *block, const float *scales, int6
     const int format = p->w->format;
     const int64_t group = format == FLOAT32 ? 1 : 2, width = step_bytes(format), parts = parts_of(to - from);
     const int64_t stride = width / parts, size = block_of(p->w->in);
+    const int alone = left_alone(format, to - from);
     for (int64_t start = 0; start < p->w->in; start += size) {
         int64_t end = start + size < p->w->in ? start + size : p->w->in, steps = (end - start + group - 1) / group;
         const char *next = block + steps * width, *stop = next + steps * width;
         Job job = {block, NULL, start, end, scales, NULL, next, stride};
-        for (int64_t row = from; row < to; row += TILE_ROWS) {
-            int64_t rows = to - row < TILE_ROWS ? to - row : TILE_ROWS;
+        for (int64_t row = from, rows; row < to; row += rows) {
+            rows = rows_of_tile(to - row);
             job.x = p->x + row, job.sums = sums + (row - from) * PANEL;
-            TILES[format][rows - 1][job.next >= stop ? 0 : stride > 64 ? 2 : 1](&job);
+            TILES[format][rows - 1][alone || job.next >= stop ? 0 : stride > 64 ? 2 : 1](&job);
         }
         block = next;
     }
