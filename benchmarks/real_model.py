@@ -30,6 +30,7 @@ from benchmarks.cost_curve import step_costs
 from benchmarks.peers.process import Peer
 from idlm import LLM
 from idlm.cli.bench import MODES
+from idlm.cli.common import keep_what_is_loaded
 from idlm.decoding.plan import AR, Plan
 from idlm.evaluation.closed_loop import Contestant, Ours, Run
 from idlm.evaluation.environment import environment
@@ -287,6 +288,7 @@ def main() -> None:
         torch.set_num_threads(threads)
         with ExitStack() as stack:
             entries = [*ours(idlm, threads, options), *peers(options, options.precisions, threads, stack)]
+            keep_what_is_loaded()
             rows = [found for each in options.concurrency for found in compare(entries, each, options)]
         steps = costs(idlm, threads, options)
         show(threads, rows, steps)

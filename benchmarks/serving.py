@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.peers.process import Peer
 from idlm.cli.bench import MODES, show
+from idlm.cli.common import keep_what_is_loaded
 from idlm.evaluation.closed_loop import Contestant, contestants
 from idlm.evaluation.environment import environment
 from idlm.evaluation.serving_bench import bench
@@ -70,6 +71,7 @@ def main() -> None:
         others = peers(options.peers, options.vllm, resolve(options.model)[0], options.threads, stack)
         idlm = load(options.model, adapter=options.adapter)
         ours = contestants(idlm, options.modes, options.stride, max(options.concurrency))
+        keep_what_is_loaded()
         everyone: list[Contestant] = [*ours, *others]
         rows = bench(everyone, workload(idlm), options.concurrency, options.requests, options.repeats)
     settings = {key: value for key, value in vars(options).items() if key not in ("vllm", "output")}

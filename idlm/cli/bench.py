@@ -66,6 +66,7 @@ def bench(
     idlm = load(model, adapter=adapter, dtype=dtype, device=device)
     draw = workload(idlm, [one.encode(idlm, chat=True) for one in asked])
     ours = contestants(idlm, chosen, stride, max(in_flight), shares, weights=weights)
+    common.keep_what_is_loaded()
     runs = len(in_flight) * (repeats + 1) * len(ours)
     with common.progress("measuring in turn", runs) as advance:
         rows = run(ours, draw, in_flight, requests, repeats, advance)

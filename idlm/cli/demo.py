@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def demo(
-    stride: common.Stride = 4,
+    stride: common.Stride = 8,
     branches: common.BranchesOption = "planner",
     questions: Annotated[int, typer.Option(help="Held-out problems to answer.")] = 4,
     rounds: Annotated[int, typer.Option(help="Times each decoder runs, in turn; medians are reported.")] = 5,
@@ -46,6 +46,7 @@ def demo(
 
     ar = LLM(idlm, stride=1, max_num_seqs=1)
     isd = LLM(idlm, stride=stride, branches=branches, max_num_seqs=1)
+    common.keep_what_is_loaded()
     with common.progress("AR and ISD in turn", 2 * (rounds + 1)) as advance:
         laps = race({"ar": lambda: run(ar), "isd": lambda: run(isd)}, rounds, advance)
     settings = {"stride": stride, "branches": branches, "prompts": questions, "rounds": rounds}

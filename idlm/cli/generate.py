@@ -48,6 +48,7 @@ def generate(
     plans_for(stride, branches)  # before the model is loaded, which can take minutes
     idlm = load(model, adapter=adapter, dtype=dtype, device=device)
     llm = LLM(idlm, stride=stride, branches=branches, weights=weights, threads=threads)
+    common.keep_what_is_loaded()
     ids = [one.encode(llm.idlm, chat) for one in asked]
     started = perf_counter()
     first = llm.generate(ids, sampling, use_tqdm=True)
