@@ -41,14 +41,18 @@ def _shared(weights: Iterable[Tensor], format: str) -> list[Panels]:
     made = [Panels.of(weight, format) for weight in fresh]
     memory = in_huge_pages([one.weights for one in made])
     for weight, panels, place in zip(fresh, made, memory, strict=True):
-        kept = (weight._version, panels._replace(weights=place))
-        _made.setdefault(weight, {})[format] = kept
+        _made.setdefault(weight, {})[format] = (_version(weight), panels._replace(weights=place))
     return [_made[weight][format][1] for weight in weights]
 
 
 def _known(weight: Tensor, format: str) -> Panels | None:
     version, panels = _made.get(weight, {}).get(format, (None, None))
-    return panels if version == weight._version else None
+    return panels if version == _version(weight) else None
+
+
+def _version(weight: Tensor) -> int:
+    """Grows with every change in place; tensors made in inference mode do not count them."""
+    return -1 if weight.is_inference() else int(weight._version)
 
 
 @dataclass
