@@ -36,7 +36,7 @@ def engine(idlm: Idlm, plan: Plan, options: argparse.Namespace) -> LLM:
     """Of one plan; steps are recorded before the first request, so that all run the same operators."""
     settings = {"max_num_seqs": options.batch, "kv_memory": "512MiB", "weights": options.weights}
     llm = LLM(idlm, stride=plan.stride, branches=plan.branches, threads=options.threads, **settings)
-    llm.engine.warm_up()
+    llm.engine.warm_up(60)
     return llm
 
 

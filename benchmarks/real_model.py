@@ -95,7 +95,7 @@ def ours(idlm: Idlm, threads: int, options: argparse.Namespace) -> Iterator[Entr
                 weights=name,
                 threads=threads,
             )
-            llm.engine.warm_up()
+            llm.engine.warm_up(60)
             yield Entry(name, Ours(llm, mode, simulated is not None))
 
 

@@ -36,7 +36,7 @@ from idlm.engine.runner import Launched, Runner
 from idlm.engine.scheduler import Scheduler, longest
 from idlm.engine.step import Kind
 
-WARM_UP_SECONDS = 20.0
+WARM_UP_SECONDS = 5.0
 MOST_STEPS = 4
 """Decode steps' worth of prompts that a step may take where many wait for their first token and few decode."""
 PREFILL_ALONE = 2048

@@ -23,6 +23,9 @@ from idlm.engine.planner import Planner
 from idlm.evaluation.workload import Request
 from idlm.models.idlm_model import Idlm
 
+WARM_UP_SECONDS = 60.0
+"""More than a server takes: a plan's first steps, which are recorded, are no part of what is measured."""
+
 
 @dataclass(frozen=True)
 class Served:
@@ -139,7 +142,7 @@ def contestants(
             simulate_acceptance=simulated,
             weights=weights,
         )
-        llm.engine.warm_up()  # as a server's: a plan's first steps are no part of what is measured
+        llm.engine.warm_up(WARM_UP_SECONDS)
         found.append(Ours(llm, mode, simulated is not None))
     return found
 
