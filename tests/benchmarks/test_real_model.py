@@ -34,14 +34,6 @@ def test_the_decoding_rate_counts_all_requests_in_flight() -> None:
     assert real_model.decoding_rate(run([1, 2], [3, 4], tpot=0.02), concurrency=2) == pytest.approx(100)
 
 
-def test_a_precision_that_the_engine_does_not_have_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(real_model, "LLM", lambda model: None)
-    assert real_model.available(["float32", "int8"]) == ["float32"]
-    assert "int8" in capsys.readouterr().err
-
-
 def test_a_peer_without_environment_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -10,13 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from idlm.kernels.panels import Panels
+from idlm.kernels.panels import GROUP, Panels
 from idlm.kernels.window_attention import attend_torch, window_meta, write_pages
 from tests.kernels.everywhere import Kernels, flat
 from tests.kernels.oracle import Case, case
 
-BLOCK = 512
-"""Inputs whose int8 products csrc/linear.c adds as integers."""
 SINGLE = {"atol": 2e-5, "rtol": 1e-4}
 """Tolerance of attention in float32."""
 
@@ -40,14 +38,15 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int8_twin(x: Tensor, panels: Panels) -> Tensor:
-    """The same roundings by PyTorch: exact sums of a block, then the float32 operations of csrc/linear.c, in order."""
+    """The same roundings by PyTorch: exact sums of a group, then the float32 operations of csrc/linear.c, in order."""
     numbers, scales = rounded(x)
-    codes = panels._replace(scales=torch.empty(0)).matrix().to(torch.int64)
+    codes = panels._replace(scales=torch.empty(0)).matrix().double()
+    of_groups = panels.scales.transpose(0, 1).flatten(1)[:, : panels.out]
     found = torch.zeros(len(x), panels.out)
-    for start in range(0, panels.inner, BLOCK):
-        exact = numbers[:, start : start + BLOCK].double() @ codes[:, start : start + BLOCK].t().double()
-        found += exact.float()
-    return found * (scales[:, None] * panels.scales[: panels.out])
+    for group, own in enumerate(of_groups):
+        part = slice(group * GROUP, (group + 1) * GROUP)
+        found += (numbers[:, part].double() @ codes[:, part].t()).float() * own
+    return found * scales[:, None]
 
 
 def check_product(kernels: Kernels, x: Tensor, weight: Tensor, format: str, number: int) -> None:

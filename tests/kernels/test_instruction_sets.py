@@ -53,7 +53,7 @@ def test_products_of_many_long_rows(kernels: Driver, format: str) -> None:
 
 
 def test_int8_sums_are_exact_at_their_largest(kernels: Driver) -> None:
-    """All codes 127 and all numbers 32,767: a block's sum is just below 2^31."""
+    """All codes 127 and all numbers 32,767."""
     checks.check_product(kernels, torch.ones(3, 1025), torch.ones(33, 1025), "int8", 1)
     checks.check_product(kernels, torch.ones(3, 1025), -torch.ones(33, 1025), "int8", 1)
 

@@ -43,6 +43,18 @@ typedef uint32_t bits __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_
 typedef int16_t shorts __attribute__((vector_size(VECTOR_BYTES), aligned(2), may_alias));
 typedef int8_t bytes __attribute__((vector_size(VECTOR_BYTES / 2), aligned(1), may_alias));
 
+/* Keeps a product from being fused with the sum it is added to: some processors cannot, and int8 gives the same bits on
+   all of them. */
+#if defined(__AVX512F__)
+#define UNFUSED(product) __asm__("" : "+v"(product))
+#elif defined(__x86_64__)
+#define UNFUSED(product) __asm__("" : "+x"(product))
+#elif defined(__aarch64__)
+#define UNFUSED(product) __asm__("" : "+w"(product))
+#else
+#define UNFUSED(product) (void)(product)
+#endif
+
 /* sum += w * x for two pairs of 16 bits a lane */
 INLINE ints dot(ints sum, shorts w, int32_t pair) {
 #if defined(__AVX512VNNI__)
@@ -140,7 +152,11 @@ INLINE void tile_int8(const Job *job, const int rows, const int vectors, const i
             }
         }
         for (int r = 0; r < rows; r++)
-            for (int v = 0; v < vectors; v++) sum[r][v] += __builtin_convertvector(exact[r][v], floats) * scales[v];
+            for (int v = 0; v < vectors; v++) {
+                floats part = __builtin_convertvector(exact[r][v], floats) * scales[v];
+                UNFUSED(part);
+                sum[r][v] += part;
+            }
     }
     keep(job, sum, rows, vectors, first);
 }
