@@ -49,18 +49,30 @@ class CostTable:
         return list(self._seconds)
 
     def cost(self, batch: int, plan: Plan) -> float:
-        """Seconds of a step: linear between the nearest measured batch sizes, the nearest one's outside of them.
+        """Seconds of a step: linear between the nearest measured batch sizes; below them the smallest
+        one's; beyond them what the further rows cost at the rate of `per_row`.
 
         Raises:
             KeyError: the plan was never measured.
         """
         measured = self._seconds[plan]
         below = max((size for size in measured if size <= batch), default=min(measured))
-        above = min((size for size in measured if size >= batch), default=max(measured))
-        if below == above or not below <= batch <= above:
-            return measured[above if batch < below else below]
-        share = (batch - below) / (above - below)
+        above = min((size for size in measured if size >= batch), default=below)
+        if above == below:
+            return measured[below] + self.per_row * max(0, batch - below) * plan.width
+        share = max(0, batch - below) / (above - below)
         return measured[below] + share * (measured[above] - measured[below])
+
+    @property
+    def per_row(self) -> float:
+        """Seconds of a further row, between the measurements of the fewest and the most rows."""
+        points = [
+            (size * plan.width, seconds)
+            for plan, measured in self._seconds.items()
+            for size, seconds in measured.items()
+        ]
+        (fewest, least), (most, longest) = min(points), max(points)
+        return max(0.0, longest - least) / max(1, most - fewest)
 
     def costs(self, batch: int) -> Mapping[Plan, float]:
         """`cost` of every plan: what `choose` takes. Worked out once for each batch size."""

@@ -179,14 +179,21 @@ def table() -> CostTable:
     return made
 
 
-@pytest.mark.parametrize(("batch", "seconds"), [(1, 0.003), (8, 0.006), (3, 0.003 + 0.003 * 2 / 7), (64, 0.006)])
-def test_cost_is_linear_between_measurements_and_the_nearest_outside(batch, seconds):
+@pytest.mark.parametrize(("batch", "seconds"), [(1, 0.003), (8, 0.006), (3, 0.003 + 0.003 * 2 / 7)])
+def test_cost_is_linear_between_measurements(batch, seconds):
     assert table().cost(batch, AR) == pytest.approx(seconds)
-    assert table().cost(batch, Plan(4, (0, 3))) == 0.007
+
+
+def test_beyond_the_largest_measured_batch_each_row_costs_what_rows_did():
+    """From 1 row of AR, 3 ms, to the 10 of the other plan, 7 ms."""
+    row = (0.007 - 0.003) / 9
+    assert table().per_row == pytest.approx(row)
+    assert table().cost(64, AR) == pytest.approx(0.006 + 56 * row)
+    assert table().cost(8, Plan(4, (0, 3))) == pytest.approx(0.007 + 7 * 10 * row)
 
 
 def test_costs_are_those_of_every_plan_at_one_batch_size():
-    assert table().costs(8) == {AR: 0.006, Plan(4, (0, 3)): 0.007}
+    assert table().costs(8) == {plan: table().cost(8, plan) for plan in (AR, Plan(4, (0, 3)))}
     with pytest.raises(KeyError):
         table().cost(1, Plan(2, "all"))
 
