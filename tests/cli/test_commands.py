@@ -28,10 +28,13 @@ def run(*arguments: object, status: int = 0) -> dict[str, Any]:
     return report
 
 
-def test_demo() -> None:
-    report = run("demo", "--questions", 1, "--rounds", 1, "--threads", 1)
+def test_demo_of_a_fixed_plan() -> None:
+    fixed = ("--stride", 4, "--branches", "all")
+    report = run("demo", "--questions", 1, "--rounds", 1, "--threads", 1, *fixed)
     assert report["identical"] is True
     assert report["tpf"] > 3 and len(report["acceptance"]) == 3
+    assert report["plan"] == "all-4: fixed" and list(report["plans"]) == ["all-4"]
+    assert ("better" in report) == (report["speedup"] < 1)
     rates = report["isd_tokens_per_second"], report["ar_tokens_per_second"]
     assert report["speedup"] == pytest.approx(rates[0] / rates[1])
 
@@ -39,6 +42,7 @@ def test_demo() -> None:
 def test_demo_in_words() -> None:
     result = CliRunner().invoke(app, ["demo", "--questions", "1", "--rounds", "1", "--threads", "1"])
     assert result.exit_code == 0 and "the same bytes" in result.stdout and "The answer is" in result.stdout
+    assert "tok/s" in result.stdout and "steps by plan" in result.stdout  # what the planner runs, and why
 
 
 def test_generate(checkpoint: Path) -> None:
