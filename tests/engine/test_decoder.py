@@ -47,7 +47,7 @@ def test_prompts_of_every_length_up_to_the_context(idlm: Idlm) -> None:
     """Greedy ISD equals greedy AR from one token to one short of the context, where only one token fits."""
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     prompts = [[1 + i % 20 for i in range(length)] for length in range(1, idlm.context)]
-    ar, isd = (LLM(idlm, stride=stride).generate(prompts, params) for stride in (1, 4))
+    ar, isd = (LLM(idlm, stride=stride, branches="all").generate(prompts, params) for stride in (1, 4))
     assert [one.token_ids for one in ar] == [one.token_ids for one in isd]
     assert [len(one.token_ids) for one in ar] == [min(8, idlm.context - len(prompt)) for prompt in prompts]
 
@@ -76,13 +76,13 @@ def test_same_seed_same_tokens_whatever_the_plan(idlm: Idlm) -> None:
 
 
 def test_a_drawn_seed_is_reported_and_reproduces(idlm: Idlm) -> None:
-    first = LLM(idlm, stride=2).generate([[4, 2]], SamplingParams(max_tokens=12))[0]
-    again = LLM(idlm, stride=4).generate([[4, 2]], SamplingParams(max_tokens=12, seed=first.seed))[0]
+    first = LLM(idlm, stride=2, branches="all").generate([[4, 2]], SamplingParams(max_tokens=12))[0]
+    again = LLM(idlm, stride=4, branches="all").generate([[4, 2]], SamplingParams(max_tokens=12, seed=first.seed))[0]
     assert first.token_ids == again.token_ids
 
 
 def test_stop_ids_end_the_output_and_are_its_last_token(idlm: Idlm) -> None:
-    llm = LLM(idlm, stride=4)
+    llm = LLM(idlm, stride=4, branches="all")
     free = llm.generate([[4, 2]], SamplingParams(seed=1, max_tokens=16, ignore_eos=True))[0]
     stop = free.token_ids[7]
     held = llm.generate([[4, 2]], SamplingParams(seed=1, max_tokens=16, ignore_eos=True, stop_token_ids=(stop,)))[0]
@@ -91,7 +91,7 @@ def test_stop_ids_end_the_output_and_are_its_last_token(idlm: Idlm) -> None:
 
 
 def test_sources_tell_where_tokens_come_from(idlm: Idlm) -> None:
-    result = LLM(idlm, stride=3).generate([[4, 2]], SamplingParams(seed=1, max_tokens=16))[0]
+    result = LLM(idlm, stride=3, branches="all").generate([[4, 2]], SamplingParams(seed=1, max_tokens=16))[0]
     assert result.sources[0] == "first" and len(result.sources) == len(result.token_ids)
     assert result.sources.count("accepted") == sum(result.accepted)
     assert result.sources.count("corrected") == sum(result.reached) - sum(result.accepted)
@@ -102,12 +102,12 @@ def test_sources_tell_where_tokens_come_from(idlm: Idlm) -> None:
 )
 def test_bad_prompts_are_refused(idlm: Idlm, prompt: object, words: str) -> None:
     with pytest.raises(InputError, match=words):
-        LLM(idlm).generate([prompt])  # type: ignore[list-item]
+        LLM(idlm, branches="all").generate([prompt])  # type: ignore[list-item]
 
 
 def test_a_mask_in_the_prompt_is_refused(idlm: Idlm) -> None:
     with pytest.raises(InputError, match="MASK"):
-        LLM(idlm).generate([[1, idlm.mask_id]])
+        LLM(idlm, branches="all").generate([[1, idlm.mask_id]])
 
 
 def test_a_model_without_mask_row_decodes_ar_only() -> None:

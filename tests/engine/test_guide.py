@@ -104,9 +104,9 @@ def test_equals_the_reference(idlm: Idlm, params: SamplingParams, guide: Guide) 
 
 def test_requests_without_a_guide_beside_guided_ones_are_untouched(idlm: Idlm) -> None:
     wishes = [with_guide(params, guide) for params in PARAMS for guide in (None, *GUIDES[:3])]
-    together = LLM(idlm, max_num_seqs=7).generate([PROMPT] * len(wishes), wishes)
+    together = LLM(idlm, max_num_seqs=7, branches="all").generate([PROMPT] * len(wishes), wishes)
     for params, result in zip(wishes, together, strict=True):
-        assert result.token_ids == LLM(idlm).generate([PROMPT], params)[0].token_ids
+        assert result.token_ids == LLM(idlm, branches="all").generate([PROMPT], params)[0].token_ids
 
 
 @pytest.mark.parametrize("late", [0, 1])
@@ -140,7 +140,7 @@ def test_forty_schemas_of_growing_size(idlm: Idlm) -> None:
     wanted = schemas(40)
     params = params_for(wanted, 120)
     prompts = [PROMPT] * len(wanted)
-    ar, isd = (LLM(idlm, stride=stride).generate(prompts, params) for stride in (1, 4))
+    ar, isd = (LLM(idlm, stride=stride, branches="all").generate(prompts, params) for stride in (1, 4))
     assert [one.token_ids for one in ar] == [one.token_ids for one in isd]
     assert [one.text for one in ar] == [one.text for one in isd]
     assert [found for schema, one in zip(wanted, isd, strict=True) if (found := fault(schema, one))] == []
@@ -150,7 +150,7 @@ def test_forty_schemas_of_growing_size(idlm: Idlm) -> None:
 def test_logprobs_are_those_of_the_guided_law(idlm: Idlm) -> None:
     guide = GUIDES[2]
     params = SamplingParams(seed=4, max_tokens=12, top_k=30, logprobs=2, guide=guide)
-    ar, isd = (LLM(idlm, stride=stride).generate([PROMPT], params)[0] for stride in (1, 4))
+    ar, isd = (LLM(idlm, stride=stride, branches="all").generate([PROMPT], params)[0] for stride in (1, 4))
     allowed = oracle(idlm, guide)
     text = torch.tensor(PROMPT + ar.token_ids)
     logits = idlm.forward(text, torch.arange(len(text)), torch.ones(len(text), len(text)).tril() > 0)
@@ -163,14 +163,15 @@ def test_logprobs_are_those_of_the_guided_law(idlm: Idlm) -> None:
 
 
 def test_samples_share_a_guide_and_each_follows_it(idlm: Idlm) -> None:
-    result = LLM(idlm).generate([PROMPT], SamplingParams(n=4, seed=1, max_tokens=60, guide=GUIDES[2]))[0]
+    params = SamplingParams(n=4, seed=1, max_tokens=60, guide=GUIDES[2])
+    result = LLM(idlm, branches="all").generate([PROMPT], params)[0]
     texts = [one.text for one in (result, *result.samples) if one.finish_reason == "stop"]
     assert len(set(texts)) > 1 and all(re.fullmatch(GUIDES[2].text, text) for text in texts)
 
 
 def test_a_guide_ends_the_output_even_where_the_end_token_is_ignored(idlm: Idlm) -> None:
     params = SamplingParams(seed=2, max_tokens=50, ignore_eos=True, guide=Guide("regex", "[a-z]{4}"))
-    (result,) = LLM(idlm).generate([PROMPT], params)
+    (result,) = LLM(idlm, branches="all").generate([PROMPT], params)
     assert re.fullmatch("[a-z]{4}", result.text) and result.finish_reason == "stop"
     assert result.token_ids[-1] in idlm.eos_ids
 
@@ -179,7 +180,7 @@ def test_the_bundled_model_answers_in_json() -> None:
     """It does not know JSON, its tokenizer has fewer tokens than its logits columns."""
     nano = load("nano", dtype="float64")
     params = SamplingParams(temperature=0, max_tokens=80, guide=Guide("json_schema", json.dumps(SCHEMA)))
-    ar, isd = (LLM(nano, stride=stride).generate("Mia has 5 boxes.", params)[0] for stride in (1, 4))
+    ar, isd = (LLM(nano, stride=stride, branches="all").generate("Mia has 5 boxes.", params)[0] for stride in (1, 4))
     assert ar.token_ids == isd.token_ids and ar.finish_reason == "stop" and isd.tpf > 1
     jsonschema.validate(json.loads(isd.text), SCHEMA)
 
@@ -217,7 +218,7 @@ COSTLY = [
 
 
 def test_a_bad_guide_is_refused_and_the_request_beside_it_is_not(idlm: Idlm) -> None:
-    llm = LLM(idlm)
+    llm = LLM(idlm, branches="all")
     fine, updates = llm.engine.add(PROMPT, PARAMS[1], 3), []
     for guide in BAD:
         updates += llm.engine.step()
@@ -226,7 +227,7 @@ def test_a_bad_guide_is_refused_and_the_request_beside_it_is_not(idlm: Idlm) -> 
         assert len(str(refusal.value)) < 500 and "\n" not in str(refusal.value)
     updates += llm.engine.run()
     (result,) = [update.result for update in updates if update.request_id == fine and update.result]
-    assert result.token_ids == LLM(idlm).generate([PROMPT], PARAMS[1])[0].token_ids
+    assert result.token_ids == LLM(idlm, branches="all").generate([PROMPT], PARAMS[1])[0].token_ids
     with pytest.raises(InputError, match="cannot be used"):
         llm.generate([PROMPT, PROMPT], [PARAMS[0], SamplingParams(guide=BAD[0])])
     with pytest.raises(InputError, match="cannot be used"):
@@ -239,7 +240,9 @@ def test_a_costly_guide_takes_bounded_time(idlm: Idlm, guide: Guide) -> None:
     """It runs, is refused, or ends in an error: in any case soon."""
     started = time.process_time()
     try:
-        (result,) = LLM(idlm).generate([PROMPT], SamplingParams(temperature=0, max_tokens=12, guide=guide))
+        (result,) = LLM(idlm, branches="all").generate(
+            [PROMPT], SamplingParams(temperature=0, max_tokens=12, guide=guide)
+        )
         assert result.finish_reason in ("stop", "length", "error")
     except InputError:
         pass
@@ -255,24 +258,26 @@ def banned_letters(idlm: Idlm, letters: str) -> tuple[int, ...]:
 def test_a_request_with_nothing_left_to_say_ends_in_an_error_for_itself(idlm: Idlm, stride: int) -> None:
     stuck = SamplingParams(seed=1, guide=Guide("regex", "aab"), banned_tokens=banned_letters(idlm, "b"))
     wishes = [PARAMS[1], stuck, with_guide(PARAMS[1], GUIDES[1])]
-    together = LLM(idlm, stride=stride).generate([PROMPT] * 3, wishes)
+    together = LLM(idlm, stride=stride, branches="all").generate([PROMPT] * 3, wishes)
     assert (together[1].text, together[1].finish_reason) == ("aa", "error")
     assert "bans" in str(together[1].stop_reason)
     for at in (0, 2):
         assert together[at].token_ids == LLM(idlm, stride=1).generate([PROMPT], wishes[at])[0].token_ids
     with pytest.raises(InputError, match="cannot be used"):
-        LLM(idlm).generate([PROMPT], SamplingParams(guide=Guide("regex", "b"), banned_tokens=stuck.banned_tokens))
+        LLM(idlm, branches="all").generate(
+            [PROMPT], SamplingParams(guide=Guide("regex", "b"), banned_tokens=stuck.banned_tokens)
+        )
 
 
 def test_a_guide_that_becomes_too_complex_ends_its_request(idlm: Idlm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_guide, "LIMITS", LLParserLimits(max_lexer_states=60, verbose_errors=False))
     wishes = [with_guide(PARAMS[1], Guide("regex", "[a-z]{3,80}(x|y|[0-9]{7})")), PARAMS[1]]
-    guided, free = LLM(idlm, stride=4).generate([PROMPT] * 2, wishes)
+    guided, free = LLM(idlm, stride=4, branches="all").generate([PROMPT] * 2, wishes)
     assert guided.finish_reason == "error" and "too many states" in str(guided.stop_reason)
     assert re.fullmatch("[a-z]*", guided.text)
-    assert free.token_ids == LLM(idlm).generate([PROMPT], PARAMS[1])[0].token_ids
+    assert free.token_ids == LLM(idlm, branches="all").generate([PROMPT], PARAMS[1])[0].token_ids
 
 
 def test_a_model_without_a_tokenizer_refuses_guides() -> None:
     with pytest.raises(InputError, match="guide needs a fast tokenizer"):
-        LLM(tiny_idlm("qwen3")).generate([[1, 2]], SamplingParams(guide=Guide("json_object")))
+        LLM(tiny_idlm("qwen3"), branches="all").generate([[1, 2]], SamplingParams(guide=Guide("json_object")))

@@ -27,14 +27,14 @@ def idlm() -> Idlm:
 
 def test_a_batch_gives_what_each_prompt_gives_alone(nano: Idlm) -> None:
     params = SamplingParams(temperature=0.9, top_p=0.9, seed=5, max_tokens=40)
-    together = LLM(nano, stride=4, max_num_seqs=3).chat(ASKED, params)
+    together = LLM(nano, stride=4, max_num_seqs=3, branches="all").chat(ASKED, params)
     alone = [LLM(nano, stride=1, max_num_seqs=1).chat(one, params) for one in ASKED]
     assert [one.token_ids for one in together] == [one.token_ids for one in alone]
     assert [one.text for one in together] == [one.text for one in alone]
 
 
 def test_samples_have_seeds_of_their_own(idlm: Idlm) -> None:
-    llm = LLM(idlm)
+    llm = LLM(idlm, branches="all")
     first = llm.generate([[4, 2]], SamplingParams(n=3, seed=10, max_tokens=8))[0]
     assert [first.seed, *(one.seed for one in first.samples)] == [10, 11, 12]
     for one in (first, *first.samples):
@@ -44,7 +44,7 @@ def test_samples_have_seeds_of_their_own(idlm: Idlm) -> None:
 
 @pytest.mark.parametrize("stride", [1, 4, 8])
 def test_nothing_after_a_stop_string_is_returned(nano: Idlm, stride: int) -> None:
-    llm = LLM(nano, stride=stride)
+    llm = LLM(nano, stride=stride, branches="all")
     free = llm.chat(ASKED[0], SamplingParams(temperature=0, max_tokens=60))
     stop = free.text[30:37]
     cut = llm.chat(ASKED[0], SamplingParams(temperature=0, max_tokens=60, stop=stop))
@@ -57,7 +57,7 @@ def test_nothing_after_a_stop_string_is_returned(nano: Idlm, stride: int) -> Non
 
 
 def test_tokens_without_text(nano: Idlm) -> None:
-    llm = LLM(nano, stride=4)
+    llm = LLM(nano, stride=4, branches="all")
     params = {"temperature": 0, "max_tokens": 20}
     bare = llm.chat(ASKED[0], SamplingParams(**params, detokenize=False))
     assert bare.text == "" and bare.token_ids == llm.chat(ASKED[0], SamplingParams(**params)).token_ids
@@ -67,8 +67,8 @@ def test_tokens_without_text(nano: Idlm) -> None:
 
 def test_min_tokens_hold_the_end_back(nano: Idlm) -> None:
     params = SamplingParams(temperature=0, max_tokens=200)
-    end = len(LLM(nano).chat(ASKED[0], params).token_ids)
-    longer = LLM(nano).chat(ASKED[0], SamplingParams(temperature=0, max_tokens=200, min_tokens=end + 5))
+    end = len(LLM(nano, branches="all").chat(ASKED[0], params).token_ids)
+    longer = LLM(nano, branches="all").chat(ASKED[0], SamplingParams(temperature=0, max_tokens=200, min_tokens=end + 5))
     assert len(longer.token_ids) >= end + 5
 
 
@@ -83,7 +83,7 @@ def test_logprobs_are_those_of_the_law_and_the_same_at_any_stride(idlm: Idlm, pa
         prompt_logprobs=2,
     )
     prompt = [4, 2, 9, 9]
-    ar, isd = (LLM(idlm, stride=stride).generate([prompt], wanted)[0] for stride in (1, 4))
+    ar, isd = (LLM(idlm, stride=stride, branches="all").generate([prompt], wanted)[0] for stride in (1, 4))
     text = torch.tensor(prompt + ar.token_ids)
     logits = idlm.forward(text, torch.arange(len(text)), torch.ones(len(text), len(text)).tril() > 0)
     soft = SamplingParams(temperature=params.temperature or 1.0, top_k=params.top_k)
@@ -102,21 +102,21 @@ def test_logprobs_are_those_of_the_law_and_the_same_at_any_stride(idlm: Idlm, pa
 
 def test_special_tokens_can_be_kept(nano: Idlm) -> None:
     params = SamplingParams(temperature=0, max_tokens=200, skip_special_tokens=False)
-    assert LLM(nano).chat(ASKED[0], params).text.endswith("<|im_end|>")
+    assert LLM(nano, branches="all").chat(ASKED[0], params).text.endswith("<|im_end|>")
 
 
 def test_a_stream_is_the_text_in_pieces(nano: Idlm) -> None:
     prompt = "Mia has 5 boxes."
     params = SamplingParams(temperature=0, max_tokens=30)
-    updates = list(LLM(nano).stream(prompt, params))
-    (whole,) = LLM(nano).generate(prompt, params)
+    updates = list(LLM(nano, branches="all").stream(prompt, params))
+    (whole,) = LLM(nano, branches="all").generate(prompt, params)
     assert "".join(update.text for update in updates) == whole.text
     assert [token for update in updates for token in update.tokens] == whole.token_ids
     assert [update.result is None for update in updates] == [True] * (len(updates) - 1) + [False]
 
 
 def test_a_stream_left_early_frees_what_it_held(idlm: Idlm) -> None:
-    llm = LLM(idlm)
+    llm = LLM(idlm, branches="all")
     for _ in llm.stream([3, 4], SamplingParams(seed=0, max_tokens=20, ignore_eos=True)):
         break
     assert not llm.engine.scheduler.running and llm.engine.scheduler.pool.live == 0
@@ -133,7 +133,7 @@ def test_a_deadline_ends_a_request_and_no_other(idlm: Idlm) -> None:
 
 
 def test_the_lower_priority_number_goes_first(idlm: Idlm) -> None:
-    engine = LLM(idlm, max_num_seqs=1).engine
+    engine = LLM(idlm, max_num_seqs=1, branches="all").engine
     params = SamplingParams(max_tokens=3, ignore_eos=True)
     names = [engine.add([3], params, 0, priority=priority) for priority in (2, 1, 0)]
     finished = [update.request_id for update in engine.run() if update.result is not None]
@@ -141,7 +141,7 @@ def test_the_lower_priority_number_goes_first(idlm: Idlm) -> None:
 
 
 def test_a_shared_prefix_is_computed_once(idlm: Idlm) -> None:
-    llm = LLM(idlm, page_size=4)
+    llm = LLM(idlm, page_size=4, branches="all")
     prompt, params = [3, 4, 5, 6, 7, 8, 9, 10, 11], SamplingParams(temperature=0, max_tokens=6)
     first, again = (llm.generate([prompt], params)[0] for _ in range(2))
     assert (first.cached_tokens, again.cached_tokens) == (0, 8)
@@ -183,7 +183,7 @@ def test_prompt_logprobs_survive_a_pre_emption_within_the_prefill(idlm: Idlm) ->
     engine._preempt()
     results = {update.request_id: update.result for update in engine.run() if update.result is not None}
     assert engine.metrics.preemptions == 1
-    (alone,) = LLM(idlm).generate([prompt], params)
+    (alone,) = LLM(idlm, branches="all").generate([prompt], params)
     assert results[name].token_ids == alone.token_ids and alone.prompt_logprobs is not None
     assert len(alone.prompt_logprobs) == len(prompt)
     for mine, theirs in zip((results[name].prompt_logprobs or [])[1:], alone.prompt_logprobs[1:], strict=True):
@@ -192,13 +192,13 @@ def test_prompt_logprobs_survive_a_pre_emption_within_the_prefill(idlm: Idlm) ->
 
 
 def test_a_prompt_of_one_token_has_no_logprobs_to_report(idlm: Idlm) -> None:
-    (result,) = LLM(idlm).generate([[3]], SamplingParams(max_tokens=2, seed=0, prompt_logprobs=0))
+    (result,) = LLM(idlm, branches="all").generate([[3]], SamplingParams(max_tokens=2, seed=0, prompt_logprobs=0))
     assert result.prompt_logprobs == [None]
 
 
 def test_one_request_refused_leaves_the_others_alone(idlm: Idlm) -> None:
     page = 2 * 2 * 4 * 2 * 8 * 8
-    llm = LLM(idlm, page_size=4, kv_memory=7 * page)  # six pages: 24 tokens
+    llm = LLM(idlm, page_size=4, kv_memory=7 * page, branches="all")  # six pages: 24 tokens
     name = llm.engine.add([3, 4], SamplingParams(temperature=0, max_tokens=4), 0)
     with pytest.raises(InputError, match="12 pages of 6"):
         llm.engine.add([3] * 20, SamplingParams(max_tokens=100), 0)
@@ -264,7 +264,7 @@ def test_the_first_to_decode_does_not_hold_up_the_many_that_came_with_it(
     nano: Idlm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the times of a machine that does nothing else: how many prompt tokens a step takes follows from them."""
-    engine = LLM(nano, max_num_seqs=32).engine
+    engine = LLM(nano, max_num_seqs=32, branches="all").engine
     count = engine.metrics.count_launch
 
     def timed(plan: Plan, batch: int, prompt_tokens: int, seconds: float) -> None:
@@ -286,7 +286,7 @@ def test_the_first_to_decode_does_not_hold_up_the_many_that_came_with_it(
 
 
 def test_where_nobody_wants_drafts_every_step_is_ar(nano: Idlm) -> None:
-    engine = LLM(nano, stride=4).engine
+    engine = LLM(nano, stride=4, branches="all").engine
     for drafting, plans in ((False, {"ar"}), (True, {"ar", "all-4"})):
         engine.add([5] * 12, SamplingParams(max_tokens=12, ignore_eos=True), 0, drafting=drafting)
         assert all(update.result is None or update.result.token_ids for update in engine.run())

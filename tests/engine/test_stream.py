@@ -11,7 +11,7 @@ from idlm.engine.request import Update
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    return LLM("nano", dtype="float64", max_num_seqs=2, kv_memory="32MiB")
+    return LLM("nano", dtype="float64", max_num_seqs=2, kv_memory="32MiB", branches="all")
 
 
 def stream(llm: LLM, params: SamplingParams, drafting: bool = True) -> list[Update]:

@@ -46,7 +46,7 @@ def test_a_lap_reports_the_median_rate() -> None:
 def test_exact_answers_are_counted() -> None:
     """The bundled base answers nearly all held-out problems; an answer that is cut off does not count."""
     problems = held_out_problems(6)
-    llm, params = LLM("nano", stride=4), SamplingParams(max_tokens=256, temperature=0.0)
+    llm, params = LLM("nano", stride=4, branches="all"), SamplingParams(max_tokens=256, temperature=0.0)
     found = evaluate(llm, problems, params)
     assert found.share >= 5 / 6 and len(found.results) == 6
     cut = evaluate(llm, problems[:2], SamplingParams(max_tokens=3, temperature=0.0))
@@ -55,4 +55,4 @@ def test_exact_answers_are_counted() -> None:
 
 def test_a_model_without_a_chat_template_is_refused() -> None:
     with pytest.raises(InputError, match="chat template"):
-        evaluate(LLM(tiny_idlm("llama")), held_out_problems(1), SamplingParams())
+        evaluate(LLM(tiny_idlm("llama"), branches="all"), held_out_problems(1), SamplingParams())

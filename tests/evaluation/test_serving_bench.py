@@ -46,7 +46,7 @@ def draw(number: int, seed: int) -> list[Request]:
 @pytest.mark.parametrize("concurrency", [1, 3, 20])
 def test_the_loop_keeps_its_number_in_flight(idlm: Idlm, concurrency: int) -> None:
     requests = workload(idlm)(9, 1)
-    results = closed_loop(LLM(idlm, stride=2, max_num_seqs=8), requests, concurrency)
+    results = closed_loop(LLM(idlm, stride=2, max_num_seqs=8, branches="all"), requests, concurrency)
     assert [result.prompt_token_ids for result in results] == [request.prompt_token_ids for request in requests]
     assert [len(result.token_ids) for result in results] == [request.max_tokens for request in requests]
     spans = [(result.timing.arrival, result.timing.finished or 0.0) for result in results]

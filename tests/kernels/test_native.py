@@ -177,13 +177,13 @@ def test_without_a_compiler_the_twins_serve(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     idlm, prompt, greedy = tiny_idlm("qwen3"), [5, 6, 7], SamplingParams(temperature=0)
-    with_kernels = LLM(idlm, max_num_seqs=2).generate(prompt, greedy)[0].token_ids
+    with_kernels = LLM(idlm, max_num_seqs=2, branches="all").generate(prompt, greedy)[0].token_ids
     monkeypatch.setenv("CC", "/no/such/compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     native.loaded.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "idlm"):
-            assert LLM(idlm, max_num_seqs=2).generate(prompt, greedy)[0].token_ids == with_kernels
+            assert LLM(idlm, max_num_seqs=2, branches="all").generate(prompt, greedy)[0].token_ids == with_kernels
         assert "/no/such/compiler" in caplog.text
         assert not native.loaded()
     finally:
@@ -199,13 +199,13 @@ def test_without_kernels_pytorch_multiplies(
     """Because somebody wants that, or since there are none for this platform."""
     idlm, prompt, greedy = tiny_idlm("qwen3"), [5, 6, 7], SamplingParams(temperature=0)
     idlm.model.float()
-    with_kernels = LLM(idlm, max_num_seqs=2).generate(prompt, greedy)[0].token_ids
+    with_kernels = LLM(idlm, max_num_seqs=2, branches="all").generate(prompt, greedy)[0].token_ids
     monkeypatch.setenv("IDLM_NATIVE", value)
     monkeypatch.setattr("platform.machine", lambda: platform)
     native.loaded.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "idlm"):
-            assert LLM(idlm, max_num_seqs=2).generate(prompt, greedy)[0].token_ids == with_kernels
+            assert LLM(idlm, max_num_seqs=2, branches="all").generate(prompt, greedy)[0].token_ids == with_kernels
         assert build_engine(idlm, 4, "all").runner.core.linears is None
         with pytest.raises(InputError, match="weights='int8' needs the C kernels, which are not there"):
             build_engine(idlm, 4, "all", weights="int8")
@@ -223,7 +223,7 @@ def test_an_instruction_set_that_is_unknown_stops_the_engine(monkeypatch: pytest
     native.loaded.cache_clear()
     try:
         with pytest.raises(InputError, match="IDLM_NATIVE='mmx' is unknown; use auto, 0, or one of avx512_vnni"):
-            LLM(idlm, max_num_seqs=2)
+            LLM(idlm, max_num_seqs=2, branches="all")
     finally:
         monkeypatch.undo()
         native.loaded.cache_clear()

@@ -101,7 +101,9 @@ def test_greedy_tokens_for_a_chat_are_those_of_transformers(tmp_path: Path, stri
     expected = stock(path).generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20)[0, len(prompt) :]
     if stride > 1:
         model.gate = attach(model.model, LoraSpec(4, 8.0, ("q_proj",)), model.mask_id)
-    result = LLM(model, stride=stride).generate([prompt], SamplingParams(temperature=0.0, max_tokens=20))[0]
+    result = LLM(model, stride=stride, branches="all").generate(
+        [prompt], SamplingParams(temperature=0.0, max_tokens=20)
+    )[0]
     assert result.token_ids == expected.tolist()
 
 
