@@ -6,11 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from idlm.decoding.errors import InputError
-    from idlm.decoding.params import Guide, SamplingParams
     from idlm.engine.llm import LLM, Result
+    from idlm.errors import InputError
     from idlm.models.idlm_model import Idlm
     from idlm.models.loading import load
+    from idlm.params import Guide, SamplingParams
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Guide", "Idlm", "InputError", "Result", "SamplingParams", "load"]
@@ -18,9 +18,9 @@ __all__ = ["LLM", "Guide", "Idlm", "InputError", "Result", "SamplingParams", "lo
 _HOMES = {
     "LLM": "engine.llm",
     "Result": "engine.llm",
-    "SamplingParams": "decoding.params",
-    "Guide": "decoding.params",
-    "InputError": "decoding.errors",
+    "SamplingParams": "params",
+    "Guide": "params",
+    "InputError": "errors",
     "Idlm": "models.idlm_model",
     "load": "models.loading",
 }

@@ -11,6 +11,8 @@ import idlm
 
 ROOT = Path(idlm.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
+EVERYWHERE = {"errors", "params", "__version__"}
+"""Modules at the package's top that every package may use."""
 MAY_IMPORT = {
     "decoding": set(),
     "models": {"decoding"},
@@ -42,8 +44,15 @@ def imports(file: Path) -> set[str]:
 )
 def test_imports_run_one_way(file: Path) -> None:
     package = file.relative_to(ROOT).parts[0]
-    ours = {name.split(".")[1] for name in imports(file) if name.startswith("idlm.")} - {package, "__version__"}
+    ours = {name.split(".")[1] for name in imports(file) if name.startswith("idlm.")} - {package} - EVERYWHERE
     assert ours <= MAY_IMPORT[package], f"{file} imports {ours - MAY_IMPORT[package]}"
+
+
+def test_what_every_package_uses_imports_no_package() -> None:
+    for name in EVERYWHERE - {"__version__"}:
+        assert {
+            module.split(".")[1] for module in imports(ROOT / f"{name}.py") if module.startswith("idlm.")
+        } <= EVERYWHERE
 
 
 def test_the_mathematics_import_torch_and_nothing_else() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from idlm.cli import common, prompts
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from idlm.cli import common
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.ui.colours import COLOURS, LEGEND
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ def demo(
 
     import torch
 
-    from idlm.decoding.params import SamplingParams
     from idlm.engine.llm import LLM
     from idlm.evaluation.speed import race
     from idlm.models.loading import load
     from idlm.nano.problems import held_out_problems
+    from idlm.params import SamplingParams
 
     torch.set_num_threads(threads)
     idlm = load("nano")

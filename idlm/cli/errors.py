@@ -9,7 +9,7 @@ from typer import Abort, Context
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 
 BAD_INPUT = 2
 INTERRUPTED = 130

@@ -10,8 +10,8 @@ import typer
 
 from idlm.cli import common, prompts
 from idlm.cli.sampling import with_sampling
-from idlm.decoding.errors import InputError
-from idlm.decoding.params import SamplingParams
+from idlm.errors import InputError
+from idlm.params import SamplingParams
 
 if TYPE_CHECKING:
     from idlm.engine.llm import Result

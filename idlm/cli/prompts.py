@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 
 if TYPE_CHECKING:
     from idlm.models.idlm_model import Idlm

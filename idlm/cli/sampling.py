@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from idlm.decoding.errors import InputError
-from idlm.decoding.params import SamplingParams
+from idlm.errors import InputError
+from idlm.params import SamplingParams
 
 
 def _option(help: str, **settings: Any) -> Any:

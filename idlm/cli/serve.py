@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from idlm.cli import common
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.serving.config import AR_SUFFIX, EngineConfig, Limits, ServeConfig
 
 KEY_VARIABLE = "IDLM_API_KEY"

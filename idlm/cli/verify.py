@@ -10,7 +10,7 @@ import typer
 
 from idlm.cli import common, prompts
 from idlm.cli.sampling import with_sampling
-from idlm.decoding.params import SamplingParams
+from idlm.params import SamplingParams
 
 if TYPE_CHECKING:
     from idlm.models.idlm_model import Idlm

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from idlm.decoding.params import SamplingParams
+from idlm.params import SamplingParams
 
 NEVER = float("-inf")
 

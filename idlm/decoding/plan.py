@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from idlm.decoding.errors import InputError
 from idlm.decoding.window import Branches, outcomes, parse_branches
+from idlm.errors import InputError
 
 
 @dataclass(frozen=True)

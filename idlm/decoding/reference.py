@@ -16,9 +16,9 @@ from torch import Tensor
 
 from idlm.decoding.law import history, law
 from idlm.decoding.noise import Stream, gumbel, uniform
-from idlm.decoding.params import SamplingParams
 from idlm.decoding.verify import residual
 from idlm.decoding.window import outcomes, parse_branches
+from idlm.params import SamplingParams
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 Allowed = Callable[[Sequence[int]], Tensor]

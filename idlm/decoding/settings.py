@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from idlm.decoding.noise import GOLDEN, Stream, split_mix
-from idlm.decoding.params import VERIFICATIONS, SamplingParams
+from idlm.params import VERIFICATIONS, SamplingParams
 
 NEVER = float("-inf")
 ALWAYS = float("inf")

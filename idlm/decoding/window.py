@@ -26,7 +26,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 
 MAX_STRIDE = 64
 MAX_WIDTH = 64

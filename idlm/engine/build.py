@@ -10,13 +10,13 @@ from collections.abc import Iterable, Sequence
 import psutil
 import torch
 
-from idlm.decoding.errors import InputError
 from idlm.decoding.plan import AR, Plan
 from idlm.decoding.window import parse_branches, window
 from idlm.engine.engine import Engine
 from idlm.engine.planner import Planner, candidates, measured
 from idlm.engine.runner import Runner, attention_shapes
 from idlm.engine.threads import choose_threads
+from idlm.errors import InputError
 from idlm.kernels import native
 from idlm.kernels.choice import choose_linears, drafts_pay
 from idlm.kernels.fused import faster_operators

@@ -23,7 +23,6 @@ from time import perf_counter
 
 import torch
 
-from idlm.decoding.params import SamplingParams
 from idlm.decoding.plan import Plan
 from idlm.engine.intake import Intake
 from idlm.engine.logprobs import add_prompt_logprobs, logprob_entries
@@ -35,6 +34,7 @@ from idlm.engine.request import Logprob, Request, Result, Update
 from idlm.engine.runner import Launched, Runner
 from idlm.engine.scheduler import Scheduler, longest
 from idlm.engine.step import Kind
+from idlm.params import SamplingParams
 
 WARM_UP_SECONDS = 5.0
 MOST_STEPS = 4

@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from idlm.decoding.batch import Allow
-from idlm.decoding.errors import InputError
 from idlm.decoding.law import restrict
-from idlm.decoding.params import Guide
+from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
+from idlm.params import Guide
 
 COMPILED = 64
 """Guides that stay compiled."""

@@ -6,13 +6,13 @@ import itertools
 from collections.abc import Sequence
 from time import perf_counter
 
-from idlm.decoding.errors import InputError
-from idlm.decoding.params import SamplingParams
 from idlm.engine.guide import Guides, Matcher
 from idlm.engine.pages import PagePool
 from idlm.engine.request import Request, Result, Timing
 from idlm.engine.text import TextStream
+from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
+from idlm.params import SamplingParams
 
 
 class Intake:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.kernels import window_attention_native as native
 from idlm.kernels.batch_invariant import InvariantMeta, invariant_attention, invariant_meta
 from idlm.kernels.window_attention import WindowMeta, cache_rows, window_attention, window_meta, write_pages

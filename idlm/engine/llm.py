@@ -12,15 +12,15 @@ import torch
 from jinja2 import TemplateError
 from tqdm.auto import tqdm
 
-from idlm.decoding.errors import InputError
-from idlm.decoding.params import SEED_LIMIT, SamplingParams
 from idlm.engine.build import DEFAULT_SLOTS, build_engine
 from idlm.engine.engine import Engine
 from idlm.engine.request import Result, Update
+from idlm.errors import InputError
 from idlm.models.adapter import load_more
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import load
 from idlm.models.sources import resolve
+from idlm.params import SEED_LIMIT, SamplingParams
 
 __all__ = ["LLM", "Result"]
 

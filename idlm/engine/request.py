@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import NamedTuple
 
-from idlm.decoding.params import SamplingParams
 from idlm.engine.guide import Matcher
 from idlm.engine.text import TextStream
+from idlm.params import SamplingParams
 
 
 @dataclass

@@ -13,7 +13,6 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from idlm.decoding.params import SamplingParams
 from idlm.decoding.plan import AR, Plan
 from idlm.decoding.settings import Features, Settings
 from idlm.engine.guide import GuidedRows, Matcher
@@ -25,6 +24,7 @@ from idlm.engine.step import Core, Kind, Outcome
 from idlm.kernels.fused import OPERATORS
 from idlm.kernels.linears import Linears
 from idlm.models.idlm_model import Idlm
+from idlm.params import SamplingParams
 
 WARM_UP = 2
 """Steps before the first one that is timed: it is recorded in the first."""

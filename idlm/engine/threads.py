@@ -9,7 +9,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.kernels.choice import fastest
 from idlm.kernels.linears import Linears
 from idlm.models.idlm_model import Idlm

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.kernels import native
 from idlm.kernels.linears import Linears
 from idlm.models.idlm_model import Idlm

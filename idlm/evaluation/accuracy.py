@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
-from idlm.decoding.params import SamplingParams
 from idlm.engine.llm import LLM, Result
 from idlm.nano.problems import Problem, read_answer
+from idlm.params import SamplingParams
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from idlm.decoding.law import history, law
 from idlm.decoding.noise import gumbel
-from idlm.decoding.params import SEED_LIMIT, SamplingParams
 from idlm.engine.llm import LLM, Result
 from idlm.models.idlm_model import Idlm
+from idlm.params import SEED_LIMIT, SamplingParams
 
 FALSE_ALARM = 1e-6
 """Chance that the law test refuses a decoder that is right."""

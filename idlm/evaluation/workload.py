@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from idlm.decoding.errors import InputError
-from idlm.decoding.params import SamplingParams
+from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 from idlm.models.sources import BUNDLED
 from idlm.nano.problems import held_out_problems
+from idlm.params import SamplingParams
 
 SHORTEST, LONGEST_OUTPUT, LONGEST_PROMPT = 16, 128, 256
 """Tokens: outputs are 16 to 128, random prompts 16 to 256, less where the context is short."""

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.kernels import compiling
 from idlm.kernels.instruction_sets import INSTRUCTION_SETS, InstructionSet, best, machine, runs_here
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.models.gated_lora import Gate, LoraSpec, adapter_parameters, attach, attach_more
 from idlm.models.idlm_model import Idlm
 from idlm.models.peft_config import refuse_features

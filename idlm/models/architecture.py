@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.models.gguf_checkpoint import gguf_config, gguf_tokenizer, passed_over
 from idlm.models.gguf_header import is_gguf
 from idlm.models.sources import first_line, read_json

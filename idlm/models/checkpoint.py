@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.models import adapter as adapters
 from idlm.models.architecture import mask_token, read_config, read_tokenizer, trained_block_size
 from idlm.models.gguf_checkpoint import auto_dtype, quantisation

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 
 NO_ROWS = slice(0, 0)
 

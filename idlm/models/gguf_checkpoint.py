@@ -18,7 +18,7 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.models.gguf_header import GgufHeader, read_header
 from idlm.models.tensor_info import TensorInfo
 

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.models.tensor_info import TensorInfo
 
 MAGIC = b"GGUF"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.models.attention import Cache
 from idlm.models.gated_lora import NO_ROWS, Gate, GatedLinear, merged_weights
 

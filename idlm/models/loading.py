@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.models import adapter as adapters
 from idlm.models.architecture import mask_token, read_config, read_tokenizer, trained_block_size
 from idlm.models.attention import NAME, attend

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 
 UNDERSTOOD = {"peft_type", "r", "lora_alpha", "target_modules", "use_rslora", "init_lora_weights"}
 HARMLESS = frozenset(

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.models.gguf_header import is_gguf
 
 WEIGHTS = Path(__file__).parents[1] / "nano" / "weights"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.models.gated_lora import GatedLinear, MaskEmbedding, adapter_parameters
 from idlm.models.gguf_header import is_gguf, read_header
 from idlm.models.sources import read_json

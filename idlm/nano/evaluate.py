@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from idlm.decoding.params import SamplingParams
 from idlm.engine.llm import LLM
 from idlm.evaluation.accuracy import evaluate
 from idlm.evaluation.metrics import summary
 from idlm.models.loading import load
 from idlm.nano.problems import Problem, held_out_problems, read_answer
+from idlm.params import SamplingParams
 
 WEIGHTS = Path(__file__).parent / "weights"
 FOLDERS = {"nano": WEIGHTS / "base", "nano-full": WEIGHTS / "full"}

@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from msgspec.structs import replace
 
-from idlm.decoding.errors import InputError
-from idlm.decoding.params import SamplingParams
+from idlm.errors import InputError
+from idlm.params import SamplingParams
 from idlm.serving.channel import FrameError, checked_frame, frame
 from idlm.serving.config import EngineConfig, Limits
 from idlm.serving.messages import Abort, Delta, Finished, FromEngine, Ready, Refused, Stats, Submit

@@ -8,7 +8,7 @@ import msgspec
 from fastapi import HTTPException, Response
 from starlette.exceptions import HTTPException as AnyHTTPException
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.serving.client import Busy, EngineDown
 
 TYPES = {

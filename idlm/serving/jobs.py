@@ -11,8 +11,8 @@ from typing import Any
 
 from fastapi import Request
 
-from idlm.decoding.errors import InputError
-from idlm.decoding.params import SEED_LIMIT, SamplingParams
+from idlm.errors import InputError
+from idlm.params import SEED_LIMIT, SamplingParams
 from idlm.serving.client import EngineDown, Ticket
 from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError

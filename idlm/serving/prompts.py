@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from transformers import AddedToken, PreTrainedTokenizerBase
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.models.architecture import read_config, read_tokenizer
 from idlm.models.sources import first_line, resolve
 from idlm.serving.messages import Ready

@@ -23,8 +23,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from idlm.decoding.errors import InputError
-from idlm.decoding.params import SamplingParams
+from idlm.errors import InputError
+from idlm.params import SamplingParams
 from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError
 from idlm.serving.messages import Guide

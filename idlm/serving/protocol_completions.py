@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from idlm.decoding.params import MOST_LOGPROBS
+from idlm.params import MOST_LOGPROBS
 from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError
 from idlm.serving.protocol import Generation, Ids

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from time import monotonic
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.serving.config import Limits
 
 WINDOW = 30.0

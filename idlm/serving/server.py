@@ -12,7 +12,7 @@ from types import FrameType
 import uvicorn
 import uvloop
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.serving import logs
 from idlm.serving.app import create_app
 from idlm.serving.client import EngineClient, EngineDown

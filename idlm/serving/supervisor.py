@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager
 
 import msgspec
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.serving.channel import read
 from idlm.serving.config import EngineConfig
 from idlm.serving.messages import Failed, FromEngine, Ready

@@ -17,7 +17,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.serving.responses import FunctionCall, ToolCall
 
 LETTERS = string.ascii_letters + string.digits

@@ -27,9 +27,9 @@ from typing import NoReturn
 import msgspec
 
 from idlm import __version__
-from idlm.decoding.errors import InputError
-from idlm.decoding.params import Guide, SamplingParams
 from idlm.engine.llm import LLM
+from idlm.errors import InputError
+from idlm.params import Guide, SamplingParams
 from idlm.serving import logs
 from idlm.serving.channel import FrameError, frame, receive
 from idlm.serving.config import EngineConfig

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.training.strict import as_tree, build, override_key, read_yaml
 
 __all__ = ["TrainConfig", "as_tree", "load_config", "parse_config"]

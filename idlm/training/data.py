@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 from idlm.nano.problems import Problem, held_out_problems, training_problems
 from idlm.training.config import DataConfig

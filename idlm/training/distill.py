@@ -17,7 +17,7 @@ from rich.progress import track
 from torch import Tensor
 from transformers import GenerationConfig
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.models.attention import NAME
 from idlm.models.idlm_model import Idlm
 from idlm.nano.problems import training_problems

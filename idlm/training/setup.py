@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.models import adapter
 from idlm.models.attention import NAME
 from idlm.models.gated_lora import LoraSpec, attach

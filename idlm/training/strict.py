@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 
 
 def read_yaml(text: str, name: str) -> Any:

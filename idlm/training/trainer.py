@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.training.callbacks import Report
 from idlm.training.config import StageConfig, TrainConfig
 from idlm.training.data import Corpus, Draws, as_texts, collate, corpus

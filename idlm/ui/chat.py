@@ -10,7 +10,7 @@ from time import perf_counter
 
 from rich.console import Console
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.ui.colours import COLOURS, LEGEND, Painter, harmless
 from idlm.ui.partner import ContextFull, End, Message, Partner, Piece
 

@@ -6,10 +6,10 @@ import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 
-from idlm.decoding.errors import InputError
-from idlm.decoding.params import SamplingParams
 from idlm.engine.llm import LLM
 from idlm.engine.request import Result, Update
+from idlm.errors import InputError
+from idlm.params import SamplingParams
 from idlm.ui.partner import End, Message, Piece, check_room
 
 

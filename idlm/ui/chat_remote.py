@@ -19,9 +19,9 @@ from openai import (
 )
 from openai.types import Model
 
-from idlm.decoding.errors import InputError
-from idlm.decoding.params import SamplingParams
+from idlm.errors import InputError
 from idlm.models.sources import first_line
+from idlm.params import SamplingParams
 from idlm.ui.partner import ContextFull, End, Message, Piece, check_room
 
 OWNER, AR_SUFFIX = "idlm", ":ar"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.ui.colours import Token
 
 Message = dict[str, str]

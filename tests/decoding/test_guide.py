@@ -14,7 +14,7 @@ from idlm import Guide, InputError, SamplingParams
 from idlm.decoding import reference
 from idlm.decoding.batch import draft, verify
 from idlm.decoding.law import history, law, restrict
-from idlm.decoding.params import MOST_GUIDE
+from idlm.params import MOST_GUIDE
 from tests.decoding.test_batch import STOPS, K, Slot, V, close, mask_ids, padded, positions, random_logits, slots, table
 from tests.decoding.toy import Toy
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from idlm.decoding.costs import CostTable, RunningCosts
-from idlm.decoding.errors import InputError
 from idlm.decoding.plan import AR, Plan, RunningAcceptance, choose, expected_tokens
 from idlm.decoding.window import outcomes, window
+from idlm.errors import InputError
 
 PLANS = [AR, Plan(2, "chain"), Plan(4, "chain"), Plan(4, "all"), Plan(8, "chain"), Plan(8, "all"), Plan(4, (0, 3))]
 acceptances = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=9)

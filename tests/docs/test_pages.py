@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from idlm.decoding.params import MOST_LOGPROBS
+from idlm.params import MOST_LOGPROBS
 from idlm.serving import channel, connections, protocol, server, strict, supervisor
 from idlm.serving.client import EngineClient
 from idlm.serving.config import EngineConfig, Limits

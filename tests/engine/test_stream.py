@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from idlm import LLM, SamplingParams
-from idlm.decoding.errors import InputError
 from idlm.engine.request import Update
+from idlm.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import torch
 from typer.testing import CliRunner
 
 from idlm.cli import app
-from idlm.decoding.errors import InputError
-from idlm.decoding.params import SamplingParams
 from idlm.engine.llm import LLM
 from idlm.engine.weights_accuracy import weights_accuracy
+from idlm.errors import InputError
 from idlm.kernels import native
 from idlm.models.idlm_model import Idlm
+from idlm.params import SamplingParams
 from tests.engine.tiny import tiny_idlm
 
 pytestmark = pytest.mark.skipif(not native.loaded(), reason="no C compiler: there is nothing to test")

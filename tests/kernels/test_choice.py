@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from idlm.decoding.params import SamplingParams
 from idlm.engine import build
 from idlm.engine.build import build_engine
 from idlm.kernels import choice, fused, native
 from idlm.kernels.choice import ROWS, Timing, choose_linears, drafts_pay, fastest
 from idlm.kernels.linears import ALWAYS, Linears
+from idlm.params import SamplingParams
 from tests.engine.tiny import tiny_idlm
 
 pytestmark = pytest.mark.skipif(not native.loaded(), reason="no C compiler: there is nothing to test")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.kernels import compiling, instruction_sets, native
 from idlm.kernels.instruction_sets import INSTRUCTION_SETS, InstructionSet
 from idlm.kernels.panels import FORMATS

@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import idlm
-from idlm.decoding.errors import InputError
-from idlm.decoding.params import SamplingParams
 from idlm.engine import build
 from idlm.engine.build import build_engine
 from idlm.engine.request import Result
+from idlm.errors import InputError
 from idlm.kernels import native
 from idlm.kernels.linears import ALWAYS, Layer, Linears, _shared
 from idlm.kernels.panels import FORMATS, Panels, stacked
 from idlm.models.idlm_model import Idlm
 from idlm.nano.problems import held_out_problems
+from idlm.params import SamplingParams
 from tests.engine.tiny import tiny_idlm, with_second_adapter
 from tests.kernels.checks import rounded, threads
 

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from idlm.decoding.errors import InputError
-from idlm.decoding.params import SamplingParams
 from idlm.engine.build import build_engine
 from idlm.engine.llm import LLM
+from idlm.errors import InputError
 from idlm.kernels import fused, native
 from idlm.kernels.panels import FORMATS, Panels
+from idlm.params import SamplingParams
 from tests.engine.tiny import tiny_idlm
 from tests.kernels import checks
 from tests.kernels.everywhere import Ops

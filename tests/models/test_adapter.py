@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import idlm
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.models import adapter
 from idlm.models.checkpoint import inspect_checkpoint
 from idlm.models.gated_lora import LoraSpec, adapter_parameters, attach

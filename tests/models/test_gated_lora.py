@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.models import attention
 from idlm.models.gated_lora import Gate, GatedLinear, LoraSpec, adapter_parameters, attach
 from idlm.models.idlm_model import Idlm

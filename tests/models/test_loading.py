@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
 import idlm
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.models import loading, weights
 from idlm.models.checkpoint import inspect_checkpoint
 from idlm.models.gated_lora import LoraSpec, attach

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import logging
 
 import idlm
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.models.checkpoint import inspect_checkpoint
 from tests.models import tiny
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.serving import quota
 from idlm.serving.config import Limits
 from idlm.serving.quota import LONGEST_WAIT, Busy, Quota

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.training.config import as_tree, load_config, parse_config
 
 TREE = {

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.nano.problems import is_held_out, problem, training_problems
 from idlm.nano.tokenizer import END, train_tokenizer
 from idlm.training.config import DataConfig

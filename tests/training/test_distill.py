@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.training.config import DataConfig
 from idlm.training.distill import distill
 from tests.training import tiny

@@ -16,7 +16,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from idlm.cli import app
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 from idlm.models.loading import load
 from idlm.nano.tokenizer import train_tokenizer
 from idlm.training.config import TrainConfig, as_tree

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from idlm.decoding.errors import InputError
+from idlm.errors import InputError
 
 VERIFICATIONS = ("coupled", "ratio", "relaxed")
 SEED_LIMIT = 2**63

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from idlm.decoding.errors import InputError
-from idlm.decoding.params import SEED_LIMIT, SamplingParams
+from idlm.errors import InputError
+from idlm.params import SEED_LIMIT, SamplingParams
 
 REFUSED = [
     {"n": 0},
