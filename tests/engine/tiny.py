@@ -34,7 +34,7 @@ FAMILIES = tuple(CLASSES)
 VOCAB = 24
 DEVICE = os.environ.get("IDLM_TEST_DEVICE", "cpu")
 DTYPE: torch.dtype = getattr(torch, os.environ.get("IDLM_TEST_DTYPE", "float64"))
-ROUNDING = 1e-10 if DTYPE == torch.float64 else 1e-4
+ROUNDING = 1e-10 if DTYPE.itemsize == 8 else 1e-4
 """Largest difference of two log-probabilities that are equal but for rounding."""
 
 
