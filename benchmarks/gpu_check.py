@@ -9,8 +9,8 @@
 
 Every part is a process of its own, since an illegal access ends all CUDA work of its process; it has its share of the
 time, and writes each figure when it is known, so that what follows a failure still runs. The file, benchmarks/results/
-gpu.json unless said otherwise, has them all; each part's own file stays beside it. Exit status 1 where a part fails or
-a bound does not hold, 2 without a GPU.
+gpu.json unless said otherwise, has them all; each part's own file and what was printed stay beside it. Exit status 1
+where a part fails or a bound does not hold, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -175,19 +175,21 @@ def start_part(name: str, seconds: float, output: Path) -> dict[str, Any]:
     file = output.with_name(f"{output.stem}.{name}.json")
     file.write_text("{}\n")
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--part", name, "--seconds", str(seconds)]
-    with output.with_name(f"{output.stem}.{name}.log").open("wb") as log:
+    with output.with_suffix(".log").open("ab+") as log:
+        begin = log.tell()
         child = subprocess.Popen(
             [*command, "--output", str(file)], stdout=log, stderr=log, cwd=ROOT.parent, start_new_session=True
         )
         try:
-            status = child.wait(seconds)
+            status: object = child.wait(seconds)
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
             status = "time is up"
+        log.seek(begin)
+        tail = log.read().decode(errors="replace").splitlines()[-5:]
     found: dict[str, Any] = json.loads(file.read_text())
     if status != 0:
-        tail = Path(log.name).read_text(errors="replace").splitlines()[-5:]
         found["process"] = {"passed": False, "status": status, "tail": [line[:300] for line in tail]}
     return found
 
