@@ -31,7 +31,7 @@ UNITS = (
     ("window_attention.c", FAST, "-DREAL=double", "-DREAL_BYTES=8", "-DEXP=exp"),
     ("linear.c", FUSED),
     ("rows.c", FAST),
-    ("ops.c",),
+    ("ops.c", "-fexceptions"),
 )
 LINKING = {
     "Linux": ("-shared", "-fopenmp", "-Wl,--no-as-needed", "-ltorch_cpu", "-lm"),

@@ -91,6 +91,18 @@ def test_scores_that_lie_far_apart() -> None:
     checks.check_far_scores(OPS)
 
 
+@pytest.mark.skipif(not native.loaded(), reason="no C kernels here")
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_broken_precondition_is_an_exception_and_the_process_lives_on(recorded: bool) -> None:
+    def norm(rows: Tensor) -> Tensor:
+        return torch.ops.idlm.rms_norm(rows, torch.ones(4), 1e-6)  # type: ignore[no-any-return]
+
+    call = torch.jit.trace(norm, torch.ones(2, 4)) if recorded else norm
+    with pytest.raises(RuntimeError, match="idlm's C kernels: torch's C interface refused a call"):
+        call(torch.ones(*[1] * 8, 4))  # nine dimensions, one more than the operator takes
+    assert torch.equal(call(torch.zeros(3, 4)), torch.zeros(3, 4))
+
+
 def test_the_fused_operations() -> None:
     torch.manual_seed(0)
     checks.check_row_operations(OPS, rows=5, size=37, heads=3)

@@ -2,7 +2,6 @@
    an operator written in Python costs, and no torch header or C++ compiler is needed to build them. */
 
 #include <omp.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -27,8 +26,18 @@ extern int32_t aoti_torch_delete_tensor_object(Tensor);
 
 enum { FLOAT = 6, DOUBLE = 7, BFLOAT = 15, CPU = 0 }; /* torch's numbers */
 
+/* std::__throw_runtime_error(const char *) of the C++ library that torch stands on. C has no exceptions of its own; this
+   one passes through the C frames (-fexceptions) to torch, which raises it in Python as RuntimeError. */
+#ifdef __APPLE__
+#define THROW "__ZNSt3__121__throw_runtime_errorEPKc"
+#else
+#define THROW "_ZSt21__throw_runtime_errorPKc"
+#endif
+extern void throw_runtime_error(const char *) __asm__(THROW) __attribute__((noreturn));
+
+/* A broken precondition, a refused call of torch's, or no memory. What the operator holds by then is not given back. */
 static void must(int32_t failed) {
-    if (failed) fputs("idlm: torch's C interface refused a call, or memory ran out\n", stderr), abort();
+    if (failed) throw_runtime_error("idlm's C kernels: torch's C interface refused a call, or memory ran out");
 }
 
 static int64_t *sizes(Value tensor) {
