@@ -83,10 +83,16 @@ def _trace(core: Core, step: Replay, *inputs: Tensor) -> Replay:
     would count as dead code.
     """
     written = core.written()
+
+    def given(*values: Tensor) -> tuple[Tensor, ...]:
+        return step(*values[: len(inputs)])
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of sizes that are static by design
-        traced = torch.jit.trace(lambda *given: step(*given[: len(inputs)]), (*inputs, *written), check_trace=False)
-    fuse(traced.graph, core.idlm.dtype, core.fused)
+        # what `torch.jit.trace` returns stays for ever in a unit of the whole process, the weights with it
+        graph, _ = torch._C._create_graph_by_tracing(given, (*inputs, *written), lambda _: "", True, False)
+    fuse(graph, core.idlm.dtype, core.fused)
+    traced = torch._C._create_function_from_graph("step", graph)
 
     def replay(*inputs: Tensor) -> tuple[Tensor, ...]:
         with torch.jit.optimized_execution(False):

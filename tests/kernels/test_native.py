@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -147,8 +149,10 @@ def test_panels_stand_for_the_matrix(format: str) -> None:
 
 @pytest.mark.parametrize(("family", "norms"), [("llama", 5), ("mistral", 5), ("qwen2", 5), ("qwen3", 9)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_recordings_use_them(family: str, norms: int, dtype: torch.dtype) -> None:
+def test_recordings_use_them(family: str, norms: int, dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
     """Two layers: two norms each, two more of heads in Qwen3, and the last; in float64 nothing is touched."""
+    fused._say.cache_clear()
+    caplog.set_level(logging.INFO, "idlm")
     idlm = tiny_idlm(family, adapter=False)
     idlm.model.to(dtype).requires_grad_(False)
     tokens = torch.arange(6)[None] % 20
@@ -169,6 +173,25 @@ def test_recordings_use_them(family: str, norms: int, dtype: torch.dtype) -> Non
         expected = (norms, 4, 2) if dtype == torch.float32 else (0, 0, 0)
         assert tuple(found[f"idlm::{name}"] for name in ("rms_norm", "rotate", "swiglu")) == expected
         torch.testing.assert_close(recorded(tokens), hidden(tokens))
+    told = f"a recorded step has fused operators: {norms} rms_norm, 4 rotate, 2 swiglu"
+    assert [record.message for record in caplog.records] == ([told] if dtype == torch.float32 else [])
+
+
+@pytest.mark.skipif(not native.loaded(), reason="no C kernels here")
+def test_a_recording_dies_with_its_engine() -> None:
+    """It holds the kernels' copy of the weights, which for a real model is most of the memory."""
+    idlm = tiny_idlm("qwen3")
+    idlm.model.float()
+    engine = build_engine(idlm, 4, "all", max_num_seqs=4)
+    engine.add([5, 6, 7], SamplingParams(max_tokens=40, ignore_eos=True), 0)
+    assert list(engine.run())
+    linears = engine.runner.core.linears
+    assert linears is not None
+    held = [weakref.ref(layer.panels.weights) for layer in linears.layers.values()]
+    assert all(one() is not None for one in held)
+    del engine, linears
+    gc.collect()
+    assert all(one() is None for one in held)
 
 
 def test_a_recording_drafts_as_the_step_it_was_made_from() -> None:
