@@ -189,7 +189,7 @@ def test_a_recording_dies_with_its_engine() -> None:
     assert linears is not None
     held = [weakref.ref(layer.panels.weights) for layer in linears.layers.values()]
     assert all(one() is not None for one in held)
-    del engine, linears
+    del engine, linears, idlm
     gc.collect()
     assert all(one() is None for one in held)
 
