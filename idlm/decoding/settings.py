@@ -67,11 +67,6 @@ class Features:
     def __or__(self, other: Features) -> Features:
         return Features(*(getattr(self, one.name) or getattr(other, one.name) for one in fields(self)))
 
-    @property
-    def choice_only(self) -> bool:
-        """Whether a step needs no more than argmax(scores + temperature * noise), a bias at most."""
-        return not (self.filtered or self.penalised or self.held or self.ratio or self.relaxed)
-
 
 @dataclass
 class Settings:
@@ -91,7 +86,7 @@ class Settings:
         hold_until: int64 [B], the number of outputs before which the stop ids cannot come out.
         prompt_length: int64 [B].
         steps: int64 [V], what each token adds to the state of the noise; the same for all.
-        bias: float64 [B, V], added to the logits; -inf for banned tokens and MASK.
+        bias: float64 [B, V], added to the logits; -inf for banned tokens.
         stop: bool [B, V], the ids that end the output.
         seen: bool [B, V], the token is in the prompt or in the output.
         counts: int32 [B, V], how often it is in the output.
@@ -199,8 +194,7 @@ class Settings:
     def _put_numbers(self, slot: int, params: SamplingParams, needs: Features, seed: int, prompt_length: int) -> None:
         assert self._numbers is not None
         reals, integers = self._numbers
-        # by torch, as `verify.relaxed` takes it
-        log_tau = ALWAYS if params.tau is None else torch.tensor(params.tau, dtype=torch.float64).log().item()
+        tau = torch.tensor(ALWAYS if params.tau is None else params.tau, dtype=torch.float64)
         reals[slot] = torch.tensor(
             [
                 params.temperature,
@@ -209,7 +203,7 @@ class Settings:
                 params.repetition_penalty,
                 params.presence_penalty,
                 params.frequency_penalty,
-                log_tau,
+                tau.log().item(),
             ],
             dtype=torch.float64,
         )
@@ -225,15 +219,11 @@ class Settings:
             if not needs.biased:
                 return
             self.bias = self._table(torch.float64)
-            self._ban(self.bias, [self.mask_id])
         row = torch.zeros(self.vocab_size, dtype=torch.float64)
         for token, bias in params.logit_bias.items():
             row[token] = bias
-        self._ban(row, [*params.banned_tokens, self.mask_id])
+        row[list(params.banned_tokens)] = NEVER
         self.bias[slot] = row.to(self.bias.device)
-
-    def _ban(self, rows: Tensor, tokens: Iterable[int]) -> None:
-        rows[..., [token for token in tokens if token < self.vocab_size]] = NEVER
 
     def _put_stop(self, slot: int, ends: list[int]) -> None:
         if self.stop is None:

@@ -8,11 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from idlm.decoding.law import law
+from idlm.decoding.law import Law
+from idlm.decoding.settings import Settings
+from idlm.decoding.verify import logprobs
 from idlm.engine.prompts import Chunk
 from idlm.engine.request import Logprob, Request
 from idlm.engine.step import Outcome
 from idlm.models.idlm_model import Idlm
+from idlm.params import SamplingParams
 
 
 def logprob_entries(outcome: Outcome, row: int, request: Request) -> list[dict[int, Logprob]]:
@@ -20,8 +23,13 @@ def logprob_entries(outcome: Outcome, row: int, request: Request) -> list[dict[i
     top = request.params.logprobs
     if top is None or not outcome.logprobs:
         return []
-    chosen, rank, values, ids = (tensor[row].tolist() for tensor in outcome.logprobs)
-    tokens = outcome.packed[row, : len(chosen)].tolist()
+    tokens = outcome.packed[row, : outcome.logprobs[0].shape[1]].tolist()
+    return _entries(tokens, [tensor[row] for tensor in outcome.logprobs], top)
+
+
+def _entries(tokens: Sequence[int], found: Sequence[Tensor], top: int) -> list[dict[int, Logprob]]:
+    """Of one slot's `tokens`; `found` are its rows of `idlm.decoding.verify.Logprobs`."""
+    chosen, rank, values, ids = (tensor.tolist() for tensor in found)
     return [_entry(*token, top) for token in zip(tokens, chosen, rank, ids, values, strict=True)]
 
 
@@ -59,13 +67,15 @@ def add_prompt_logprobs(idlm: Idlm, work: Sequence[tuple[Request, Chunk]], hidde
             presence_penalty=0.0,
             frequency_penalty=0.0,
         )
-        log_p = law(idlm.head(rows[: len(targets)]), params, None, idlm.mask_id)
-        known += _rows(log_p, targets, top)
+        logits = idlm.head(rows[: len(targets)])
+        known += _entries(targets, _of_one(idlm, params, logits, targets, top), top)
 
 
-def _rows(log_p: Tensor, targets: list[int], top: int) -> list[dict[int, Logprob]]:
-    own = log_p.gather(1, torch.tensor(targets, device=log_p.device)[:, None])
-    rank = (log_p > own).sum(dim=-1) + 1
-    values, ids = log_p.topk(top, dim=-1)
-    columns = (own[:, 0].tolist(), rank.tolist(), ids.tolist(), values.tolist())
-    return [_entry(*token, top) for token in zip(targets, *columns, strict=True)]
+def _of_one(idlm: Idlm, params: SamplingParams, logits: Tensor, tokens: Sequence[int], top: int) -> list[Tensor]:
+    """`logprobs` of one request's `tokens` [R], given by `logits` [R, V]: a batch of one."""
+    device = logits.device
+    settings = Settings.empty(1, idlm.vocab_size, idlm.mask_id, device)
+    settings.put(0, params, 0, ())
+    law, first = Law(settings, settings.features), torch.zeros(1, dtype=torch.int64, device=device)
+    found = logprobs(law, logits[None], torch.tensor([tokens], device=device), first, top)
+    return [tensor[0] for tensor in found]
