@@ -16,7 +16,7 @@ token that row 0 gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from idlm.decoding.noise import Stream, gumbel
 from idlm.decoding.settings import NEVER, Features, Settings
+from idlm.params import SamplingParams
 
 Chooser = Callable[[Tensor, Settings, bool, Stream, Tensor], Tensor]
 """`choose`, or a kernel that does the same."""
@@ -52,14 +53,7 @@ def choose(
     """A token of each row, int64 [B, R]: argmax(scores + temperature * noise), of equals the first.
 
     The same argmax as that of the log-probabilities plus noise, without a normalisation, and the
-    same numbers whatever the other slots need.
-
-    Args:
-        scores: [B, R, V].
-        settings: of the slots; only temperatures and keys are read.
-        sampled: False where every slot is greedy.
-        stream: of the noise; TOKEN or DRAFT.
-        first: int64 [B].
+    same numbers whatever the other slots need. `sampled` is False where every slot is greedy.
     """
     if sampled:
         at = positions(first, scores.shape[1])
@@ -81,6 +75,21 @@ class Law:
     settings: Settings
     features: Features
     chooser: Chooser = choose
+
+    @classmethod
+    def of_one(
+        cls,
+        params: SamplingParams,
+        vocab_size: int,
+        mask_id: int,
+        prompt: Sequence[int] = (),
+        output: Sequence[int] = (),
+        device: torch.device | str = "cpu",
+    ) -> Law:
+        """For a request that has no slot: a batch of one, without stop ids."""
+        settings = Settings.empty(1, vocab_size, mask_id, device)
+        settings.put(0, params, params.seed or 0, prompt, output)
+        return cls(settings, settings.features)
 
     def scores(self, logits: Tensor, first: Tensor, ahead: Tensor | None = None) -> Tensor:
         """Logits [B, R, V] adjusted and filtered: -inf for a token that cannot come out.

@@ -77,10 +77,7 @@ def adjusted(
 
 
 def law(scores: Tensor, params: SamplingParams) -> Tensor:
-    """Log-probabilities [V] that a token is chosen by, from adjusted logits [V].
-
-    Temperature 0 is the point mass on the best, the lowest id among equals.
-    """
+    """Log-probabilities [V] of adjusted logits [V]; at temperature 0 all on the first of the best."""
     if params.greedy:
         point = torch.full_like(scores, NEVER)
         point[scores.argmax()] = 0.0
@@ -114,7 +111,7 @@ def coupled(log_p: Tensor, draft: int, noise: Tensor) -> int | None:
 
 
 def relaxed(log_p: Tensor, draft: int, noise: Tensor, tau: float) -> int | None:
-    """APPROXIMATE: `coupled`, and a draft that is `tau` times as likely as the likeliest stands too.
+    """APPROXIMATE: `coupled`, and a draft `tau` times as likely as the likeliest stands too.
 
     The output is not the model's own law, except with tau = 1 when greedy and no two tokens tie.
     """
@@ -154,8 +151,7 @@ class Request:
         held_back = self.stop_ids if len(output) < self.params.min_tokens else ()
         allowed = None if self.allowed is None else self.allowed(output)
         banned = (self.mask_id, *held_back)
-        scores = adjusted(logits, self.params, self.prompt, output, banned, allowed)
-        return law(scores, self.params)
+        return law(adjusted(logits, self.params, self.prompt, output, banned, allowed), self.params)
 
     def noise(self, position: int, vocab_size: int, stream: int = TOKEN) -> Tensor:
         """The noise [V] at a position; none when greedy."""
@@ -286,10 +282,7 @@ def isd(
 def _window(
     forward: Forward, mask_id: int, text: list[int], drafts: list[int], masks: dict[int, int]
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """One forward: logits of the verify rows [1 + drafts, V], and by outcome those of its masks.
-
-    `masks` says how many there are for each outcome, the number of drafts that stand.
-    """
+    """Logits of the verify rows [1 + drafts, V] and of the `masks[j]` masks of each outcome j."""
     rows = [(token, position) for position, token in enumerate(text + drafts)]
     sees = [set(range(i + 1)) for i in range(len(rows))]
     at: dict[int, list[int]] = {j: [] for j in masks}

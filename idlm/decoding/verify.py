@@ -49,14 +49,12 @@ class Verdicts(NamedTuple):
 
     Attributes:
         accepted: int64 [B], the drafts that stand.
-        token: int64 [B], the token after them: a correction, or the bonus where all stand.
-        tokens: int64 [B, 1 + K], what is committed: the drafts that stand, then `token`; the rest
-            has no meaning.
+        tokens: int64 [B, 1 + K], what is committed: the drafts that stand, then a correction, or
+            the bonus where all stand; the rest has no meaning.
         log_p: float64 [B, 1 + K, V], the law of the verify rows, where a rule needed it.
     """
 
     accepted: Tensor
-    token: Tensor
     tokens: Tensor
     log_p: Tensor | None
 
@@ -84,7 +82,7 @@ def verify(law: Law, logits: Tensor, drafts: Drafts, first: Tensor) -> Verdicts:
     if law.features.ratio or law.features.relaxed:
         return _judge(law, law.log_p(scores), tokens, drafts, first)
     accepted = _leading(tokens[:, :-1] == drafts.tokens, drafts.valid)
-    return Verdicts(accepted, tokens.gather(1, accepted[:, None])[:, 0], tokens, None)
+    return Verdicts(accepted, tokens, None)
 
 
 def _judge(law: Law, log_p: Tensor, tokens: Tensor, drafts: Drafts, first: Tensor) -> Verdicts:
@@ -101,23 +99,17 @@ def _judge(law: Law, log_p: Tensor, tokens: Tensor, drafts: Drafts, first: Tenso
         below = chance.log() < chosen - _pick(log_q, drafted)
         stand = torch.where(by_ratio[:, None], below, stand)
     accepted = _leading(stand, drafts.valid)
-    token = tokens.gather(1, accepted[:, None])[:, 0]
+    token = tokens.gather(1, accepted[:, None])
     if features.ratio and log_q is not None:
-        rest = _after(log_p, log_q, accepted, drafts.valid)
-        token = torch.where(by_ratio, _sample(law, rest, first + accepted), token)
+        at = accepted[:, None, None].expand(-1, 1, log_p.shape[2])
+        p, q = log_p.gather(1, at)[:, 0], log_q.gather(1, at.clamp(max=log_q.shape[1] - 1))[:, 0]
+        # the bonus has no q
+        rest = torch.where((accepted < drafts.valid)[:, None], residual(p, q), p)
+        other = _sample(law, rest, (first + accepted)[:, None])
+        token = torch.where(by_ratio[:, None], other, token)
     place = torch.arange(tokens.shape[1], device=tokens.device)
-    committed = torch.cat([drafted, token[:, None]], dim=1)
-    tokens = torch.where(place == accepted[:, None], token[:, None], committed)
-    return Verdicts(accepted, token, tokens, log_p)
-
-
-def _after(log_p: Tensor, log_q: Tensor, accepted: Tensor, valid: Tensor) -> Tensor:
-    """Log, not normalised, of what the ratio rule draws its token after the drafts from, [B, V]."""
-    at = accepted[:, None, None].expand(-1, 1, log_p.shape[2])
-    p = log_p.gather(1, at)[:, 0]
-    q = log_q.gather(1, at.clamp(max=log_q.shape[1] - 1))[:, 0]
-    # the bonus has no q: it is drawn from p
-    return torch.where((accepted < valid)[:, None], residual(p, q), p)
+    committed = torch.cat([drafted, token], dim=1)
+    return Verdicts(accepted, torch.where(place == accepted[:, None], token, committed), log_p)
 
 
 def residual(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -131,10 +123,11 @@ def residual(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _sample(law: Law, log_p: Tensor, at: Tensor) -> Tensor:
-    """A token [B] of log-probabilities [B, V] for the positions `at` [B]."""
+    """A token [B, 1] of log-probabilities [B, V] for the positions `at` [B, 1]."""
     settings = law.settings
-    noise = gumbel(settings.keys[:, Stream.TOKEN], at[:, None], settings.steps)[:, 0]
-    return torch.where(settings.temperature[:, None] > 0, log_p + noise, log_p).argmax(dim=-1)
+    noise = gumbel(settings.keys[:, Stream.TOKEN], at, settings.steps)[:, 0]
+    scores = torch.where(settings.temperature[:, None] > 0, log_p + noise, log_p)
+    return scores.argmax(dim=-1, keepdim=True)
 
 
 def draft(

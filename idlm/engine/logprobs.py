@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from idlm.decoding.law import Law
-from idlm.decoding.settings import Settings
 from idlm.decoding.verify import logprobs
 from idlm.engine.prompts import Chunk
 from idlm.engine.request import Logprob, Request
 from idlm.engine.step import Outcome
 from idlm.models.idlm_model import Idlm
-from idlm.params import SamplingParams
 
 
 def logprob_entries(outcome: Outcome, row: int, request: Request) -> list[dict[int, Logprob]]:
@@ -67,15 +65,8 @@ def add_prompt_logprobs(idlm: Idlm, work: Sequence[tuple[Request, Chunk]], hidde
             presence_penalty=0.0,
             frequency_penalty=0.0,
         )
-        logits = idlm.head(rows[: len(targets)])
-        known += _entries(targets, _of_one(idlm, params, logits, targets, top), top)
-
-
-def _of_one(idlm: Idlm, params: SamplingParams, logits: Tensor, tokens: Sequence[int], top: int) -> list[Tensor]:
-    """`logprobs` of one request's `tokens` [R], given by `logits` [R, V]: a batch of one."""
-    device = logits.device
-    settings = Settings.empty(1, idlm.vocab_size, idlm.mask_id, device)
-    settings.put(0, params, 0, ())
-    law, first = Law(settings, settings.features), torch.zeros(1, dtype=torch.int64, device=device)
-    found = logprobs(law, logits[None], torch.tensor([tokens], device=device), first, top)
-    return [tensor[0] for tensor in found]
+        law = Law.of_one(params, idlm.vocab_size, idlm.mask_id, device=hidden.device)
+        tokens = torch.tensor([targets], device=hidden.device)
+        logits, first = idlm.head(rows[: len(targets)])[None], torch.zeros_like(tokens[:, 0])
+        found = logprobs(law, logits, tokens, first, top)
+        known += _entries(targets, [tensor[0] for tensor in found], top)

@@ -271,10 +271,8 @@ class Core:
             self.slots.keep_laws(slate.rows, log_q)
 
     def _logprobs(self, kind: Kind, slate: Slate) -> tuple[Tensor, ...]:
-        if kind.logprobs is None:
-            return ()
-        tokens, first = slate.verdict.tokens, slate.state.length
-        return logprobs(slate.law, slate.logits, tokens, first, kind.logprobs)
+        tokens, first, top = slate.verdict.tokens, slate.state.length, kind.logprobs
+        return () if top is None else logprobs(slate.law, slate.logits, tokens, first, top)
 
     def _simulate(self, verdict: Verdicts, drafts: Tensor, valid: Tensor, first: Tensor, keys: Tensor) -> Verdicts:
         """Accept draft k with chance `simulated[k]` (its last entry from there on), whatever the tokens."""
@@ -283,13 +281,13 @@ class Core:
         chance = uniform(keys[:, Stream.ACCEPT], first[:, None] + depth)
         luck = chance < self.simulated[depth.clamp(max=len(self.simulated) - 1)]
         accepted = (luck & (depth < valid[:, None])).to(torch.int64).cumprod(dim=1).sum(dim=1)
-        token = verdict.tokens[:, 0]
+        token = verdict.tokens[:, :1]
         tokens = torch.where(
             torch.arange(verdict.tokens.shape[1], device=token.device) < accepted[:, None],
-            torch.cat([drafts, token[:, None]], dim=1),
-            token[:, None],
+            torch.cat([drafts, token], dim=1),
+            token,
         )
-        return verdict._replace(accepted=accepted, token=token, tokens=tokens)
+        return verdict._replace(accepted=accepted, tokens=tokens)
 
 
 def _chosen(layout: Layout, slate: Slate, masks: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from idlm.decoding.law import Law
 from idlm.decoding.noise import Stream, gumbel
-from idlm.decoding.settings import Settings
 from idlm.engine.llm import LLM, Result
 from idlm.models.idlm_model import Idlm
 from idlm.params import SEED_LIMIT, SamplingParams
@@ -123,16 +122,9 @@ def token_scores(idlm: Idlm, prompt: list[int], output: list[int], params: Sampl
     log_p = _laws(idlm, prompt, output, soft, first=len(output))[0]
     if params.greedy:
         return log_p
-    settings = _settings(idlm, params, prompt, output)
+    settings = Law.of_one(params, idlm.vocab_size, idlm.mask_id).settings
     position = torch.tensor([[len(prompt) + len(output)]])
     return log_p + gumbel(settings.keys[:, Stream.TOKEN], position, settings.steps)[0, 0]
-
-
-def _settings(idlm: Idlm, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]) -> Settings:
-    """Those of one request that has `output`, on the CPU."""
-    settings = Settings.empty(1, idlm.vocab_size, idlm.mask_id)
-    settings.put(0, params, params.seed or 0, prompt, output)
-    return settings
 
 
 @torch.inference_mode()
@@ -145,10 +137,9 @@ def _laws(idlm: Idlm, prompt: Sequence[int], output: Sequence[int], params: Samp
     causal = torch.ones(len(text), len(text), dtype=torch.bool, device=idlm.device).tril()
     logits = idlm.forward(text, torch.arange(len(text), device=idlm.device), causal)
     rows = logits[len(prompt) + first - 1 :].double().cpu()
-    settings = _settings(idlm, params, prompt, output[:first])
-    law, position = Law(settings, settings.features), torch.tensor([len(prompt) + first])
+    law = Law.of_one(params, idlm.vocab_size, idlm.mask_id, prompt, output[:first])
     ahead = torch.tensor([output[first:]], dtype=torch.int64)
-    return law.log_p(law.scores(rows[None], position, ahead))[0]
+    return law.log_p(law.scores(rows[None], torch.tensor([len(prompt) + first]), ahead))[0]
 
 
 @dataclass(frozen=True)

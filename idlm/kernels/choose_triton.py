@@ -59,8 +59,8 @@ def _choose(  # type: ignore[no-untyped-def]
     begin = tl.program_id(1) * share
     for block in range(begin, tl.minimum(vocab, begin + share), BLOCK):
         token = block + tl.arange(0, BLOCK).to(tl.int64)
-        place = scores + row * vocab + token
-        score = tl.load(place, mask=token < vocab, other=float("-inf")).to(tl.float64)
+        address = scores + row * vocab + token
+        score = tl.load(address, mask=token < vocab, other=float("-inf")).to(tl.float64)
         if SAMPLED:
             word = _mix(start + (token + 1) * GOLDEN)
             unit = (_shift(word, DROPPED).to(tl.float64) + 0.5) * UNIT

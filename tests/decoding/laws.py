@@ -22,6 +22,7 @@ def batch_of_one(
     stop_ids: Sequence[int] = (),
     seed: int = 0,
 ) -> Law:
+    """`Law.of_one`, with stop ids and a seed."""
     settings = Settings.empty(1, vocab_size, mask_id)
     settings.put(0, params, seed, prompt, output, stop_ids)
     return Law(settings, settings.features)

@@ -136,7 +136,7 @@ def test_verification_equals_the_single_request_functions(batch: list[Slot | Non
         log_p = slot.laws(logits[b, : number + 1], slot.drafts, mask_id)
         committed, accepted = slot.verify(logits[b], log_q[b], mask_id)
         assert committed[:-1] == slot.drafts[:accepted] and len(committed) == accepted + 1
-        assert (verdicts.accepted[b], verdicts.token[b]) == (accepted, committed[-1])
+        assert (verdicts.accepted[b], verdicts.tokens[b, accepted]) == (accepted, committed[-1])
         assert verdicts.tokens[b, : len(committed)].tolist() == committed
         if slot.params.verification != "coupled":
             assert verdicts.log_p is not None and close(verdicts.log_p[b, : number + 1], log_p)
@@ -206,7 +206,8 @@ def test_a_slot_does_not_see_its_neighbours(dtype: torch.dtype, batch: list[Slot
             alone = Law(rows, rows.features)
             single = verify(alone, logits[one], Drafts(drafts[one], valid[one], log_q[one]), first[one])
             assert torch.equal(single.accepted, verdicts.accepted[one])
-            assert torch.equal(single.token, verdicts.token[one])
+            end = single.accepted[:, None]
+            assert torch.equal(single.tokens.gather(1, end), verdicts.tokens[one].gather(1, end))
             assert torch.equal(draft(alone, logits[one, 1:], first[one])[0], proposed[one])
 
 

@@ -75,7 +75,7 @@ def test_restricted_logits_are_verified_under_the_guided_law(
         number = len(slot.drafts)
         log_p = slot.laws(logits[b, : number + 1], slot.drafts, mask_id)
         committed, accepted = slot.verify(logits[b], log_q[b], mask_id)
-        assert (verdicts.accepted[b], verdicts.token[b]) == (accepted, committed[-1])
+        assert (verdicts.accepted[b], verdicts.tokens[b, accepted]) == (accepted, committed[-1])
         if slot.params.verification != "coupled":
             assert verdicts.log_p is not None and close(verdicts.log_p[b, : number + 1], log_p)
 

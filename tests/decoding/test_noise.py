@@ -3,7 +3,6 @@
 import math
 
 import torch
-
 from torch import Tensor
 
 from idlm.decoding import noise, reference

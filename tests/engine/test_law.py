@@ -129,7 +129,7 @@ def test_the_kernel_obeys_the_law(
 def greedy_verify(law: Law, logits: Tensor, drafts: Any, first: Tensor) -> Verdicts:
     tokens = logits.argmax(dim=-1)
     nothing = torch.zeros_like(first)
-    return Verdicts(nothing, tokens[:, 0], tokens, None)
+    return Verdicts(nothing, tokens, None)
 
 
 def greedy_draft(law: Law, logits: Tensor, first: Tensor, allow: Any = None) -> tuple[Tensor, Tensor | None]:
