@@ -1,8 +1,11 @@
-"""The oracle: AR decoding and ISD written as plainly as they can be, everything recomputed at every step.
+"""The oracle: the law, the noise, the rules, AR and ISD for one request, as plainly as can be.
 
-`forward(tokens [T], positions [T], visible [T, T])` gives logits [T, V]; a row whose token is `mask_id` is a MASK row.
-Nothing is cached or laid out statically, and the verification rules are spelled out again for one draft at a time, so
-that agreement with the fast path says something.
+It shares no function with the fast path (`law`, `noise`, `verify`), so that their agreement says
+something. Everything is recomputed at every step, one row at a time, in float64; noise is made of
+Python's integers. `forward(tokens [T], positions [T], visible [T, T])` gives logits [T, V]; a row
+whose token is `mask_id` is a MASK row.
+
+Shapes: T rows of a forward, V logit columns.
 """
 
 from __future__ import annotations
@@ -14,15 +17,191 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from idlm.decoding.law import history, law
-from idlm.decoding.noise import Stream, gumbel, uniform
-from idlm.decoding.verify import residual
 from idlm.decoding.window import outcomes, parse_branches
 from idlm.params import SamplingParams
 
+NEVER = -math.inf
+TOKEN, DRAFT, ACCEPT = range(3)
+"""The streams of a seed's noise."""
+
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 Allowed = Callable[[Sequence[int]], Tensor]
-"""A guide: from the output so far the tokens that may come next, bool [V]; all of them past the guide's end."""
+"""A guide: from the output so far the tokens that may come next, bool [V]; all past its end."""
+
+
+def split_mix(start: int, number: int) -> int:
+    """Output `number` of the SplitMix64 generator started with `start`; unsigned 64-bit words."""
+    word = (start + (number + 1) * 0x9E3779B97F4A7C15) % 2**64
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB % 2**64
+    return word ^ (word >> 31)
+
+
+def uniform(seed: int, stream: int, position: int, token: int = 0) -> float:
+    """A number in (0, 1): the upper 52 bits of a word, and a half."""
+    word = split_mix(split_mix(split_mix(seed, stream), position), token)
+    return ((word >> 12) + 0.5) / 2**52
+
+
+def gumbel(seed: int, stream: int, position: int, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise [V]."""
+    numbers = [uniform(seed, stream, position, token) for token in range(vocab_size)]
+    return torch.tensor([-math.log(-math.log(u)) for u in numbers], dtype=torch.float64)
+
+
+def adjusted(
+    logits: Tensor,
+    params: SamplingParams,
+    prompt: Sequence[int] = (),
+    output: Sequence[int] = (),
+    banned: Iterable[int] = (),
+    allowed: Tensor | None = None,
+) -> Tensor:
+    """Logits [V] for the token after `output` with penalties, bias, bans and guide: float64.
+
+    `banned` are MASK, and the stop ids of a request that has fewer than `min_tokens` tokens.
+    """
+    scores = logits.to(torch.float64, copy=True)
+    rate = params.repetition_penalty
+    for token in {*prompt, *output}:
+        if token < len(scores):  # a prompt may hold ids past the logit columns
+            scores[token] = scores[token] / rate if scores[token] > 0 else scores[token] * rate
+    for token in set(output):
+        scores[token] -= params.frequency_penalty * output.count(token) + params.presence_penalty
+    for token, bias in params.logit_bias.items():
+        scores[token] += bias
+    for token in (*params.banned_tokens, *banned):
+        if token < len(scores):
+            scores[token] = NEVER
+    return scores if allowed is None else scores.masked_fill(~allowed, NEVER)
+
+
+def law(scores: Tensor, params: SamplingParams) -> Tensor:
+    """Log-probabilities [V] of adjusted logits [V]; at temperature 0 all on the first of the best."""
+    if params.greedy:
+        point = torch.full_like(scores, NEVER)
+        point[scores.argmax()] = 0.0
+        return point
+    scores = scores / params.temperature
+    if params.top_k > 0:  # tokens equal to the k-th stay too
+        kth = scores.sort(descending=True).values[min(params.top_k, len(scores)) - 1]
+        scores = scores.masked_fill(scores < kth, NEVER)
+    if params.top_p < 1:
+        scores = _top_p(scores, params.top_p)
+    p = scores.softmax(dim=0)
+    return scores.masked_fill(p < params.min_p * p.max(), NEVER).log_softmax(dim=0)
+
+
+def _top_p(scores: Tensor, top_p: float) -> Tensor:
+    """Keep the shortest run of likeliest tokens whose probability reaches `top_p`, one at least."""
+    p, before = scores.softmax(dim=0), 0.0
+    kept = torch.full_like(scores, NEVER)
+    for token in scores.argsort(descending=True, stable=True).tolist():
+        if before >= top_p:
+            break
+        kept[token] = scores[token]
+        before += float(p[token])
+    return kept
+
+
+def coupled(log_p: Tensor, draft: int, noise: Tensor) -> int | None:
+    """None where `draft` equals the AR token argmax(log p + noise), else that token."""
+    token = int((log_p + noise).argmax())
+    return None if token == draft else token
+
+
+def relaxed(log_p: Tensor, draft: int, noise: Tensor, tau: float) -> int | None:
+    """APPROXIMATE: `coupled`, and a draft `tau` times as likely as the likeliest stands too.
+
+    The output is not the model's own law, except with tau = 1 when greedy and no two tokens tie.
+    """
+    likely = float(log_p[draft]) >= float(log_p.max()) + math.log(tau)
+    return None if likely else coupled(log_p, draft, noise)
+
+
+def ratio(log_p: Tensor, draft: int, log_q: Tensor, chance: float, noise: Tensor) -> int | None:
+    """None with probability min(1, p / q), else a sample of normalise(max(0, p - q)).
+
+    Exactly p if `draft` is a sample of q, `chance` is uniform and the noise is independent of both.
+    """
+    if math.log(chance) < float(log_p[draft] - log_q[draft]):
+        return None
+    return int((residual(log_p, log_q) + noise).argmax())
+
+
+def residual(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Log of max(0, p - q), not normalised; p where rounding leaves nothing."""
+    left = (log_p.exp() - log_q.exp()).clamp(min=0)
+    return left.log() if left.sum() > 0 else log_p
+
+
+@dataclass
+class Request:
+    """What stays the same while one request is decoded; `output` is what it has so far."""
+
+    prompt: list[int]
+    params: SamplingParams
+    mask_id: int
+    stop_ids: frozenset[int] = frozenset()
+    seed: int = 0
+    allowed: Allowed | None = None
+
+    def law(self, logits: Tensor, output: Sequence[int]) -> Tensor:
+        """The law [V] of the token that comes after `output`."""
+        held_back = self.stop_ids if len(output) < self.params.min_tokens else ()
+        allowed = None if self.allowed is None else self.allowed(output)
+        banned = (self.mask_id, *held_back)
+        return law(adjusted(logits, self.params, self.prompt, output, banned, allowed), self.params)
+
+    def noise(self, position: int, vocab_size: int, stream: int = TOKEN) -> Tensor:
+        """The noise [V] at a position; none when greedy."""
+        if self.params.greedy:
+            return torch.zeros(vocab_size, dtype=torch.float64)
+        return gumbel(self.seed, stream, position, vocab_size)
+
+    def sample(self, log_p: Tensor, position: int, stream: int = TOKEN) -> int:
+        """A token of the law `log_p` [V], with the noise at its position."""
+        return int((log_p + self.noise(position, len(log_p), stream)).argmax())
+
+    def verify(
+        self, output: list[int], drafts: list[int], laws: Sequence[Tensor], logits: Tensor
+    ) -> tuple[list[int], int]:
+        """The tokens that one window commits, and how many of them are drafts.
+
+        `laws` are those the drafts were drawn from; `logits` [1 + drafts, V] the verify rows.
+        """
+        start = len(self.prompt) + len(output)
+        for k, draft in enumerate(drafts):
+            log_p = self.law(logits[k], output + drafts[:k])
+            token = self.judge(log_p, draft, laws[k], start + k)
+            if token is not None:
+                return [*drafts[:k], token], k
+        log_p = self.law(logits[len(drafts)], output + drafts)
+        return [*drafts, self.sample(log_p, start + len(drafts))], len(drafts)
+
+    def judge(self, log_p: Tensor, draft: int, log_q: Tensor, position: int) -> int | None:
+        """None where the draft stands, else the token that replaces it."""
+        noise = self.noise(position, len(log_p))
+        if self.params.verification == "ratio":
+            return ratio(log_p, draft, log_q, uniform(self.seed, ACCEPT, position), noise)
+        if self.params.tau is not None:
+            return relaxed(log_p, draft, noise, self.params.tau)
+        return coupled(log_p, draft, noise)
+
+    def draft(self, output: list[int], logits: Tensor) -> tuple[list[int], list[Tensor]]:
+        """The drafts after `output` and their laws; each counts the drafts before it."""
+        stream = DRAFT if self.params.verification == "ratio" else TOKEN
+        drafts: list[int] = []
+        laws: list[Tensor] = []
+        for row in logits:
+            laws.append(self.law(row, output + drafts))
+            position = len(self.prompt) + len(output) + len(drafts)
+            drafts.append(self.sample(laws[-1], position, stream))
+        return drafts, laws
+
+    def done(self, output: Sequence[int]) -> bool:
+        """Whether the output is complete."""
+        return len(output) >= self.params.max_tokens or bool(output and output[-1] in self.stop_ids)
 
 
 @dataclass
@@ -32,7 +211,7 @@ class Decoded:
     Attributes:
         tokens: the output, its stop token included.
         forwards: forward passes, the prefill included.
-        reached: how often a draft at depth k (index k - 1) was looked at, all before it having been accepted.
+        reached: how often a draft at depth k (index k - 1) was verified, all before it accepted.
         accepted: how often it was accepted.
     """
 
@@ -40,40 +219,6 @@ class Decoded:
     forwards: int = 0
     reached: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
-
-
-@dataclass
-class _Request:
-    """What stays the same while one request is decoded."""
-
-    forward: Forward
-    prompt: list[int]
-    params: SamplingParams
-    mask_id: int
-    stop_ids: frozenset[int]
-    seed: int
-    allowed: Allowed | None
-
-    def law(self, logits: Tensor, output: Sequence[int]) -> Tensor:
-        """The law [V] of the token that comes after `output`."""
-        before = history(self.prompt, output, [], logits.shape[-1])
-        held_back = self.stop_ids if len(output) < self.params.min_tokens else ()
-        allowed = None if self.allowed is None else self.allowed(output)
-        return law(logits[None], self.params, before, self.mask_id, held_back, allowed)[0]
-
-    def noise(self, position: int, vocab_size: int, stream: Stream = Stream.TOKEN) -> Tensor:
-        """The noise [V] at a position; none when greedy."""
-        if self.params.greedy:
-            return torch.zeros(vocab_size, dtype=torch.float64)
-        return gumbel(self.seed, torch.tensor([position]), vocab_size, stream)[0]
-
-    def sample(self, log_p: Tensor, position: int, stream: Stream = Stream.TOKEN) -> int:
-        """A token of the law `log_p` [V], with the noise at its position."""
-        return int((log_p + self.noise(position, len(log_p), stream)).argmax())
-
-    def done(self, output: Sequence[int]) -> bool:
-        """Whether the output is complete."""
-        return len(output) >= self.params.max_tokens or bool(output and output[-1] in self.stop_ids)
 
 
 def ar(
@@ -86,7 +231,7 @@ def ar(
     allowed: Allowed | None = None,
 ) -> Decoded:
     """Plain autoregressive decoding: one token a forward."""
-    request = _Request(forward, list(prompt), params, mask_id, frozenset(stop_ids), seed, allowed)
+    request = Request(list(prompt), params, mask_id, frozenset(stop_ids), seed, allowed)
     decoded = Decoded()
     while not request.done(decoded.tokens):
         text = request.prompt + decoded.tokens
@@ -109,92 +254,46 @@ def isd(
     allowed: Allowed | None = None,
 ) -> Decoded:
     """Introspective strided decoding with any stride and any set of branches."""
-    request = _Request(forward, list(prompt), params, mask_id, frozenset(stop_ids), seed, allowed)
+    request = Request(list(prompt), params, mask_id, frozenset(stop_ids), seed, allowed)
     chosen = parse_branches(branches, stride)
     depth = stride - 1
     decoded = Decoded(reached=[0] * depth, accepted=[0] * depth)
     drafts: list[int] = []
-    draft_laws: list[Tensor] = []
+    laws: list[Tensor] = []
     while not request.done(decoded.tokens):
         text = request.prompt + decoded.tokens
-        verify_logits, branch_logits = _window(request, text, drafts, outcomes(chosen, len(drafts)), depth)
+        masks = {j: depth for j in outcomes(chosen, len(drafts))} if depth else {}
+        verify_logits, branch_logits = _window(forward, mask_id, text, drafts, masks)
         decoded.forwards += 1
-        fresh, stood = _verify(request, decoded.tokens, drafts, draft_laws, verify_logits)
-        for token in fresh:
-            if not request.done(decoded.tokens):
-                decoded.tokens.append(token)
-                _count(decoded, len(text) + len(drafts), len(text), len(request.prompt), stood)
-        drafts, draft_laws = [], []
+        fresh, stood = request.verify(decoded.tokens, drafts, laws, verify_logits)
+        for k, token in enumerate(fresh):
+            if request.done(decoded.tokens):
+                break
+            decoded.tokens.append(token)
+            if k < len(drafts):  # the bonus had no draft
+                decoded.reached[k] += 1
+                decoded.accepted[k] += k < stood
+        drafts, laws = [], []
         if stood in branch_logits and not request.done(decoded.tokens):
-            drafts, draft_laws = _draft(request, decoded.tokens, branch_logits[stood])
+            drafts, laws = request.draft(decoded.tokens, branch_logits[stood])
     return decoded
 
 
-def _count(decoded: Decoded, end: int, start: int, prompt_length: int, stood: int) -> None:
-    """Count the draft that claimed the token just committed; the bonus position, `end`, had none."""
-    position = prompt_length + len(decoded.tokens) - 1
-    if position < end:
-        decoded.reached[position - start] += 1
-        decoded.accepted[position - start] += position - start < stood
-
-
 def _window(
-    request: _Request, text: list[int], drafts: list[int], branches: Iterable[int], depth: int
+    forward: Forward, mask_id: int, text: list[int], drafts: list[int], masks: dict[int, int]
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Logits of the verify rows [1 + v, V], and by outcome those of its masks [depth, V]; one forward."""
-    rows: list[tuple[int, int]] = [(token, position) for position, token in enumerate(text + drafts)]
-    sees: list[set[int]] = [set(range(i + 1)) for i in range(len(rows))]
-    at: dict[int, list[int]] = {}
-    for j in branches if depth else ():
-        before = set(range(len(text) + j))
-        at[j] = []
+    """Logits of the verify rows [1 + drafts, V] and of the `masks[j]` masks of each outcome j."""
+    rows = [(token, position) for position, token in enumerate(text + drafts)]
+    sees = [set(range(i + 1)) for i in range(len(rows))]
+    at: dict[int, list[int]] = {j: [] for j in masks}
+    for j, depth in masks.items():
         for k in range(1, depth + 1):
             at[j].append(len(rows))
-            rows.append((request.mask_id, len(text) - 1 + j + k))
-            sees.append(before | set(at[j]))
+            rows.append((mask_id, len(text) - 1 + j + k))
+            sees.append({*range(len(text) + j), *at[j]})
     visible = torch.tensor([[other in seen for other in range(len(rows))] for seen in sees])
     tokens, positions = (torch.tensor(column) for column in zip(*rows, strict=True))
-    logits = request.forward(tokens, positions, visible)
+    logits = forward(tokens, positions, visible)
     first = len(text) - 1
-    return logits[first : first + 1 + len(drafts)], {j: logits[indices] for j, indices in at.items()}
-
-
-def _verify(
-    request: _Request, output: list[int], drafts: list[int], draft_laws: list[Tensor], logits: Tensor
-) -> tuple[list[int], int]:
-    """The tokens that one window commits, and how many of them are drafts."""
-    start = len(request.prompt) + len(output)
-    for k, draft in enumerate(drafts):
-        log_p = request.law(logits[k], output + drafts[:k])
-        token = _judge(request, log_p, draft, draft_laws[k], start + k)
-        if token is not None:
-            return [*drafts[:k], token], k
-    log_p = request.law(logits[len(drafts)], output + drafts)
-    return [*drafts, request.sample(log_p, start + len(drafts))], len(drafts)
-
-
-def _judge(request: _Request, log_p: Tensor, draft: int, log_q: Tensor, position: int) -> int | None:
-    """None where the draft stands, else the token that replaces it."""
-    params = request.params
-    if params.verification == "ratio":
-        chance = math.exp(min(0.0, float(log_p[draft] - log_q[draft])))
-        if float(uniform(request.seed, torch.tensor([position]))[0]) < chance:
-            return None
-        rest = residual(torch.stack([log_p, log_p]), log_q[None])[0]
-        return request.sample(rest, position)
-    token = request.sample(log_p, position)
-    likely = params.tau is not None and float(log_p[draft]) >= float(log_p.max()) + math.log(params.tau)
-    return None if token == draft or likely else token
-
-
-def _draft(request: _Request, output: list[int], logits: Tensor) -> tuple[list[int], list[Tensor]]:
-    """The drafts after `output` and their laws, one by one: each counts the drafts before it in its penalties."""
-    stream = Stream.DRAFT if request.params.verification == "ratio" else Stream.TOKEN
-    drafts: list[int] = []
-    laws: list[Tensor] = []
-    for row in logits:
-        log_q = request.law(row, output + drafts)
-        position = len(request.prompt) + len(output) + len(drafts)
-        laws.append(log_q)
-        drafts.append(request.sample(log_q, position, stream))
-    return drafts, laws
+    verify_rows = logits[first : first + 1 + len(drafts)]
+    return verify_rows, {j: logits[indices] for j, indices in at.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,13 @@ NEVER = float("-inf")
 ALWAYS = float("inf")
 COUPLED, RATIO, RELAXED = range(3)
 """Values of `Settings.rule`: positions in `VERIFICATIONS`."""
+REALS = {
+    **{"temperature": 0.0, "top_p": ALWAYS, "min_p": 0.0, "repetition": 1.0},
+    **{"presence": 0.0, "frequency": 0.0, "log_tau": ALWAYS},
+}
+"""The real numbers of a slot, and what a free one has."""
+INTEGERS = ("top_k", "rule", "hold_until", "prompt_length")
+"""The whole numbers of a slot; its keys follow them."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +75,6 @@ class Features:
     def __or__(self, other: Features) -> Features:
         return Features(*(getattr(self, one.name) or getattr(other, one.name) for one in fields(self)))
 
-    @property
-    def choice_only(self) -> bool:
-        """Whether a step needs no more than argmax(scores + temperature * noise), a bias at most."""
-        return not (self.filtered or self.penalised or self.held or self.ratio or self.relaxed)
-
 
 @dataclass
 class Settings:
@@ -86,12 +89,12 @@ class Settings:
         top_p: float64 [B]; inf keeps all.
         top_k: int64 [B]; V keeps all.
         log_tau: float64 [B], log of tau; inf outside the relaxed rule.
-        keys: int64 [B, 3], where the noise of the slot's seed starts: for its tokens, its drafts, its acceptances.
+        keys: int64 [B, 3], the streams' keys: where the noise of tokens, drafts and acceptances starts.
         rule: int64 [B], COUPLED, RATIO or RELAXED.
         hold_until: int64 [B], the number of outputs before which the stop ids cannot come out.
         prompt_length: int64 [B].
         steps: int64 [V], what each token adds to the state of the noise; the same for all.
-        bias: float64 [B, V], added to the logits; -inf for banned tokens and MASK.
+        bias: float64 [B, V], added to the logits; -inf for banned tokens.
         stop: bool [B, V], the ids that end the output.
         seen: bool [B, V], the token is in the prompt or in the output.
         counts: int32 [B, V], how often it is in the output.
@@ -105,49 +108,33 @@ class Settings:
     frequency: Tensor
     log_tau: Tensor
     top_k: Tensor
-    keys: Tensor
     rule: Tensor
     hold_until: Tensor
     prompt_length: Tensor
+    keys: Tensor
     steps: Tensor
     vocab_size: int
     mask_id: int
+    _numbers: tuple[Tensor, Tensor]
     bias: Tensor | None = None
     stop: Tensor | None = None
     seen: Tensor | None = None
     counts: Tensor | None = None
-    _numbers: tuple[Tensor, Tensor] | None = None
     _live: list[Features | None] = field(default_factory=list)
     _together: Features | None = None
 
     @classmethod
     def empty(cls, slots: int, vocab_size: int, mask_id: int, device: torch.device | str = "cpu") -> Settings:
         """All slots free."""
-        # what a request brings is written at once: the numbers of all slots are columns of two tables
-        reals = torch.tensor([0.0, ALWAYS, 0.0, 1.0, 0.0, 0.0, ALWAYS], dtype=torch.float64, device=device)
+        # what a request brings is written at once: all slots' numbers are columns of two tables
+        reals = torch.tensor(list(REALS.values()), dtype=torch.float64, device=device)
         integers = torch.tensor([vocab_size, 0, 0, 0, 0, 0, 0], device=device)
         tables = reals.repeat(slots, 1), integers.repeat(slots, 1)
-        temperature, top_p, min_p, repetition, presence, frequency, log_tau = tables[0].unbind(1)
-        top_k, rule, hold_until, prompt_length = tables[1][:, :4].unbind(1)
-        return cls(
-            temperature=temperature,
-            top_p=top_p,
-            min_p=min_p,
-            repetition=repetition,
-            presence=presence,
-            frequency=frequency,
-            log_tau=log_tau,
-            top_k=top_k,
-            keys=tables[1][:, 4:],
-            rule=rule,
-            hold_until=hold_until,
-            prompt_length=prompt_length,
-            steps=torch.arange(1, vocab_size + 1, device=device) * GOLDEN,
-            vocab_size=vocab_size,
-            mask_id=mask_id,
-            _numbers=tables,
-            _live=[None] * slots,
-        )
+        numbers: dict[str, Any] = dict(zip(REALS, tables[0].unbind(1), strict=True))
+        numbers |= zip(INTEGERS, tables[1][:, :4].unbind(1), strict=True)
+        keys, steps = tables[1][:, 4:], torch.arange(1, vocab_size + 1, device=device) * GOLDEN
+        numbers |= {"keys": keys, "steps": steps, "vocab_size": vocab_size, "mask_id": mask_id}
+        return cls(**numbers, _numbers=tables, _live=[None] * slots)
 
     @property
     def features(self) -> Features:
@@ -182,7 +169,7 @@ class Settings:
             self._put_history(slot, prompt, output)
 
     def clear(self, slot: int) -> None:
-        """Free a slot: steps no longer do what its request alone needed; the next one writes its row anew."""
+        """Free a slot: steps no longer do what its request alone needed."""
         self._live[slot] = self._together = None
 
     def record(self, tokens: Tensor, number: Tensor) -> None:
@@ -197,10 +184,8 @@ class Settings:
         self.seen.logical_or_(self.counts > 0)
 
     def _put_numbers(self, slot: int, params: SamplingParams, needs: Features, seed: int, prompt_length: int) -> None:
-        assert self._numbers is not None
         reals, integers = self._numbers
-        # by torch, as `verify.relaxed` takes it
-        log_tau = ALWAYS if params.tau is None else torch.tensor(params.tau, dtype=torch.float64).log().item()
+        tau = torch.tensor(ALWAYS if params.tau is None else params.tau, dtype=torch.float64)
         reals[slot] = torch.tensor(
             [
                 params.temperature,
@@ -209,7 +194,7 @@ class Settings:
                 params.repetition_penalty,
                 params.presence_penalty,
                 params.frequency_penalty,
-                log_tau,
+                tau.log().item(),
             ],
             dtype=torch.float64,
         )
@@ -225,15 +210,11 @@ class Settings:
             if not needs.biased:
                 return
             self.bias = self._table(torch.float64)
-            self._ban(self.bias, [self.mask_id])
         row = torch.zeros(self.vocab_size, dtype=torch.float64)
         for token, bias in params.logit_bias.items():
             row[token] = bias
-        self._ban(row, [*params.banned_tokens, self.mask_id])
+        row[list(params.banned_tokens)] = NEVER
         self.bias[slot] = row.to(self.bias.device)
-
-    def _ban(self, rows: Tensor, tokens: Iterable[int]) -> None:
-        rows[..., [token for token in tokens if token < self.vocab_size]] = NEVER
 
     def _put_stop(self, slot: int, ends: list[int]) -> None:
         if self.stop is None:

@@ -20,8 +20,8 @@ from llguidance.hf import from_tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from idlm.decoding.batch import Allow
 from idlm.decoding.law import restrict
+from idlm.decoding.verify import Allow
 from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 from idlm.params import Guide

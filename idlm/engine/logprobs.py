@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from idlm.decoding.law import law
+from idlm.decoding.law import Law
+from idlm.decoding.verify import logprobs
 from idlm.engine.prompts import Chunk
 from idlm.engine.request import Logprob, Request
 from idlm.engine.step import Outcome
@@ -20,8 +21,13 @@ def logprob_entries(outcome: Outcome, row: int, request: Request) -> list[dict[i
     top = request.params.logprobs
     if top is None or not outcome.logprobs:
         return []
-    chosen, rank, values, ids = (tensor[row].tolist() for tensor in outcome.logprobs)
-    tokens = outcome.packed[row, : len(chosen)].tolist()
+    tokens = outcome.packed[row, : outcome.logprobs[0].shape[1]].tolist()
+    return _entries(tokens, [tensor[row] for tensor in outcome.logprobs], top)
+
+
+def _entries(tokens: Sequence[int], found: Sequence[Tensor], top: int) -> list[dict[int, Logprob]]:
+    """Of one slot's `tokens`; `found` are its rows of `idlm.decoding.verify.Logprobs`."""
+    chosen, rank, values, ids = (tensor.tolist() for tensor in found)
     return [_entry(*token, top) for token in zip(tokens, chosen, rank, ids, values, strict=True)]
 
 
@@ -59,13 +65,8 @@ def add_prompt_logprobs(idlm: Idlm, work: Sequence[tuple[Request, Chunk]], hidde
             presence_penalty=0.0,
             frequency_penalty=0.0,
         )
-        log_p = law(idlm.head(rows[: len(targets)]), params, None, idlm.mask_id)
-        known += _rows(log_p, targets, top)
-
-
-def _rows(log_p: Tensor, targets: list[int], top: int) -> list[dict[int, Logprob]]:
-    own = log_p.gather(1, torch.tensor(targets, device=log_p.device)[:, None])
-    rank = (log_p > own).sum(dim=-1) + 1
-    values, ids = log_p.topk(top, dim=-1)
-    columns = (own[:, 0].tolist(), rank.tolist(), ids.tolist(), values.tolist())
-    return [_entry(*token, top) for token in zip(targets, *columns, strict=True)]
+        law = Law.of_one(params, idlm.vocab_size, idlm.mask_id, device=hidden.device)
+        tokens = torch.tensor([targets], device=hidden.device)
+        logits, first = idlm.head(rows[: len(targets)])[None], torch.zeros_like(tokens[:, 0])
+        found = logprobs(law, logits, tokens, first, top)
+        known += _entries(targets, [tensor[0] for tensor in found], top)

@@ -22,20 +22,20 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from idlm.decoding.batch import Verdicts, logprobs
-from idlm.decoding.batch_noise import uniform_rows
-from idlm.decoding.noise import Stream
+from idlm.decoding.law import Law
+from idlm.decoding.noise import Stream, uniform
 from idlm.decoding.plan import Plan
 from idlm.decoding.settings import Features, Settings
+from idlm.decoding.verify import Drafts, Verdicts, draft, logprobs, verify
 from idlm.decoding.window import window
 from idlm.engine.guide import GuidedRows
 from idlm.engine.kv_cache import KVCache, Segment
 from idlm.engine.prompts import Prompts
 from idlm.engine.slots import Slots, State, select, store
 from idlm.kernels.batch_invariant import batch_invariant
+from idlm.kernels.choose import chooser
 from idlm.kernels.fused import OPERATORS
 from idlm.kernels.linears import Linears
-from idlm.kernels.verification import draft, verify
 from idlm.models.gated_lora import NO_ROWS, Gate
 from idlm.models.idlm_model import Idlm
 
@@ -58,7 +58,7 @@ class Outcome:
     Attributes:
         packed: int64 [B, R + 4]: R tokens, how many of them are committed, the drafts looked at, those accepted, and
             whether the request goes on.
-        logprobs: of the R tokens, if asked for; see `idlm.decoding.batch.logprobs`.
+        logprobs: of the R tokens, if asked for; see `idlm.decoding.verify.logprobs`.
         prompt: hidden states [T, D] of the pieces of prompts, for prompt logprobs.
     """
 
@@ -87,7 +87,7 @@ class Slate:
 
     rows: Tensor
     state: State
-    settings: Settings
+    law: Law
     logits: Tensor
     valid: Tensor
     verdict: Verdicts
@@ -102,6 +102,7 @@ class Core:
         linears: the kernels that multiply by the linear layers' weights; None where PyTorch does.
         fused: the operators that recordings use the C kernels for.
         kernels: a context for every step; batch-invariant kernels where results must not depend on the batch.
+        chooser: what chooses tokens on the model's device.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class Core:
         self.idlm, self.cache, self.slots, self.settings = idlm, cache, slots, settings
         self.simulated = None if simulated is None else torch.tensor(simulated, device=idlm.device)
         self.kernels = batch_invariant if deterministic else nullcontext
+        self.chooser = chooser(idlm.device)
         self._layouts: dict[Plan, Layout] = {}
 
     def layout(self, plan: Plan) -> Layout:
@@ -210,15 +212,17 @@ class Core:
         self, kind: Kind, rows: Tensor, state: State, logits: Tensor, drafts: Tensor, valid: Tensor, guided: Guided
     ) -> Slate:
         """The verdict on `drafts` [B, K], of which `valid` [B] count."""
-        settings, features = select(self.settings, rows), kind.features
+        law = Law(select(self.settings, rows), kind.features, self.chooser)
         logits = logits if guided is None else guided.restrict(logits, drafts, valid)
         log_q = self.slots.log_q
         if log_q is not None:
-            log_q = log_q.index_select(0, rows)[:, : drafts.shape[1]] if features.ratio and drafts.shape[1] else None
-        verdict = verify(logits, drafts, valid, log_q, settings, features, state.length)
+            log_q = (
+                log_q.index_select(0, rows)[:, : drafts.shape[1]] if kind.features.ratio and drafts.shape[1] else None
+            )
+        verdict = verify(law, logits, Drafts(drafts, valid, log_q), state.length)
         if self.simulated is not None:
-            verdict = self._simulate(verdict, drafts, valid, state.length, settings.keys)
-        return Slate(rows, state, settings, logits, valid, verdict, guided)
+            verdict = self._simulate(verdict, drafts, valid, state.length, law.settings.keys)
+        return Slate(rows, state, law, logits, valid, verdict, guided)
 
     def _commit(
         self, kind: Kind, slate: Slate, masks: Tensor | None, served: Tensor | None
@@ -232,8 +236,8 @@ class Core:
         pending = torch.where(number > 0, tokens.gather(1, (number - 1).clamp(min=0)[:, None])[:, 0], state.pending)
         chances = self._logprobs(kind, slate)
         if kind.features.penalised:
-            slate.settings.record(tokens, number)
-            store(self.settings, slate.rows, slate.settings)
+            slate.law.settings.record(tokens, number)
+            store(self.settings, slate.rows, slate.law.settings)
         self.slots.write(slate.rows, length=length, pending=pending, alive=alive)
         self._draft(kind, slate, masks, served, length)
         columns = torch.stack([number, slate.valid, slate.verdict.accepted, alive.to(torch.int64)], dim=1)
@@ -258,7 +262,7 @@ class Core:
         allow = None if slate.guided is None else slate.guided.allow(slate.verdict.tokens, number)
         with self._drafting(slate.state.adapter[:, None].expand(-1, masks.shape[1]).flatten()):
             logits = self.idlm.head(masks)
-        drafts, log_q = draft(logits, slate.settings, kind.features, first, allow)
+        drafts, log_q = draft(slate.law, logits, first, allow)
         good = slate.state.drafting & served
         depth = drafts.shape[1]
         whole = torch.cat([drafts, slate.state.drafts[:, depth:]], dim=1)
@@ -267,25 +271,23 @@ class Core:
             self.slots.keep_laws(slate.rows, log_q)
 
     def _logprobs(self, kind: Kind, slate: Slate) -> tuple[Tensor, ...]:
-        if kind.logprobs is None:
-            return ()
-        first = slate.state.length
-        return logprobs(slate.logits, slate.verdict.tokens, slate.settings, kind.features, first, kind.logprobs)
+        tokens, first, top = slate.verdict.tokens, slate.state.length, kind.logprobs
+        return () if top is None else logprobs(slate.law, slate.logits, tokens, first, top)
 
     def _simulate(self, verdict: Verdicts, drafts: Tensor, valid: Tensor, first: Tensor, keys: Tensor) -> Verdicts:
         """Accept draft k with chance `simulated[k]` (its last entry from there on), whatever the tokens."""
         assert self.simulated is not None  # noqa: S101
         depth = torch.arange(drafts.shape[1], device=drafts.device)
-        chance = uniform_rows(keys[:, Stream.ACCEPT], first[:, None] + depth)
+        chance = uniform(keys[:, Stream.ACCEPT], first[:, None] + depth)
         luck = chance < self.simulated[depth.clamp(max=len(self.simulated) - 1)]
         accepted = (luck & (depth < valid[:, None])).to(torch.int64).cumprod(dim=1).sum(dim=1)
-        token = verdict.tokens[:, 0]
+        token = verdict.tokens[:, :1]
         tokens = torch.where(
             torch.arange(verdict.tokens.shape[1], device=token.device) < accepted[:, None],
-            torch.cat([drafts, token[:, None]], dim=1),
-            token[:, None],
+            torch.cat([drafts, token], dim=1),
+            token,
         )
-        return verdict._replace(accepted=accepted, token=token, tokens=tokens)
+        return verdict._replace(accepted=accepted, tokens=tokens)
 
 
 def _chosen(layout: Layout, slate: Slate, masks: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from idlm.decoding.law import history, law
-from idlm.decoding.noise import gumbel
+from idlm.decoding.law import Law
+from idlm.decoding.noise import Stream, gumbel
 from idlm.engine.llm import LLM, Result
 from idlm.models.idlm_model import Idlm
 from idlm.params import SEED_LIMIT, SamplingParams
@@ -122,10 +122,12 @@ def token_scores(idlm: Idlm, prompt: list[int], output: list[int], params: Sampl
     log_p = _laws(idlm, prompt, output, soft, first=len(output))[0]
     if params.greedy:
         return log_p
-    position = torch.tensor([len(prompt) + len(output)])
-    return log_p + gumbel(params.seed or 0, position, len(log_p))[0]
+    settings = Law.of_one(params, idlm.vocab_size, idlm.mask_id).settings
+    position = torch.tensor([[len(prompt) + len(output)]])
+    return log_p + gumbel(settings.keys[:, Stream.TOKEN], position, settings.steps)[0, 0]
 
 
+@torch.inference_mode()
 def _laws(idlm: Idlm, prompt: Sequence[int], output: Sequence[int], params: SamplingParams, first: int = 0) -> Tensor:
     """AR's law of each token of `output` from index `first` on, and of the one after it: float64 [n + 1 - first, V].
 
@@ -135,8 +137,9 @@ def _laws(idlm: Idlm, prompt: Sequence[int], output: Sequence[int], params: Samp
     causal = torch.ones(len(text), len(text), dtype=torch.bool, device=idlm.device).tril()
     logits = idlm.forward(text, torch.arange(len(text), device=idlm.device), causal)
     rows = logits[len(prompt) + first - 1 :].double().cpu()
-    before = history(prompt, output[:first], output[first:], rows.shape[-1])
-    return law(rows, params, before, idlm.mask_id)
+    law = Law.of_one(params, idlm.vocab_size, idlm.mask_id, prompt, output[:first])
+    ahead = torch.tensor([output[first:]], dtype=torch.int64)
+    return law.log_p(law.scores(rows[None], torch.tensor([len(prompt) + first]), ahead))[0]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The batched law, verification and drafting against the single-request functions, slot by slot, in float64."""
+"""The law, verification and drafting of a batch against the oracle, slot by slot, in float64."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ from torch import Tensor
 
 from idlm import SamplingParams
 from idlm.decoding import reference
-from idlm.decoding.batch import draft, logprobs, verify
-from idlm.decoding.batch_law import batch_law
-from idlm.decoding.law import adjust, history, law
-from idlm.decoding.noise import Stream, gumbel, uniform
+from idlm.decoding.law import Law
 from idlm.decoding.settings import Features, Settings
-from idlm.decoding.verify import Verdict, coupled, ratio, relaxed
+from idlm.decoding.verify import Drafts, draft, logprobs, verify
 from tests.decoding.toy import Toy
 
 V, K = 11, 3
@@ -34,39 +31,26 @@ class Slot:
     prompt: list[int]
     output: list[int]
     drafts: list[int]
+    guide = None
 
     @property
     def first(self) -> int:
         return len(self.prompt) + len(self.output)
 
-    def law(self, logits: Tensor, output: list[int], mask_id: int) -> Tensor:
-        held_back = STOPS if len(output) < self.params.min_tokens else ()
-        return law(logits[None], self.params, history(self.prompt, output, [], V), mask_id, held_back)[0]
+    def oracle(self, mask_id: int) -> reference.Request:
+        stops = frozenset(STOPS)
+        return reference.Request(self.prompt, self.params, mask_id, stops, self.seed, self.guide)
 
     def laws(self, logits: Tensor, drafts: list[int], mask_id: int) -> Tensor:
-        return torch.stack([self.law(row, self.output + drafts[:k], mask_id) for k, row in enumerate(logits)])
+        oracle = self.oracle(mask_id)
+        return torch.stack([oracle.law(row, self.output + drafts[:k]) for k, row in enumerate(logits)])
 
-    def noise(self, rows: int, stream: Stream = Stream.TOKEN) -> Tensor:
-        silent = 0 if self.params.greedy else 1
-        return silent * gumbel(self.seed, torch.arange(rows) + self.first, V, stream)
-
-    def verify(self, log_p: Tensor, log_q: Tensor) -> Verdict:
-        drafts, noise = torch.tensor(self.drafts, dtype=torch.int64), self.noise(len(log_p))
-        if self.params.verification == "ratio":
-            chance = uniform(self.seed, torch.arange(len(drafts)) + self.first)
-            return ratio(log_p, drafts, log_q, chance, noise)
-        if self.params.tau is not None:
-            return relaxed(log_p, drafts, noise, self.params.tau)
-        return coupled(log_p, drafts, noise)
+    def verify(self, logits: Tensor, log_q: Tensor, mask_id: int) -> tuple[list[int], int]:
+        return self.oracle(mask_id).verify(self.output, self.drafts, list(log_q), logits)
 
     def draft(self, logits: Tensor, mask_id: int) -> tuple[list[int], Tensor]:
-        noise = self.noise(len(logits), Stream.DRAFT if self.params.verification == "ratio" else Stream.TOKEN)
-        drafts: list[int] = []
-        rows = []
-        for k, row in enumerate(logits):
-            rows.append(self.law(row, self.output + drafts, mask_id))
-            drafts.append(int((rows[-1] + noise[k]).argmax()))
-        return drafts, torch.stack(rows)
+        drafts, laws = self.oracle(mask_id).draft(self.output, logits)
+        return drafts, torch.stack(laws)
 
 
 def some_params(draw: st.DrawFn) -> SamplingParams:
@@ -143,15 +127,16 @@ def test_verification_equals_the_single_request_functions(batch: list[Slot | Non
     log_q = random_logits(seed + 1, len(batch), K, V).log_softmax(dim=-1)
     rows = table(batch, mask_id)
     drafts, valid = padded(batch)
-    verdicts = verify(logits, drafts, valid, log_q, rows, rows.features, positions(batch))
+    law = Law(rows, rows.features)
+    verdicts = verify(law, logits, Drafts(drafts, valid, log_q), positions(batch))
     for b, slot in enumerate(batch):
         if slot is None:
             continue
         number = len(slot.drafts)
         log_p = slot.laws(logits[b, : number + 1], slot.drafts, mask_id)
-        expected = slot.verify(log_p, log_q[b, :number])
-        assert (verdicts.accepted[b], verdicts.token[b]) == (expected.accepted, expected.token)
-        committed = [*slot.drafts[: int(expected.accepted)], int(expected.token)]
+        committed, accepted = slot.verify(logits[b], log_q[b], mask_id)
+        assert committed[:-1] == slot.drafts[:accepted] and len(committed) == accepted + 1
+        assert (verdicts.accepted[b], verdicts.tokens[b, accepted]) == (accepted, committed[-1])
         assert verdicts.tokens[b, : len(committed)].tolist() == committed
         if slot.params.verification != "coupled":
             assert verdicts.log_p is not None and close(verdicts.log_p[b, : number + 1], log_p)
@@ -162,7 +147,7 @@ def test_verification_equals_the_single_request_functions(batch: list[Slot | Non
 def test_drafts_equal_the_single_request_ones(batch: list[Slot | None], mask_id: int, seed: int) -> None:
     logits = random_logits(seed, len(batch), K, V)
     rows = table(batch, mask_id)
-    drafts, log_q = draft(logits, rows, rows.features, positions(batch))
+    drafts, log_q = draft(Law(rows, rows.features), logits, positions(batch))
     for b, slot in enumerate(batch):
         if slot is not None:
             expected, laws = slot.draft(logits[b], mask_id)
@@ -177,8 +162,9 @@ def test_the_law_and_the_reported_logprobs(batch: list[Slot | None], mask_id: in
     logits = random_logits(seed, len(batch), 1 + K, V)
     rows = table(batch, mask_id)
     tokens = torch.randint(V - 1, (len(batch), 1 + K), generator=torch.Generator().manual_seed(seed))
-    laws = batch_law(logits, rows, rows.features, positions(batch), tokens[:, :-1])
-    reported = logprobs(logits, tokens, rows, rows.features, positions(batch), top)
+    law = Law(rows, rows.features)
+    laws = law.log_p(law.scores(logits, positions(batch), tokens[:, :-1]))
+    reported = logprobs(law, logits, tokens, positions(batch), top)
     for b, slot in enumerate(batch):
         if slot is None:
             continue
@@ -197,8 +183,8 @@ def greedy_logprobs(slot: Slot, logits: Tensor, tokens: list[int], mask_id: int)
     rows = []
     for k, row in enumerate(logits):
         output = slot.output + tokens[:k]
-        held_back = STOPS if len(output) < slot.params.min_tokens else ()
-        rows.append(adjust(row[None], slot.params, history(slot.prompt, output, [], V), mask_id, held_back)[0])
+        banned = (mask_id, *(STOPS if len(output) < slot.params.min_tokens else ()))
+        rows.append(reference.adjusted(row, slot.params, slot.prompt, output, banned))
     return torch.stack(rows).log_softmax(dim=-1)
 
 
@@ -209,18 +195,20 @@ def test_a_slot_does_not_see_its_neighbours(dtype: torch.dtype, batch: list[Slot
     """The same tokens to the last bit, whichever parts of the law the others make a step run."""
     logits = random_logits(seed, len(batch), 1 + K, V).to(dtype)
     log_q = random_logits(seed + 1, len(batch), K, V).log_softmax(dim=-1)
-    together = table(batch, V)
+    rows, first = table(batch, V), positions(batch)
+    together = Law(rows, rows.features)
     drafts, valid = padded(batch)
-    first = positions(batch)
-    verdicts = verify(logits, drafts, valid, log_q, together, together.features, first)
-    proposed = draft(logits[:, 1:], together, together.features, first)[0]
+    verdicts = verify(together, logits, Drafts(drafts, valid, log_q), first)
+    proposed = draft(together, logits[:, 1:], first)[0]
     for b, slot in enumerate(batch):
         if slot is not None:
-            alone, one = table([slot], V), slice(b, b + 1)
-            single = verify(logits[one], drafts[one], valid[one], log_q[one], alone, alone.features, first[one])
+            rows, one = table([slot], V), slice(b, b + 1)
+            alone = Law(rows, rows.features)
+            single = verify(alone, logits[one], Drafts(drafts[one], valid[one], log_q[one]), first[one])
             assert torch.equal(single.accepted, verdicts.accepted[one])
-            assert torch.equal(single.token, verdicts.token[one])
-            assert torch.equal(draft(logits[one, 1:], alone, alone.features, first[one])[0], proposed[one])
+            end = single.accepted[:, None]
+            assert torch.equal(single.tokens.gather(1, end), verdicts.tokens[one].gather(1, end))
+            assert torch.equal(draft(alone, logits[one, 1:], first[one])[0], proposed[one])
 
 
 class Requests:
@@ -238,10 +226,10 @@ class Requests:
 
     def step(self) -> None:
         """One window of every slot, with masks for the outcome that comes true: what all outcomes give."""
-        features = self.rows.features
+        law = Law(self.rows, self.rows.features)
         windows = [self.logits(b, [*self.drafts[b, : self.valid[b]].tolist()]) for b in range(len(self.batch))]
         padding = [torch.cat([rows, torch.zeros(1 + self.depth - len(rows), V)]) for rows in windows]
-        verdicts = verify(torch.stack(padding), self.drafts, self.valid, self.log_q, self.rows, features, self.first)
+        verdicts = verify(law, torch.stack(padding), Drafts(self.drafts, self.valid, self.log_q), self.first)
         number = verdicts.accepted + 1
         masks = [
             self.mask_logits(b, verdicts.tokens[b, : verdicts.accepted[b]].tolist()) for b in range(len(self.batch))
@@ -250,7 +238,7 @@ class Requests:
             slot.output += tokens[:committed]
         self.rows.record(verdicts.tokens, number)
         self.first = self.first + number
-        self.drafts, self.log_q = draft(torch.stack(masks), self.rows, features, self.first)
+        self.drafts, self.log_q = draft(law, torch.stack(masks), self.first)
         self.valid = torch.full_like(self.valid, self.depth)
 
     def run(self, text: list[int], rows: int) -> Tensor:
@@ -293,12 +281,12 @@ def test_a_recorded_step_follows_the_settings() -> None:
     rows = Settings.empty(2, V, V)
     for slot in range(2):
         rows.put(slot, SamplingParams(temperature=0.7), seed=slot, prompt=[1])
-    features, first = rows.features, torch.tensor([3, 9])
+    law, first = Law(rows, rows.features), torch.tensor([3, 9])
     drafts, valid = torch.zeros(2, K, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
     logits = random_logits(0, 2, 1 + K, V)
 
     def step(logits: Tensor, first: Tensor) -> Tensor:
-        return verify(logits, drafts, valid, None, rows, features, first).tokens
+        return verify(law, logits, Drafts(drafts, valid), first).tokens
 
     with torch.inference_mode():
         recorded = torch.jit.trace(step, (logits, first), check_trace=False)
@@ -311,14 +299,14 @@ def test_a_recorded_step_follows_the_settings() -> None:
 
 def test_features_are_those_of_the_live_slots() -> None:
     rows = Settings.empty(3, V, V)
-    assert rows.features == Features() and rows.features.choice_only
+    assert rows.features == Features()
     rows.put(0, SamplingParams(temperature=0, top_k=5, min_tokens=3), 0, [1])
     assert rows.features == Features(), "nothing to filter when greedy, nothing to hold back without stop ids"
     rows.put(1, SamplingParams(min_p=0.1), 0, [1], stop_ids=[4])
     rows.put(2, SamplingParams(temperature=0, presence_penalty=1.0, banned_tokens=(4,), min_tokens=3), 0, [1], [], [4])
     assert rows.features == Features(sampled=True, filtered=True, penalised=True, biased=True, held=True)
     rows.clear(2)
-    assert rows.features == Features(sampled=True, filtered=True) and not rows.features.choice_only
+    assert rows.features == Features(sampled=True, filtered=True)
 
 
 def test_large_tables_wait_for_a_request_that_needs_them() -> None:

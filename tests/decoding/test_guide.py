@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from idlm import Guide, InputError, SamplingParams
 from idlm.decoding import reference
-from idlm.decoding.batch import draft, verify
-from idlm.decoding.law import history, law, restrict
+from idlm.decoding.law import Law, restrict
+from idlm.decoding.verify import Drafts, draft, verify
 from idlm.params import MOST_GUIDE
-from tests.decoding.test_batch import STOPS, K, Slot, V, close, mask_ids, padded, positions, random_logits, slots, table
+from tests.decoding.laws import BOTH
+from tests.decoding.test_batch import K, Slot, V, close, mask_ids, padded, positions, random_logits, slots, table
 from tests.decoding.toy import Toy
 
 
@@ -30,10 +31,7 @@ def even_odd(output: Sequence[int]) -> Tensor:
 class Guided(Slot):
     """A request whose law is that of `even_odd`."""
 
-    def law(self, logits: Tensor, output: list[int], mask_id: int) -> Tensor:
-        held_back = STOPS if len(output) < self.params.min_tokens else ()
-        before = history(self.prompt, output, [], V)
-        return law(logits[None], self.params, before, mask_id, held_back, even_odd(output))[0]
+    guide = staticmethod(even_odd)
 
 
 def guided(slot: Slot) -> Guided:
@@ -70,13 +68,14 @@ def test_restricted_logits_are_verified_under_the_guided_law(
     drafts, valid = padded(batch)
     ahead = [[slot.drafts[:k] for k in range(1 + K)] for slot in batch if slot]
     restricted = restrict(logits, allowed_rows(batch, ahead))
-    verdicts = verify(restricted, drafts, valid, log_q, rows, rows.features, positions(batch))
+    law = Law(rows, rows.features)
+    verdicts = verify(law, restricted, Drafts(drafts, valid, log_q), positions(batch))
     for b, slot in enumerate(batch):
         assert slot is not None
         number = len(slot.drafts)
         log_p = slot.laws(logits[b, : number + 1], slot.drafts, mask_id)
-        expected = slot.verify(log_p, log_q[b, :number])
-        assert (verdicts.accepted[b], verdicts.token[b]) == (expected.accepted, expected.token)
+        committed, accepted = slot.verify(logits[b], log_q[b], mask_id)
+        assert (verdicts.accepted[b], verdicts.tokens[b, accepted]) == (accepted, committed[-1])
         if slot.params.verification != "coupled":
             assert verdicts.log_p is not None and close(verdicts.log_p[b, : number + 1], log_p)
 
@@ -93,8 +92,9 @@ def test_drafts_follow_the_guide_and_the_drafts_before_them(
     def allow(so_far: Tensor) -> Tensor:
         return allowed_rows(batch, [[tokens] for tokens in so_far.tolist()])
 
-    drafts, log_q = draft(logits, rows, rows.features, positions(batch), allow=allow)
-    free, _ = draft(logits, rows, rows.features, positions(batch))
+    law = Law(rows, rows.features)
+    drafts, log_q = draft(law, logits, positions(batch), allow)
+    free, _ = draft(law, logits, positions(batch))
     for b, slot in enumerate(batch):
         assert slot is not None
         expected, laws = slot.draft(logits[b], mask_id)
@@ -117,10 +117,11 @@ def test_the_oracle_drafts_and_verifies_under_one_law(temperature: float, branch
     assert all(even_odd(ar.tokens[:at])[token] for at, token in enumerate(ar.tokens))
 
 
-def test_what_is_not_allowed_has_no_probability_whatever_its_bias() -> None:
+@pytest.mark.parametrize("law", BOTH)
+def test_what_is_not_allowed_has_no_probability_whatever_its_bias(law: Callable[..., Tensor]) -> None:
     allowed = torch.tensor([True, False, True, False])
-    log_p = law(torch.zeros(1, 4), SamplingParams(logit_bias={1: 50.0}, top_k=3), allowed=allowed)
-    assert log_p.exp()[0].tolist() == pytest.approx([0.5, 0, 0.5, 0])
+    log_p = law(torch.zeros(4), SamplingParams(logit_bias={1: 50.0}, top_k=3), 4, allowed=allowed)
+    assert log_p.exp().tolist() == pytest.approx([0.5, 0, 0.5, 0])
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
-"""The law against filters written token by token, and against transformers' own processors."""
+"""The law, batched and the oracle's, against filters written token by token and transformers' processors."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -15,12 +17,14 @@ from transformers.generation.logits_process import (
 )
 
 from idlm import InputError, SamplingParams
-from idlm.decoding.law import history, law
+from idlm.decoding.law import Law, history
+from idlm.decoding.settings import Features, Settings
+from tests.decoding.laws import BOTH, batch_of_one, fast_law, slow_law
 
 V = 12
 
 
-def slow_law(
+def by_definition(
     logits: list[float], params: SamplingParams, prompt: list[int], output: list[int], mask_id: int
 ) -> list[float]:
     """One row, in Python floats, straight from the definitions."""
@@ -73,20 +77,26 @@ def requests(draw: st.DrawFn) -> tuple[list[float], SamplingParams, list[int], l
     return logits.tolist(), params, draw(tokens), draw(tokens)
 
 
+@pytest.mark.parametrize("law", BOTH)
 @settings(max_examples=400, deadline=None)
-@given(requests())
-def test_law_equals_the_definitions(request: tuple[list[float], SamplingParams, list[int], list[int]]) -> None:
+@given(request=requests())
+def test_law_equals_the_definitions(
+    law: Callable[..., Tensor], request: tuple[list[float], SamplingParams, list[int], list[int]]
+) -> None:
     logits, params, prompt, output = request
     mask_id = V - 1
-    row = torch.tensor([logits], dtype=torch.float64)
-    ours = law(row, params, history(prompt, output, [], V), mask_id)[0].exp()
-    expected = torch.tensor(slow_law(logits, params, prompt, output, mask_id), dtype=torch.float64)
+    row = torch.tensor(logits, dtype=torch.float64)
+    ours = law(row, params, mask_id, prompt, output).exp()
+    expected = torch.tensor(by_definition(logits, params, prompt, output, mask_id), dtype=torch.float64)
     assert torch.allclose(ours, expected, atol=1e-12, rtol=0)
     assert ours[mask_id] == 0
 
 
+@pytest.mark.parametrize("law", BOTH)
 @pytest.mark.parametrize("temperature, top_k, top_p, min_p", [(0.7, 5, 1.0, 0.0), (1.3, 0, 0.8, 0.0), (1, 6, 0.7, 0.2)])
-def test_law_equals_transformers_processors(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+def test_law_equals_transformers_processors(
+    law: Callable[..., Tensor], temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
     torch.manual_seed(0)
     logits, prompt = torch.randn(6, V, dtype=torch.float64) * 2, [1, 2, 3]
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=1.4)
@@ -97,26 +107,39 @@ def test_law_equals_transformers_processors(temperature: float, top_k: int, top_
     scores = logits
     for processor in processors:
         scores = processor(torch.tensor([prompt] * 6), scores)
-    seen = history(prompt, [], [], V)
-    rows = torch.cat([law(row[None], params, seen) for row in logits])
+    rows = torch.stack([law(row, params, V, prompt) for row in logits])
     assert torch.allclose(rows.exp(), scores.softmax(dim=-1), atol=1e-12)
 
 
 def test_history_of_a_draft_counts_the_drafts_before_it() -> None:
-    rows = history([1], [2, 2], [3, 2], 5)
-    assert rows.counts.tolist() == [[0, 0, 2, 0, 0], [0, 0, 2, 1, 0], [0, 0, 3, 1, 0]]
-    assert rows.seen.int().tolist() == [[0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 1, 1, 1, 0]]
+    law = batch_of_one(SamplingParams(presence_penalty=1.0), 5, 5, [1], [2, 2])
+    seen, counts = history(law.settings, torch.tensor([[3, 2]]), rows=3)
+    assert counts[0].tolist() == [[0, 0, 2, 0, 0], [0, 0, 2, 1, 0], [0, 0, 3, 1, 0]]
+    assert seen[0].int().tolist() == [[0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 1, 1, 1, 0]]
+    last_seen, last_counts = history(law.settings, torch.tensor([[3, 2]]), rows=1)
+    assert torch.equal(last_seen, seen[:, 2:]) and torch.equal(last_counts, counts[:, 2:])
 
 
 def test_logits_are_left_alone() -> None:
-    logits = torch.zeros(1, 4)
-    law(logits, SamplingParams(logit_bias={1: 5.0}, banned_tokens=(2,)), mask_id=3)
-    assert torch.equal(logits, torch.zeros(1, 4))
+    """By the oracle; the batched law writes to the column of MASK, and to no other."""
+    params = SamplingParams(logit_bias={1: 5.0}, banned_tokens=(2,), presence_penalty=0.5, top_k=2)
+    logits = torch.zeros(4)
+    slow_law(logits, params, 3, [0])
+    assert torch.equal(logits, torch.zeros(4))
+    fast_law(logits, params, 4, [0])
+    assert torch.equal(logits, torch.zeros(4))
+    fast_law(logits, params, 3, [0])
+    assert logits.tolist() == [0, 0, 0, -math.inf]
 
 
-def test_penalties_without_history_are_a_bug() -> None:
+@pytest.mark.parametrize("ahead", [None, torch.tensor([[1]])])
+def test_penalties_without_history_are_a_bug(ahead: Tensor | None) -> None:
+    law = Law(Settings.empty(1, 4, 4), Features(penalised=True))
     with pytest.raises(ValueError, match="history"):
-        law(torch.zeros(1, 4), SamplingParams(presence_penalty=1.0))
+        law.scores(torch.zeros(1, 1, 4), torch.tensor([0]), ahead)
+    law = batch_of_one(SamplingParams(presence_penalty=1.0), 4, 4)
+    with pytest.raises(ValueError, match="history"):
+        law.scores(torch.zeros(1, 1, 4), torch.tensor([0]))
 
 
 @pytest.mark.parametrize("name", ["logit_bias", "banned_tokens", "stop_token_ids"])

@@ -1,13 +1,16 @@
-"""min_tokens in the oracle: the stop ids are held back, and nothing else changes."""
+"""min_tokens: the stop ids are held back, and nothing else changes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 from idlm import SamplingParams
 from idlm.decoding import reference
-from idlm.decoding.law import law
+from tests.decoding.laws import BOTH
 from tests.decoding.toy import Toy
 
 V, STOPS = 4, (1, 2)
@@ -36,6 +39,10 @@ def test_drafts_count_towards_min_tokens(branches: str, seed: int) -> None:
     assert reference.isd(toy, [0], params, toy.mask_id, 4, branches, STOPS, seed).tokens == expected
 
 
-def test_held_back_ids_have_no_probability() -> None:
-    log_p = law(torch.zeros(1, V), SamplingParams(logit_bias={1: 50.0}), held_back=STOPS)
-    assert log_p.exp()[0].tolist() == pytest.approx([0.5, 0, 0, 0.5])
+@pytest.mark.parametrize("law", BOTH)
+def test_held_back_ids_have_no_probability(law: Callable[..., Tensor]) -> None:
+    params = SamplingParams(logit_bias={1: 50.0}, min_tokens=2)
+    held = law(torch.zeros(V), params, V, [0], [3], stop_ids=STOPS)
+    assert held.exp().tolist() == pytest.approx([0.5, 0, 0, 0.5])
+    free = law(torch.zeros(V), params, V, [0], [3, 3], stop_ids=STOPS)
+    assert free.exp().tolist() == pytest.approx([0, 1, 0, 0])

@@ -1,10 +1,26 @@
-"""The noise: known answers, purity, distribution."""
+"""The noise, batched and the oracle's: known answers, purity, distribution."""
 
 import math
 
 import torch
+from torch import Tensor
 
-from idlm.decoding.noise import Stream, gumbel, split_mix, uniform
+from idlm.decoding import noise, reference
+from idlm.decoding.noise import GOLDEN, Stream, split_mix
+
+
+def gumbel(seed: int, positions: Tensor, vocab_size: int, stream: Stream = Stream.TOKEN) -> Tensor:
+    """[R, V]: a batch of one."""
+    steps = torch.arange(1, vocab_size + 1) * GOLDEN
+    return noise.gumbel(key(seed, stream), positions[None], steps)[0]
+
+
+def uniform(seed: int, positions: Tensor, stream: Stream = Stream.ACCEPT) -> Tensor:
+    return noise.uniform(key(seed, stream), positions[None])[0]
+
+
+def key(seed: int, stream: Stream) -> Tensor:
+    return split_mix(torch.tensor([seed]), torch.tensor([int(stream)]))
 
 
 def test_split_mix_gives_the_published_sequence() -> None:
@@ -18,6 +34,17 @@ def test_split_mix_gives_the_published_sequence() -> None:
         16408922859458223821,
     ]
     assert [word % 2**64 for word in words.tolist()] == expected
+    assert [reference.split_mix(1234567, number) for number in range(5)] == expected
+
+
+def test_the_oracle_meets_the_same_noise() -> None:
+    positions = [0, 1, 7, 2**31, 2**40]
+    for seed in (0, 1, 2**62 + 12345, 2**63 - 1):
+        for stream in Stream:
+            uniforms = [reference.uniform(seed, stream, position) for position in positions]
+            assert uniform(seed, torch.tensor(positions), stream).tolist() == uniforms
+            rows = torch.stack([reference.gumbel(seed, stream, position, 40) for position in positions])
+            assert torch.allclose(gumbel(seed, torch.tensor(positions), 40, stream), rows, rtol=1e-14, atol=0)
 
 
 def test_noise_is_a_pure_function_of_seed_position_and_token() -> None:

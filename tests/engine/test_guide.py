@@ -19,11 +19,11 @@ from torch import Tensor
 from benchmarks.structured import fault, params_for, schemas
 from idlm import LLM, Guide, Idlm, InputError, SamplingParams, load
 from idlm.decoding import reference
-from idlm.decoding.law import law
 from idlm.engine import guide as engine_guide
 from idlm.engine.build import build_engine
 from idlm.engine.guide import OBJECT, WHITESPACE
 from idlm.engine.request import Result
+from tests.decoding.laws import BOTH
 from tests.engine.tiny import DEVICE, DTYPE, ROUNDING, tiny_idlm
 
 SCHEMA = {
@@ -158,9 +158,12 @@ def test_logprobs_are_those_of_the_guided_law(idlm: Idlm) -> None:
     assert ar.token_ids == isd.token_ids
     for result in (ar, isd):
         for at, entry in enumerate(result.logprobs or []):
-            row = law(logits[None, len(PROMPT) - 1 + at], params, None, idlm.mask_id, (), allowed(ar.token_ids[:at]))[0]
-            for token, found in entry.items():
-                assert found.logprob == pytest.approx(float(row[token]), abs=ROUNDING)
+            output = ar.token_ids[:at]
+            may_come = allowed(output)
+            for law in BOTH:
+                row = law(logits[len(PROMPT) - 1 + at].clone(), params, idlm.mask_id, PROMPT, output, may_come)
+                for token, found in entry.items():
+                    assert found.logprob == pytest.approx(float(row[token]), abs=ROUNDING)
 
 
 def test_samples_share_a_guide_and_each_follows_it(idlm: Idlm) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from idlm import LLM, Idlm, InputError, SamplingParams, load
-from idlm.decoding.law import law
 from idlm.decoding.plan import Plan
 from idlm.engine.build import build_engine, parse_memory
 from idlm.nano.problems import held_out_problems
+from tests.decoding.laws import BOTH
 from tests.engine.tiny import DEVICE, DTYPE, ROUNDING, tiny_idlm
 
 ASKED = [[{"role": "user", "content": problem.question}] for problem in held_out_problems(6)]
@@ -87,8 +89,8 @@ def test_logprobs_are_those_of_the_law_and_the_same_at_any_stride(idlm: Idlm, pa
     text = torch.tensor(prompt + ar.token_ids)
     logits = idlm.forward(text, torch.arange(len(text)), torch.ones(len(text), len(text)).tril() > 0)
     soft = SamplingParams(temperature=params.temperature or 1.0, top_k=params.top_k)
-    log_p = law(logits, soft, None, idlm.mask_id)
-    for result in (ar, isd):
+    laws = [torch.stack([law(row.clone(), soft, idlm.mask_id) for row in logits]) for law in BOTH]
+    for result, log_p in itertools.product((ar, isd), laws):
         assert result.token_ids == ar.token_ids
         assert result.logprobs is not None and result.prompt_logprobs is not None
         rows = [*result.prompt_logprobs[1:], *result.logprobs]

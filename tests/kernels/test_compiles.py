@@ -15,11 +15,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from idlm.kernels import batch_invariant_triton, window_attention_triton
+from idlm.kernels import batch_invariant_triton, choose_triton, window_attention_triton
 
 POINTERS = {"lengths": "*i64", "table": "*i64", "visible": "*i64", "order": "*i64", "counts": "*i64"}
 POINTERS |= {name: "*fp32" for name in ("partial", "weights")}
 POINTERS |= {name: "*bf16" for name in ("query", "key", "value", "pages", "x", "weight", "bias", "out")}
+POINTERS |= {name: "*i64" for name in ("keys", "first", "ids")}
+POINTERS |= {name: "*fp64" for name in ("temperatures", "bests")}
 POINTERS["scale"] = "fp32"
 HEAD = {"PAGE": 16, "G": 8, "F": 4, "E": 80, "SIZE": 128}
 
@@ -35,13 +37,17 @@ if sys.argv[1] == "window":
     for causal in (True, False):
         compiles(window_attention_triton._attend, CAUSAL=causal, ROWS=16, KEYS=64, **HEAD)
     compiles(window_attention_triton._join, E=80, ROWS=16, SIZE=128)
+elif sys.argv[1] == "choose":
+    for POINTERS["scores"] in ("*bf16", "*fp64"):
+        for sampled in (True, False):
+            compiles(choose_triton._choose, SAMPLED=sampled, BLOCK=choose_triton.BLOCK)
 else:
     compiles(batch_invariant_triton._attend, HEADS=16, KEYS=32, **HEAD)
     compiles(batch_invariant_triton._linear, BIASED=True, ROWS=16, COLUMNS=64, DEPTH=64)
 """
 
 
-@pytest.mark.parametrize("kernels", ["window", "invariant"])
+@pytest.mark.parametrize("kernels", ["window", "invariant", "choose"])
 def test_the_kernels_compile(kernels: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
     environment = os.environ | {"TRITON_INTERPRET": "0"}

@@ -1,7 +1,8 @@
-"""The Triton kernel of `idlm.kernels.verification.choose`.
+"""`idlm.decoding.law.choose` as a Triton kernel.
 
-A program takes a share of one row's vocabulary, makes the noise of each of its tokens and keeps the best; where rows
-are too few to fill the device a row is split over several programs, and their bests are compared afterwards.
+A program takes a share of one row's vocabulary, makes the noise of each of its tokens and keeps the
+best; where rows are too few to fill the device a row is split over several programs, and their
+bests are compared afterwards.
 
     token of a row:   0 ........ share ........ 2 share ........ V
     program (split)   [    0    ][      1      ][  splits - 1  ]
@@ -42,9 +43,8 @@ def _mix(word):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _choose(  # type: ignore[no-untyped-def]
-    logits, bias, temperatures, keys, first, bests, ids,
-    rows, vocab, share, mask_id, key_stride, stream,
-    BIASED: tl.constexpr, SAMPLED: tl.constexpr, BLOCK: tl.constexpr,
+    scores, temperatures, keys, first, bests, ids, rows, vocab, share, key_stride, stream,
+    SAMPLED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The best token of one share of one row's vocabulary, and its score."""
     row = tl.program_id(0).to(tl.int64)
@@ -52,16 +52,15 @@ def _choose(  # type: ignore[no-untyped-def]
     temperature = tl.load(temperatures + slot)
     position = tl.load(first + slot) + row % rows
     # a block, not a scalar: the interpreter's scalars warn where a product wraps
-    start = _mix(tl.load(keys + slot * key_stride + stream + tl.zeros([1], tl.int64)) + (position + 1) * GOLDEN)
+    key = tl.load(keys + slot * key_stride + stream + tl.zeros([1], tl.int64))
+    start = _mix(key + (position + 1) * GOLDEN)
     best = tl.full([BLOCK], float("-inf"), tl.float64)
     chosen = tl.full([BLOCK], 0, tl.int64) + vocab
     begin = tl.program_id(1) * share
     for block in range(begin, tl.minimum(vocab, begin + share), BLOCK):
         token = block + tl.arange(0, BLOCK).to(tl.int64)
-        inside = (token < vocab) & (token != mask_id)
-        score = tl.load(logits + row * vocab + token, mask=inside, other=float("-inf")).to(tl.float64)
-        if BIASED:
-            score += tl.load(bias + slot * vocab + token, mask=inside, other=0.0)
+        address = scores + row * vocab + token
+        score = tl.load(address, mask=token < vocab, other=float("-inf")).to(tl.float64)
         if SAMPLED:
             word = _mix(start + (token + 1) * GOLDEN)
             unit = (_shift(word, DROPPED).to(tl.float64) + 0.5) * UNIT
@@ -76,29 +75,29 @@ def _choose(  # type: ignore[no-untyped-def]
 
 
 def choose_rows(
-    logits: Tensor,
-    bias: Tensor | None,
+    scores: Tensor,
     settings: Settings,
     sampled: bool,
     stream: Stream,
     first: Tensor,
     splits: int | None = None,
 ) -> Tensor:
-    """`choose`; `splits` None: as many as fill the device."""
-    batch, rows, vocab = logits.shape
+    """A token of each row, as `law.choose`; `splits` None: as many as fill the device."""
+    batch, rows, vocab = scores.shape
     if splits is None:
-        splits = max(1, min(4 * processors(logits.device) // max(1, batch * rows), triton.cdiv(vocab, 4 * BLOCK)))
+        programs = 4 * processors(scores.device) // max(1, batch * rows)
+        splits = max(1, min(programs, triton.cdiv(vocab, 4 * BLOCK)))
     share = triton.cdiv(triton.cdiv(vocab, splits), BLOCK) * BLOCK
     splits = triton.cdiv(vocab, share)
-    bests = logits.new_empty(batch, rows, splits, dtype=torch.float64)
+    bests = scores.new_empty(batch, rows, splits, dtype=torch.float64)
     ids = first.new_empty(batch, rows, splits)
-    temperature, keys = settings.temperature.contiguous(), settings.keys.contiguous()  # columns, unless selected
+    # columns of a table, unless selected
+    temperature, keys = settings.temperature.contiguous(), settings.keys.contiguous()
     if batch * rows:
         _choose[batch * rows, splits](
-            logits.contiguous(), temperature if bias is None else bias.contiguous(), temperature,
-            keys, first, bests, ids,
-            rows, vocab, share, settings.mask_id, keys.shape[1], int(stream),
-            BIASED=bias is not None, SAMPLED=sampled, BLOCK=BLOCK, num_warps=4,
+            scores.contiguous(), temperature, keys, first, bests, ids,
+            rows, vocab, share, keys.shape[1], int(stream),
+            SAMPLED=sampled, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
     if splits > 1:
         ids = ids.gather(2, bests.argmax(dim=2, keepdim=True))
