@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from idlm.decoding.law import law
-from idlm.engine.prompts import Chunk
+from idlm.engine.prefill import Chunk
 from idlm.engine.request import Logprob, Request
 from idlm.engine.step import Outcome
 from idlm.models.idlm_model import Idlm
