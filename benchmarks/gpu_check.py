@@ -50,7 +50,17 @@ SYNCHRONISING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSyn
 
 def tests() -> dict[str, object]:
     """The tests of kernels and engine, which take the GPU where there is one."""
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "tests/kernels", "tests/engine"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "tests/attention",
+        "tests/kernels",
+        "tests/engine",
+    ]
     surroundings = os.environ | {"IDLM_TEST_DEVICE": "cuda"}
     done = subprocess.run(
         command, cwd=ROOT.parent, env=surroundings, capture_output=True, text=True, timeout=TEST_SECONDS, check=False

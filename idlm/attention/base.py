@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -78,6 +78,14 @@ class Segment:
         return torch.cat([by_slot[:, :real].flatten(0, 1), by_slot[:, real:].flatten(0, 1)])
 
 
+class QKV(NamedTuple):
+    """Rows of one layer: query [T, H, E], key and value [T, G, E], or all of them [B, W, ., E]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
 class Backend(Protocol[Metadata]):
     """One implementation; its methods do not wait for the device.
 
@@ -92,25 +100,20 @@ class Backend(Protocol[Metadata]):
         """What all layers of one step share."""
         ...
 
-    def attend(
-        self, metadata: Metadata, pages: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> Tensor:
+    def attend(self, metadata: Metadata, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
         """Write one layer's real rows to its pages and mix the values that each row sees.
 
-        query [T, H, E], key and value [T, G, E]: finite, dense along E. Returns [T, H, E]; zeros
-        for a row that sees nothing. Cache rows past a prefix have no influence, not even NaN.
+        `qkv` is flat, finite and dense along E. Returns [T, H, E]; zeros for a row that sees
+        nothing. Cache rows past a prefix have no influence, not even NaN.
         """
         ...
 
 
-def write_by_slot(
-    segment: Segment, pages: Tensor, query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Write the real rows to the pages, and give all rows as [B, W, heads, E]."""
-    query, key, value = (segment.by_slot(rows) for rows in (query, key, value))
-    real = segment.rows.shape[1]
-    write_pages(pages, key[:, :real], value[:, :real], segment.rows)
-    return query, key, value
+def write_by_slot(segment: Segment, pages: Tensor, qkv: QKV) -> QKV:
+    """Write the real rows to the pages, and give all rows as [B, W, ., E]."""
+    qkv, real = QKV(*map(segment.by_slot, qkv)), segment.rows.shape[1]
+    write_pages(pages, qkv.key[:, :real], qkv.value[:, :real], segment.rows)
+    return qkv
 
 
 def write_pages(pages: Tensor, key: Tensor, value: Tensor, rows: Tensor) -> None:

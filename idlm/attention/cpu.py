@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idlm.attention.base import Backend, Segment
+from idlm.attention.base import QKV, Backend, Segment
 from idlm.attention.torch import TorchAttention
 from idlm.kernels import native
 from idlm.kernels.choice import Call, faster
@@ -28,12 +28,10 @@ class CpuAttention:
         """See `Backend`."""
         return replace(segment, table=segment.table.contiguous())
 
-    def attend(
-        self, metadata: Segment, pages: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> Tensor:
+    def attend(self, metadata: Segment, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
         """See `Backend`."""
         of, ops = metadata, torch.ops.idlm
-        inputs = query, key, value, pages, of.rows, of.table, of.lengths
+        inputs = *qkv, pages, of.rows, of.table, of.lengths
         mixed: Tensor
         if of.ends is not None:
             mixed = ops.prefill_attention(*inputs, of.ends, scale)
@@ -55,7 +53,7 @@ def faster_here(pages: Tensor, heads: int) -> bool:
     """
     _, _, page, groups, size = pages.shape
     own = pages.new_zeros(2, TIMED_TOKENS // page + 1, page, groups, size)
-    query, key, value = (pages.new_zeros(TIMED_ROWS, count, size) for count in (heads, groups, groups))
+    qkv = QKV(*(pages.new_zeros(TIMED_ROWS, count, size) for count in (heads, groups, groups)))
     segment = Segment(
         table=torch.arange(own.shape[1])[None],
         lengths=torch.tensor([TIMED_TOKENS]),
@@ -64,6 +62,6 @@ def faster_here(pages: Tensor, heads: int) -> bool:
     )
 
     def call(backend: Backend[Any]) -> Call:
-        return partial(backend.attend, backend.prepare(segment), own, query, key, value, 1.0)
+        return partial(backend.attend, backend.prepare(segment), own, qkv, 1.0)
 
     return faster(f"window attention {heads}x{size}", call(CpuAttention()), call(TorchAttention(own, heads)))

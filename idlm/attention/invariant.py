@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from idlm.attention.base import Segment, prefix_rows, visible_rows, write_by_slot
+from idlm.attention.base import QKV, Segment, prefix_rows, visible_rows, write_by_slot
 from idlm.kernels.batch_invariant import BLOCK, TILE
 
 
@@ -26,6 +26,10 @@ def seen_in_order(segment: Segment) -> tuple[Tensor, Tensor]:
     seen = visible_rows(segment)
     order = (~seen).to(torch.uint8).argsort(dim=-1, stable=True)
     return order, segment.lengths[:, None] + seen.sum(-1)
+
+
+Seen = tuple[Segment, Tensor, Tensor]
+"""A segment and `seen_in_order` of it."""
 
 
 class InvariantMetadata(NamedTuple):
@@ -63,17 +67,9 @@ class InvariantAttention:
             counts=F.pad(counts.flatten(), (0, padding)),
         )
 
-    def attend(
-        self,
-        metadata: InvariantMetadata,
-        pages: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def attend(self, metadata: InvariantMetadata, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
         """See `Backend`."""
-        query, key, value = write_by_slot(metadata.segment, pages, query, key, value)
+        query, key, value = write_by_slot(metadata.segment, pages, qkv)
         batch, width, heads, size = query.shape
         groups = key.shape[2]
         pages[:, 0, 0].zero_()  # rows that are not cached read this one
@@ -89,28 +85,20 @@ class InvariantAttention:
 
 
 class InvariantTritonAttention:
-    """The same by a Triton kernel; its metadata are the segment and `seen_in_order` of it."""
+    """The same by a Triton kernel that needs no sources."""
 
     takes_pieces = False
 
-    def prepare(self, segment: Segment) -> tuple[Segment, Tensor, Tensor]:
+    def prepare(self, segment: Segment) -> Seen:
         """See `Backend`."""
         return segment, *seen_in_order(segment)
 
-    def attend(
-        self,
-        metadata: tuple[Segment, Tensor, Tensor],
-        pages: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-    ) -> Tensor:
+    def attend(self, metadata: Seen, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
         """See `Backend`."""
         from idlm.kernels.batch_invariant_triton import attend  # here: not every machine has triton
 
         of, order, counts = metadata
-        query, key, value = write_by_slot(of, pages, query, key, value)
+        query, key, value = write_by_slot(of, pages, qkv)
         return of.flat(attend(query, key, value, pages, of.table, of.lengths, order, counts, scale))
 
 

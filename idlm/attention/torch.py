@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from idlm.attention.base import Segment, prefix_rows, visible_rows, write_by_slot
+from idlm.attention.base import QKV, Segment, prefix_rows, visible_rows, write_by_slot
 
 
 class TorchMetadata(NamedTuple):
@@ -47,11 +47,9 @@ class TorchAttention:
             bias=bias.repeat_interleave(self._fold, 1)[:, None],
         )
 
-    def attend(
-        self, metadata: TorchMetadata, pages: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> Tensor:
+    def attend(self, metadata: TorchMetadata, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
         """See `Backend`."""
-        query, key, value = write_by_slot(metadata.segment, pages, query, key, value)
+        query, key, value = write_by_slot(metadata.segment, pages, qkv)
         batch, width, heads, size = query.shape
         groups = key.shape[2]
         # rows that are not cached read this one; a NaN there would survive a weight of 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from idlm.attention.base import Segment, write_by_slot
+from idlm.attention.base import QKV, Segment, write_by_slot
 
 
 class TritonAttention:
@@ -16,12 +16,10 @@ class TritonAttention:
         """See `Backend`."""
         return segment
 
-    def attend(
-        self, metadata: Segment, pages: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> Tensor:
+    def attend(self, metadata: Segment, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
         """See `Backend`."""
         from idlm.kernels.window_attention_triton import attend  # here: not every machine has triton
 
         of = metadata
-        query, key, value = write_by_slot(of, pages, query, key, value)
+        query, key, value = write_by_slot(of, pages, qkv)
         return of.flat(attend(query, key, value, pages, of.table, of.lengths, of.visible, scale))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idlm.attention.base import Segment, cache_rows
+from idlm.attention.base import QKV, Segment, cache_rows
 from idlm.attention.choice import choose
 from idlm.engine.prefill import PrefillBatch
 from idlm.errors import InputError
@@ -78,13 +78,12 @@ class KVCache:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `idlm.models.attention.Cache`."""
-        query, key, value = (rows[0].transpose(0, 1) for rows in (query, key, value))
+        pages, qkv = self.pages[layer], QKV(*(rows[0].transpose(0, 1) for rows in (query, key, value)))
         if len(self._prepared) == 1:
-            metadata = self._prepared[0][1]
-            return self.backend.attend(metadata, self.pages[layer], query, key, value, scale)[None]
+            return self.backend.attend(self._prepared[0][1], pages, qkv, scale)[None]
         mixed, start = [], 0
         for size, metadata in self._prepared:
-            own = slice(start, start + size)
-            mixed.append(self.backend.attend(metadata, self.pages[layer], query[own], key[own], value[own], scale))
+            part = QKV(*(rows[start : start + size] for rows in qkv))
+            mixed.append(self.backend.attend(metadata, pages, part, scale))
             start = start + size
         return torch.cat(mixed)[None]

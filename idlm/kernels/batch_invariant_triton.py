@@ -1,5 +1,4 @@
-"""The Triton kernels of `idlm.kernels.batch_invariant` and `idlm.attention.invariant`: tiles and orders of summation that
-no row count changes."""
+"""The Triton kernels of the deterministic mode: tiles and orders of summation that no row count changes."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from idlm.decoding.law import adjust, law
 from idlm.decoding.noise import Stream, gumbel
 from idlm.decoding.settings import Settings
 from idlm.kernels import verification
-from tests.kernels.oracle import DEVICE
+from tests.attention.oracle import DEVICE
 
 ROWS = 3
 CASES = [
