@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from idlm.attention import cpu
 from idlm.attention.base import Backend
+from idlm.attention.cpu import CpuAttention, faster_here
 from idlm.attention.invariant import InvariantAttention, InvariantTritonAttention
 from idlm.attention.torch import TorchAttention
 from idlm.attention.triton import TritonAttention
@@ -24,6 +24,4 @@ def choose(pages: Tensor, heads: int, deterministic: bool = False) -> Backend[An
         return InvariantTritonAttention() if deterministic else TritonAttention()
     if deterministic:
         return InvariantAttention(pages)
-    if cpu.available(pages) and cpu.faster_here(pages, heads):
-        return cpu.CpuAttention()
-    return TorchAttention(pages, heads)
+    return CpuAttention() if faster_here(pages, heads) else TorchAttention(pages, heads)

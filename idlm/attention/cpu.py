@@ -40,17 +40,14 @@ class CpuAttention:
         return mixed
 
 
-def available(pages: Tensor) -> bool:
-    """Whether the kernel serves such pages."""
-    return pages.device.type == "cpu" and pages.dtype in TYPES and native.loaded()
-
-
 @torch.inference_mode()
 def faster_here(pages: Tensor, heads: int) -> bool:
-    """Whether the kernel is faster than PyTorch on windows over such pages; the log says.
+    """Whether the kernel serves such pages and is faster than PyTorch; the log has both times.
 
-    `pages` [2, N, page, G, E] are any layer's: only their shape and type count.
+    `pages` [2, N, page, G, E] are any layer's: only their shape, type and device count.
     """
+    if pages.device.type != "cpu" or pages.dtype not in TYPES or not native.loaded():
+        return False
     _, _, page, groups, size = pages.shape
     own = pages.new_zeros(2, TIMED_TOKENS // page + 1, page, groups, size)
     qkv = QKV(*(pages.new_zeros(TIMED_ROWS, count, size) for count in (heads, groups, groups)))

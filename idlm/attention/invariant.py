@@ -95,7 +95,7 @@ class InvariantTritonAttention:
 
     def attend(self, metadata: Seen, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
         """See `Backend`."""
-        from idlm.kernels.batch_invariant_triton import attend  # here: not every machine has triton
+        from idlm.kernels.batch_invariant_triton import attend  # not every machine has triton
 
         of, order, counts = metadata
         query, key, value = write_by_slot(of, pages, qkv)

@@ -1,4 +1,4 @@
-"""Attention in PyTorch, on any device and in any type; the other back-ends are tested against it."""
+"""Attention in PyTorch, on any device, in any type; the other back-ends are tested against it."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ class TritonAttention:
 
     def attend(self, metadata: Segment, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
         """See `Backend`."""
-        from idlm.kernels.window_attention_triton import attend  # here: not every machine has triton
+        from idlm.kernels.window_attention_triton import attend  # not every machine has triton
 
         of = metadata
         query, key, value = write_by_slot(of, pages, qkv)
