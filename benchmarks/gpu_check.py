@@ -1,195 +1,197 @@
-"""Everything that needs a GPU, in one go of less than ten minutes: `make gpu-check`.
+"""Everything that needs a GPU, in one go of less than eight minutes: `make gpu-check`.
 
-    python -m benchmarks.gpu_check [--only tests bandwidth shape nano] [--output FILE]
+    python -m benchmarks.gpu_check [--only smoke costs tests sweep] [--seconds 450] [--output FILE]
 
-1. the kernel and engine tests on CUDA
-2. the measured copy bandwidth
-3. the Qwen3-8B shape in bf16 with random weights: step costs, host synchronisation, the sweep at SIMULATED acceptance
-4. the bundled model: the sweep at its own acceptance
+1. smoke: the bundled model's tokens, whatever the plan, the batch, the graph and the device
+2. costs: steps of Qwen3-8B's shape in bf16 with random weights, kernel by kernel, against the measured bandwidth
+3. tests: those of kernels and engine that take the GPU, with Triton's attention in float32
+4. sweep: the 8B shape at SIMULATED acceptance, then the bundled model at its own, by load and plan
 
-Writes benchmarks/results/gpu.json after each part. Exit status 1 where a part fails or a bound does not hold, 2 without
-a GPU.
+Every part is a process of its own, since an illegal access ends all CUDA work of its process; it has its share of the
+time, and writes each figure when it is known, so that what follows a failure still runs. The file, benchmarks/results/
+gpu.json unless said otherwise, has them all; each part's own file and what was printed stay beside it. Exit status 1
+where a part fails or a bound does not hold, 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from statistics import median
 from time import perf_counter
+from typing import Any
 
 import torch
 
+from benchmarks.gpu_costs import ACCEPTANCE, costs
+from benchmarks.gpu_smoke import Figure, smoke
 from benchmarks.shapes import random_model
-from idlm import LLM
-from idlm.decoding.plan import AR, Plan
-from idlm.decoding.settings import Features
-from idlm.engine.step import Kind
 from idlm.evaluation.closed_loop import contestants
 from idlm.evaluation.environment import environment
-from idlm.evaluation.serving_bench import Row, bench
+from idlm.evaluation.serving_bench import bench
 from idlm.evaluation.workload import workload
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import load
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "gpu.json"
-TEST_SECONDS = 240
-ACCEPTANCE = (0.9, 0.88, 0.86)
-PLANS = (AR, Plan(2, "all"), Plan(4, "chain"), Plan(4, "all"), Plan(8, "all"))
-MODES = ("ar", "chain", "all", "planner")
-SYNCHRONISING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
-"""Runtime calls in which the host waits; the trace names `cudaMemcpyAsync` apart from `cudaMemcpy`."""
+SECONDS = 450
+TESTS = (
+    "tests/attention",
+    "tests/kernels/test_verification.py",
+    "tests/kernels/test_batch_invariant.py",
+    "tests/engine/test_decoder.py",
+    "tests/engine/test_requests.py",
+    "tests/engine/test_schedules.py",
+    "tests/engine/test_guide.py",
+)
+TESTS_LEAVE = 10
+"""Seconds of the tests' share that are kept to report what they have come to."""
+MODES = ("ar", "planner", "all", "chain")
+LOADS = ((64, 64), (1, 4))
+"""Requests in flight, and how many a round has, at least."""
 
 
-def tests() -> dict[str, object]:
-    """The tests of kernels and engine, which take the GPU where there is one."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "tests/attention",
-        "tests/kernels",
-        "tests/engine",
-    ]
-    surroundings = os.environ | {"IDLM_TEST_DEVICE": "cuda"}
-    done = subprocess.run(
-        command, cwd=ROOT.parent, env=surroundings, capture_output=True, text=True, timeout=TEST_SECONDS, check=False
-    )
-    tail = done.stdout.splitlines()[-12:]
-    return {"passed": done.returncode == 0, "tail": tail}
+def tests(until: float) -> Iterator[Figure]:
+    """The tests of kernels and engine."""
+    yield "pytest", partial(run_tests, until)
 
 
-def copy_bandwidth(size: int = 2**31, repeats: int = 20) -> float:
-    """Bytes per second that a device copy moves, those read and those written."""
-    source = torch.empty(size, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    seconds = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3)
-    return 2 * size / median(seconds)
+def run_tests(until: float) -> dict[str, object]:
+    """What pytest says; where the time ends first, it is interrupted and says what it has come to."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-vv", "-rfE", "--timeout", "90"]
+    command += ["-n", str(min(8, os.cpu_count() or 1)), *TESTS]
+    wishes = {"IDLM_TEST_DEVICE": "cuda", "IDLM_TEST_DTYPE": "float32", "IDLM_SCHEDULE_STEPS": "300"}
+    with tempfile.TemporaryFile() as log:
+        child = subprocess.Popen(command, cwd=ROOT.parent, env=os.environ | wishes, stdout=log, stderr=log)
+        try:
+            status = child.wait(until - perf_counter() - TESTS_LEAVE)
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGINT)
+            status = -1
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(TESTS_LEAVE / 2)
+        log.seek(0)
+        lines = log.read().decode(errors="replace").splitlines()
+    return {"passed": status == 0, "status": status, **said(lines)}
 
 
-def weight_bytes(idlm: Idlm) -> int:
-    """Bytes of weights that a step of one row reads: all but the embedding, unless that is the head as well."""
-    table: torch.Tensor = idlm.model.get_input_embeddings().weight  # type: ignore[assignment]
-    head: torch.Tensor = idlm.model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
-    parameters = {parameter.data_ptr(): parameter for parameter in idlm.model.parameters()}
-    total = sum(parameter.numel() * parameter.itemsize for parameter in parameters.values())
-    return total if table.data_ptr() == head.data_ptr() else total - table.numel() * table.itemsize
+def said(lines: list[str]) -> dict[str, object]:
+    """What pytest's output comes to."""
+    passed = sum(" PASSED " in line for line in lines)
+    failed = sorted({line.partition("tests/")[2][:150] for line in lines if " FAILED " in line or " ERROR " in line})
+    errors = [line[:160] for line in lines if line.startswith("E   ")]
+    return {"counts": passed, "failed": failed, "errors": errors[:60], "last": lines[-1:], "tail": lines[-80:]}
 
 
-def step_costs(llm: LLM, bandwidth: float) -> dict[str, object]:
-    """Steps of every plan at several batch sizes, and AR's against the time its weights take to read."""
-    measure = llm.engine.runner.measure
-    turns = {batch: [{plan: measure(plan, batch) for plan in PLANS} for _ in range(10)] for batch in (1, 8, 64)}
-    costs = {batch: {plan: median(turn[plan] for turn in row) for plan in PLANS} for batch, row in turns.items()}
-    overhead = {batch: {str(plan.width): row[plan] / row[AR] for plan in PLANS} for batch, row in costs.items()}
-    least = weight_bytes(llm.idlm) / bandwidth
-    return {
-        "ar_step_ms": {batch: 1e3 * row[AR] for batch, row in costs.items()},
-        "overhead": overhead,
-        "weights_over_bandwidth_ms": 1e3 * least,
-        "bounds": {
-            "AR step at 1 within 1.25 of bytes / bandwidth": [costs[1][AR] / least, costs[1][AR] <= 1.25 * least],
-            "overhead(7) <= 1.10": [overhead[1]["7"], overhead[1]["7"] <= 1.10],
-            "overhead(16) <= 1.20": [overhead[1]["16"], overhead[1]["16"] <= 1.20],
-        },
-    }
+def sweep(until: float) -> Iterator[Figure]:
+    """Every mode under load, one model at a time."""
+    yield from Sweep(random_model("8B", torch.bfloat16, "cuda"), "12GiB", ACCEPTANCE).figures(until)
+    yield from Sweep(load("nano", device="cuda"), "1GiB", None).figures(until)
 
 
-@torch.inference_mode()
-def host_waits(llm: LLM, steps: int = 10) -> dict[str, object]:
-    """Runtime calls in which the host waits, within launched steps, from the profiler's trace; none is allowed.
+@dataclass
+class Sweep:
+    """A model under load; `rates` are AR's tokens per second, by requests in flight."""
 
-    The steps run on the spare slot, which no request sits in.
-    """
-    runner = llm.engine.runner
-    kind, slots = Kind(llm.engine.planner.widest, Features()), [runner.slots.spare] * 8
-    for _ in range(5):  # warm up and record
-        runner.step(kind, slots, 256).read()
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(steps):
-            with torch.profiler.record_function("idlm step"):
-                launched = runner.step(kind, slots, 256)
-            launched.read()
-    events = profile.events() or []
-    ranges = [event.time_range for event in events if event.name == "idlm step" and event.device_type.name == "CPU"]
-    waits = [
-        event.name
-        for event in events
-        if event.name in SYNCHRONISING
-        and any(within.start <= event.time_range.start <= within.end for within in ranges)
-    ]
-    found = {name: waits.count(name) for name in sorted(set(waits))}
-    return {"steps": len(ranges), "waits": found, "bounds": {"no host synchronisation": [len(waits), not waits]}}
+    idlm: Idlm
+    kv_memory: str
+    acceptance: tuple[float, ...] | None
+    rates: dict[int, float] = field(default_factory=dict)
 
+    def figures(self, until: float) -> Iterator[Figure]:
+        """A figure for each number of requests in flight and each mode; none is begun after `until`."""
+        for concurrency, number in LOADS:
+            for mode in MODES:
+                if perf_counter() < until:
+                    yield f"{self.idlm.name} {mode} at {concurrency}", partial(self.row, mode, concurrency, number)
 
-def sweep(
-    idlm: Idlm, concurrencies: list[int], kv_memory: str, acceptance: tuple[float, ...] | None
-) -> dict[str, object]:
-    """Every mode at every concurrency."""
-    ours = contestants(idlm, MODES, 4, max(concurrencies), acceptance, kv_memory)
-    rows = bench(ours, workload(idlm), concurrencies, number=16, repeats=2)
-    bounds = {
-        f"planner >= 1.0 x AR at {row['concurrency']}": [row["speedup_over_ar"], _at_least(row, 1.0)]
-        for row in rows
-        if row["mode"] == "planner"
-    }
-    return {"simulated_acceptance": acceptance, "rows": rows, "bounds": bounds}
+    def row(self, mode: str, concurrency: int, number: int) -> dict[str, object]:
+        """A mode's figures with so many requests in flight, and at least `number` of them in a round."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        (ours,) = contestants(self.idlm, (mode,), 4, 64, self.acceptance, self.kv_memory)
+        (found,) = bench([ours], workload(self.idlm), [concurrency], number, repeats=1)
+        found["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        rate = float(str(found["tokens_per_second"]))
+        if mode == "ar":
+            self.rates[concurrency] = rate
+        over = rate / self.rates[concurrency] if concurrency in self.rates else None
+        bounds = {"planner >= AR": [over, over >= 1.0]} if mode == "planner" and over else {}
+        return found | {"over_ar": over, "bounds": bounds}
 
 
-def _at_least(row: Row, bound: float) -> bool:
-    return float(str(row["speedup_over_ar"])) >= bound
-
-
-def shape() -> dict[str, object]:
-    """The Qwen3-8B shape."""
-    idlm = random_model("8B", torch.bfloat16, "cuda")
-    bandwidth = copy_bandwidth()
-    llm = LLM(idlm, stride=8, branches="all", max_num_seqs=64, kv_memory="8GiB", simulate_acceptance=ACCEPTANCE)
-    found: dict[str, object] = {"parameters": idlm.model.num_parameters(), "copy_bandwidth": bandwidth}
-    found |= {"costs": step_costs(llm, bandwidth), "synchronisation": host_waits(llm)}
-    return found | {"sweep": sweep(idlm, [1, 8, 64], "8GiB", ACCEPTANCE)}
-
-
-def nano() -> dict[str, object]:
-    """The bundled model, at its own acceptance."""
-    return {"sweep": sweep(load("nano", device="cuda"), [1, 8, 64], "1GiB", None)}
-
-
-PARTS: dict[str, Callable[[], dict[str, object]]] = {
-    "tests": tests,
-    "bandwidth": lambda: {"bytes_per_second": copy_bandwidth()},
-    "shape": shape,
-    "nano": nano,
+PARTS: dict[str, tuple[Callable[[float], Iterator[Figure]], float]] = {
+    "smoke": (lambda until: smoke(), 0.2),
+    "costs": (lambda until: costs(), 0.28),
+    "tests": (tests, 0.26),
+    "sweep": (sweep, 0.26),
 }
+"""Each part's figures, given when it has to end, and its share of the time; what one leaves, the last one has."""
 
 
 def attempt(part: Callable[[], dict[str, object]]) -> dict[str, object]:
-    """A part's figures and seconds; a failure is a figure too, so that the parts after it still run."""
+    """A figure and its seconds; a failure is a figure too, so that those after it still run."""
     started = perf_counter()
     try:
         found = part()
     except Exception:  # whatever a kernel or a driver raises
         found = {"passed": False, "error": traceback.format_exc().splitlines()[-15:]}
-    torch.cuda.empty_cache()
+    gc.collect()
     return found | {"seconds": perf_counter() - started}
+
+
+def run_part(name: str, seconds: float, output: Path) -> None:
+    """The figures of one part, in this process; the file is written after each."""
+    found: dict[str, object] = {}
+    figures = PARTS[name][0](perf_counter() + seconds)
+
+    def make() -> dict[str, object]:
+        for label, figure in figures:
+            found[label] = attempt(figure)
+            del figure  # it holds a model
+            output.write_text(json.dumps(found, indent=1) + "\n")
+            torch.cuda.empty_cache()
+        return {}
+
+    found["all"] = attempt(make)
+    output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def start_part(name: str, seconds: float, output: Path) -> dict[str, Any]:
+    """Run one part in a process of its own, and return its figures; it is ended when its time is up."""
+    file = output.with_name(f"{output.stem}.{name}.json")
+    file.write_text("{}\n")
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--part", name, "--seconds", str(seconds)]
+    with output.with_suffix(".log").open("ab+") as log:
+        begin = log.tell()
+        child = subprocess.Popen(
+            [*command, "--output", str(file)], stdout=log, stderr=log, cwd=ROOT.parent, start_new_session=True
+        )
+        try:
+            status: object = child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            status = "time is up"
+        log.seek(begin)
+        tail = log.read().decode(errors="replace").splitlines()[-5:]
+    found: dict[str, Any] = json.loads(file.read_text())
+    if status != 0:
+        found["process"] = {"passed": False, "status": status, "tail": [line[:300] for line in tail]}
+    return found
 
 
 def failures(found: object, place: str = "") -> list[str]:
@@ -202,23 +204,64 @@ def failures(found: object, place: str = "") -> list[str]:
     return failed + [line for key, value in found.items() for line in failures(value, f"{place}/{key}")]
 
 
+ROW = (
+    *("tokens_per_second", "over_ar", "tpf_decode", "ttft_ms", "tpot_ms", "worst_gap_ms", "host_share", "plans"),
+    *("reserved_gib", "seconds"),
+)
+"""What the summary says of a row of the sweep."""
+SUMMARY = 2_700
+"""Characters of a part's summary."""
+
+
+def summary(name: str, found: dict[str, Any]) -> str:
+    """A part's figures in short, one a line; of an error its place and what it is."""
+    lines = [f"## {name}"]
+    for label, figure in found.items():
+        left_out = {"bounds", "tail"} | (set(figure) - set(ROW) if "tokens_per_second" in figure else set())
+        kept = {key: value for key, value in figure.items() if key not in left_out}
+        if "error" in kept:
+            kept["error"] = [line.strip() for line in kept["error"] if "^^" not in line][-4:]
+        lines.append(f"{label}: {shorter(kept)}")
+    return "\n".join(lines)[:SUMMARY]
+
+
+def shorter(value: object) -> str:
+    """JSON with numbers of four digits and few signs."""
+    text = json.dumps(value, separators=(",", ":"))
+    text = re.sub(r"-?\d+\.\d+(e-?\d+)?", lambda number: f"{float(number[0]):.4g}", text)
+    return text.replace('"', "")
+
+
 def main() -> int:
     """Run the parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of all parts together")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: no CUDA device here; run gpu-check on a machine with one", file=sys.stderr)
         return 2
-    report: dict[str, object] = {"environment": environment() | {"cuda": torch.version.cuda}}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    for name in options.only:
-        report[name] = attempt(PARTS[name])
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
-        print(name, json.dumps(report[name]), flush=True)
+    if options.part:
+        run_part(options.part, options.seconds, options.output)
+        return 0
+    return check(options.only, options.seconds, options.output)
+
+
+def check(names: list[str], seconds: float, output: Path) -> int:
+    """Run the parts one after the other, print their summaries and what failed."""
+    until = perf_counter() + seconds
+    report: dict[str, Any] = {"environment": environment() | {"cuda": torch.version.cuda}}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        later = sum(PARTS[one][1] for one in names[number + 1 :])
+        left = until - perf_counter()
+        report[name] = start_part(name, left * PARTS[name][1] / (PARTS[name][1] + later), output)
+        output.write_text(json.dumps(report, indent=1) + "\n")
+        print(summary(name, report[name]), f"[{left - until + perf_counter():.0f} s]", flush=True)
     failed = failures(report)
-    print("\n".join(failed) or "every bound holds")
+    print("\n".join(["## failed", *failed])[:SUMMARY] if failed else "every bound holds")
     return int(bool(failed))
 
 

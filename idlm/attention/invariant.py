@@ -59,12 +59,11 @@ class InvariantAttention:
         """See `Backend`."""
         rows, _ = prefix_rows(segment, self._page)
         order, counts = seen_in_order(segment)
-        padding = -counts.numel() % TILE
         return InvariantMetadata(
             segment,
             rows=F.pad(rows, (0, segment.width + 1)).flatten(),
             sources=_sources(segment, order, counts, rows.shape[1]),
-            counts=F.pad(counts.flatten(), (0, padding)),
+            counts=F.pad(counts.flatten(), (0, -counts.numel() % TILE)),
         )
 
     def attend(self, metadata: InvariantMetadata, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
@@ -77,9 +76,9 @@ class InvariantAttention:
         local = local.view(2, batch, -1, groups, size)
         local[0, :, -width - 1 : -1] = key
         local[1, :, -width - 1 : -1] = value
-        flat = (query * scale).reshape(batch * width, -1)
-        rows = F.pad(flat, (0, 0, 0, -batch * width % TILE)).view(-1, TILE, groups, heads // groups, size)
-        tiles = zip(rows, metadata.sources.split(TILE), metadata.counts.split(TILE), strict=True)
+        rows = (query * scale).reshape(batch * width, groups, -1, size)
+        rows = F.pad(rows, (0, 0, 0, 0, 0, 0, 0, -batch * width % TILE))
+        tiles = zip(rows.split(TILE), metadata.sources.split(TILE), metadata.counts.split(TILE), strict=True)
         mixed = torch.cat([_tile(tile, local.view(2, -1, size), *of) for tile, *of in tiles])
         return metadata.segment.flat(mixed[: batch * width].view(batch, width, heads, size))
 
@@ -103,7 +102,7 @@ class InvariantTritonAttention:
 
 
 def _sources(segment: Segment, order: Tensor, counts: Tensor, prefix: int) -> Tensor:
-    """See `InvariantMetadata`; a row's keys: the prefix, then the window rows it sees, then zeros."""
+    """A row's keys: the prefix, then the window rows it sees, then zeros."""
     batch, width = counts.shape
     local = prefix + width + 1
     keys = torch.arange((local + BLOCK - 1) // BLOCK * BLOCK, device=order.device)

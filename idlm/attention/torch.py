@@ -58,12 +58,15 @@ class TorchAttention:
         keys, values = gathered.view(2, batch, -1, groups, size).unbind()
         keys[:, -width:] = key
         values[:, -width:] = value
-        # F query heads of a key/value head as rows of one product: about 1.3x as fast as `enable_gqa` on a CPU
-        folded = (
-            query.view(batch, width, groups, heads // groups, size).transpose(1, 2).reshape(batch, groups, -1, size)
-        )
+        # F query heads of a key/value head as rows of one product: about 1.3x as fast as `enable_gqa`
+        # on a CPU
+        folded = query.view(batch, width, groups, -1, size).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(
-            folded, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=metadata.bias, scale=scale
+            folded.reshape(batch, groups, -1, size),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=metadata.bias,
+            scale=scale,
         )
         mixed = mixed.view(batch, groups, width, -1, size).transpose(1, 2)
         return metadata.segment.flat(mixed.reshape(batch, width, heads, size))

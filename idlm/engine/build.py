@@ -27,6 +27,8 @@ from idlm.models.idlm_model import Idlm
 log = logging.getLogger("idlm")
 
 DEFAULT_SLOTS = 64
+PREFILL_TOKENS = 512
+"""Prompt tokens beside running requests on a GPU: about a decode step's worth. The host cannot time its steps."""
 MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.85}
 """Of the memory that is free once the weights are loaded, what the KV cache may take by itself."""
 PANELS_SHARE, DRAFT_SHARE = 0.5, 0.25
@@ -75,10 +77,12 @@ def build_engine(
     simulated = simulate_acceptance
     runner = Runner(idlm, max_num_seqs, depth, pages, page_size, record, simulated, deterministic, linears, fused)
     costs = measured(runner, plans, max_num_seqs) if len(plans) > 1 else None
-    late = int(idlm.device.type == "cuda") if late is None else late
+    if idlm.device.type == "cuda":
+        late = 1 if late is None else late
+        prefill_tokens = PREFILL_TOKENS if prefill_tokens is None else prefill_tokens
     root = f"{idlm.name} {idlm.dtype}".encode()
     planner = Planner(plans, costs)
-    return Engine(runner, planner, pages, page_size, max_num_seqs, late, prefill_tokens, adapters, root)
+    return Engine(runner, planner, pages, page_size, max_num_seqs, late or 0, prefill_tokens, adapters, root)
 
 
 def plans_for(stride: int, branches: str | Iterable[int]) -> list[Plan]:

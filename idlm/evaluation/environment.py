@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+import idlm
+
 VECTORS = ("avx", "amx", "fma", "f16c", "asimd", "sve")
 """How the names of instruction sets begin that kernels of a language model may use, on x86 and on ARM."""
 
@@ -23,7 +25,8 @@ def environment() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "idlm")},
+        **{name: version(name) for name in ("torch", "transformers")},
+        "idlm": idlm.__version__,
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()

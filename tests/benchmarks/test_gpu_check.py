@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.gpu_check import attempt, failures, main, weight_bytes
+from benchmarks import gpu_smoke
+from benchmarks.gpu_check import SUMMARY, attempt, failures, main, run_part, said, start_part, summary
+from benchmarks.gpu_costs import weight_bytes
+from idlm import SamplingParams, load
 from idlm.models.idlm_model import Idlm
 from tests.engine.tiny import tiny_model
 
@@ -45,3 +49,47 @@ def test_without_a_gpu_it_says_so_in_one_line(
     assert main() == 2
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1 and "CUDA" in printed.err
+
+
+def test_the_bundled_model_gives_the_same_tokens_whatever_the_plan_and_the_batch() -> None:
+    """The smoke test's comparisons, on the CPU."""
+    idlm = load("nano", dtype="float64")
+    prompts, params = gpu_smoke.questions(idlm, 2), SamplingParams(temperature=0, max_tokens=6)
+    found = gpu_smoke.comparisons(idlm, prompts, params, deterministic=True)
+    assert found["bounds"] and not failures(found)
+    assert gpu_smoke.same([[1, 2], [3]], [[1, 2], [4]]) == 0.5
+
+
+def test_a_part_writes_each_figure_and_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def figures(until: float):  # type: ignore[no-untyped-def]
+        yield "wrong", lambda: {"figure": 1 / 0}
+        yield "right", lambda: {"figure": 3}
+        raise MemoryError("no room")
+
+    monkeypatch.setitem(run_part.__globals__["PARTS"], "smoke", (figures, 1.0))
+    run_part("smoke", 1.0, tmp_path / "smoke.json")
+    found = json.loads((tmp_path / "smoke.json").read_text())
+    assert found["right"]["figure"] == 3 and failures(found) == ["/wrong: failed", "/all: failed"]
+
+
+def test_a_part_that_takes_too_long_is_ended_and_named(tmp_path: Path) -> None:
+    found = start_part("smoke", 0.1, tmp_path / "gpu.json")
+    assert found["process"]["status"] == "time is up" and failures(found) == ["/process: failed"]
+
+
+def test_summaries_are_short() -> None:
+    found = {f"figure {number}": {"seconds": 0.123456789, "bounds": {}, "name": "x" * 50} for number in range(99)}
+    assert len(summary("costs", found)) == SUMMARY
+    assert summary("costs", {"a": found["figure 0"]}) == f"## costs\na: {{seconds:0.1235,name:{'x' * 50}}}"
+
+
+def test_what_pytest_said() -> None:
+    lines = [
+        "[gw0] [  1%] PASSED tests/a.py::one ",
+        "[gw1] [  2%] FAILED tests/a.py::two[1] ",
+        "E   assert 1 == 2",
+        "end",
+    ]
+    found = said(lines)
+    assert (found["counts"], found["failed"], found["errors"]) == (1, ["a.py::two[1] "], ["E   assert 1 == 2"])
+    assert found["last"] == ["end"]

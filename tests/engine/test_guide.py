@@ -1,4 +1,4 @@
-"""Guided requests in the engine, in float64: the oracle's tokens, in any company, and always what the guide says."""
+"""Guided requests in the engine, the oracle's tokens, in any company, and always what the guide says."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from idlm.engine import guide as engine_guide
 from idlm.engine.build import build_engine
 from idlm.engine.guide import OBJECT, WHITESPACE
 from idlm.engine.request import Result
-from tests.engine.tiny import tiny_idlm
+from tests.engine.tiny import DEVICE, DTYPE, ROUNDING, tiny_idlm
 
 SCHEMA = {
     "type": "object",
@@ -57,7 +57,7 @@ PROMPT = [40, 41, 70, 99, 300]
 @pytest.fixture(scope="module")
 def idlm(checkpoint: Path) -> Idlm:
     """Random weights, a tokenizer of all bytes, and a gated LoRA."""
-    return load(str(checkpoint / "base"), adapter=str(checkpoint / "lora"), dtype="float64")
+    return load(str(checkpoint / "base"), adapter=str(checkpoint / "lora"), dtype=DTYPE, device=DEVICE)
 
 
 def with_guide(params: SamplingParams, guide: Guide | None) -> SamplingParams:
@@ -114,7 +114,8 @@ def test_requests_without_a_guide_beside_guided_ones_are_untouched(idlm: Idlm) -
 def test_any_schedule(idlm: Idlm, late: int, seed: int) -> None:
     """Requests with and without guides come, are aborted and pre-empted; each gives what AR gives it alone."""
     chance = random.Random(seed)
-    engine = build_engine(idlm, 4, "all", max_num_seqs=3, kv_memory=2**15 * 3, page_size=4, prefill_tokens=9, late=late)
+    memory = 2**12 * 3 * DTYPE.itemsize
+    engine = build_engine(idlm, 4, "all", max_num_seqs=3, kv_memory=memory, page_size=4, prefill_tokens=9, late=late)
     alone, done, wanted = LLM(idlm, stride=1), dict[str, Result](), {}
     while engine.busy or len(wanted) < 14:
         if len(wanted) < 14 and chance.random() < 0.3:
@@ -159,7 +160,7 @@ def test_logprobs_are_those_of_the_guided_law(idlm: Idlm) -> None:
         for at, entry in enumerate(result.logprobs or []):
             row = law(logits[None, len(PROMPT) - 1 + at], params, None, idlm.mask_id, (), allowed(ar.token_ids[:at]))[0]
             for token, found in entry.items():
-                assert found.logprob == pytest.approx(float(row[token]), abs=1e-10)
+                assert found.logprob == pytest.approx(float(row[token]), abs=ROUNDING)
 
 
 def test_samples_share_a_guide_and_each_follows_it(idlm: Idlm) -> None:
@@ -178,7 +179,7 @@ def test_a_guide_ends_the_output_even_where_the_end_token_is_ignored(idlm: Idlm)
 
 def test_the_bundled_model_answers_in_json() -> None:
     """It does not know JSON, its tokenizer has fewer tokens than its logits columns."""
-    nano = load("nano", dtype="float64")
+    nano = load("nano", dtype=DTYPE, device=DEVICE)
     params = SamplingParams(temperature=0, max_tokens=80, guide=Guide("json_schema", json.dumps(SCHEMA)))
     ar, isd = (LLM(nano, stride=stride, branches="all").generate("Mia has 5 boxes.", params)[0] for stride in (1, 4))
     assert ar.token_ids == isd.token_ids and ar.finish_reason == "stop" and isd.tpf > 1

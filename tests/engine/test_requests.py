@@ -10,14 +10,14 @@ from idlm.decoding.law import law
 from idlm.decoding.plan import Plan
 from idlm.engine.build import build_engine, parse_memory
 from idlm.nano.problems import held_out_problems
-from tests.engine.tiny import tiny_idlm
+from tests.engine.tiny import DEVICE, DTYPE, ROUNDING, tiny_idlm
 
 ASKED = [[{"role": "user", "content": problem.question}] for problem in held_out_problems(6)]
 
 
 @pytest.fixture(scope="module")
 def nano() -> Idlm:
-    return load("nano", dtype="float64")
+    return load("nano", dtype=DTYPE, device=DEVICE)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_logprobs_are_those_of_the_law_and_the_same_at_any_stride(idlm: Idlm, pa
         for row, entry in enumerate(rows):
             assert entry is not None and next(iter(entry)) == text[row + 1]
             for token, found in entry.items():
-                assert found.logprob == pytest.approx(float(log_p[row, token]), abs=1e-10)
+                assert found.logprob == pytest.approx(float(log_p[row, token]), abs=ROUNDING)
                 assert found.rank == 1 + int((log_p[row] > log_p[row, token]).sum())
 
 
@@ -163,7 +163,7 @@ def test_a_long_prompt_is_prefilled_in_pieces_between_the_steps_of_others(idlm: 
 
 @pytest.mark.parametrize("stride", [1, 3])
 def test_a_prompt_and_the_windows_of_others_are_one_forward(idlm: Idlm, stride: int) -> None:
-    engine = build_engine(idlm, stride, "all")
+    engine = build_engine(idlm, stride, "all", late=0)
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     engine.add([3, 4], params, 0)
     engine.step()
@@ -174,7 +174,7 @@ def test_a_prompt_and_the_windows_of_others_are_one_forward(idlm: Idlm, stride: 
 
 def test_prompt_logprobs_survive_a_pre_emption_within_the_prefill(idlm: Idlm) -> None:
     params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=2)
-    engine, prompt = build_engine(idlm, 2, "all", prefill_tokens=3), list(range(3, 14))
+    engine, prompt = build_engine(idlm, 2, "all", prefill_tokens=3, late=0), list(range(3, 14))
     engine.add([3], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True), 0)
     engine.step()
     name = engine.add(prompt, params, 0)
@@ -197,7 +197,7 @@ def test_a_prompt_of_one_token_has_no_logprobs_to_report(idlm: Idlm) -> None:
 
 
 def test_one_request_refused_leaves_the_others_alone(idlm: Idlm) -> None:
-    page = 2 * 2 * 4 * 2 * 8 * 8
+    page = 2 * 2 * 4 * 2 * 8 * DTYPE.itemsize
     llm = LLM(idlm, page_size=4, kv_memory=7 * page, branches="all")  # six pages: 24 tokens
     name = llm.engine.add([3, 4], SamplingParams(temperature=0, max_tokens=4), 0)
     with pytest.raises(InputError, match="12 pages of 6"):

@@ -25,7 +25,7 @@ from idlm.engine.build import build_engine
 from idlm.engine.engine import Engine
 from idlm.engine.request import Result
 from idlm.models.idlm_model import Idlm
-from tests.engine.tiny import VOCAB, tiny_idlm, with_second_adapter
+from tests.engine.tiny import DTYPE, VOCAB, tiny_idlm, with_second_adapter
 
 STEPS = int(os.environ.get("IDLM_SCHEDULE_STEPS", "5000"))
 """Engine steps of each of the two machines below, at least. `make soak` runs more."""
@@ -93,7 +93,7 @@ class Schedules(RuleBasedStateMachine):
         prefill=st.sampled_from([3, 16, None]),
     )
     def build(self, plan: tuple[int, str], late: bool, pages: int, prefill: int | None) -> None:
-        page_bytes = 2 * 2 * 4 * 2 * 8 * 8
+        page_bytes = 2 * 2 * 4 * 2 * 8 * DTYPE.itemsize
         self.engine: Engine = build_engine(
             model(),
             *plan,

@@ -1,4 +1,7 @@
-"""Random models of every family, in memory, float64, small enough to recompute from scratch at each step."""
+"""Random models of every family, in memory, small enough to recompute from scratch at each step.
+
+They are float64 on the CPU; IDLM_TEST_DEVICE and IDLM_TEST_DTYPE say otherwise. Triton attends in float32 and below.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,9 @@ CLASSES = {
 FAMILIES = tuple(CLASSES)
 VOCAB = 24
 DEVICE = os.environ.get("IDLM_TEST_DEVICE", "cpu")
+DTYPE: torch.dtype = getattr(torch, os.environ.get("IDLM_TEST_DTYPE", "float64"))
+ROUNDING = 1e-10 if DTYPE.itemsize == 8 else 1e-4
+"""Largest difference of two log-probabilities that are equal but for rounding."""
 
 
 def tiny_model(family: str) -> PreTrainedModel:
@@ -51,7 +57,7 @@ def tiny_model(family: str) -> PreTrainedModel:
         **extra,
     )
     torch.manual_seed(0)
-    return model_class(config).to(DEVICE, torch.float64).eval()
+    return model_class(config).to(DEVICE, DTYPE).eval()
 
 
 def tiny_idlm(family: str, adapter: bool = True) -> Idlm:
