@@ -49,7 +49,7 @@ ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "gpu.json"
 SECONDS = 450
 TESTS = (
-    "tests/kernels/test_window_attention.py",
+    "tests/attention",
     "tests/kernels/test_verification.py",
     "tests/kernels/test_batch_invariant.py",
     "tests/engine/test_decoder.py",

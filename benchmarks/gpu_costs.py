@@ -18,7 +18,7 @@ from benchmarks.shapes import random_model
 from idlm import LLM, SamplingParams
 from idlm.decoding.plan import AR, Plan
 from idlm.decoding.settings import Features
-from idlm.engine.prompts import Chunk, Prompts
+from idlm.engine.prefill import Chunk, PrefillBatch
 from idlm.engine.step import Kind
 from idlm.models.idlm_model import Idlm
 
@@ -191,7 +191,7 @@ def prefill_costs(llm: LLM) -> dict[str, object]:
     for name, (pieces, length) in CHUNKS.items():
         seat(llm, pieces)
         chunks = [Chunk(slot, [7] * min(length, PREFIX + ROOM), 0) for slot in range(pieces)]
-        prompts = Prompts.of(chunks, runner.core.cache.page_size, runner._on_device)
+        prompts = PrefillBatch.of(chunks, runner.core.cache.page_size, runner._on_device)
         runner.core.prefill(prompts)
         torch.cuda.synchronize()
         started = perf_counter()

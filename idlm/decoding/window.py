@@ -68,9 +68,8 @@ class Window:
     Attributes:
         groups: G, sets of masks; N with all outcomes, 1 for the chain, 0 at stride 1.
         offsets: int64 [K + 1, W], by number of valid drafts: each row's position less the pending token's.
-        words: int64 [K + 1, W]: row r may see row s of the window where bit s of its word is set; it sees the whole
-            cache besides. None where W > 64.
-        visible: bool [K + 1, W, W], the same written out.
+        visible: int64 [K + 1, W]: row r may see row s of the window where bit s of visible[v, r] is set; it sees the
+            whole cache besides.
         group: int64 [K + 1, K + 1], by valid drafts and accepted ones: the group of that outcome, or -1 where it has
             none and the next window starts without drafts.
 
@@ -82,7 +81,7 @@ class Window:
     branches: Branches
     groups: int = field(init=False)
     offsets: Tensor = field(init=False, repr=False, compare=False)
-    words: Tensor = field(init=False, repr=False, compare=False)
+    visible: Tensor = field(init=False, repr=False, compare=False)
     group: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -96,7 +95,7 @@ class Window:
         table = [[_index(chosen, j) for j in range(self.stride)] for chosen in served]
         served = [chosen + chosen[-1:] * (self.groups - len(chosen)) for chosen in served]
         object.__setattr__(self, "offsets", torch.stack([self._offsets(chosen) for chosen in served]))
-        object.__setattr__(self, "words", torch.stack([self._words(chosen) for chosen in served]))
+        object.__setattr__(self, "visible", torch.stack([self._visible(chosen) for chosen in served]))
         object.__setattr__(self, "group", torch.tensor(table))
 
     @property
@@ -123,14 +122,14 @@ class Window:
         masks = [j + torch.arange(1, self.stride) for j in served]
         return torch.cat([torch.arange(self.stride), *masks])
 
-    def _words(self, served: tuple[int, ...]) -> Tensor:
-        visible = torch.zeros(self.width, self.width, dtype=torch.bool)
-        visible[: self.stride, : self.stride] = torch.ones(self.stride, self.stride).tril() > 0
+    def _visible(self, served: tuple[int, ...]) -> Tensor:
+        seen = torch.zeros(self.width, self.width, dtype=torch.bool)
+        seen[: self.stride, : self.stride] = torch.ones(self.stride, self.stride).tril() > 0
         for number, j in enumerate(served):
             rows = slice(self.stride + number * self.masks, self.stride + (number + 1) * self.masks)
-            visible[rows, : j + 1] = True
-            visible[rows, rows] = torch.ones(self.masks, self.masks).tril() > 0
-        return (visible << torch.arange(self.width)).sum(dim=-1)
+            seen[rows, : j + 1] = True
+            seen[rows, rows] = torch.ones(self.masks, self.masks).tril() > 0
+        return (seen << torch.arange(self.width)).sum(dim=-1)
 
 
 def _index(served: tuple[int, ...], accepted: int) -> int:

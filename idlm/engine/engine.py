@@ -29,7 +29,7 @@ from idlm.engine.logprobs import add_prompt_logprobs, logprob_entries
 from idlm.engine.metrics import Metrics
 from idlm.engine.pages import PagePool
 from idlm.engine.planner import Planner
-from idlm.engine.prompts import Chunk
+from idlm.engine.prefill import Chunk
 from idlm.engine.request import Logprob, Request, Result, Update
 from idlm.engine.runner import Launched, Runner
 from idlm.engine.scheduler import Scheduler, longest

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from idlm.decoding.law import Law
 from idlm.decoding.verify import logprobs
-from idlm.engine.prompts import Chunk
+from idlm.engine.prefill import Chunk
 from idlm.engine.request import Logprob, Request
 from idlm.engine.step import Outcome
 from idlm.models.idlm_model import Idlm

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from idlm.engine.prompts import Pieces, Prompts
+from idlm.engine.prefill import PrefillBatch
 from idlm.engine.step import Core, Kind, Outcome
 from idlm.kernels.fused import fuse
 
@@ -41,7 +41,7 @@ class Recorder:
         self._seen: Counter[object] = Counter()
         self._recordings: dict[object, Replay] = {}
 
-    def step(self, kind: Kind, rows: Tensor, columns: Tensor, prompts: Prompts | None) -> Outcome:
+    def step(self, kind: Kind, rows: Tensor, columns: Tensor, prompts: PrefillBatch | None) -> Outcome:
         """`Core.step`.
 
         With pieces of prompts it is recorded where the attention takes any number of them at once, which is the C
@@ -52,7 +52,7 @@ class Recorder:
             hidden = core.prefill(prompts)
             return replace(self.step(kind, rows, columns, None), prompt=hidden)
         key = (kind, len(rows), len(columns)) if cuda else (kind, prompts is not None)
-        recordable = prompts is None or core.cache.native
+        recordable = prompts is None or core.cache.backend.takes_pieces
         self.steady = key in self._recordings or not self.on or not recordable
         if not recordable or not self._due(key, rows.device.type):
             return core.step(kind, rows, columns, prompts)
@@ -61,7 +61,7 @@ class Recorder:
         if prompts is None:
             packed, *logprobs = self._recordings[key](rows, columns)
             return Outcome(packed, tuple(logprobs))
-        packed, hidden, *logprobs = self._recordings[key](rows, columns, *prompts.pieces)
+        packed, hidden, *logprobs = self._recordings[key](rows, columns, *prompts.tensors)
         return Outcome(packed, tuple(logprobs), hidden)
 
     def prepare(self, kind: Kind) -> None:
@@ -101,11 +101,11 @@ def _trace(core: Core, step: Replay, *inputs: Tensor) -> Replay:
     return replay
 
 
-def _recording(core: Core, kind: Kind, rows: Tensor, columns: Tensor, prompts: Prompts | None) -> Replay:
+def _recording(core: Core, kind: Kind, rows: Tensor, columns: Tensor, prompts: PrefillBatch | None) -> Replay:
     """Of three windows, and of two pieces if there are any, all on the spare slot."""
 
     def step(rows: Tensor, columns: Tensor, *pieces: Tensor) -> tuple[Tensor, ...]:
-        outcome = core.step(kind, rows, columns, Prompts(Pieces(*pieces), (2, 3)) if pieces else None)
+        outcome = core.step(kind, rows, columns, PrefillBatch((2, 3), *pieces) if pieces else None)
         return outcome.packed, *(() if outcome.prompt is None else (outcome.prompt,)), *outcome.logprobs
 
     spare = torch.full((3,), core.slots.spare)
@@ -113,7 +113,7 @@ def _recording(core: Core, kind: Kind, rows: Tensor, columns: Tensor, prompts: P
         return _trace(core, step, spare, columns)
     starts, ends, owner = torch.zeros(2, dtype=torch.int64), torch.tensor([2, 5]), torch.tensor([0, 0, 1, 1, 1])
     positions = torch.tensor([0, 1, 0, 1, 2])
-    pieces = Pieces(torch.zeros_like(owner), positions, owner, spare[:2], starts, ends, columns)
+    pieces = torch.zeros_like(owner), positions, owner, spare[:2], starts, ends, columns
     return _trace(core, step, spare, columns, *pieces)
 
 
@@ -133,7 +133,7 @@ class _Graph:
         return tuple(output.clone() for output in self.outputs)
 
 
-def _capture(core: Core, kind: Kind, rows: Tensor, columns: Tensor, prompts: Prompts | None) -> Replay:
+def _capture(core: Core, kind: Kind, rows: Tensor, columns: Tensor, prompts: PrefillBatch | None) -> Replay:
     """A CUDA graph for this number of rows and columns; capturing runs nothing but the warm-up on the spare slot."""
     assert prompts is None  # noqa: S101
     spare = torch.full_like(rows, core.slots.spare)

@@ -17,7 +17,7 @@ from idlm.decoding.plan import AR, Plan
 from idlm.decoding.settings import Features, Settings
 from idlm.engine.guide import GuidedRows, Matcher
 from idlm.engine.kv_cache import KVCache
-from idlm.engine.prompts import Chunk, Prompts
+from idlm.engine.prefill import Chunk, PrefillBatch
 from idlm.engine.record import Recorder
 from idlm.engine.slots import Slots
 from idlm.engine.step import Core, Kind, Outcome
@@ -142,7 +142,7 @@ class Runner:
             batch, columns = _round_up(batch), min(_round_up(columns), self.slots.state.table.shape[1])
         rows = self._on_device([*slots, *[self.slots.spare] * (batch - len(slots))])
         taken = torch.arange(columns, device=self.idlm.device)
-        prompts = Prompts.of(chunks, self.core.cache.page_size, self._on_device) if chunks else None
+        prompts = PrefillBatch.of(chunks, self.core.cache.page_size, self._on_device) if chunks else None
         if any(matchers):
             guided = GuidedRows([*matchers, *[None] * (batch - len(matchers))], self.idlm.vocab_size)
             return Launched.of(self.core.step(kind, rows, taken, prompts, guided))

@@ -14,7 +14,7 @@ import heapq
 from collections.abc import Sequence
 
 from idlm.engine.pages import PagePool, chain
-from idlm.engine.prompts import Chunk
+from idlm.engine.prefill import Chunk
 from idlm.engine.request import Request
 
 AHEAD = 4

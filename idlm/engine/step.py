@@ -22,6 +22,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from idlm.attention.base import Segment
 from idlm.decoding.law import Law
 from idlm.decoding.noise import Stream, uniform
 from idlm.decoding.plan import Plan
@@ -29,8 +30,8 @@ from idlm.decoding.settings import Features, Settings
 from idlm.decoding.verify import Drafts, Verdicts, draft, logprobs, verify
 from idlm.decoding.window import window
 from idlm.engine.guide import GuidedRows
-from idlm.engine.kv_cache import KVCache, Segment
-from idlm.engine.prompts import Prompts
+from idlm.engine.kv_cache import KVCache
+from idlm.engine.prefill import PrefillBatch
 from idlm.engine.slots import Slots, State, select, store
 from idlm.kernels.batch_invariant import batch_invariant
 from idlm.kernels.choose import chooser
@@ -74,7 +75,8 @@ class Layout:
         layout = window(plan.stride, plan.branches)
         self.stride, self.masks, self.groups = layout.stride, layout.masks, layout.groups
         self.mask_rows = layout.mask_rows
-        self.offsets, self.words, self.group = (t.to(device) for t in (layout.offsets, layout.words, layout.group))
+        tables = (layout.offsets, layout.visible, layout.group)
+        self.offsets, self.visible, self.group = (table.to(device) for table in tables)
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ class Core:
         return nullcontext() if self.linears is None else self.linears.use()
 
     def step(
-        self, kind: Kind, rows: Tensor, columns: Tensor, prompts: Prompts | None = None, guided: Guided = None
+        self, kind: Kind, rows: Tensor, columns: Tensor, prompts: PrefillBatch | None = None, guided: Guided = None
     ) -> Outcome:
         """One window for each of the slots `rows` [B], and the pieces of `prompts`.
 
@@ -148,42 +150,40 @@ class Core:
         with self.kernels(), self._products():
             return self._step(kind, rows, columns, prompts, guided)
 
-    def prefill(self, prompts: Prompts) -> Tensor:
+    def prefill(self, prompts: PrefillBatch) -> Tensor:
         """The pieces alone; returns their hidden states [T, D]."""
         with self.kernels(), self._products():
-            self.cache.segments = self._pieces(prompts)
-            tokens, positions = prompts.pieces.tokens, prompts.pieces.positions
-            return self.idlm.hidden(tokens[None], positions[None], None, NO_ROWS, self.cache)[0]
+            self.cache.prepare([self._pieces(prompts)])
+            tokens, positions = prompts.tokens[None], prompts.positions[None]
+            return self.idlm.hidden(tokens, positions, None, NO_ROWS, self.cache)[0]
 
-    def _step(self, kind: Kind, rows: Tensor, columns: Tensor, prompts: Prompts | None, guided: Guided) -> Outcome:
+    def _step(self, kind: Kind, rows: Tensor, columns: Tensor, prompts: PrefillBatch | None, guided: Guided) -> Outcome:
         layout, state = self.layout(kind.plan), self.slots.read(rows, columns)
         valid, prefix = state.valid.clamp(max=layout.masks), state.length - 1
         positions = prefix[:, None] + layout.offsets.index_select(0, valid)
         real = positions[:, : layout.stride]
         drafts = state.drafts[:, : layout.masks]
-        words = layout.words.index_select(0, valid)
-        windows = self.cache.windows(state.table, prefix, words, real, layout.mask_rows)
+        visible = layout.visible.index_select(0, valid)
+        segments = [self.cache.windows(state.table, prefix, visible, real, layout.mask_rows)]
         tokens, places = torch.cat([state.pending[:, None], drafts], dim=1).flatten(), real.flatten()
-        before: list[Segment] = []
         if prompts is not None:
-            before = self._pieces(prompts)
-            tokens, places = torch.cat([prompts.pieces.tokens, tokens]), torch.cat([prompts.pieces.positions, places])
-        self.cache.segments = (*before, windows)
+            segments.insert(0, self._pieces(prompts))
+            tokens, places = torch.cat([prompts.tokens, tokens]), torch.cat([prompts.positions, places])
+        self.cache.prepare(segments)
         hidden, masks = self._forward(tokens, places, positions[:, layout.stride :].flatten(), state.adapter)
         prompt = None
         if prompts is not None:
-            first = prompts.pieces.tokens.shape[0]
+            first = prompts.tokens.shape[0]
             prompt, hidden = hidden[:first], hidden[first:]
         logits = self.idlm.head(hidden).unflatten(0, (-1, layout.stride))
         slate = self._judge(kind, rows, state, logits, drafts, valid, guided)
         packed, chances = self._commit(kind, slate, *_chosen(layout, slate, masks))
         return Outcome(packed, chances, prompt)
 
-    def _pieces(self, prompts: Prompts) -> list[Segment]:
+    def _pieces(self, prompts: PrefillBatch) -> Segment:
         """What the rows of pieces see: the tokens before them, in their slots' pages and in the pieces themselves."""
-        of = prompts.pieces
-        table = self.slots.state.table.index_select(0, of.slots).index_select(1, of.columns)
-        return self.cache.pieces(table, of.starts, of.positions, of.owner, of.ends, prompts.lengths)
+        table = self.slots.state.table.index_select(0, prompts.slots).index_select(1, prompts.columns)
+        return self.cache.pieces(table, prompts)
 
     def _forward(self, tokens: Tensor, real: Tensor, masks: Tensor, adapter: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states of real rows [., D] and of MASK rows [., D], the rows given as tokens and positions."""

@@ -1,4 +1,4 @@
-"""The Triton kernels of `idlm.kernels.batch_invariant`: tiles and orders of summation that no row count changes."""
+"""The Triton kernels of the deterministic mode: tiles and orders of summation that no row count changes."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def attend(
     counts: Tensor,
     scale: float,
 ) -> Tensor:
-    """`invariant_attention` in float16, bfloat16 or float32."""
+    """Attention [B, W, H, E] in float16, bfloat16 or float32; `order` and `counts` of `seen_in_order`."""
     batch, width, heads, size = query.shape
     groups, fold = key.shape[2], heads // key.shape[2]
     keys = 16 if query.dtype == torch.float32 else 32  # what shared memory holds at head size 256

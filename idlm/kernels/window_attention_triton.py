@@ -1,4 +1,4 @@
-"""The Triton kernel of `idlm.kernels.window_attention`; shapes are explained there.
+"""The kernel of `idlm.attention.triton`; shapes are explained in `idlm.attention.base`.
 
 One program holds a tile of the W * F query rows of one slot's key/value head, so that a prefix key is read once for all
 rows of the window, and walks over a share of the paged prefix with an online softmax in float32. The last share takes
@@ -127,7 +127,7 @@ def attend(
     scale: float,
     splits: int | None = None,
 ) -> Tensor:
-    """`window_attention` in float16, bfloat16 or float32; `splits` None: as many as fill the device."""
+    """Attention [B, W, H, E] in float16, bfloat16 or float32; `splits` None: as many as fill the device."""
     batch, width, heads, size = query.shape
     groups, rows = key.shape[2], batch * width * heads
     tile, keys = _tile(width * heads // groups, size, query.dtype)

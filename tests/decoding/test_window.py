@@ -41,7 +41,7 @@ def test_layout_equals_the_double_loop(plan: tuple[int, Branches], data: st.Data
     assert layout.width == len(rows) == layout.stride + layout.mask_rows
     for i, (kind, outcome, depth) in enumerate(rows):
         assert layout.offsets[valid, i] == (depth if kind == "verify" else outcome + depth)
-        word = int(layout.words[valid, i])
+        word = int(layout.visible[valid, i])
         for j in range(len(rows)):
             assert (word >> j & 1) == may_see(i, j, rows, layout)
 

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from idlm.attention.base import write_pages
+from idlm.attention.torch import TorchAttention
 from idlm.kernels.panels import GROUP, Panels
-from idlm.kernels.window_attention import attend_torch, window_meta, write_pages
+from tests.attention.oracle import Case, case
+from tests.attention.oracle import attend as run
 from tests.kernels.everywhere import Kernels, flat
-from tests.kernels.oracle import Case, case
 
 SINGLE = {"atol": 2e-5, "rtol": 1e-4}
 """Tolerance of attention in float32."""
@@ -69,9 +71,8 @@ def twin(one: Case, rows: Tensor, real: int) -> tuple[Tensor, Tensor]:
     """What the PyTorch twin makes of the windows, and the pages it leaves."""
     pages = one.pages.clone()
     write_pages(pages, one.key[:, :real], one.value[:, :real], rows)
-    width, heads = one.query.shape[1:3]
-    meta = window_meta(pages, one.table, one.lengths, one.visible, width, heads)
-    return attend_torch(one.query, one.key, one.value, pages.clone(), meta, one.scale), pages
+    backend = TorchAttention(pages, one.query.shape[2])
+    return run(backend, replace(one, pages=pages.clone())), pages
 
 
 def attend(kernels: Kernels, one: Case, pages: Tensor, rows: Tensor, real: int) -> Tensor:

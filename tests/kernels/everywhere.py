@@ -21,12 +21,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from idlm.attention.base import QKV, Segment
+from idlm.attention.cpu import CpuAttention
 from idlm.kernels import compiling, native
-from idlm.kernels import window_attention_native as windows
 from idlm.kernels.instruction_sets import INSTRUCTION_SETS, InstructionSet, runs_here
 from idlm.kernels.linears import ALWAYS
 from idlm.kernels.panels import FORMATS, Panels
-from tests.kernels.oracle import Case
+from tests.attention.oracle import Case
 
 DRIVER = Path(__file__).parent / "driver.c"
 PRODUCT, NUMBERS, ATTENTION_FLOAT, ATTENTION_DOUBLE, RMS_NORM, ROTATE, SWIGLU = range(7)
@@ -71,15 +72,13 @@ class Ops:
         return found
 
     def attend(self, one: Case, pages: Tensor, rows: Tensor, real: int) -> Tensor:
-        query, key, value = (flat(tensor, real) for tensor in (one.query, one.key, one.value))
+        qkv = QKV(*(flat(tensor, real) for tensor in (one.query, one.key, one.value)))
         masks = one.query.shape[1] - real
-        assert one.visible is not None
-        return windows.attend(query, key, value, pages, rows, one.table, one.lengths, one.visible, masks, one.scale)
+        return _attend(Segment(one.table, one.lengths, rows, one.visible, masks), pages, qkv, one.scale)
 
     def attend_pieces(self, one: Case, pages: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
-        return windows.attend_pieces(
-            one.query, one.key, one.value, pages, rows, one.table, one.lengths, ends, one.scale
-        )
+        segment = Segment(one.table, one.lengths, rows, ends=ends)
+        return _attend(segment, pages, QKV(one.query, one.key, one.value), one.scale)
 
     def rms_norm(self, rows: Tensor, weight: Tensor, eps: float) -> Tensor:
         found: Tensor = torch.ops.idlm.rms_norm(rows, weight, eps)
@@ -92,6 +91,11 @@ class Ops:
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         found: Tensor = torch.ops.idlm.swiglu(gate, up)
         return found
+
+
+def _attend(segment: Segment, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
+    backend = CpuAttention()
+    return backend.attend(backend.prepare(segment), pages, qkv, scale)
 
 
 class Driver:

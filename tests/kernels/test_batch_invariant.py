@@ -1,110 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-import idlm
-from idlm.kernels.batch_invariant import (
-    batch_invariant,
-    invariant_attention,
-    invariant_meta,
-    linear,
-)
-from idlm.kernels.window_attention import cache_rows, write_pages
-from idlm.models.idlm_model import Idlm
-from tests.kernels.oracle import DEVICE, Case, case, slow_attention
-
-
-def attend(case: Case) -> Tensor:
-    width, heads = case.query.shape[1:3]
-    meta = invariant_meta(case.pages, case.table, case.lengths, case.visible, width, heads)
-    return invariant_attention(case.query, case.key, case.value, case.pages, meta, case.scale)
-
-
-def triton_attend(case: Case) -> Tensor:
-    pytest.importorskip("triton", reason="triton is not installed: only the PyTorch twin can be tested")
-    from idlm.kernels.batch_invariant_triton import attend
-
-    c = case
-    seen = invariant_meta(c.pages.double(), c.table, c.lengths, c.visible, *c.query.shape[1:3])
-    return attend(c.query, c.key, c.value, c.pages, c.table, c.lengths, seen.order, seen.counts, c.scale)
-
-
-@settings(max_examples=40)
-@given(
-    lengths=st.lists(st.sampled_from([0, 1, 5, 63, 64, 70]), min_size=1, max_size=3),
-    width=st.integers(1, 6),
-    heads=st.sampled_from([(1, 1), (6, 2), (8, 1)]),
-    page=st.sampled_from([1, 4]),
-    causal=st.booleans(),
-)
-def test_attention_is_the_double_loop(
-    lengths: list[int], width: int, heads: tuple[int, int], page: int, causal: bool
-) -> None:
-    one = case(lengths, width, *heads, size=8, page=page, causal=causal)
-    torch.testing.assert_close(attend(one), slow_attention(one))
-
-
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("shape", [([0, 3], 1, 1, 1, 32, 4), ([40, 31], 3, 6, 2, 80, 16), ([9], 5, 8, 1, 128, 8)])
-def test_triton_attention_is_the_twin(shape: tuple[list[int], int, int, int, int, int], causal: bool) -> None:
-    one = case(*shape, causal=causal)
-    torch.testing.assert_close(triton_attend(one.to(torch.float32)), attend(one).float(), atol=2e-5, rtol=1e-4)
-
-
-def test_a_row_that_sees_nothing_gets_zeros() -> None:
-    one = case([0, 3], 2, 2, 1, 32, 4, causal=False)
-    blind = replace(one, visible=torch.zeros_like(one.visible))  # type: ignore[arg-type]
-    assert attend(blind)[0].eq(0).all() and attend(blind)[1].ne(0).all()
-    assert triton_attend(blind.to(torch.float32))[0].eq(0).all()
-
-
-@pytest.mark.parametrize(("kernel", "length"), [(attend, 0), (attend, 60), (attend, 70), (triton_attend, 30)])
-def test_attention_of_a_row_is_the_same_in_every_window(kernel: Callable[[Case], Tensor], length: int) -> None:
-    """One text, cached up to `length`; later rows brought by windows of every shape, with strangers beside it."""
-    text = case([length], 9, 6, 2, 32, 4, causal=True).to(torch.float32)
-    whole = kernel(text)
-    for width in (1, 4):
-        strangers = case([40, 3], width, 6, 2, 32, 4, causal=True, seed=1).to(torch.float32)
-        for slot in (0, 2):
-            part = kernel(beside(cut(text, width), strangers, slot))
-            assert torch.equal(part[slot], whole[0, :width])
-
-
-def cut(one: Case, width: int) -> Case:
-    """The first rows of its window."""
-    return replace(one, query=one.query[:, :width], key=one.key[:, :width], value=one.value[:, :width])
-
-
-def beside(one: Case, others: Case, slot: int) -> Case:
-    """`one` as slot `slot` among `others`, over pages put one after the other."""
-    first = one.pages.shape[1]
-    columns = max(one.table.shape[1], others.table.shape[1])
-    tables = (
-        F.pad(one.table, (0, columns - one.table.shape[1])),
-        F.pad(others.table + first, (0, columns - others.table.shape[1])),
-    )
-
-    def mixed(a: Tensor, b: Tensor) -> Tensor:
-        return torch.cat([b[:slot], a, b[slot:]])
-
-    return Case(
-        query=mixed(one.query, others.query),
-        key=mixed(one.key, others.key),
-        value=mixed(one.value, others.value),
-        pages=torch.cat([one.pages, others.pages], 1),
-        table=mixed(*tables),
-        lengths=mixed(one.lengths, others.lengths),
-        visible=None,
-        scale=one.scale,
-    )
+from idlm.kernels.batch_invariant import batch_invariant, linear
+from tests.attention.oracle import DEVICE
 
 
 @settings(max_examples=30)
@@ -166,66 +69,3 @@ def test_other_reductions_are_left_alone(keepdim: bool) -> None:
         torch.testing.assert_close(x.mean(-1, keepdim), x.sum(-1, keepdim) / 5)
         torch.testing.assert_close(x.mean(), x.sum() / 60)
         torch.testing.assert_close(x.softmax(1).sum(1), torch.ones(3, 5))
-
-
-class InvariantCache:
-    """One layer set of pages for the bundled model; every forward brings the same number of rows for each slot."""
-
-    def __init__(self, model: Idlm, slots: int) -> None:
-        config = model.model.config
-        shape = (2, 1 + 8 * slots, 16, config.num_key_value_heads, config.head_dim)
-        self.pages = [torch.zeros(shape) for _ in range(config.num_hidden_layers)]
-        self.table = 1 + torch.arange(8 * slots).view(slots, 8)
-        self.lengths = torch.zeros(slots, dtype=torch.int64)
-        self.heads = config.num_attention_heads
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        width = query.shape[1]
-        meta = invariant_meta(self.pages[layer], self.table, self.lengths, None, width, self.heads)
-        rows = cache_rows(self.table, self.lengths[:, None] + torch.arange(width), 16)
-        write_pages(self.pages[layer], key, value, rows)
-        return invariant_attention(query, key, value, self.pages[layer], meta, scale)
-
-
-def logits(model: Idlm, texts: Tensor, widths: list[int]) -> Tensor:
-    """The model's logits [B, T, V] of `texts` [B, T], fed in pieces of `widths` rows."""
-    cache, out, start = InvariantCache(model, texts.shape[0]), [], 0
-    for width in widths:
-        positions = torch.arange(start, start + width).expand(texts.shape[0], -1)
-        hidden = model.hidden(texts[:, start : start + width], positions, None, cache=cache)
-        out.append(model.head(hidden))
-        start += width
-        cache.lengths += width
-    return torch.cat(out, 1)
-
-
-@torch.inference_mode()
-def test_logits_of_the_bundled_model_do_not_depend_on_batch_or_width() -> None:
-    """Bit-equal float32 logits for 1, 3 and 8 texts side by side and for windows of 1, 7 and 16 rows."""
-    model = idlm.load("nano")
-    torch.manual_seed(0)
-    texts = torch.randint(10, model.vocab_size, (8, 80))
-    prompt = 40
-    with batch_invariant():
-        expected = logits(model, texts[:1], [prompt] + [1] * 16)[0]
-        for batch, widths in [
-            (1, [7, 7, 2]),
-            (3, [1, 7, 7, 1]),
-            (3, [16]),
-            (8, [16]),
-            (8, [7, 9]),
-            (8, [1] * 3 + [13]),
-        ]:
-            for slot in {0, batch - 1}:
-                order = torch.cat([texts[1 : slot + 1], texts[:1], texts[slot + 1 : batch]])
-                found = logits(model, order, [prompt, *widths])[slot]
-                assert torch.equal(found, expected), (batch, widths, slot)
-
-
-@torch.inference_mode()
-def test_without_the_mode_they_do() -> None:
-    """The test above can fail: plain kernels do round differently."""
-    model = idlm.load("nano")
-    text = torch.randint(10, model.vocab_size, (1, 60), generator=torch.Generator().manual_seed(0))
-    assert not torch.equal(logits(model, text, [40] + [1] * 20), logits(model, text, [40, 20]))

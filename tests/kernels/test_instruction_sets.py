@@ -16,10 +16,9 @@ from idlm.errors import InputError
 from idlm.kernels import compiling, instruction_sets, native
 from idlm.kernels.instruction_sets import INSTRUCTION_SETS, InstructionSet
 from idlm.kernels.panels import FORMATS
+from tests.attention.oracle import RATIOS, SHAPES, case
 from tests.kernels import checks
 from tests.kernels.everywhere import Driver, available, driver
-from tests.kernels.oracle import case
-from tests.kernels.test_window_attention import RATIOS, SHAPES
 
 few = settings(max_examples=20, deadline=None)  # an emulated processor is slow
 SETS = available() if native.loaded() else []

@@ -20,11 +20,10 @@ from idlm.errors import InputError
 from idlm.kernels import fused, native
 from idlm.kernels.panels import FORMATS, Panels
 from idlm.params import SamplingParams
+from tests.attention.oracle import RATIOS, SHAPES, case
 from tests.engine.tiny import tiny_idlm
 from tests.kernels import checks
 from tests.kernels.everywhere import Ops
-from tests.kernels.oracle import case
-from tests.kernels.test_window_attention import RATIOS, SHAPES
 
 pytestmark = pytest.mark.skipif(not native.loaded(), reason="no C compiler: there is nothing to test")
 

@@ -15,7 +15,7 @@ from idlm.decoding.noise import Stream
 from idlm.decoding.settings import Settings
 from idlm.decoding.verify import Drafts, draft, verify
 from idlm.kernels import choose as kernels_choose
-from tests.kernels.oracle import DEVICE
+from tests.attention.oracle import DEVICE
 
 ROWS = 3
 CASES = [

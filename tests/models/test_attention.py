@@ -69,7 +69,7 @@ def window_rows(stride: int, branches: str, prefix: int) -> tuple[Tensor, Tensor
     visible = torch.zeros(total, total, dtype=torch.bool)
     visible[:prefix, :prefix] = torch.ones(prefix, prefix).tril() > 0
     visible[prefix:, :prefix] = True
-    visible[prefix:, prefix:] = layout.words[-1][:, None] >> torch.arange(layout.width) & 1 > 0
+    visible[prefix:, prefix:] = layout.visible[-1][:, None] >> torch.arange(layout.width) & 1 > 0
     return tokens, torch.cat([torch.arange(prefix), prefix + layout.offsets[-1]]), visible, range(first, total)
 
 

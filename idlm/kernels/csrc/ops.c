@@ -87,26 +87,35 @@ static void finish(Value *stack, int tensors, Tensor result) {
     stack[0] = (Value)result;
 }
 
-/* (query, key, value, pages, rows, table, lengths, visible, causal, masks, scale): rows are [B, R], or [T] of causal
-   pieces of prompts, which end at `visible` [B] */
-static void window_attention(Value *stack, uint64_t inputs, uint64_t outputs) {
-    (void)inputs, (void)outputs;
-    int64_t *query = strides(stack[0]), *key = strides(stack[1]), *value = strides(stack[2]);
+/* Attention whose first seven inputs are (query, key, value, pages, rows, table, lengths); the eighth is `visible` or `ends`. */
+static void attend(Value *stack, const int64_t *visible, const int64_t *ends, int64_t masks, Value scale) {
+    int64_t *query = strides(stack[0]), *key = strides(stack[1]), *value = strides(stack[2]), *rows = sizes(stack[4]);
     Tensor out = dense(stack[0], sizes(stack[0])[2]);
     Attention job = {
         .query = data(stack[0]), .key = data(stack[1]), .value = data(stack[2]), .pages = data(stack[3]),
         .out = data((Value)out), .rows = data(stack[4]), .table = data(stack[5]), .lengths = data(stack[6]),
-        .visible = stack[8] ? NULL : data(stack[7]), .ends = stack[8] ? data(stack[7]) : NULL,
-        .batch = sizes(stack[6])[0], .total = sizes(stack[4])[0] * (stack[8] ? 1 : sizes(stack[4])[1]),
-        .real = stack[8] ? 0 : sizes(stack[4])[1], .masks = (int64_t)stack[9],
+        .visible = visible, .ends = ends, .batch = sizes(stack[6])[0], .total = ends ? rows[0] : rows[0] * rows[1],
+        .real = ends ? 0 : rows[1], .masks = masks,
         .heads = sizes(stack[0])[1], .groups = sizes(stack[1])[1], .size = sizes(stack[0])[2],
         .page = sizes(stack[3])[2], .columns = sizes(stack[5])[1], .half = strides(stack[3])[0],
         .query_row = query[0], .query_head = query[1], .key_row = key[0], .key_group = key[1],
         .value_row = value[0], .value_group = value[1],
     };
-    memcpy(&job.scale, stack + 10, sizeof(double));
+    memcpy(&job.scale, &scale, sizeof(double));
     must((type(stack[0]) == FLOAT ? attend_float : attend_double)(&job, omp_get_max_threads()));
     finish(stack, 8, out);
+}
+
+/* (query, key, value, pages, rows [B, R], table, lengths, visible [B, W], masks, scale) */
+static void window_attention(Value *stack, uint64_t inputs, uint64_t outputs) {
+    (void)inputs, (void)outputs;
+    attend(stack, data(stack[7]), NULL, (int64_t)stack[8], stack[9]);
+}
+
+/* (query, key, value, pages, rows [T], table, lengths, ends [P], scale): causal pieces of prompts */
+static void prefill_attention(Value *stack, uint64_t inputs, uint64_t outputs) {
+    (void)inputs, (void)outputs;
+    attend(stack, NULL, data(stack[7]), 0, stack[8]);
 }
 
 /* Panels [P, steps, PANEL, 1 or 2] and scales [P, groups, PANEL] of weights with `in` inputs. */
@@ -250,8 +259,12 @@ int idlm_register(void) {
     } ops[] = {
         {"window_attention",
          "window_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) pages, Tensor rows, Tensor table, "
-         "Tensor lengths, Tensor visible, bool causal, int masks, float scale) -> Tensor",
+         "Tensor lengths, Tensor visible, int masks, float scale) -> Tensor",
          window_attention},
+        {"prefill_attention",
+         "prefill_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) pages, Tensor rows, Tensor table, "
+         "Tensor lengths, Tensor ends, float scale) -> Tensor",
+         prefill_attention},
         {"linear",
          "linear(Tensor x, Tensor weight, Tensor panels, Tensor scales, int out, int choice) -> Tensor", linear_op},
         {"split_linear",

@@ -1,5 +1,5 @@
-/* The CPU kernel of idlm.kernels.window_attention: writes a segment's real rows to the pages, then attends. Shapes are
-   explained there. Compiled once for each REAL.
+/* The kernel of idlm.attention.cpu: writes a segment's real rows to the pages, then attends. Shapes are explained in
+   idlm.attention.base. Compiled once for each REAL.
 
    One tile is TILE query rows (window row x head) of one slot's key/value head. Keys come in blocks of BLOCK tokens,
    transposed, so that a row's scores against a block are PARTS whole vectors and need no horizontal sum:

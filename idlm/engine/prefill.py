@@ -1,6 +1,6 @@
-"""`Prompts`: the pieces of prompts that a step prefills, as the device takes them.
+"""The prompt rows of a step: a `Chunk` for the scheduler, a `PrefillBatch` for the device.
 
-Shapes: P pieces, T tokens in all, M columns of the page table.
+Shapes: P pieces, T tokens in all, C columns of the page table.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ class Chunk:
     start: int
 
 
-class Pieces(NamedTuple):
-    """Chunks on the device.
+class PrefillBatch(NamedTuple):
+    """The chunks of a step.
 
     Attributes:
+        widths: how many tokens each chunk has, known to the host.
         tokens, positions, owner: int64 [T]: the tokens, where they stand, and in which chunk.
         slots, starts, ends: int64 [P], by chunk: its slot, its first position, the row behind its last one.
-        columns: int64 [M], the columns of the page table that they need.
+        columns: int64 [C], the columns of the page table that they need.
     """
 
+    widths: tuple[int, ...]
     tokens: Tensor
     positions: Tensor
     owner: Tensor
@@ -39,26 +41,23 @@ class Pieces(NamedTuple):
     ends: Tensor
     columns: Tensor
 
-
-@dataclass(frozen=True)
-class Prompts:
-    """What a step prefills: the pieces, and how long each is, for the host."""
-
-    pieces: Pieces
-    lengths: tuple[int, ...]
-
     @classmethod
-    def of(cls, chunks: Sequence[Chunk], page_size: int, on_device: Callable[[list[int]], Tensor]) -> Prompts:
+    def of(cls, chunks: Sequence[Chunk], page_size: int, on_device: Callable[[list[int]], Tensor]) -> PrefillBatch:
         """`on_device` makes tensors of numbers."""
-        lengths = tuple(len(chunk.tokens) for chunk in chunks)
-        longest = max(chunk.start + length for chunk, length in zip(chunks, lengths, strict=True))
+        widths = tuple(len(chunk.tokens) for chunk in chunks)
+        longest = max(chunk.start + width for chunk, width in zip(chunks, widths, strict=True))
         numbers = (
             [token for chunk in chunks for token in chunk.tokens],
             [chunk.start + index for chunk in chunks for index in range(len(chunk.tokens))],
-            [number for number, length in enumerate(lengths) for _ in range(length)],
+            [number for number, width in enumerate(widths) for _ in range(width)],
             [chunk.slot for chunk in chunks],
             [chunk.start for chunk in chunks],
-            list(accumulate(lengths)),
+            list(accumulate(widths)),
             list(range(-(-longest // page_size))),
         )
-        return cls(Pieces(*map(on_device, numbers)), lengths)
+        return cls(widths, *map(on_device, numbers))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What lies on the device."""
+        return self[1:]

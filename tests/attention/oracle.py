@@ -1,13 +1,32 @@
-"""Random windows, and attention as a plain double loop."""
+"""Random windows, back-ends run on them, and attention as a plain double loop."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from idlm.attention.base import QKV, Backend, Segment
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+RATIOS = [(1, 1), (2, 1), (6, 2), (4, 1), (8, 1), (3, 3)]
+"""Query heads and key/value heads."""
+SHAPES = [
+    # lengths, width, heads, groups, size, page
+    ([0], 1, 1, 1, 32, 4),
+    ([0, 1, 3], 4, 2, 1, 32, 4),
+    ([4, 5, 8, 17], 7, 6, 2, 64, 4),
+    ([63, 64, 65], 3, 4, 1, 40, 16),
+    ([130, 0], 16, 8, 1, 80, 16),
+    ([31, 70], 64, 3, 1, 96, 32),
+    ([9], 33, 8, 1, 128, 8),
+    ([200], 5, 4, 1, 192, 64),
+    ([40, 7], 16, 8, 4, 256, 16),
+]
 
 
 @dataclass
@@ -48,15 +67,27 @@ def case(
         pages=pages.to(DEVICE),
         table=table.to(DEVICE),
         lengths=torch.tensor(lengths).to(DEVICE),
-        visible=None if causal else words(batch, width).to(DEVICE),
+        visible=None if causal else random_visible(batch, width).to(DEVICE),
         scale=size**-0.5,
     )
 
 
-def words(batch: int, width: int) -> Tensor:
+def random_visible(batch: int, width: int) -> Tensor:
     """Random visibility int64 [batch, width]; a row sees itself and about half of the rows before it."""
     bits = (torch.rand(batch, width, width) < 0.5).tril() | torch.eye(width, dtype=torch.bool)
     return (bits.long() << torch.arange(width)).sum(-1)
+
+
+def attend(backend: Backend[Any], case: Case) -> Tensor:
+    """As an engine step calls a back-end: [B, W, H, E]. The real rows go to the trash page."""
+    segment = Segment(case.table, case.lengths, trash(case), case.visible)
+    qkv = QKV(*(rows.flatten(0, 1) for rows in (case.query, case.key, case.value)))
+    return backend.attend(backend.prepare(segment), case.pages, qkv, case.scale).view(case.query.shape)
+
+
+def trash(case: Case) -> Tensor:
+    """The cache row that nobody reads, for every row of the windows."""
+    return torch.zeros(case.query.shape[:2], dtype=torch.int64, device=case.query.device)
 
 
 def slow_attention(case: Case) -> Tensor:
