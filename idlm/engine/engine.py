@@ -42,8 +42,7 @@ MOST_STEPS = 4
 PREFILL_ALONE = 2048
 """Prompt tokens of one step while nobody decodes."""
 PREFILL_LATE = 512
-"""Prompt tokens beside running requests where results come late: the time of a launch tells nothing of the device's.
-On a GPU they take about as long as a decode step of many requests."""
+"""Prompt tokens beside running requests where results come late: a launch's time tells nothing of the device's."""
 
 
 @dataclass
