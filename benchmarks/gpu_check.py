@@ -30,7 +30,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any
 
 import torch
@@ -57,7 +57,9 @@ TESTS = (
     "tests/engine/test_schedules.py",
     "tests/engine/test_guide.py",
 )
-TESTS_LEAVE = 10
+CHOSEN = "qwen3 or not test_equals_the_reference"
+"""Of the families one is enough: the engine does not know them apart."""
+TESTS_LEAVE = 15
 """Seconds of the tests' share that are kept to report what they have come to."""
 MODES = ("ar", "planner", "all", "chain")
 LOADS = ((64, 64), (1, 4))
@@ -72,12 +74,12 @@ def tests(until: float) -> Iterator[Figure]:
 def run_tests(until: float) -> dict[str, object]:
     """What pytest says; where the time ends first, it is interrupted and says what it has come to."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-vv", "-rfE", "--timeout", "90"]
-    command += ["-n", str(min(8, os.cpu_count() or 1)), *TESTS]
+    command += ["-n", str(min(8, os.cpu_count() or 1)), "-k", CHOSEN, *TESTS]
     wishes = {"IDLM_TEST_DEVICE": "cuda", "IDLM_TEST_DTYPE": "float32", "IDLM_SCHEDULE_STEPS": "300"}
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(command, cwd=ROOT.parent, env=os.environ | wishes, stdout=log, stderr=log)
         try:
-            status = child.wait(until - perf_counter() - TESTS_LEAVE)
+            status = child.wait(until - time() - TESTS_LEAVE)
         except subprocess.TimeoutExpired:
             child.send_signal(signal.SIGINT)
             status = -1
@@ -115,7 +117,7 @@ class Sweep:
         """A figure for each number of requests in flight and each mode; none is begun after `until`."""
         for concurrency, number in LOADS:
             for mode in MODES:
-                if perf_counter() < until:
+                if time() < until:
                     yield f"{self.idlm.name} {mode} at {concurrency}", partial(self.row, mode, concurrency, number)
 
     def row(self, mode: str, concurrency: int, number: int) -> dict[str, object]:
@@ -124,6 +126,7 @@ class Sweep:
         torch.cuda.reset_peak_memory_stats()
         (ours,) = contestants(self.idlm, (mode,), 4, 64, self.acceptance, self.kv_memory)
         (found,) = bench([ours], workload(self.idlm), [concurrency], number, repeats=1)
+        found["graphs"] = len(ours.llm.engine.runner._steps._recordings)
         found["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         rate = float(str(found["tokens_per_second"]))
         if mode == "ar":
@@ -139,7 +142,8 @@ PARTS: dict[str, tuple[Callable[[float], Iterator[Figure]], float]] = {
     "tests": (tests, 0.26),
     "sweep": (sweep, 0.26),
 }
-"""Each part's figures, given when it has to end, and its share of the time; what one leaves, the last one has."""
+"""Each part's figures, given when it has to end (as `time` has it), and its share of the time; what one leaves, those
+after it have."""
 
 
 def attempt(part: Callable[[], dict[str, object]]) -> dict[str, object]:
@@ -153,10 +157,10 @@ def attempt(part: Callable[[], dict[str, object]]) -> dict[str, object]:
     return found | {"seconds": perf_counter() - started}
 
 
-def run_part(name: str, seconds: float, output: Path) -> None:
-    """The figures of one part, in this process; the file is written after each."""
+def run_part(name: str, until: float, output: Path) -> None:
+    """The figures of one part, in this process, which is ended at `until`; the file is written after each."""
     found: dict[str, object] = {}
-    figures = PARTS[name][0](perf_counter() + seconds)
+    figures = PARTS[name][0](until)
 
     def make() -> dict[str, object]:
         for label, figure in figures:
@@ -174,7 +178,7 @@ def start_part(name: str, seconds: float, output: Path) -> dict[str, Any]:
     """Run one part in a process of its own, and return its figures; it is ended when its time is up."""
     file = output.with_name(f"{output.stem}.{name}.json")
     file.write_text("{}\n")
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--part", name, "--seconds", str(seconds)]
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--part", name, "--until", str(time() + seconds)]
     with output.with_suffix(".log").open("ab+") as log:
         begin = log.tell()
         child = subprocess.Popen(
@@ -206,7 +210,7 @@ def failures(found: object, place: str = "") -> list[str]:
 
 ROW = (
     *("tokens_per_second", "over_ar", "tpf_decode", "ttft_ms", "tpot_ms", "worst_gap_ms", "host_share", "plans"),
-    *("reserved_gib", "seconds"),
+    *("graphs", "reserved_gib", "seconds"),
 )
 """What the summary says of a row of the sweep."""
 SUMMARY = 2_700
@@ -239,12 +243,13 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of all parts together")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("error: no CUDA device here; run gpu-check on a machine with one", file=sys.stderr)
         return 2
     if options.part:
-        run_part(options.part, options.seconds, options.output)
+        run_part(options.part, options.until, options.output)
         return 0
     return check(options.only, options.seconds, options.output)
 

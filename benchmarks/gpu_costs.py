@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -25,7 +24,8 @@ from idlm.models.idlm_model import Idlm
 ACCEPTANCE = (0.9, 0.88, 0.86)
 BATCHES = (1, 8, 64)
 PLANS = (AR, Plan(2, "all"), Plan(4, "chain"), Plan(4, "all"), Plan(8, "all"))
-PROFILED = (AR, Plan(4, "all"))
+WINDOW = Plan(4, "all")
+"""The plan whose kernels are looked at."""
 PREFIX, ROOM = 1024, 320
 """Tokens in the cache of each request, and those it may grow by while its steps are timed."""
 QUEUED, READ = 16, 8
@@ -38,28 +38,28 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 
 def costs(shape: str = "8B", kv_memory: str = "13GiB") -> Iterator[Figure]:
-    """Qwen3-8B's shape in bfloat16 with random weights."""
+    """Qwen3-8B's shape in bfloat16 with random weights.
+
+    The profiler comes last: once it has run, launches take longer.
+    """
     idlm = random_model(shape, torch.bfloat16, "cuda")
     bandwidth = copy_bandwidth()
     yield "bandwidth", lambda: {"copy_bytes_per_second": bandwidth, "parameters": idlm.model.num_parameters()}
     ar = step_model(idlm, AR, kv_memory)
     yield "AR", partial(step_costs, ar, (AR,), bandwidth)
-    yield "AR kernels", partial(kernels, ar, AR, 1)
     yield "prefill", partial(prefill_costs, ar)
-    del ar
     llm = step_model(idlm, PLANS[-1], kv_memory)
     yield "windows", partial(step_costs, llm, PLANS[1:], bandwidth)
-    yield "window kernels", partial(kernels, llm, PROFILED[1], 1)
-    yield "window kernels at 64", partial(kernels, llm, PROFILED[1], 64)
-    yield "host waits", partial(host_waits, llm)
-    del llm
     yield "linears", partial(linear_costs, idlm)
+    yield "AR kernels", partial(kernels, ar, AR, 1)
+    yield "prefill kernels", partial(prefill_kernels, ar)
+    yield "window kernels", partial(kernels, llm, WINDOW, 1)
+    yield "window kernels at 64", partial(kernels, llm, WINDOW, 64)
+    yield "host waits", partial(host_waits, llm)
 
 
 def step_model(idlm: Idlm, widest: Plan, kv_memory: str) -> LLM:
     """A model for steps up to `widest`, and for the largest batch."""
-    gc.collect()  # the one before
-    torch.cuda.empty_cache()
     simulated = ACCEPTANCE if widest.drafts else None
     return LLM(
         idlm,
@@ -154,21 +154,27 @@ def step_costs(llm: LLM, plans: Sequence[Plan], bandwidth: float) -> dict[str, o
 
 @torch.inference_mode()
 def kernels(llm: LLM, plan: Plan, batch: int, steps: int = 4) -> dict[str, object]:
-    """Launches and microseconds of kernels in a step, and the kernels that take longest."""
+    """See `profiled`, of a step."""
     runner, kind, slots = llm.engine.runner, Kind(plan, Features()), seat(llm, batch)
     step = partial(runner.step, kind, slots, PREFIX + ROOM)
     for _ in range(3):  # the first ones are recorded
         step().read()
-    times, counts = Counter[str](), Counter[str]()
+    return profiled(lambda: step().read(), steps)
+
+
+def profiled(work: Callable[[], object], times: int) -> dict[str, object]:
+    """Launches and microseconds of kernels in each `work`, and the kernels that take longest."""
+    seconds, counts = Counter[str](), Counter[str]()
     with profiler() as profile:
-        for _ in range(steps):
-            step().read()
+        for _ in range(times):
+            work()
+        torch.cuda.synchronize()
     for event in profile.events() or []:
         if event.device_type.name == "CUDA":
-            times[event.name] += event.time_range.elapsed_us()
+            seconds[event.name] += event.time_range.elapsed_us()
             counts[event.name] += 1
-    top = [[short(name), counts[name] / steps, round(value / steps, 1)] for name, value in times.most_common(TOP)]
-    return {"launches": counts.total() / steps, "us": times.total() / steps, "top": top}
+    top = [[short(name), counts[name] / times, round(value / times, 1)] for name, value in seconds.most_common(TOP)]
+    return {"launches": counts.total() / times, "us": seconds.total() / times, "top": top}
 
 
 def profiler() -> torch.profiler.profile:
@@ -187,20 +193,32 @@ def short(name: str) -> str:
 @torch.inference_mode()
 def prefill_costs(llm: LLM) -> dict[str, object]:
     """Milliseconds of a prefill's forward: the device's, and the host's for launching it."""
-    runner, found = llm.engine.runner, {}
+    found = {}
     for name, (pieces, length) in CHUNKS.items():
-        seat(llm, pieces)
-        chunks = [Chunk(slot, [7] * min(length, PREFIX + ROOM), 0) for slot in range(pieces)]
-        prompts = PrefillBatch.of(chunks, runner.core.cache.page_size, runner._on_device)
-        runner.core.prefill(prompts)
+        prefill = a_prefill(llm, pieces, length)
+        prefill()
         torch.cuda.synchronize()
         started = perf_counter()
-        runner.core.prefill(prompts)
+        prefill()
         launch = perf_counter() - started
         torch.cuda.synchronize()
-        device = seconds(partial(runner.core.prefill, prompts), 3)
+        device = seconds(prefill, 3)
         found[name] = {"device": round(1e3 * device, 2), "launch": round(1e3 * launch, 2)}
     return {"ms": found}
+
+
+def a_prefill(llm: LLM, pieces: int, length: int) -> Callable[[], object]:
+    """Prefills pieces of new prompts, of at most PREFIX + ROOM tokens each."""
+    runner = llm.engine.runner
+    seat(llm, pieces)
+    chunks = [Chunk(slot, [7] * min(length, PREFIX + ROOM), 0) for slot in range(pieces)]
+    return partial(runner.core.prefill, PrefillBatch.of(chunks, runner.core.cache.page_size, runner._on_device))
+
+
+@torch.inference_mode()
+def prefill_kernels(llm: LLM) -> dict[str, object]:
+    """See `profiled`, of a prefill of many short pieces."""
+    return profiled(a_prefill(llm, *CHUNKS["16 x 128"]), 1)
 
 
 @torch.inference_mode()

@@ -12,9 +12,9 @@ import torch
 
 from idlm.decoding.plan import AR, Plan
 from idlm.decoding.window import parse_branches, window
-from idlm.engine.engine import Engine
+from idlm.engine.engine import PREFILL_ALONE, Engine
 from idlm.engine.planner import Planner, candidates, measured
-from idlm.engine.runner import Runner, attention_shapes
+from idlm.engine.runner import Runner, attention_shapes, working_memory
 from idlm.engine.threads import choose_threads
 from idlm.errors import InputError
 from idlm.kernels import native
@@ -27,10 +27,10 @@ from idlm.models.idlm_model import Idlm
 log = logging.getLogger("idlm")
 
 DEFAULT_SLOTS = 64
-PREFILL_TOKENS = 512
-"""Prompt tokens beside running requests on a GPU: about a decode step's worth. The host cannot time its steps."""
 MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.85}
 """Of the memory that is free once the weights are loaded, what the KV cache may take by itself."""
+GRAPHS_MEMORY = 3 * 2**29
+"""What CUDA's graphs and libraries may take."""
 PANELS_SHARE, DRAFT_SHARE = 0.5, 0.25
 """Of the free memory, what the kernels' copy of the weights may take, and what weights for MASK rows alone may."""
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -62,7 +62,7 @@ def build_engine(
     if branches == "planner" and not idlm.can_draft:
         log.info("AR: model %r has no MASK row to draft with; an adapter would bring one", idlm.name)
         plans = [AR]
-    pages = _pages(idlm, max_num_seqs, kv_memory, page_size)
+    pages = _pages(idlm, max_num_seqs, kv_memory, page_size, max(plans, key=lambda plan: plan.width))
     depth = max(plan.drafts for plan in plans)
     idlm.model.requires_grad_(False)
     linears = _linears(idlm, weights, deterministic)
@@ -77,12 +77,10 @@ def build_engine(
     simulated = simulate_acceptance
     runner = Runner(idlm, max_num_seqs, depth, pages, page_size, record, simulated, deterministic, linears, fused)
     costs = measured(runner, plans, max_num_seqs) if len(plans) > 1 else None
-    if idlm.device.type == "cuda":
-        late = 1 if late is None else late
-        prefill_tokens = PREFILL_TOKENS if prefill_tokens is None else prefill_tokens
+    late = int(idlm.device.type == "cuda") if late is None else late
     root = f"{idlm.name} {idlm.dtype}".encode()
     planner = Planner(plans, costs)
-    return Engine(runner, planner, pages, page_size, max_num_seqs, late or 0, prefill_tokens, adapters, root)
+    return Engine(runner, planner, pages, page_size, max_num_seqs, late, prefill_tokens, adapters, root)
 
 
 def plans_for(stride: int, branches: str | Iterable[int]) -> list[Plan]:
@@ -131,12 +129,12 @@ def parse_memory(value: int | str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
-def _pages(idlm: Idlm, slots: int, kv_memory: int | str | None, page_size: int) -> int:
+def _pages(idlm: Idlm, slots: int, kv_memory: int | str | None, page_size: int, widest: Plan) -> int:
     """How many pages the KV cache has, the trash page included; the reason goes to the log."""
     page_bytes = sum(2 * page_size * groups * size for _, groups, size in attention_shapes(idlm)) * idlm.dtype.itemsize
     per_request = math.ceil(idlm.context / page_size)
     enough = 2 * slots * per_request + 1  # every slot full, and as much again for the prefix cache
-    budget = _share(idlm.device) if kv_memory is None else parse_memory(kv_memory)
+    budget = _share(idlm, slots, widest) if kv_memory is None else parse_memory(kv_memory)
     pages = min(enough, budget // page_bytes) if kv_memory is None else budget // page_bytes
     if pages < 2:
         raise InputError(f"kv_memory={kv_memory!r} holds {pages} pages of {page_bytes} bytes; give at least two")
@@ -207,8 +205,14 @@ def _fused(idlm: Idlm) -> frozenset[str]:
     return faster_operators(hidden, int(getattr(config, "intermediate_size", None) or 4 * hidden), heads, size)
 
 
-def _share(device: torch.device) -> int:
+def _share(idlm: Idlm, slots: int, widest: Plan) -> int:
     """Bytes that the KV cache may take where nobody has said."""
-    if device.type == "cuda":
-        return int(MEMORY_SHARE["cuda"] * torch.cuda.mem_get_info(device)[0])
-    return int(MEMORY_SHARE["cpu"] * psutil.virtual_memory().available)
+    if idlm.device.type != "cuda":
+        return int(MEMORY_SHARE["cpu"] * psutil.virtual_memory().available)
+    work = working_memory(idlm, PREFILL_ALONE + slots * widest.width, slots * widest.stride)
+    return gpu_share(torch.cuda.mem_get_info(idlm.device)[0], work)
+
+
+def gpu_share(free: int, work: int) -> int:
+    """Bytes of a GPU's free ones for the KV cache; `work` is what a step's forward takes, its verdict takes as much."""
+    return max(0, min(int(MEMORY_SHARE["cuda"] * free), free - 2 * work - GRAPHS_MEMORY))

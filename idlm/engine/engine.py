@@ -41,6 +41,8 @@ MOST_STEPS = 4
 """Decode steps' worth of prompts that a step may take where many wait for their first token and few decode."""
 PREFILL_ALONE = 2048
 """Prompt tokens of one step while nobody decodes."""
+PREFILL_LATE = 512
+"""Prompt tokens beside running requests where results come late: a launch's time tells nothing of the device's."""
 
 
 @dataclass
@@ -62,7 +64,7 @@ class Engine:
         pages, page_size: of the runner's cache.
         slots: the most requests at once.
         late: steps launched before the results of one are read: 1 hides the host behind a GPU, 0 suits a CPU.
-        prefill_tokens: prompt tokens a step may add while others decode; None: about a step's worth, or by number.
+        prefill_tokens: prompt tokens a step may add while others decode; None: about a step's worth.
         adapters: names of the adapters, by index.
         root: see `Scheduler`.
     """
@@ -191,7 +193,7 @@ class Engine:
             return PREFILL_ALONE
         if self._prefill_tokens is not None:
             return self._prefill_tokens
-        worth = self.metrics.prefill_budget()
+        worth = PREFILL_LATE if self.late else self.metrics.prefill_budget()
         return min(worth * min(max(1, prefilling // decoding), MOST_STEPS), PREFILL_ALONE)
 
     def _launch(self) -> bool:

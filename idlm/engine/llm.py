@@ -44,7 +44,8 @@ class LLM:
         kv_memory: for the KV cache: bytes, or a string such as "512MiB"; None takes twice what `max_num_seqs` requests
             of full length need, so that as much can stay cached, within a share of the memory there is.
         page_size: tokens a page of the KV cache holds.
-        prefill_tokens: prompt tokens that one step may prefill beside running requests; None follows the step's time.
+        prefill_tokens: prompt tokens that one step may prefill beside running requests; None: about as
+            many as take as long as the step; 512 on a GPU.
         dtype: "auto" (the checkpoint's), or a torch dtype or its name.
         device: where to run.
         deterministic: batch-invariant kernels: a token's logits do not depend on the rows beside it, also in float32

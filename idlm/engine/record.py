@@ -6,15 +6,16 @@ GPU. It is made on the spare slot, which changes nothing. A recording is bit-equ
 float32 on a CPU: there the small operations between the matrix products are fused (`idlm.kernels.fused`).
 
 On a CPU one recording serves every batch size and prefix length; a CUDA graph serves one of each, so the runner rounds
-them up there.
+them up there. Graphs are replayed one at a time and their outputs copied, so they share their memory.
 """
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,10 +24,14 @@ from idlm.engine.prefill import PrefillBatch
 from idlm.engine.step import Core, Kind, Outcome
 from idlm.kernels.fused import fuse
 
+log = logging.getLogger("idlm")
+
 Replay = Callable[..., tuple[Tensor, ...]]
 
 WARM = {"cpu": 4, "cuda": 1}
 """How often a step runs before it is recorded: a recording costs as much as dozens of steps."""
+MOST_GRAPHS = 64
+"""CUDA graphs that are kept; the one not used for longest makes room."""
 
 
 class Recorder:
@@ -35,29 +40,27 @@ class Recorder:
     def __init__(self, core: Core, on: bool) -> None:
         self.core = core
         self.on = on
+        self._device = core.idlm.device.type
         self.steady = True
         """Whether the last step ran as all later ones of its kind will: neither recorded just now
         nor bound to be recorded later."""
         self._seen: Counter[object] = Counter()
-        self._recordings: dict[object, Replay] = {}
+        self._recordings: OrderedDict[object, Replay] = OrderedDict()
+        self._eager: set[object] = set()  # for what there was no memory
+        self._place: _Place | None = None
 
     def step(self, kind: Kind, rows: Tensor, columns: Tensor, prompts: PrefillBatch | None) -> Outcome:
         """`Core.step`.
 
         With pieces of prompts it is recorded where the attention takes any number of them at once, which is the C
-        kernel's doing; a GPU runs them by themselves before the graph of the windows is replayed.
+        kernel's doing.
         """
-        core, cuda = self.core, rows.is_cuda
-        if cuda and prompts is not None:
-            hidden = core.prefill(prompts)
-            return replace(self.step(kind, rows, columns, None), prompt=hidden)
-        key = (kind, len(rows), len(columns)) if cuda else (kind, prompts is not None)
+        core = self.core
+        key = (kind, len(rows), len(columns)) if self._device == "cuda" else (kind, prompts is not None)
         recordable = prompts is None or core.cache.backend.takes_pieces
         self.steady = key in self._recordings or not self.on or not recordable
-        if not recordable or not self._due(key, rows.device.type):
+        if not recordable or not self._due(key) or not self._has(key, kind, rows, columns, prompts):
             return core.step(kind, rows, columns, prompts)
-        if key not in self._recordings:
-            self._recordings[key] = (_capture if cuda else _recording)(core, kind, rows, columns, prompts)
         if prompts is None:
             packed, *logprobs = self._recordings[key](rows, columns)
             return Outcome(packed, tuple(logprobs))
@@ -70,10 +73,32 @@ class Recorder:
         for prompts in (False, True):
             self._seen[kind, prompts] = max(self._seen[kind, prompts], WARM["cpu"])
 
-    def _due(self, key: object, device: str) -> bool:
+    def _due(self, key: object) -> bool:
         """Whether to record now, or to use the recording."""
         self._seen[key] += 1
-        return self.on and self._seen[key] > WARM[device]
+        return self.on and self._seen[key] > WARM[self._device] and key not in self._eager
+
+    def _has(self, key: object, kind: Kind, rows: Tensor, columns: Tensor, prompts: PrefillBatch | None) -> bool:
+        """Whether there is a recording; it is made where there is none yet."""
+        if key in self._recordings:
+            self._recordings.move_to_end(key)
+        elif self._device != "cuda":
+            self._recordings[key] = _recording(self.core, kind, rows, columns, prompts)
+        else:
+            self._capture(key, kind, rows, columns)
+        return key in self._recordings
+
+    def _capture(self, key: object, kind: Kind, rows: Tensor, columns: Tensor) -> None:
+        """Make room for a CUDA graph and record it; without memory for it, these steps stay eager."""
+        while len(self._recordings) >= MOST_GRAPHS:
+            self._recordings.popitem(last=False)
+        self._place = self._place or _Place()
+        try:
+            self._recordings[key] = _graph(self.core, kind, rows, columns, self._place)
+        except torch.cuda.OutOfMemoryError:
+            log.warning("no memory to record %s for %d requests: these steps run eagerly", kind.plan.name, len(rows))
+            self._eager.add(key)
+            torch.cuda.empty_cache()
 
 
 def _trace(core: Core, step: Replay, *inputs: Tensor) -> Replay:
@@ -133,17 +158,23 @@ class _Graph:
         return tuple(output.clone() for output in self.outputs)
 
 
-def _capture(core: Core, kind: Kind, rows: Tensor, columns: Tensor, prompts: PrefillBatch | None) -> Replay:
-    """A CUDA graph for this number of rows and columns; capturing runs nothing but the warm-up on the spare slot."""
-    assert prompts is None  # noqa: S101
+class _Place:
+    """Where CUDA graphs are recorded: their common memory, and one stream, since memory and workspaces go by stream."""
+
+    def __init__(self) -> None:
+        self.memory = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream()
+
+
+def _graph(core: Core, kind: Kind, rows: Tensor, columns: Tensor, place: _Place) -> Replay:
+    """A CUDA graph for this number of rows and columns; recording runs nothing but the warm-up on the spare slot."""
     spare = torch.full_like(rows, core.slots.spare)
     columns = columns.clone()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    place.stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(place.stream):
         core.step(kind, spare, columns)
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.current_stream().wait_stream(place.stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, place.memory, place.stream, "thread_local"):
         outcome = core.step(kind, spare, columns)
     return _Graph(graph, spare, columns, (outcome.packed, *outcome.logprobs))

@@ -6,7 +6,8 @@ It owns what lies on the device (model, pages, slots, settings) and knows nothin
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from itertools import product
 from time import perf_counter
 
@@ -19,7 +20,7 @@ from idlm.engine.guide import GuidedRows, Matcher
 from idlm.engine.kv_cache import KVCache
 from idlm.engine.prefill import Chunk, PrefillBatch
 from idlm.engine.record import Recorder
-from idlm.engine.slots import Slots
+from idlm.engine.slots import Slots, staged
 from idlm.engine.step import Core, Kind, Outcome
 from idlm.kernels.fused import OPERATORS
 from idlm.kernels.linears import Linears
@@ -30,6 +31,8 @@ WARM_UP = 2
 """Steps before the first one that is timed: it is recorded in the first."""
 MEASURE_PREFIX = 256
 """Cached tokens of the slots that step costs are measured on."""
+SHORT_CONTEXT = 512
+"""Tokens of the shortest requests that CUDA graphs tell apart; the next ones hold four times as many, and so on."""
 
 
 @dataclass
@@ -89,6 +92,7 @@ class Runner:
         self.settings = Settings.empty(slots + 1, idlm.vocab_size, idlm.mask_id, idlm.device)
         # on a CPU one recording serves all batch sizes, but the number of fixed tiles is part of it
         tiled = deterministic and idlm.device.type == "cpu"
+        self._graphs = idlm.device.type == "cuda"
         self.core = Core(idlm, cache, self.slots, self.settings, simulated, deterministic, linears, fused)
         self._measured: set[tuple[Plan, int]] = set()
         self._steps = Recorder(self.core, record and not tiled)
@@ -136,24 +140,37 @@ class Runner:
 
         `matchers` are those of the slots; where there is one, the step is not recorded: its host takes part in it.
         """
+        with current(self.idlm.device):
+            prompts = PrefillBatch.of(chunks, self.core.cache.page_size, self._on_device) if chunks else None
+            if prompts is None or not self._graphs:
+                return Launched.of(self._windows(kind, slots, tokens, prompts, matchers))
+            hidden = self.core.prefill(prompts)  # by itself: graphs are of windows alone
+            if not slots:
+                nothing = hidden.new_empty(0, kind.plan.stride + 4, dtype=torch.int64)
+                return Launched.of(Outcome(nothing, prompt=hidden))
+            return Launched.of(replace(self._windows(kind, slots, tokens, None, matchers), prompt=hidden))
+
+    def _windows(
+        self,
+        kind: Kind,
+        slots: Sequence[int],
+        tokens: int,
+        prompts: PrefillBatch | None,
+        matchers: Sequence[Matcher | None],
+    ) -> Outcome:
+        """The windows, and the pieces of prompts in the same forward."""
         slots = slots or [self.slots.spare]
-        batch, columns = len(slots), min(self.core.cache.columns(tokens), self.slots.state.table.shape[1])
-        if self.idlm.device.type == "cuda":  # one graph serves one shape, so shapes are few
-            batch, columns = _round_up(batch), min(_round_up(columns), self.slots.state.table.shape[1])
+        batch, tokens = (_round_up(len(slots)), _context(tokens)) if self._graphs else (len(slots), tokens)
+        columns = min(self.core.cache.columns(tokens), self.slots.state.table.shape[1])
         rows = self._on_device([*slots, *[self.slots.spare] * (batch - len(slots))])
         taken = torch.arange(columns, device=self.idlm.device)
-        prompts = PrefillBatch.of(chunks, self.core.cache.page_size, self._on_device) if chunks else None
         if any(matchers):
             guided = GuidedRows([*matchers, *[None] * (batch - len(matchers))], self.idlm.vocab_size)
-            return Launched.of(self.core.step(kind, rows, taken, prompts, guided))
-        return Launched.of(self._steps.step(kind, rows, taken, prompts))
+            return self.core.step(kind, rows, taken, prompts, guided)
+        return self._steps.step(kind, rows, taken, prompts)
 
     def _on_device(self, numbers: Sequence[int]) -> Tensor:
-        """The numbers as int64 on the device; from pinned memory, so that a GPU's host does not wait for the copy."""
-        tensor = torch.tensor(numbers, dtype=torch.int64)
-        if self.idlm.device.type != "cuda":
-            return tensor
-        return tensor.pin_memory().to(self.idlm.device, non_blocking=True)
+        return staged(numbers, self.idlm.device)
 
     @torch.inference_mode()
     def measure(self, plan: Plan, batch: int, prefix: int = MEASURE_PREFIX) -> float:
@@ -200,6 +217,19 @@ def _round_up(number: int) -> int:
     return 1 << (number - 1).bit_length() if number <= 8 else -(-number // 8) * 8
 
 
+def _context(tokens: int) -> int:
+    """The next of 512, 2048, 8192, ...: requests up to so many tokens have their CUDA graphs in common."""
+    size = SHORT_CONTEXT
+    while size < tokens:
+        size *= 4
+    return size
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Within it a GPU is CUDA's current one: Triton, graphs, streams and events go by that, not by their tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class _Shapes:
     """A cache that keeps nothing and notes each layer's shape."""
 
@@ -209,6 +239,19 @@ class _Shapes:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         self.found.append((query.shape[1], key.shape[1], key.shape[3]))
         return query.transpose(1, 2)
+
+
+@torch.inference_mode()
+def working_memory(idlm: Idlm, rows: int, logits: int) -> int:
+    """Bytes that a GPU's largest forward takes beside weights and pages: of so many rows, with logits of some."""
+    torch.cuda.reset_peak_memory_stats(idlm.device)
+    before = torch.cuda.memory_allocated(idlm.device)
+    tokens = torch.zeros(1, rows, dtype=torch.int64, device=idlm.device)
+    hidden = idlm.hidden(tokens, tokens, None, cache=_Shapes())
+    idlm.head(hidden[0, :1].expand(logits, -1))
+    peak = torch.cuda.max_memory_allocated(idlm.device)
+    torch.cuda.empty_cache()
+    return peak - before
 
 
 @torch.inference_mode()

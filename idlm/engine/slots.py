@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idlm.decoding.settings import Settings
+from idlm.decoding.settings import Features, Settings
 
 
 @dataclass(frozen=True)
@@ -83,22 +83,22 @@ class Slots:
         pages: Sequence[int],
     ) -> None:
         """Seat a request with `length` committed tokens, `pending` the last; `limit` or one of `stops` ends it."""
-        self._numbers[slot] = torch.tensor([length, pending, limit, 0, adapter])
-        self._flags[slot] = torch.tensor([True, drafting])
-        table = self.state.table[slot]
-        table.copy_(torch.tensor([*pages, *[0] * (len(table) - len(pages))]))
-        self.stops[slot] = False
-        self.stops[slot, list(stops)] = True
+        table, device = self.state.table[slot], self.state.table.device
+        self._numbers[slot] = staged([length, pending, limit, 0, adapter], device)
+        self._flags[slot] = staged([True, drafting], device).bool()
+        table.copy_(staged([*pages, *[0] * (len(table) - len(pages))], device))
+        self.stops[slot].fill_(False).index_fill_(0, staged(list(stops), device), True)
 
     def clear(self, slot: int) -> None:
         """Free a slot: a step still under way writes to the trash page and commits nothing."""
-        self.state.alive[slot] = False
-        self.state.table[slot] = 0
+        self.state.alive[slot].fill_(False)
+        self.state.table[slot].fill_(0)
 
     def map_pages(self, entries: Sequence[tuple[int, int, int]]) -> None:
         """Write (slot, column, page) entries into the page tables."""
         if entries:
-            slot, column, page = torch.tensor(entries, device=self.state.table.device).unbind(1)
+            numbers = staged([number for entry in entries for number in entry], self.state.table.device)
+            slot, column, page = numbers.view(-1, 3).unbind(1)
             self.state.table[slot, column] = page
 
     def read(self, rows: Tensor, columns: Tensor) -> State:
@@ -118,11 +118,23 @@ class Slots:
         self.log_q.index_copy_(0, rows, torch.cat([log_q, self.log_q.index_select(0, rows)[:, depth:]], dim=1))
 
 
-def select(settings: Settings, rows: Tensor) -> Settings:
-    """The settings of some slots, copied; `steps` is about the vocabulary and stays."""
+def staged(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """The numbers as int64 on the device; from pinned memory, so that a GPU's host does not wait for the copy."""
+    tensor = torch.tensor(numbers, dtype=torch.int64)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def select(settings: Settings, rows: Tensor, features: Features) -> Settings:
+    """The settings of some slots, copied; `steps` is about the vocabulary and stays.
+
+    Of what is as large as the logits, only what the `features` need.
+    """
+    needed = {"bias": features.biased, "stop": features.held, "seen": features.penalised, "counts": features.penalised}
     per_slot = {field.name: getattr(settings, field.name) for field in fields(Settings) if field.name != "steps"}
     taken: dict[str, Any] = {
-        name: value.index_select(0, rows) for name, value in per_slot.items() if isinstance(value, Tensor)
+        name: value.index_select(0, rows) if needed.get(name, True) else None
+        for name, value in per_slot.items()
+        if isinstance(value, Tensor)
     }
     return replace(settings, **taken)
 

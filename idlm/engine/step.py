@@ -212,7 +212,7 @@ class Core:
         self, kind: Kind, rows: Tensor, state: State, logits: Tensor, drafts: Tensor, valid: Tensor, guided: Guided
     ) -> Slate:
         """The verdict on `drafts` [B, K], of which `valid` [B] count."""
-        law = Law(select(self.settings, rows), kind.features, self.chooser)
+        law = Law(select(self.settings, rows, kind.features), kind.features, self.chooser)
         logits = logits if guided is None else guided.restrict(logits, drafts, valid)
         log_q = self.slots.log_q
         if log_q is not None:

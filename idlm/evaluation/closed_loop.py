@@ -101,19 +101,19 @@ class Ours:
 
     def run(self, requests: Sequence[Request], concurrency: int) -> Run:
         """See `Contestant`."""
-        cuda = self.llm.idlm.device.type == "cuda"
+        device = self.llm.idlm.device
         metrics, planner = self.llm.engine.metrics, self.llm.engine.planner
         plan = planner.plans[0] if len(planner.plans) == 1 else None
         plans, rows = Counter(metrics.plans), metrics.window_rows
         host, steps = metrics.host_seconds, metrics.step_seconds
-        _forget_peak(cuda)
+        _forget_peak(device)
         started, cpu = perf_counter(), process_time()
         results = closed_loop(self.llm, requests, concurrency)
         seconds, cpu_seconds = perf_counter() - started, process_time() - cpu
         reason = _reason(planner, concurrency)
         host_share = (metrics.host_seconds - host) / (metrics.step_seconds - steps)
         decoding = Decoding(plan, results, metrics.window_rows - rows, metrics.plans - plans, host_share, reason)
-        return Run(seconds, cpu_seconds, _peak(cuda), [_served(result) for result in results], decoding)
+        return Run(seconds, cpu_seconds, _peak(device), [_served(result) for result in results], decoding)
 
 
 def contestants(
@@ -175,17 +175,17 @@ def _served(result: Result) -> Served:
     return Served(tokens, timing.first_token - timing.arrival, tpot, timing.worst_gap)
 
 
-def _forget_peak(cuda: bool) -> None:
+def _forget_peak(device: torch.device) -> None:
     """Start the high-water mark of memory anew; where Linux does not let us, it stays the process's."""
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     else:
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak(cuda: bool) -> float:
+def _peak(device: torch.device) -> float:
     """The high-water mark of memory, in MiB."""
-    if cuda:
-        return torch.cuda.max_memory_allocated() / 2**20
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

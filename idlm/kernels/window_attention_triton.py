@@ -37,7 +37,10 @@ def absorb(query, keys, values, seen, top, total, mixed, scale):  # type: ignore
     return new_top, total, mixed
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# compiled once for all batches: not anew where a number is 1 or a multiple of 16
+@triton.jit(
+    do_not_specialize=["columns", "width", "splits"], do_not_specialize_on_alignment=["table", "lengths", "visible"]
+)
 def _attend(  # type: ignore[no-untyped-def]
     query, key, value, pages, table, lengths, visible, partial, weights, scale,
     half, columns, width, splits,
@@ -93,7 +96,7 @@ def _attend(  # type: ignore[no-untyped-def]
     tl.store(weights + place, top + tl.log2(total), mask=alive)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows", "splits"])
 def _join(  # type: ignore[no-untyped-def]
     partial, weights, out, rows, splits, E: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr
 ):

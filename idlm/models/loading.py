@@ -89,8 +89,7 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 def _device(device: str | torch.device) -> torch.device:
     try:
-        place = torch.device(device)
-        torch.empty(0, device=place)
+        place = torch.empty(0, device=device).device  # "cuda" gets its number
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(
             f"device {str(device)!r} cannot be used ({first_line(error)}); use cpu, or cuda where there is one"
