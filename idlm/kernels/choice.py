@@ -26,7 +26,7 @@ from torch import Tensor
 
 from idlm.kernels import native
 from idlm.kernels.linears import ALWAYS, Layer, Linears
-from idlm.kernels.panels import stacked
+from idlm.kernels.panels import draft_format, stacked
 
 log = logging.getLogger("idlm")
 
@@ -181,7 +181,7 @@ def drafts_pay(linears: Linears, merged: Iterable[tuple[Tensor, Sequence[Tensor]
 def _time_drafts(layer: Layer, adapters: Sequence[Tensor], rank: int) -> tuple[float, float]:
     inner, out = layer.shape
     x, adapter = noise(2 * DRAFT_ROWS, inner), torch.zeros(DRAFT_ROWS, dtype=torch.int64)
-    trial = Layer(layer.weight, layer.panels, stacked(adapters[:1]), layer.choice)
+    trial = Layer(layer.weight, layer.panels, stacked(adapters[:1], draft_format()), layer.choice)
     down, up = noise(rank, inner), noise(out, rank)
 
     def beside() -> None:

@@ -30,6 +30,11 @@ class InstructionSet:
     flags: tuple[str, ...]
     needs: frozenset[str] = frozenset()
 
+    @property
+    def dot4(self) -> bool:
+        """Whether four products of 8 bits and their sum are one instruction."""
+        return bool(self.needs & {"avx512_vnni", "avx_vnni"})
+
 
 _WIDE = "-mprefer-vector-width=512"
 _ALL = (

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from idlm.kernels.huge_pages import in_huge_pages
-from idlm.kernels.panels import Panels, stacked
+from idlm.kernels.panels import Panels, draft_format, stacked
 
 ALWAYS = -1
 """A choice of panels for any number of rows; bit b stands for 2^(b-1) + 1 to 2^b rows."""
@@ -120,7 +120,8 @@ class Linears:
 
     def add_drafts(self, merged: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> None:
         """Give MASK rows int8 weights: of each layer's weight, what each adapter makes of it."""
-        made = [(self.layers[id(weight)], *stacked(adapters)) for weight, adapters in merged]
+        format = draft_format()
+        made = [(self.layers[id(weight)], *stacked(adapters, format)) for weight, adapters in merged]
         memory = in_huge_pages([codes for _, codes, _ in made])
         for (layer, _, scales), codes in zip(made, memory, strict=True):
             layer.drafts = codes, scales

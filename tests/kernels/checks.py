@@ -12,7 +12,7 @@ from torch import Tensor
 
 from idlm.attention.base import write_pages
 from idlm.attention.torch import TorchAttention
-from idlm.kernels.panels import GROUP, Panels
+from idlm.kernels.panels import GROUP, SIDE, Panels
 from tests.attention.oracle import Case, case
 from tests.attention.oracle import attend as run
 from tests.kernels.everywhere import Kernels, flat
@@ -51,20 +51,37 @@ def int8_twin(x: Tensor, panels: Panels) -> Tensor:
     return found * scales[:, None]
 
 
+def in_pieces(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows x [T, K] in pieces of 128, in codes up to 127: int64 [T, C, 128], zeros past K, scales [T, C]."""
+    groups = F.pad(x, (0, -x.shape[1] % GROUP)).view(len(x), -1, GROUP)
+    most = groups.abs().amax(dim=2)
+    rate = torch.full_like(most, 254) / most
+    twice = (groups * torch.where(most > 1e-30, rate, 0)[..., None]).nan_to_num().trunc().to(torch.int64)
+    return (twice + (twice >= 0)) >> 1, most / 127
+
+
+def uint8_twin(x: Tensor) -> Tensor:
+    """What rows x [T, K] become for uint8, float64."""
+    codes, scales = in_pieces(x)
+    return (codes * scales.double()[..., None]).flatten(1)[:, : x.shape[1]]
+
+
 def check_product(kernels: Kernels, x: Tensor, weight: Tensor, format: str, number: int) -> None:
     """`x` [T, K] by `weight` [N, K]; a row's bits do not depend on the rows beside it or on the threads."""
-    panels = Panels.of(weight, format)
+    panels, rows = Panels.of(weight, format), x
     with threads(number):
         found = kernels.linear(x, panels)
     if format == "int8":
         assert torch.equal(found, int8_twin(x, panels))
         x = (rounded(x)[0] * rounded(x)[1].double()[:, None]).float()
+    if format == "uint8":
+        x = uint8_twin(x)
     size = x.abs().double() @ panels.matrix().abs().double().t()  # what rounding errors are relative to
     error = (found - x.double() @ panels.matrix().double().t()).abs()
     assert (error <= 2**-22 * (2 + x.shape[1] ** 0.5) * size + 1e-30).all()
     if format != "int8":
-        row = len(x) // 2
-        assert torch.equal(found[row : row + 1], kernels.linear(x[row : row + 1], panels))
+        row = len(rows) // 2
+        assert torch.equal(found[row : row + 1], kernels.linear(rows[row : row + 1], panels))
 
 
 def twin(one: Case, rows: Tensor, real: int) -> tuple[Tensor, Tensor]:
@@ -170,7 +187,7 @@ def check_extremes(kernels: Kernels) -> None:
     assert kernels.rms_norm(torch.zeros(2, 9), torch.ones(9), 1e-6).eq(0).all()
     weight, x = torch.randn(20, 8), torch.randn(4, 8)
     weight[3], x[1], x[2] = 0, 0, 1e-40
-    for format in ("float32", "bfloat16", "int8"):
+    for format in SIDE:
         found = kernels.linear(x, Panels.of(weight, format))
         assert found[1].eq(0).all()
         assert found[2].abs().max() < 1e-37
@@ -178,6 +195,7 @@ def check_extremes(kernels: Kernels) -> None:
         assert found[0].ne(0).sum() == 19
     for wrong in (torch.nan, torch.inf):
         x[0, 5] = wrong
-        found = kernels.linear(x, Panels.of(weight, "int8"))
-        assert found[0].isnan().all()
-        assert found[1:].isfinite().all()
+        for format in ("int8", "uint8"):
+            found = kernels.linear(x, Panels.of(weight, format))
+            assert found[0].isnan().all()
+            assert found[1:].isfinite().all()

@@ -14,7 +14,7 @@
 
 #include "kernels.h"
 
-enum { PRODUCT, NUMBERS, ATTENTION_FLOAT, ATTENTION_DOUBLE, RMS_NORM, ROTATE, SWIGLU };
+enum { PRODUCT, NUMBERS, PIECES, ATTENTION_FLOAT, ATTENTION_DOUBLE, RMS_NORM, ROTATE, SWIGLU };
 #define MOST 32
 
 typedef struct {
@@ -60,13 +60,13 @@ static double real(int64_t bits) {
 }
 
 /* numbers: format, rows, in, out; arrays: panels, their scales, x [rows, in], for int8 as numbers, whole pairs of them,
-   and the rows' scales */
+   and the rows' scales; for uint8 as pieces */
 static void product(Request *request) {
     const int64_t *number = request->number, rows = number[1], in = number[2], out = number[3];
     const Array *array = request->array;
     const int int8 = number[0] == INT8;
     Weights w = {array[0].bytes, array[1].bytes, in, out, (int)number[0]};
-    const int64_t row_bytes = int8 ? (in + 1) / 2 * 4 : in * 4;
+    const int64_t row_bytes = array[2].length / rows;
     void **x = room(rows * (int64_t)sizeof(*x));
     float **y = room(rows * (int64_t)sizeof(*y)), *to = give(request, rows * out * 4);
     for (int64_t row = 0; row < rows; row++) { /* rows lie apart */
@@ -83,6 +83,12 @@ static void numbers(Request *request) {
     int64_t size = request->array[0].length / 4;
     int16_t *to = give(request, (size + 1) / 2 * 4);
     *(float *)give(request, 4) = to_numbers(request->array[0].bytes, to, size);
+}
+
+/* arrays: x [size]; results: its pieces */
+static void pieces(Request *request) {
+    int64_t size = request->array[0].length / 4;
+    to_pieces(request->array[0].bytes, give(request, (size + GROUP - 1) / GROUP * (int64_t)sizeof(Piece)), size);
 }
 
 /* numbers: as below; arrays: query, key, value, pages, rows, table, lengths, visible, ends, either of these empty;
@@ -135,7 +141,7 @@ static void gated(Request *request) {
 }
 
 static void (*const CALLS[])(Request *) = {
-    [PRODUCT] = product, [NUMBERS] = numbers, [ATTENTION_FLOAT] = attention, [ATTENTION_DOUBLE] = attention,
+    [PRODUCT] = product, [NUMBERS] = numbers, [PIECES] = pieces, [ATTENTION_FLOAT] = attention, [ATTENTION_DOUBLE] = attention,
     [RMS_NORM] = norm, [ROTATE] = turn, [SWIGLU] = gated,
 };
 

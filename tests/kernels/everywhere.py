@@ -26,11 +26,11 @@ from idlm.attention.cpu import CpuAttention
 from idlm.kernels import compiling, native
 from idlm.kernels.instruction_sets import INSTRUCTION_SETS, InstructionSet, runs_here
 from idlm.kernels.linears import ALWAYS
-from idlm.kernels.panels import FORMATS, Panels
+from idlm.kernels.panels import SIDE, Panels
 from tests.attention.oracle import Case
 
 DRIVER = Path(__file__).parent / "driver.c"
-PRODUCT, NUMBERS, ATTENTION_FLOAT, ATTENTION_DOUBLE, RMS_NORM, ROTATE, SWIGLU = range(7)
+PRODUCT, NUMBERS, PIECES, ATTENTION_FLOAT, ATTENTION_DOUBLE, RMS_NORM, ROTATE, SWIGLU = range(8)
 EVERYWHERE = "IDLM_EVERYWHERE"
 """Set to 1, foreign instruction sets are tested too."""
 COMPILER, EMULATOR, SYSROOT = "aarch64-linux-gnu-gcc", "qemu-aarch64", "/usr/aarch64-linux-gnu"
@@ -114,10 +114,17 @@ class Driver:
         numbers, scale = self._ask(NUMBERS, (), (x,))
         return _tensor(numbers, torch.int16), _tensor(scale, torch.float32)
 
+    def pieces(self, x: Tensor) -> Tensor:
+        """x [K] as pieces: bytes [C, 136], of each a float32 scale, an int32 shift and 128 int8 codes."""
+        (found,) = self._ask(PIECES, (), (x,))
+        return _tensor(found, torch.uint8).view(-1, 136)
+
     def linear(self, x: Tensor, panels: Panels) -> Tensor:
         weights, scales, out, inner = panels
-        format = list(FORMATS.values()).index(weights.dtype)
+        format = [getattr(torch, name) for name in SIDE].index(weights.dtype)
         arrays = [weights, scales, x]
+        if weights.dtype == torch.uint8:
+            arrays = [weights, scales, torch.stack([self.pieces(row) for row in x])]
         if weights.dtype == torch.int8:
             rounded, row_scales = zip(*map(self.numbers, x.unbind()), strict=True)
             arrays = [weights, scales, torch.stack(rounded), torch.cat(row_scales)]

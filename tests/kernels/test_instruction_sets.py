@@ -15,7 +15,7 @@ from torch import Tensor
 from idlm.errors import InputError
 from idlm.kernels import compiling, instruction_sets, native
 from idlm.kernels.instruction_sets import INSTRUCTION_SETS, InstructionSet
-from idlm.kernels.panels import FORMATS
+from idlm.kernels.panels import SIDE, draft_format
 from tests.attention.oracle import RATIOS, SHAPES, case
 from tests.kernels import checks
 from tests.kernels.everywhere import Driver, available, driver
@@ -29,7 +29,7 @@ def kernels(request: pytest.FixtureRequest) -> Driver:
     return driver(request.param)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", SIDE)
 @few
 @given(
     rows=st.integers(1, 20),
@@ -43,7 +43,7 @@ def test_products(kernels: Driver, format: str, rows: int, inner: int, out: int,
     checks.check_product(kernels, torch.randn(rows, inner), torch.randn(out, inner), format, threads)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", SIDE)
 def test_products_of_many_long_rows(kernels: Driver, format: str) -> None:
     """More rows than are multiplied at a time, and inputs so many that few rows are."""
     torch.manual_seed(0)
@@ -51,10 +51,12 @@ def test_products_of_many_long_rows(kernels: Driver, format: str) -> None:
     checks.check_product(kernels, torch.randn(17, 20001), torch.randn(40, 20001), format, 1)
 
 
-def test_int8_sums_are_exact_at_their_largest(kernels: Driver) -> None:
-    """All codes 127 and all numbers 32,767."""
-    checks.check_product(kernels, torch.ones(3, 1025), torch.ones(33, 1025), "int8", 1)
-    checks.check_product(kernels, torch.ones(3, 1025), -torch.ones(33, 1025), "int8", 1)
+@pytest.mark.parametrize("format", ["int8", "uint8"])
+def test_sums_are_exact_at_their_largest(kernels: Driver, format: str) -> None:
+    """All codes 127 and all numbers 32,767, or 127 too."""
+    checks.check_product(kernels, torch.ones(3, 1025), torch.ones(33, 1025), format, 1)
+    checks.check_product(kernels, torch.ones(3, 1025), -torch.ones(33, 1025), format, 1)
+    checks.check_product(kernels, -torch.ones(3, 1025), torch.ones(33, 1025), format, 1)
 
 
 @few
@@ -69,6 +71,21 @@ def test_activations_as_numbers(kernels: Driver, size: int, seed: int) -> None:
     error = (x.double() / x.abs().max().double() * 32767 - numbers[:size]).abs()
     assert error.max() < 0.5 + 0.01
     torch.testing.assert_close(scale[0], x.abs().max() / 32767, rtol=0, atol=0)
+
+
+@few
+@given(size=st.integers(1, 300), seed=st.integers(0, 2**20))
+def test_activations_as_pieces(kernels: Driver, size: int, seed: int) -> None:
+    """The same on every instruction set, and the nearest but for what float32 cannot tell."""
+    x = torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (seed % 40 - 20)
+    found, (codes, scales) = kernels.pieces(x), checks.in_pieces(x[None])
+    assert torch.equal(found[:, 8:].view(torch.int8).long(), codes[0])
+    assert torch.equal(found[:, :4].contiguous().view(torch.float32)[:, 0], scales[0])
+    assert torch.equal(found[:, 4:8].contiguous().view(torch.int32)[:, 0].long(), -128 * codes[0].sum(1))
+    groups = [(one.double() / one.abs().max().double() * 127) for one in x.split(128)]
+    error = torch.cat(groups) - codes.flatten()[:size]
+    assert error.abs().max() < 0.5 + 0.01
+    assert codes.flatten()[size:].eq(0).all()
 
 
 @few
@@ -224,6 +241,17 @@ class TestWhichOne:
 def test_this_machine_runs_the_one_it_says() -> None:
     wanted: InstructionSet | None = native.instruction_set()
     assert wanted in SETS
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_drafts_take_8_bits_where_that_is_one_instruction(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "instruction_set", lambda: INSTRUCTION_SETS[name])
+    assert draft_format() == ("uint8" if name.endswith("vnni") else "int8")
+
+
+def test_uint8_has_the_codes_of_int8() -> None:
+    weight = torch.randn(70, 301, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(checks.Panels.of(weight, "uint8").matrix(), checks.Panels.of(weight, "int8").matrix())
 
 
 def test_int8_is_the_same_on_every_instruction_set() -> None:

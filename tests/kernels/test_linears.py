@@ -23,9 +23,13 @@ from idlm.models.idlm_model import Idlm
 from idlm.nano.problems import held_out_problems
 from idlm.params import SamplingParams
 from tests.engine.tiny import tiny_idlm, with_second_adapter
-from tests.kernels.checks import rounded, threads
+from tests.kernels.checks import rounded, threads, uint8_twin
 
 pytestmark = pytest.mark.skipif(not native.loaded(), reason="no C compiler: there is nothing to test")
+
+
+DRAFTS = ("int8", "uint8")
+"""What MASK rows' weights are held in, by the machine."""
 
 
 def single(family: str = "qwen3") -> Idlm:
@@ -34,11 +38,16 @@ def single(family: str = "qwen3") -> Idlm:
     return model
 
 
-def exact(x: Tensor, weights: Tensor, adapter: Tensor) -> Tensor:
-    """The MASK rows `x` [M, K] by int8 weights of their adapters' `weights` [A, N, K], in float64: [M, N]."""
+def rounded_rows(x: Tensor, format: str) -> Tensor:
+    """Rows [M, K] as they are rounded for weights in a format, float64."""
     numbers, scales = rounded(x)
-    codes = torch.stack([Panels.of(weight, "int8").matrix() for weight in weights]).double()
-    return torch.einsum("mk,mnk->mn", numbers * scales[:, None].double(), codes.index_select(0, adapter))
+    return uint8_twin(x) if format == "uint8" else numbers * scales[:, None].double()
+
+
+def exact(x: Tensor, weights: Tensor, adapter: Tensor, format: str) -> Tensor:
+    """The MASK rows `x` [M, K] by the codes of their adapters' `weights` [A, N, K], in float64: [M, N]."""
+    codes = torch.stack([Panels.of(weight, format).matrix() for weight in weights]).double()
+    return torch.einsum("mk,mnk->mn", rounded_rows(x, format), codes.index_select(0, adapter))
 
 
 @settings(max_examples=80, deadline=None)
@@ -51,42 +60,55 @@ def exact(x: Tensor, weights: Tensor, adapter: Tensor) -> Tensor:
     number=st.integers(1, 2),
     choice=st.sampled_from([ALWAYS, 0]),
     format=st.sampled_from(list(FORMATS)),
+    drafts=st.sampled_from(DRAFTS),
     seed=st.integers(0, 2**20),
 )
 def test_masks_by_their_adapters_codes_and_the_others_as_ever(
-    real: int, masks: int, inner: int, out: int, adapters: int, number: int, choice: int, format: str, seed: int
+    real: int,
+    masks: int,
+    inner: int,
+    out: int,
+    adapters: int,
+    number: int,
+    choice: int,
+    format: str,
+    drafts: str,
+    seed: int,
 ) -> None:
     torch.manual_seed(seed)
     weights, x = torch.randn(adapters, out, inner), torch.randn(1, real + masks, inner)
     adapter = torch.randint(adapters, (masks,))
-    layer = Layer(weights[0], Panels.of(weights[0], format), stacked(list(weights)), choice)
+    layer = Layer(weights[0], Panels.of(weights[0], format), stacked(list(weights), drafts), choice)
     with threads(number):
         found = layer.multiply(x, adapter)[0]
         assert found.shape == (real + masks, out)
         if real:
             assert torch.equal(found[:real], layer.multiply(x[:, :real], None)[0])
-    torch.testing.assert_close(found[real:].double(), exact(x[0, real:], weights, adapter), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found[real:].double(), exact(x[0, real:], weights, adapter, drafts), rtol=1e-5, atol=1e-5
+    )
 
 
 @settings(max_examples=40, deadline=None)
-@given(inner=st.integers(1, 300), out=st.integers(1, 40), seed=st.integers(0, 2**20))
-def test_the_rounding_is_within_its_bound(inner: int, out: int, seed: int) -> None:
+@given(inner=st.integers(1, 300), out=st.integers(1, 40), drafts=st.sampled_from(DRAFTS), seed=st.integers(0, 2**20))
+def test_the_rounding_is_within_its_bound(inner: int, out: int, drafts: str, seed: int) -> None:
     """Half a step of each factor: |error| <= sum of s_x/2 |w| + s_w/2 |x| + s_x s_w / 4."""
     torch.manual_seed(seed)
     weight, x = torch.randn(out, inner), torch.randn(3, inner)
-    layer = Layer(weight, Panels.of(weight, "float32"), stacked([weight]))
+    layer = Layer(weight, Panels.of(weight, "float32"), stacked([weight], drafts))
     found = layer.multiply(x[None], torch.zeros(3, dtype=torch.int64))[0]
-    rows, columns = x.abs().amax(dim=1) / 65534, weight.abs().amax(dim=1) / 254
+    rows, columns = x.abs().amax(dim=1) / (254 if drafts == "uint8" else 65534), weight.abs().amax(dim=1) / 254
     bound = rows[:, None] * weight.abs().sum(1) + columns * x.abs().sum(1)[:, None] + inner * rows[:, None] * columns
     assert ((found - x @ weight.t()).abs() <= bound * (1 + 1e-4) + 1e-5).all()
 
 
-def test_a_row_of_zeros_and_a_column_of_zeros_stay_zero() -> None:
+@pytest.mark.parametrize("drafts", DRAFTS)
+def test_a_row_of_zeros_and_a_column_of_zeros_stay_zero(drafts: str) -> None:
     weight = torch.randn(20, 8)
     weight[3] = 0
     x = torch.randn(1, 2, 8)
     x[0, 1] = 0
-    layer = Layer(weight, Panels.of(weight, "float32"), stacked([weight]))
+    layer = Layer(weight, Panels.of(weight, "float32"), stacked([weight], drafts))
     found = layer.multiply(x, torch.zeros(2, dtype=torch.int64))[0]
     assert found[1].eq(0).all()
     assert found[:, 3].eq(0).all()
@@ -118,7 +140,7 @@ def test_each_number_of_rows_goes_where_the_choice_says(choice: int) -> None:
         expected = F.linear(x, weight + 1 if choice >> bit & 1 else weight)
         torch.testing.assert_close(Layer(weight, panels, None, choice).multiply(x, None), expected)
         masks = torch.zeros(3, dtype=torch.int64)  # they do not count
-        split = Layer(weight, panels, stacked([weight]), choice).multiply(
+        split = Layer(weight, panels, stacked([weight], DRAFTS[0]), choice).multiply(
             torch.cat([x, x[:, :1].expand(1, 3, 8)], 1), masks
         )
         torch.testing.assert_close(split[:, :rows], expected)

@@ -37,17 +37,25 @@ static inline float *row_of(const Rows *rows, int64_t row) {
 }
 
 /* Weights in panels; see linear.c. */
-enum { FLOAT32, BFLOAT16, INT8 };
+enum { FLOAT32, BFLOAT16, INT8, UINT8 };
 #define PANEL 32
+#define GROUP 128 /* inputs that share a scale */
+
+/* GROUP inputs of a row as 8-bit codes, zeros past the row's end. */
+typedef struct {
+    float scale;
+    int32_t shift; /* -128 times the sum of the codes */
+    int8_t codes[GROUP];
+} Piece;
 
 typedef struct {
     const void *panels;
-    const float *scales; /* [panels, groups, PANEL]; int8 only */
+    const float *scales; /* [panels, groups, PANEL]; int8 and uint8 */
     int64_t in, out;
     int format;
 } Weights;
 
-/* Rows float32 [in], or 16-bit numbers where the weights are int8, with the rows' scales. */
+/* Rows float32 [in]; 16-bit numbers where the weights are int8, with the rows' scales; pieces where they are uint8. */
 typedef struct {
     const Weights *w;
     const void *const *x;
@@ -58,6 +66,7 @@ typedef struct {
 
 void multiply(const Product *product, int threads);
 float to_numbers(const float *from, int16_t *to, int64_t size);
+void to_pieces(const float *from, Piece *to, int64_t size);
 
 void rms_norm(const Rows *from, const float *weight, float *to, double eps);
 void rotate(const float *from, const float *cosine, const float *sine, float *to, int64_t rows, int64_t heads,

@@ -2,7 +2,7 @@
 
    w lies in panels of PANEL columns, read from end to end:
 
-       panels[n / PANEL][k / group][n % PANEL][k % group]       group 1: float32; 2: bfloat16, int8
+       panels[n / PANEL][k / group][n % PANEL][k % group]       group 1: float32; 2: bfloat16, int8; 4: uint8
 
    A tile is some rows by some vectors of columns; its sums stay in registers over a block of K:
 
@@ -15,7 +15,11 @@
    make two vectors of weights; products and sums are float32's.
 
    int8: w[k][n] = scales[k / GROUP][n] code[k][n], and a row of x is rounded to 16 bits, x[k] = scale number[k]. Two
-   products of 16 bits a lane are added as integers, exactly, a group at a time. */
+   products of 16 bits a lane are added as integers, exactly, a group at a time.
+
+   uint8, for MASK rows: the codes plus 128, by activations that are rounded to 8 bits, with a scale for each row and
+   group. Four products a lane are one instruction where there is VNNI; it wants one factor without a sign. What 128 adds
+   to a sum is known once the row is rounded, and sums start from its negative. */
 
 #include <float.h>
 #include <stdlib.h>
@@ -31,7 +35,6 @@
 #define LANES (VECTOR_BYTES / 4)
 #define WHOLE (PANEL / LANES)   /* vectors of a panel */
 #define BLOCK 1024              /* inputs at a time, at most */
-#define GROUP 128               /* inputs that share a scale; 128 * 127 * 32767 < 2^31, so that their sum is exact */
 #define MOST_ROWS 256           /* at a time */
 #define X_BYTES (512 << 10)     /* of rows at a time: they stay in the second-level cache from panel to panel */
 #define LEAST 1e-30f
@@ -41,6 +44,7 @@ typedef float floats __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_a
 typedef int32_t ints __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
 typedef uint32_t bits __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
 typedef int16_t shorts __attribute__((vector_size(VECTOR_BYTES), aligned(2), may_alias));
+typedef uint8_t codes __attribute__((vector_size(VECTOR_BYTES), aligned(1), may_alias));
 typedef int8_t bytes __attribute__((vector_size(VECTOR_BYTES / 2), aligned(1), may_alias));
 
 /* Keeps a product from being fused with the sum it is added to: some processors cannot, and int8 gives the same bits on
@@ -55,7 +59,7 @@ typedef int8_t bytes __attribute__((vector_size(VECTOR_BYTES / 2), aligned(1), m
 #define UNFUSED(product) (void)(product)
 #endif
 
-/* sum += w * x for two pairs of 16 bits a lane */
+/* sum += w * x for two pairs of 16 bits a lane; of a group's codes it is exact, since GROUP * 127 * 32767 < 2^31 */
 INLINE ints dot(ints sum, shorts w, int32_t pair) {
 #if defined(__AVX512VNNI__)
     return (ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(pair));
@@ -73,12 +77,26 @@ INLINE ints dot(ints sum, shorts w, int32_t pair) {
 #endif
 }
 
+/* sum += w * x for four pairs of 8 bits a lane; without VNNI it is right, but slower than int8 */
+INLINE ints dot4(ints sum, codes w, int32_t quad) {
+#if defined(__AVX512VNNI__)
+    return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(quad));
+#elif defined(__AVXVNNI__)
+    return (ints)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)w, _mm256_set1_epi32(quad));
+#else
+    int32_t even = (int8_t)(quad >> 16) * 65536 + ((int8_t)quad & 0xffff);
+    int32_t odd = (quad >> 24) * 65536 + ((int8_t)(quad >> 8) & 0xffff);
+    sum = dot(sum, (shorts)((bits)w & 0x00ff00ffu), even);
+    return dot(sum, (shorts)((bits)w >> 8 & 0x00ff00ffu), odd);
+#endif
+}
+
 /* One block of one panel by some rows of x. */
 typedef struct {
     const char *block;
     const void *const *x;
     int64_t start, end;  /* inputs */
-    const float *scales; /* [groups, PANEL], int8 */
+    const float *scales; /* [groups, PANEL], int8 and uint8 */
     float *sums;        /* [rows, PANEL], so far */
     const char *next;   /* what to ask for from memory, `stride` bytes more with each step */
     int64_t stride;
@@ -161,10 +179,49 @@ INLINE void tile_int8(const Job *job, const int rows, const int vectors, const i
     keep(job, sum, rows, vectors, first);
 }
 
+INLINE void tile_uint8(const Job *job, const int rows, const int vectors, const int first, const int lines) {
+    const codes *panel = (const codes *)job->block + first;
+    floats sum[TILE_ROWS][WHOLE];
+    load(job, sum, rows, vectors, first);
+    for (int64_t start = job->start; start < job->end; start += GROUP) {
+        const floats *scales = (const floats *)(job->scales + start / GROUP * PANEL) + first;
+        const int64_t end = start + GROUP < job->end ? start + GROUP : job->end;
+        const Piece *piece[TILE_ROWS];
+        ints exact[TILE_ROWS][WHOLE];
+        for (int r = 0; r < rows; r++) {
+            piece[r] = (const Piece *)job->x[r] + start / GROUP;
+            for (int v = 0; v < vectors; v++) exact[r][v] = (ints){0} + piece[r]->shift;
+        }
+        for (int64_t k = start; k < end; k += 4, panel += WHOLE) {
+            codes w[WHOLE];
+            ask(job, (k - job->start) / 4, lines);
+            for (int v = 0; v < vectors; v++) w[v] = panel[v];
+            for (int r = 0; r < rows; r++) {
+                int32_t quad;
+                memcpy(&quad, piece[r]->codes + (k - start), 4);
+                for (int v = 0; v < vectors; v++) exact[r][v] = dot4(exact[r][v], w[v], quad);
+            }
+        }
+        for (int r = 0; r < rows; r++)
+            for (int v = 0; v < vectors; v++)
+                sum[r][v] += __builtin_convertvector(exact[r][v], floats) * scales[v] * piece[r]->scale;
+    }
+    keep(job, sum, rows, vectors, first);
+}
+
 INLINE void tile(const int format, const Job *job, const int rows, const int vectors, const int first, const int lines) {
     if (format == FLOAT32) tile_float32(job, rows, vectors, first, lines);
     if (format == BFLOAT16) tile_bfloat16(job, rows, vectors, first, lines);
     if (format == INT8) tile_int8(job, rows, vectors, first, lines);
+    if (format == UINT8) tile_uint8(job, rows, vectors, first, lines);
+}
+
+/* Inputs that lie side by side, and are a step of a tile. */
+INLINE int64_t inputs_of_step(int format) { return format == FLOAT32 ? 1 : format == UINT8 ? 4 : 2; }
+
+/* Steps of so many inputs. */
+INLINE int64_t steps_of(int format, int64_t inputs) {
+    return (inputs + inputs_of_step(format) - 1) / inputs_of_step(format);
 }
 
 /* Vectors that a tile of so many rows takes: few rows take more, so that there are sums enough to hide their latency. */
@@ -177,7 +234,7 @@ INLINE int vectors_of(int rows) {
 INLINE void columns(const int format, Job *job, const int rows, const int lines) {
     for (int first = 0; first < WHOLE; first += vectors_of(rows)) {
         tile(format, job, rows, vectors_of(rows), first, lines);
-        job->next += (job->end - job->start + (format != FLOAT32)) / (format == FLOAT32 ? 1 : 2) * job->stride;
+        job->next += steps_of(format, job->end - job->start) * job->stride;
     }
 }
 
@@ -196,10 +253,12 @@ INLINE void columns(const int format, Job *job, const int rows, const int lines)
 SIZES(VARIANT, FLOAT32)
 SIZES(VARIANT, BFLOAT16)
 SIZES(VARIANT, INT8)
+SIZES(VARIANT, UINT8)
 
 #define ENTRY(format, rows) {format##_##rows, format##_##rows##_1, format##_##rows##_2},
 static void (*const TILES[][TILE_ROWS][3])(Job *) = {
-    [FLOAT32] = {SIZES(ENTRY, FLOAT32)}, [BFLOAT16] = {SIZES(ENTRY, BFLOAT16)}, [INT8] = {SIZES(ENTRY, INT8)}};
+    [FLOAT32] = {SIZES(ENTRY, FLOAT32)}, [BFLOAT16] = {SIZES(ENTRY, BFLOAT16)},
+    [INT8] = {SIZES(ENTRY, INT8)}, [UINT8] = {SIZES(ENTRY, UINT8)}};
 
 /* Inputs at a time: whole groups, and as even as they go, so that each block has the time to ask for the next. */
 static int64_t block_of(int64_t in) {
@@ -207,7 +266,7 @@ static int64_t block_of(int64_t in) {
     return (even + GROUP - 1) / GROUP * GROUP;
 }
 
-/* Bytes of a panel from one step, of one or two inputs, to the next. */
+/* Bytes of a panel from one step to the next. */
 INLINE int64_t step_bytes(int format) { return format == INT8 ? 2 * PANEL : 4 * PANEL; }
 
 /* Rows of the next tile, of those that are left: as even as they go. */
@@ -233,11 +292,11 @@ static int left_alone(int format, int64_t rows) {
 /* sums [rows, PANEL] += the rows `from` to `to` by one panel. */
 static void panel(const Product *p, const char *block, const float *scales, int64_t from, int64_t to, float *sums) {
     const int format = p->w->format;
-    const int64_t group = format == FLOAT32 ? 1 : 2, width = step_bytes(format), parts = parts_of(to - from);
+    const int64_t width = step_bytes(format), parts = parts_of(to - from);
     const int64_t stride = width / parts, size = block_of(p->w->in);
     const int alone = left_alone(format, to - from);
     for (int64_t start = 0; start < p->w->in; start += size) {
-        int64_t end = start + size < p->w->in ? start + size : p->w->in, steps = (end - start + group - 1) / group;
+        int64_t end = start + size < p->w->in ? start + size : p->w->in, steps = steps_of(format, end - start);
         const char *next = block + steps * width, *stop = next + steps * width;
         Job job = {block, NULL, start, end, scales, NULL, next, stride};
         for (int64_t row = from, rows; row < to; row += rows) {
@@ -268,8 +327,8 @@ static int64_t rows_at_once(int64_t in) {
 }
 
 void multiply(const Product *p, int threads) {
-    const int64_t step = rows_at_once(p->w->in), group = p->w->format == FLOAT32 ? 1 : 2;
-    const int64_t bytes_of_panel = (p->w->in + group - 1) / group * step_bytes(p->w->format);
+    const int64_t step = rows_at_once(p->w->in);
+    const int64_t bytes_of_panel = steps_of(p->w->format, p->w->in) * step_bytes(p->w->format);
     for (int64_t from = 0; from < p->rows; from += step) {
         int64_t to = from + step < p->rows ? from + step : p->rows;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
@@ -283,12 +342,9 @@ void multiply(const Product *p, int threads) {
     }
 }
 
-/* A row as 16-bit numbers times what it returns; `to` has room for `size` of them, rounded up to even. Halves are rounded
-   away from 0, in integers: as floats, x rate + 0.5 would be rounded once where there is a fused multiply-add and twice
-   elsewhere, and instruction sets would disagree. A row below LEAST counts as zeros: its rate would be infinite. One with
-   a NaN or an infinity becomes NaN, by what is returned. */
-float to_numbers(const float *restrict from, int16_t *restrict to, int64_t size) {
-    uint32_t top = 0; /* of the absolute values, which are ordered as their bits are; NaN is above all */
+/* The largest absolute value; NaN where there is one. */
+INLINE float most_of(const float *restrict from, int64_t size) {
+    uint32_t top = 0; /* absolute values are ordered as their bits are; NaN is above all */
     for (int64_t k = 0; k < size; k++) {
         uint32_t bits;
         memcpy(&bits, from + k, 4);
@@ -297,11 +353,41 @@ float to_numbers(const float *restrict from, int16_t *restrict to, int64_t size)
     }
     float most;
     memcpy(&most, &top, 4);
-    float rate = most > LEAST && most <= FLT_MAX ? 2 * 32767 / most : 0;
-    for (int64_t k = 0; k < size; k++) {
-        int32_t twice = (int32_t)(from[k] * rate);
-        to[k] = (int16_t)((twice + (twice >= 0)) >> 1);
-    }
+    return most;
+}
+
+/* What makes whole numbers up to `limit`, twice, of values up to `most`. Below LEAST it would be infinite: all count as 0. */
+INLINE float twice_rate(float most, float limit) { return most > LEAST && most <= FLT_MAX ? 2 * limit / most : 0; }
+
+/* Halves are rounded away from 0, in integers: as floats, x rate + 0.5 would be rounded once where there is a fused
+   multiply-add and twice elsewhere, and instruction sets would disagree. */
+INLINE int32_t nearest(float twice_number) {
+    int32_t twice = (int32_t)twice_number;
+    return (twice + (twice >= 0)) >> 1;
+}
+
+/* A row as 16-bit numbers times what it returns; `to` has room for `size` of them, rounded up to even. One with a NaN or
+   an infinity becomes NaN, by what is returned. */
+float to_numbers(const float *restrict from, int16_t *restrict to, int64_t size) {
+    float most = most_of(from, size), rate = twice_rate(most, 32767);
+    for (int64_t k = 0; k < size; k++) to[k] = (int16_t)nearest(from[k] * rate);
     if (size % 2) to[size] = 0;
     return most / 32767;
+}
+
+/* A row as pieces; one with a NaN or an infinity has a scale that makes NaN of the row's products. */
+void to_pieces(const float *restrict from, Piece *restrict to, int64_t size) {
+    for (; size > 0; from += GROUP, size -= GROUP, to++) {
+        const int64_t some = size < GROUP ? size : GROUP;
+        float most = most_of(from, some), rate = twice_rate(most, 127);
+        int32_t sum = 0;
+        for (int64_t k = 0; k < some; k++) {
+            int32_t code = nearest(from[k] * rate);
+            to->codes[k] = (int8_t)code;
+            sum += code;
+        }
+        memset(to->codes + some, 0, (size_t)(GROUP - some));
+        to->scale = most / 127;
+        to->shift = -128 * sum;
+    }
 }

@@ -24,7 +24,7 @@ extern int32_t aoti_torch__reinterpret_tensor(Tensor, int64_t, const int64_t *, 
 extern int32_t aoti_torch_cpu_mm_out(Tensor, Tensor, Tensor);
 extern int32_t aoti_torch_delete_tensor_object(Tensor);
 
-enum { FLOAT = 6, DOUBLE = 7, BFLOAT = 15, CPU = 0 }; /* torch's numbers */
+enum { BYTE = 0, FLOAT = 6, DOUBLE = 7, BFLOAT = 15, CPU = 0 }; /* torch's numbers */
 
 /* std::__throw_runtime_error(const char *) of the C++ library that torch stands on. C has no exceptions of its own; this
    one passes through the C frames (-fexceptions) to torch, which raises it in Python as RuntimeError. */
@@ -118,32 +118,39 @@ static void prefill_attention(Value *stack, uint64_t inputs, uint64_t outputs) {
     attend(stack, NULL, data(stack[7]), 0, stack[8]);
 }
 
-/* Panels [P, steps, PANEL, 1 or 2] and scales [P, groups, PANEL] of weights with `in` inputs. */
+/* Panels [P, steps, PANEL, 1, 2 or 4] and scales [P, groups, PANEL] of weights with `in` inputs. */
 static Weights weights_of(Value panels, Value scales, int64_t in, int64_t out) {
     int32_t found = type(panels);
     return (Weights){
         .panels = data(panels), .scales = data(scales), .in = in, .out = out,
-        .format = found == FLOAT ? FLOAT32 : found == BFLOAT ? BFLOAT16 : INT8,
+        .format = found == FLOAT ? FLOAT32 : found == BFLOAT ? BFLOAT16 : found == BYTE ? UINT8 : INT8,
     };
+}
+
+/* Bytes of a row as the weights want it; 0: as it is. */
+static int64_t bytes_of_row(const Weights *w) {
+    int64_t pairs = (w->in + 1) / 2, pieces = (w->in + GROUP - 1) / GROUP;
+    return w->format == INT8 ? pairs * 4 : w->format == UINT8 ? pieces * (int64_t)sizeof(Piece) : 0;
 }
 
 /* The rows `which` of x (the rows themselves where that is NULL) by w, to the same rows of y [x->rows, out], dense. */
 static void multiply_rows(const Rows *x, const int64_t *which, int64_t rows, const Weights *w, float *y) {
-    int64_t padded = (x->size + 1) / 2 * 2;
+    int64_t bytes = bytes_of_row(w);
     size_t room = (size_t)rows + 1;
     const void **from = malloc(sizeof(*from) * room);
     float **to = malloc(sizeof(*to) * room), *scales = malloc(sizeof(*scales) * room);
-    int16_t *numbers = w->format == INT8 ? malloc(sizeof(*numbers) * room * (size_t)padded) : NULL;
-    must(!from || !to || !scales || (w->format == INT8 && !numbers));
+    char *rounded = malloc(room * (size_t)bytes + 1);
+    must(!from || !to || !scales || !rounded);
     for (int64_t row = 0; row < rows; row++) {
         int64_t place = which ? which[row] : row;
-        from[row] = row_of(x, place), to[row] = y + place * w->out;
-        if (!numbers) continue;
-        scales[row] = to_numbers(from[row], numbers + row * padded, x->size);
-        from[row] = numbers + row * padded;
+        const float *whole = row_of(x, place);
+        void *own = rounded + row * bytes;
+        if (w->format == INT8) scales[row] = to_numbers(whole, own, x->size);
+        if (w->format == UINT8) to_pieces(whole, own, x->size);
+        from[row] = bytes ? own : whole, to[row] = y + place * w->out;
     }
     multiply(&(Product){w, from, scales, to, rows}, omp_get_max_threads());
-    free(from), free(to), free(scales), free(numbers);
+    free(from), free(to), free(scales), free(rounded);
 }
 
 /* Which bit of a choice stands for so many rows: 1, 2, 3-4, 5-8, ... */
@@ -197,7 +204,7 @@ static void linear_op(Value *stack, uint64_t inputs, uint64_t outputs) {
 }
 
 /* (x, weight, panels, scales, codes, code_scales, adapter, out, choice): the last rows, as many as `adapter` has, by the
-   int8 codes of their adapters [A, ..]; the others as `linear` does */
+   codes of their adapters [A, ..]; the others as `linear` does */
 static void split_linear_op(Value *stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
     Rows x = rows_of(stack[0]);
