@@ -134,7 +134,8 @@ def test_merged_weights_are_the_gated_update() -> None:
         assert merged.gate is not None
         gated.gate.adapter = merged.gate.adapter = torch.full((3,), number)
         want = gated.hidden(tokens, positions, visible, slice(0, 3))
-        for weight, own in list(merged.mask_weights()):
+        weights, of = sum(merged.linear_groups(), []), merged.mask_weights()
+        for weight, own in [(weight, of(weight)) for weight in weights]:
             weight.data = own[number] if len(own) == 2 else own[0]
         merged.gate.merged = True
         torch.testing.assert_close(merged.hidden(tokens, positions, visible, slice(0, 3)), want)
@@ -142,7 +143,7 @@ def test_merged_weights_are_the_gated_update() -> None:
 
 def int8_drafts(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
     """As if it had been measured so."""
-    monkeypatch.setattr(build, "drafts_pay", lambda linears, merged, ranks: on)
+    monkeypatch.setattr(build, "drafts_pay", lambda linears, ranks: on)
 
 
 def results(model: Idlm, int8: bool, monkeypatch: pytest.MonkeyPatch, record: bool) -> list[Result]:
@@ -227,7 +228,7 @@ def test_no_memory_for_panels_is_said(monkeypatch: pytest.MonkeyPatch, caplog: p
 
 def test_layers_that_are_not_known_are_left_alone() -> None:
     known, weight, x = torch.randn(5, 8), torch.randn(5, 8), torch.randn(1, 3, 8)
-    linears = Linears([known], "int8")
+    linears = Linears([[known]], "int8")
     with linears.use():
         assert torch.equal(F.linear(x, weight), x @ weight.t())
         assert not torch.equal(F.linear(x, known), x @ known.t())
@@ -237,19 +238,19 @@ def test_layers_that_are_not_known_are_left_alone() -> None:
 
 def test_a_bias_is_added() -> None:
     weight, bias, x = torch.randn(5, 8), torch.randn(5), torch.randn(1, 3, 8)
-    with Linears([weight], "float32").use():
+    with Linears([[weight]], "float32").use():
         torch.testing.assert_close(F.linear(x, weight, bias), x @ weight.t() + bias)
         torch.testing.assert_close(F.linear(x, weight, bias=bias), x @ weight.t() + bias)
 
 
 def test_engines_on_one_model_share_its_panels_until_it_is_trained_on() -> None:
     weight = torch.nn.Parameter(torch.randn(5, 8))
-    first = _shared([weight], "float32")[0]
-    assert _shared([weight], "float32")[0].weights is first.weights
-    assert _shared([weight], "int8")[0].weights is not first.weights
+    first = _shared([[weight]], "float32")[0]
+    assert _shared([[weight]], "float32")[0].weights is first.weights
+    assert _shared([[weight]], "int8")[0].weights is not first.weights
     with torch.no_grad():
         weight += 1
-    assert torch.equal(_shared([weight], "float32")[0].matrix(), weight)
+    assert torch.equal(_shared([[weight]], "float32")[0].matrix(), weight)
 
 
 PLANS: tuple[tuple[int, str], ...] = ((2, "chain"), (4, "all"), (3, "chain"))
@@ -283,7 +284,7 @@ def test_each_format_is_the_models_own_rounding(format: str) -> None:
     """An engine with rounded weights writes what a model with those very weights writes; qwen2's head has its own."""
     model, copy = single("qwen2"), single("qwen2")
     with torch.no_grad():
-        for weight in copy.linear_weights():
+        for weight in sum(copy.linear_groups(), []):
             weight.copy_(Panels.of(weight, format).matrix())
     assert list(greedy(model, 4, "all", weights=format)) == list(greedy(copy, 4, "all"))
 
