@@ -20,6 +20,7 @@ from idlm.errors import InputError
 from idlm.kernels import native
 from idlm.kernels.choice import choose_linears, drafts_pay
 from idlm.kernels.fused import faster_operators
+from idlm.kernels.huge_pages import give_back
 from idlm.kernels.linears import Linears
 from idlm.kernels.panels import FORMATS
 from idlm.models.idlm_model import Idlm
@@ -77,9 +78,11 @@ def build_engine(
     fused = _fused(idlm) if floats else frozenset()
     simulated = simulate_acceptance
     runner = Runner(idlm, max_num_seqs, depth, pages, page_size, record, simulated, deterministic, linears, fused)
-    costs = measured(runner, plans, max_num_seqs) if len(plans) > 1 else None
-    if take_weights and linears is not None:
+    if take_weights and linears is not None:  # before steps are recorded: a recording keeps what it reads
         linears.take(layer for _, layer in idlm.linear_layers())
+        idlm.leave_file()
+        give_back()
+    costs = measured(runner, plans, max_num_seqs) if len(plans) > 1 else None
     late = int(idlm.device.type == "cuda") if late is None else late
     root = f"{idlm.name} {idlm.dtype}".encode()
     planner = Planner(plans, costs)
@@ -109,7 +112,7 @@ def _check(
     prefill_tokens: int | None,
     simulate_acceptance: Sequence[float] | None,
 ) -> None:
-    if any(weight.is_meta for weight in idlm.model.parameters()):
+    if any(not layer.weight.numel() for _, layer in idlm.linear_layers()):
         raise InputError(f"model {idlm.name!r}: its weights are an engine's, which freed them; load it again")
     if stride > 1 and branches != "planner" and not idlm.can_draft:
         raise InputError(f"model {idlm.name!r} has no MASK row to draft with; give an adapter, or use stride 1")

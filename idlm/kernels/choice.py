@@ -195,9 +195,9 @@ def drafts_pay(linears: Linears, ranks: Mapping[int, int]) -> bool:
     own = beside = 0.0
     seen: dict[object, tuple[float, float]] = {}
     for layer in linears.layers:
-        key = layer.shape, tuple((len(weight), ranks.get(id(weight), 0)) for weight in layer.group)
+        key = tuple(layer.widths), layer.shape, tuple(ranks.get(id(weight), 0) for weight in layer.group)
         if key not in seen:
-            seen[key] = _time_drafts(layer, key[1])
+            seen[key] = _time_drafts(layer, key[2])
         own, beside = own + seen[key][0], beside + seen[key][1]
     better = "int8 weights of their own" if own < beside else "the model's weights and the adapter"
     figures = (DRAFT_ROWS, DRAFT_ROWS, 1e3 * own, 1e3 * beside)
@@ -206,15 +206,15 @@ def drafts_pay(linears: Linears, ranks: Mapping[int, int]) -> bool:
     return own < beside
 
 
-def _time_drafts(layer: Layer, updates: Sequence[tuple[int, int]]) -> tuple[float, float]:
-    """Seconds of both; `updates` are outputs and rank of each of the layer's parts."""
+def _time_drafts(layer: Layer, ranks: Sequence[int]) -> tuple[float, float]:
+    """Seconds of both; `ranks` are those of the adapters of each of the layer's parts."""
     inner, _ = layer.shape
     x, adapter = noise(2 * DRAFT_ROWS, inner), torch.zeros(DRAFT_ROWS, dtype=torch.int64)
     trial = replace(layer, drafts=stacked([layer.panels.matrix()]))
-    low = [(noise(rank, inner), noise(out, rank)) for out, rank in updates]
+    low = [(noise(rank, inner), noise(out, rank)) for out, rank in zip(layer.widths, ranks, strict=True)]
 
     def beside() -> None:
-        parts = layer.multiply(x, None).split([out for out, _ in updates], dim=1)
+        parts = layer.multiply(x, None).split(layer.widths, dim=1)
         for part, (down, up) in zip(parts, low, strict=True):
             if len(down):
                 part[DRAFT_ROWS:].add_(F.linear(F.linear(x[DRAFT_ROWS:], down), up))

@@ -83,7 +83,7 @@ class Layer:
         panels: the same, or what stands for it.
         drafts: int8 panels for MASK rows and their scales, by adapter; None: as for all rows.
         choice: for which numbers of rows the panels are faster than PyTorch; see `ALWAYS`.
-        group: the layers' own weights, whose outputs lie side by side in N.
+        group: the layers' own weights; widths: their outputs, which lie side by side in N.
     """
 
     weight: Tensor
@@ -91,6 +91,7 @@ class Layer:
     drafts: tuple[Tensor, Tensor] | None = None
     choice: int = ALWAYS
     group: Group = ()
+    widths: Sequence[int] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -147,7 +148,7 @@ class Linears:
         """Serve further weights, such as adapters'."""
         groups = list(groups)
         for group, panels in zip(groups, _shared(groups, self.format), strict=True):
-            layer = Layer(panels.scales.new_empty(0), panels, group=group)
+            layer = Layer(panels.scales.new_empty(0), panels, group=group, widths=[len(one) for one in group])
             self.layers.append(layer)
             self._by_weight |= {id(weight): layer for weight in group}
 
@@ -177,10 +178,12 @@ class Linears:
             self._adapter = None
 
     def take(self, layers: Iterable[nn.Linear]) -> None:
-        """Free the layers' own weights: meta tensors are left in their place, which `use` still knows."""
+        """Free the layers' own weights. What is left in their place has no numbers: only `use` multiplies by it, and
+        whoever else tries gets an error.
+        """
         for one in layers:
             if (layer := self._by_weight.pop(id(one.weight), None)) is not None:
-                left = nn.Parameter(one.weight.to("meta"), requires_grad=False)
+                left = nn.Parameter(one.weight.new_empty(0, 0), requires_grad=False)
                 layer.group = [left if weight is one.weight else weight for weight in layer.group]
                 self._by_weight[id(left)] = layer
                 one.weight = left
@@ -200,7 +203,7 @@ class Linears:
         """One weight's part of a product by several, which the first that asks for its part brings."""
         rows, parts = self._kept
         if rows is not x or id(weight) not in parts:
-            whole = layer.multiply(x, self._adapter).split([len(one) for one in layer.group], dim=-1)
+            whole = layer.multiply(x, self._adapter).split(layer.widths, dim=-1)
             parts = dict(zip(map(id, layer.group), whole, strict=True))
             self._kept = x, parts
         return parts.pop(id(weight))

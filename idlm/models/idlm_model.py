@@ -126,6 +126,11 @@ class Idlm:
             groups.setdefault(key, {})[id(layer.weight)] = layer.weight
         return [*(list(group.values()) for group in groups.values()), [self._output.weight]]
 
+    def leave_file(self) -> None:
+        """Copy the weights that are there: one that still lies in a mapped file keeps the whole file in memory."""
+        for weight in self.model.parameters():
+            weight.data = weight.data.clone()
+
     def mask_weights(self) -> Callable[[Tensor], list[Tensor]]:
         """Says what MASK rows have in the place of a linear layer's weight, by adapter; one where none changes it."""
         gated = {id(layer.base.weight): layer for layer in gated_layers(self.model)}
