@@ -300,8 +300,8 @@ def test_an_adapter_is_merged_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_an_engine_frees_the_weights_that_it_loaded(format: str) -> None:
     params = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, prompt_logprobs=1)
-    kept, freed = idlm.load("nano"), idlm.LLM("nano", max_num_seqs=2, weights=format)
-    want = idlm.LLM(kept, max_num_seqs=2, weights=format).generate([[5, 6, 7]], params)[0]
+    kept, freed = idlm.load("nano"), idlm.LLM("nano", stride=1, max_num_seqs=2, weights=format)
+    want = idlm.LLM(kept, stride=1, max_num_seqs=2, weights=format).generate([[5, 6, 7]], params)[0]
     found = freed.generate([[5, 6, 7]], params)[0]
     assert (found.token_ids, found.prompt_logprobs) == (want.token_ids, want.prompt_logprobs)
     assert all(weight.numel() for weight in kept.model.parameters())
