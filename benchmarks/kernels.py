@@ -2,9 +2,9 @@
 
     python -m benchmarks.kernels [--models nano SmolLM2 0.6B] [--rows 1 2 4 8 16 32 64] [--rounds 7]
 
-The shapes are those of the models' linear layers, as many of each as a model has, used in turn as a
-step does, so that what does not fit a cache comes from memory. One thread. Candidates take turns;
-the least of the rounds counts. `IDLM_NATIVE` forces an instruction set; the peaks are measured with
+The shapes are those of the products in a step, as many of each as a model has, used in turn and
+recorded as in a step, so that what does not fit a cache comes from memory. One thread. Candidates
+take turns; the least of the rounds counts. `IDLM_NATIVE` forces an instruction set; the peaks are measured with
 the same one: multiply-adds between registers, and memory read and copied (benchmarks/peak.c).
 Table on stdout, everything in benchmarks/results/kernels_<instruction set>.json.
 """
@@ -16,8 +16,8 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from time import perf_counter
 
@@ -27,26 +27,20 @@ from torch import Tensor
 
 from idlm.evaluation.environment import environment
 from idlm.kernels import compiling, native
-from idlm.kernels.choice import choose_linears
+from idlm.kernels.choice import Recorded, choose_linears, recorded
 from idlm.kernels.linears import ALWAYS, Layer, Linears
 from idlm.kernels.panels import FORMATS
 
 ROOT = Path(__file__).parent
 PEAK = ROOT / "peak.c"
 Shape = tuple[int, int, int]
+Product = Callable[[Tensor], Tensor]
 MODELS: dict[str, tuple[Shape, ...]] = {
-    "nano": ((192, 192, 12), (192, 64, 12), (192, 512, 12), (512, 192, 6), (192, 640, 1)),
-    "SmolLM2": ((576, 576, 60), (576, 192, 60), (576, 1536, 60), (1536, 576, 30), (576, 49152, 1)),
-    "0.6B": (
-        (1024, 2048, 28),
-        (1024, 1024, 56),
-        (2048, 1024, 28),
-        (1024, 3072, 56),
-        (3072, 1024, 28),
-        (1024, 151936, 1),
-    ),
+    "nano": ((192, 320, 6), (192, 192, 6), (192, 1024, 6), (512, 192, 6), (192, 640, 1)),
+    "SmolLM2": ((576, 960, 30), (576, 576, 30), (576, 3072, 30), (1536, 576, 30), (576, 49152, 1)),
+    "0.6B": ((1024, 4096, 28), (2048, 1024, 28), (1024, 6144, 28), (3072, 1024, 28), (1024, 151936, 1)),
 }
-"""Inputs, outputs and number of each shape of linear layer."""
+"""Inputs, outputs and number of each shape: q, k and v together, o, gate and up together, down, the head."""
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
@@ -62,43 +56,35 @@ def peaks() -> dict[str, float]:
     return dict(zip(("gflops", "read_gbps", "copy_gbps"), map(float, found.split()), strict=True))
 
 
-def packed(weight: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
+def packed(weight: Tensor, rows: int) -> Product:
     """oneDNN's product by a weight that it has laid out for so many rows."""
     made = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, made, None, "none", [], "")
 
 
-def best(calls: dict[str, Callable[[], object]], number: int, rounds: int) -> dict[str, float]:
-    """Seconds of one product, by candidate: each is called `number` times in a row, for the layers in turn."""
+def best(calls: dict[str, Recorded], x: Tensor, rounds: int) -> dict[str, float]:
+    """Seconds of each candidate for `x`."""
     found = dict.fromkeys(calls, float("inf"))
     for _ in range(rounds):
         for name, call in calls.items():
             started = perf_counter()
-            for _ in range(number):
-                call()
-            found[name] = min(found[name], (perf_counter() - started) / number)
+            call(x)
+            found[name] = min(found[name], perf_counter() - started)
     return found
 
 
-def candidates(
-    weights: Sequence[Tensor], formats: dict[str, Linears], x: Tensor, limit: int
-) -> dict[str, Callable[[], object]]:
-    """Each as a call that multiplies `x` by the next layer's weight; "chosen" is what an engine runs."""
+def candidates(weights: Sequence[Tensor], formats: dict[str, Linears], rows: int, limit: int) -> dict[str, Recorded]:
+    """The products of so many rows by all weights, by who multiplies; "chosen" is what an engine runs."""
 
-    def ours(turn: cycle[Layer], choice: int | None) -> Tensor:
-        layer = next(turn)
-        return Layer(layer.weight, layer.panels, None, layer.choice if choice is None else choice).multiply(x, None)
+    def ours(layer: Layer, choice: int) -> Product:
+        return partial(replace(layer, choice=choice).multiply, adapter=None)
 
-    made: dict[str, Callable[[], object]] = {}
-    for name, linears in formats.items():
-        made[f"C {name}"] = partial(ours, cycle(linears.layers.values()), ALWAYS)
-    made["chosen"] = partial(ours, cycle(formats["float32"].layers.values()), None)
-    turn = cycle(weights)
-    made["torch"] = lambda: F.linear(x, next(turn))
+    made = {f"C {name}": [ours(layer, ALWAYS) for layer in linears.layers] for name, linears in formats.items()}
+    made["chosen"] = [ours(layer, layer.choice) for layer in formats["float32"].layers]
+    made["torch"] = [partial(F.linear, weight=weight) for weight in weights]
     if sum(weight.nbytes for weight in weights) < limit:
-        laid_out = cycle([packed(weight, len(x)) for weight in weights])
-        made["oneDNN packed"] = lambda: next(laid_out)(x)
-    return made
+        made["oneDNN packed"] = [packed(weight, rows) for weight in weights]
+    return {name: recorded(products, weights[0].shape[1]) for name, products in made.items()}
 
 
 @torch.inference_mode()
@@ -106,12 +92,13 @@ def measure(model: str, shape: Shape, options: argparse.Namespace, peak: dict[st
     """A row for every row count and candidate."""
     inner, out, number = shape
     weights = [torch.randn(out, inner) for _ in range(number)]
-    formats = {name: Linears(weights, name) for name in FORMATS}
+    formats = {name: Linears([[weight] for weight in weights], name) for name in FORMATS}
     choose_linears(formats["float32"])
     found: list[dict[str, object]] = []
     for rows in options.rows:
-        calls = candidates(weights, formats, torch.randn(rows, inner), options.packed_limit)
-        seconds = best(calls, number, options.rounds)
+        calls = candidates(weights, formats, rows, options.packed_limit)
+        whole = best(calls, torch.randn(rows, inner), options.rounds)
+        seconds = {name: each / number for name, each in whole.items()}
         float32 = min(seconds[name] for name in ("C float32", "torch", "oneDNN packed") if name in seconds)
         for name, each in seconds.items():
             size = BYTES.get(name.removeprefix("C "), 4) * inner * out

@@ -20,6 +20,7 @@ from idlm.errors import InputError
 from idlm.kernels import native
 from idlm.kernels.choice import choose_linears, drafts_pay
 from idlm.kernels.fused import faster_operators
+from idlm.kernels.huge_pages import give_back
 from idlm.kernels.linears import Linears
 from idlm.kernels.panels import FORMATS
 from idlm.models.idlm_model import Idlm
@@ -51,8 +52,11 @@ def build_engine(
     record: bool = True,
     weights: str = "auto",
     threads: int | None = None,
+    take_weights: bool = False,
 ) -> Engine:
     """See `LLM` for the arguments; `late` and `record` as in `Engine` and `Runner`.
+
+    With `take_weights` the model is the engine's: weights of linear layers that nobody reads any more are freed.
 
     Raises:
         InputError: an argument cannot be used.
@@ -76,6 +80,10 @@ def build_engine(
     fused = _fused(idlm) if floats else frozenset()
     simulated = simulate_acceptance
     runner = Runner(idlm, max_num_seqs, depth, pages, page_size, record, simulated, deterministic, linears, fused)
+    if take_weights and linears is not None:  # before steps are recorded: a recording keeps what it reads
+        linears.take(layer for _, layer in idlm.linear_layers())
+        idlm.leave_file()
+        give_back()
     costs = measured(runner, plans, max_num_seqs) if len(plans) > 1 else None
     late = int(idlm.device.type == "cuda") if late is None else late
     root = f"{idlm.name} {idlm.dtype}".encode()
@@ -106,6 +114,8 @@ def _check(
     prefill_tokens: int | None,
     simulate_acceptance: Sequence[float] | None,
 ) -> None:
+    if any(not layer.weight.numel() for _, layer in idlm.linear_layers()):
+        raise InputError(f"model {idlm.name!r}: its weights are an engine's, which freed them; load it again")
     if stride > 1 and branches != "planner" and not idlm.can_draft:
         raise InputError(f"model {idlm.name!r} has no MASK row to draft with; give an adapter, or use stride 1")
     for name, value in (("max_num_seqs", max_num_seqs), ("page_size", page_size), ("prefill_tokens", prefill_tokens)):
@@ -167,7 +177,7 @@ def _linears(idlm: Idlm, weights: str, deterministic: bool) -> Linears | None:
             why = "a copy of the weights for the C kernels would take %.0f MiB, over half of what is free"
             log.info(f"PyTorch multiplies: {why}; weights='bfloat16' or 'int8' need less", size / 2**20)
             return None
-    return Linears(idlm.linear_weights(), format)
+    return Linears(idlm.linear_groups(), format)
 
 
 def _no_kernels(idlm: Idlm, deterministic: bool) -> str | None:
@@ -190,11 +200,11 @@ def _add_drafts(idlm: Idlm, linears: Linears) -> None:
     if size > DRAFT_SHARE * free:
         why = "int8 weights of their own would take %.0f MiB, over a quarter of what is free"
         log.info(f"MASK rows: the model's weights and the adapter; {why}", size / 2**20)
-    elif drafts_pay(linears, idlm.mask_weights(), {id(w): sum(m.shape[0] for m in low[::2]) for w, low in beside}):
+    elif drafts_pay(linears, {id(w): sum(m.shape[0] for m in low[::2]) for w, low in beside}):
         linears.add_drafts(idlm.mask_weights())
         return
     if linears.format == "float32":
-        linears.add(matrix for _, low in beside for matrix in low)
+        linears.add([matrix] for _, low in beside for matrix in low)
 
 
 def _fused(idlm: Idlm) -> frozenset[str]:

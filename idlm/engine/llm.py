@@ -32,7 +32,8 @@ class LLM:
     """A model that generates.
 
     Args:
-        model: a folder, a hub id, a bundled name ("nano", "nano-base", "nano-full"), or a loaded `Idlm`.
+        model: a folder, a hub id, a bundled name ("nano", "nano-base", "nano-full"), or a loaded `Idlm`. What is loaded
+            here is freed where the engine holds it in a form of its own; a loaded model stays as it is.
         adapter: a gated LoRA's folder.
         adapters: more gated LoRAs of the same base, by the name that requests give: `generate(..., adapter=name)`. The
             first one given is the default; `adapter` is called "default".
@@ -85,6 +86,7 @@ class LLM:
         if isinstance(model, Idlm) and adapter is not None:
             raise InputError(f"adapter={adapter!r} with a loaded model; give it to idlm.load instead")
         named = ({} if adapter is None else {"default": adapter}) | dict(adapters or {})
+        own = isinstance(model, str)
         if isinstance(model, str):
             model = load(model, dtype=dtype, device=device)
         names = ["default", *named] if model.gate is not None else list(named)
@@ -104,6 +106,7 @@ class LLM:
             simulate_acceptance=simulate_acceptance,
             weights=weights,
             threads=threads,
+            take_weights=own,
         )
         self.stride = stride
 

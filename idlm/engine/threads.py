@@ -59,17 +59,17 @@ def choose_threads(idlm: Idlm, linears: Linears | None, wanted: int | None) -> N
 @torch.inference_mode()
 def _time(idlm: Idlm, linears: Linears | None, counts: list[int]) -> dict[int, float]:
     """Seconds of a pass by number of threads."""
-    weights = idlm.linear_weights()
+    weights = [weight for group in idlm.linear_groups() for weight in group]
     rows = {size: torch.randn(1, size, dtype=idlm.dtype) for size in {w.shape[1] for w in weights}}
 
     def through(count: int) -> None:
         torch.set_num_threads(count)
-        for weight in weights:
-            x = rows[weight.shape[1]]
-            if linears is None:
-                F.linear(x, weight)
-            else:
-                linears.layers[id(weight)].multiply(x, None)
+        if linears is None:
+            for weight in weights:
+                F.linear(rows[weight.shape[1]], weight)
+            return
+        for layer in linears.layers:
+            layer.multiply(rows[layer.shape[0]], None)
 
     before = torch.get_num_threads()
     try:

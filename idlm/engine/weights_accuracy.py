@@ -66,7 +66,7 @@ def weights_accuracy(idlm: Idlm, format: str) -> WeightsAccuracy:
         raise InputError(f"weights={format!r} needs the C kernels, which are not there")
     tokens = _tokens(idlm)
     plain = _logits(idlm, tokens)
-    with Linears(idlm.linear_weights(), format).use():
+    with Linears(idlm.linear_groups(), format).use():
         other = _logits(idlm, tokens)
     apart = (plain - other).abs()
     laws = (F.log_softmax(plain, dim=-1), F.log_softmax(other, dim=-1))

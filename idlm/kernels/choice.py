@@ -2,8 +2,9 @@
 model's own shapes.
 
 An operator of the C kernels is used where it is at least as fast as PyTorch's; where that is
-depends on the processor, the shape and the number of rows. What was found for matrix products is
-kept per machine, kernels, PyTorch and shapes.
+depends on the processor, the shape and the number of rows. Matrix products are timed in recordings,
+since steps are recorded: called from Python, an operator of ours costs 1.7 us more, and
+`F.linear` does not. What was found for them is kept per machine, kernels, PyTorch and shapes.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -40,10 +42,13 @@ least counts, since noise only ever adds."""
 NOISE = 0.03
 """How far two timings of the same thing differ. Ours may be behind by as much: what it makes of a
 row does not depend on the rows beside it."""
+RECORDED, PARAMETERS = 8, 2 << 20
+"""Products of one recording: as many as hide its call, by the weights that they read."""
 DRAFT_ROWS = 12
 """MASK rows, beside as many real ones, that the weights of MASK rows are timed at."""
 
 Call = Callable[[], object]
+Recorded = Callable[[Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,9 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def fastest(calls: Sequence[Call], rounds: int = ROUNDS) -> list[float]:
-    """Seconds of each call: the least of `rounds` or more, in turn, so that noise hits them alike."""
+def fastest(calls: Sequence[Call], rounds: int = ROUNDS, products: int = 1) -> list[float]:
+    """Seconds of each of a call's `products`: the least of `rounds` or more calls, in turn, so that
+    noise hits them alike."""
     best = [float("inf")] * len(calls)
     begun = perf_counter()
     for number in range(MOST_ROUNDS):
@@ -75,7 +81,7 @@ def fastest(calls: Sequence[Call], rounds: int = ROUNDS) -> list[float]:
         for index, call in enumerate(calls):
             started = perf_counter()
             call()
-            best[index] = min(best[index], perf_counter() - started)
+            best[index] = min(best[index], (perf_counter() - started) / products)
     return best
 
 
@@ -95,7 +101,7 @@ def choose_linears(linears: Linears, seconds: float = SECONDS) -> None:
         name = f"{shape[0]}x{shape[1]}"
         timings = found[name] = known.get(name) or _time(layers, until)
         for layer in layers:
-            layer.choice = _bits(timings)
+            layer.choose(_bits(timings))
         log.info("%s", _line(f"linear {name}", timings))
     if found != known:
         _write(place, found)
@@ -103,7 +109,7 @@ def choose_linears(linears: Linears, seconds: float = SECONDS) -> None:
 
 def _by_shape(linears: Linears) -> dict[tuple[int, int], list[Layer]]:
     shapes: dict[tuple[int, int], list[Layer]] = {}
-    for layer in linears.layers.values():
+    for layer in linears.layers:
         shapes.setdefault(layer.shape, []).append(layer)
     return shapes
 
@@ -111,24 +117,47 @@ def _by_shape(linears: Linears) -> dict[tuple[int, int], list[Layer]]:
 def _time(layers: Sequence[Layer], until: float) -> list[Timing]:
     """Both candidates by rows; the layers take turns, so that large ones come from memory."""
     timings: list[Timing] = []
-    turn = cycle(layers)
+    for layer in layers:
+        layer.choose(0)  # so that PyTorch's product has its weight
+    turns = [_recordings(layers, choice) for choice in (ALWAYS, 0)]
     for rows in ROWS:
         if timings and perf_counter() > until:
             break
         x = noise(rows, layers[0].shape[0])
-        calls = (partial(_ours, turn, x), partial(_torch, turn, x))
-        timings.append(Timing(rows, *fastest(calls)))
+        calls = [partial(_call, turn, x) for turn in turns]
+        timings.append(Timing(rows, *fastest(calls, products=_products(layers[0]))))
     return timings
 
 
-def _ours(turn: Iterator[Layer], x: Tensor) -> None:
-    layer = next(turn)
-    weights, scales, out, _ = layer.panels
-    torch.ops.idlm.linear(x, layer.weight, weights, scales, out, ALWAYS)
+def _call(turn: Iterator[Recorded], x: Tensor) -> None:
+    next(turn)(x)
 
 
-def _torch(turn: Iterator[Layer], x: Tensor) -> None:
-    F.linear(x, next(turn).weight)
+def _products(layer: Layer) -> int:
+    """Products of one recording."""
+    inner, out = layer.shape
+    return min(RECORDED, max(1, PARAMETERS // (inner * out)))
+
+
+def _recordings(layers: Sequence[Layer], choice: int) -> Iterator[Recorded]:
+    """Endless recordings, which together have the products by all layers."""
+    inner, number = layers[0].shape[0], _products(layers[0])
+    turn = cycle([partial(replace(layer, choice=choice).multiply, adapter=None) for layer in layers])
+    made = [recorded([next(turn) for _ in range(number)], inner) for _ in range(-(-len(layers) // number))]
+    return cycle(made)
+
+
+def recorded(products: Sequence[Callable[[Tensor], Tensor]], inner: int) -> Recorded:
+    """All products of the same rows [T, inner], as a step runs them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(lambda x: tuple(one(x) for one in products), noise(2, inner), check_trace=False)
+
+    def call(x: Tensor) -> object:
+        with torch.jit.optimized_execution(False):
+            return traced(x)
+
+    return call
 
 
 def _bits(timings: Sequence[Timing]) -> int:
@@ -156,21 +185,20 @@ def _line(name: str, timings: Sequence[Timing]) -> str:
 
 
 @torch.inference_mode()
-def drafts_pay(linears: Linears, merged: Iterable[tuple[Tensor, Sequence[Tensor]]], ranks: Mapping[int, int]) -> bool:
+def drafts_pay(linears: Linears, ranks: Mapping[int, int]) -> bool:
     """Whether MASK rows are faster with int8 weights of their own than with the model's weights
     and the adapter beside them.
 
     Args:
-        merged: as `Linears.add_drafts` takes them.
         ranks: by id of a layer's weight, the ranks of all its adapters together.
     """
     own = beside = 0.0
-    seen: dict[tuple[int, int], tuple[float, float]] = {}
-    for weight, adapters in merged:
-        layer = linears.layers[id(weight)]
-        if layer.shape not in seen:
-            seen[layer.shape] = _time_drafts(layer, adapters, ranks.get(id(weight), 0))
-        own, beside = own + seen[layer.shape][0], beside + seen[layer.shape][1]
+    seen: dict[object, tuple[float, float]] = {}
+    for layer in linears.layers:
+        key = tuple(layer.widths), layer.shape, tuple(ranks.get(id(weight), 0) for weight in layer.group)
+        if key not in seen:
+            seen[key] = _time_drafts(layer, key[2])
+        own, beside = own + seen[key][0], beside + seen[key][1]
     better = "int8 weights of their own" if own < beside else "the model's weights and the adapter"
     figures = (DRAFT_ROWS, DRAFT_ROWS, 1e3 * own, 1e3 * beside)
     how = "%d of them beside %d real rows take %.2f ms a step by int8, %.2f by the model's weights"
@@ -178,16 +206,18 @@ def drafts_pay(linears: Linears, merged: Iterable[tuple[Tensor, Sequence[Tensor]
     return own < beside
 
 
-def _time_drafts(layer: Layer, adapters: Sequence[Tensor], rank: int) -> tuple[float, float]:
-    inner, out = layer.shape
+def _time_drafts(layer: Layer, ranks: Sequence[int]) -> tuple[float, float]:
+    """Seconds of both; `ranks` are those of the adapters of each of the layer's parts."""
+    inner, _ = layer.shape
     x, adapter = noise(2 * DRAFT_ROWS, inner), torch.zeros(DRAFT_ROWS, dtype=torch.int64)
-    trial = Layer(layer.weight, layer.panels, stacked(adapters[:1], draft_format()), layer.choice)
-    down, up = noise(rank, inner), noise(out, rank)
+    trial = replace(layer, drafts=stacked([layer.panels.matrix()], draft_format()))
+    low = [(noise(rank, inner), noise(out, rank)) for out, rank in zip(layer.widths, ranks, strict=True)]
 
     def beside() -> None:
-        y = layer.multiply(x, None)
-        if rank:
-            y[DRAFT_ROWS:].add_(F.linear(F.linear(x[DRAFT_ROWS:], down), up))
+        parts = layer.multiply(x, None).split(layer.widths, dim=1)
+        for part, (down, up) in zip(parts, low, strict=True):
+            if len(down):
+                part[DRAFT_ROWS:].add_(F.linear(F.linear(x[DRAFT_ROWS:], down), up))
 
     own, other = fastest((lambda: trial.multiply(x, adapter), beside))
     return own, other
@@ -204,7 +234,7 @@ def faster(name: str, ours: Call, theirs: Call) -> bool:
 def _file(name: str, shapes: object) -> Path:
     """Where what was found lies: one file for each combination of what it depends on."""
     machine = (platform.node(), processor_name(), torch.get_num_threads())
-    facts = [shapes, ROWS, *native.facts(), *machine]
+    facts = [shapes, ROWS, RECORDED, PARAMETERS, *native.facts(), *machine]
     key = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:24]
     return native.user_cache("choices") / f"{name}-{key}.json"
 

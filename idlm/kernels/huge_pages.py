@@ -7,6 +7,7 @@ Linux gives them to whoever asks, where `transparent_hugepage` is `madvise` or `
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 
 import torch
@@ -31,6 +32,13 @@ def in_huge_pages(tensors: list[Tensor]) -> list[Tensor]:
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     first = -whole.data_ptr() % HUGE
     return [_placed(one, whole[first + start :]) for one, start in zip(tensors, starts, strict=True)]
+
+
+def give_back() -> None:
+    """Return to the system what was freed; glibc keeps pieces below 32 MiB for later."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _placed(tensor: Tensor, memory: Tensor) -> Tensor:

@@ -112,6 +112,7 @@ class GatedLinear(nn.Module):
             y[:, rows].add_(one * self.gate.adapter.eq(index)[:, None])
         return y
 
+    @torch.no_grad()
     def merged(self) -> list[Tensor]:
         """W + (alpha / r) B A, [out, in], of each adapter."""
         weight = self.base.weight
@@ -220,16 +221,9 @@ def attach_more(
     return index
 
 
-@torch.no_grad()
-def merged_weights(model: PreTrainedModel) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """The weight of each linear layer of the backbone, and what MASK rows have in its place, by adapter."""
-    backbone: nn.Module = model.base_model
-    gated = [layer for layer in backbone.modules() if isinstance(layer, GatedLinear)]
-    yield from ((layer.base.weight, layer.merged()) for layer in gated)
-    inside = {id(layer.base) for layer in gated}
-    for layer in backbone.modules():
-        if isinstance(layer, nn.Linear) and id(layer) not in inside:
-            yield layer.weight, [layer.weight]
+def gated_layers(model: PreTrainedModel) -> list[GatedLinear]:
+    """The layers that an adapter changes."""
+    return [layer for layer in model.modules() if isinstance(layer, GatedLinear)]
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -5,7 +5,7 @@ Shapes: B batch, Q rows of this forward, S rows they may look at, D hidden size,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from idlm.errors import InputError
 from idlm.models.attention import Cache
-from idlm.models.gated_lora import NO_ROWS, Gate, GatedLinear, merged_weights
+from idlm.models.gated_lora import NO_ROWS, Gate, gated_layers
+
+SAME_ROWS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of layers that multiply the same rows in the model families that have them."""
 
 
 @dataclass
@@ -106,21 +109,36 @@ class Idlm:
         output: nn.Linear = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         return output
 
-    def linear_weights(self) -> list[Tensor]:
-        """The weight [N, K] of each linear layer, the head's too, once each; adapters' matrices are not among them."""
+    def linear_layers(self) -> list[tuple[str, nn.Linear]]:
+        """The backbone's linear layers and their names."""
         backbone: nn.Module = self.model.base_model
-        layers = [layer for layer in backbone.modules() if isinstance(layer, nn.Linear)]
-        return list({id(layer): layer.weight for layer in [*layers, self._output]}.values())
+        return [(name, layer) for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear)]
 
-    def mask_weights(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Each linear layer's weight, the head's too, and what MASK rows have in its place, by adapter."""
-        yield from merged_weights(self.model)
-        yield self._output.weight, [self._output.weight]
+    def linear_groups(self) -> list[list[Tensor]]:
+        """The weights [N, K] of the linear layers, the head's too, once each; adapters' matrices are not among them.
+
+        Layers of `SAME_ROWS` are one group, the others have one each.
+        """
+        groups: dict[object, dict[int, Tensor]] = {}
+        for name, layer in self.linear_layers():
+            parent, _, last = name.removesuffix(".base").rpartition(".")
+            key = parent, next((names for names in SAME_ROWS if last in names), last), layer.in_features
+            groups.setdefault(key, {})[id(layer.weight)] = layer.weight
+        return [*(list(group.values()) for group in groups.values()), [self._output.weight]]
+
+    def leave_file(self) -> None:
+        """Copy the weights that are there: one that still lies in a mapped file keeps the whole file in memory."""
+        for weight in self.model.parameters():
+            weight.data = weight.data.clone()
+
+    def mask_weights(self) -> Callable[[Tensor], list[Tensor]]:
+        """Says what MASK rows have in the place of a linear layer's weight, by adapter; one where none changes it."""
+        gated = {id(layer.base.weight): layer for layer in gated_layers(self.model)}
+        return lambda weight: gated[id(weight)].merged() if id(weight) in gated else [weight]
 
     def adapter_weights(self) -> list[tuple[Tensor, list[Tensor]]]:
         """Each adapted layer's weight, and the matrices A [r, in] and B [out, r] of its adapters."""
-        layers = [layer for layer in self.model.modules() if isinstance(layer, GatedLinear)]
-        return [(layer.base.weight, layer.low_rank()) for layer in layers]
+        return [(layer.base.weight, layer.low_rank()) for layer in gated_layers(self.model)]
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:

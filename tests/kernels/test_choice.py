@@ -37,7 +37,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, *ours: float) -> list[int]:
     """Fake timings: ours takes these seconds, in turn and again from the first, and PyTorch 1; counts the calls."""
     calls: list[int] = []
 
-    def timed(candidates: Sequence[object], rounds: int = 0) -> list[float]:
+    def timed(candidates: Sequence[object], rounds: int = 0, products: int = 1) -> list[float]:
         calls.append(len(candidates))
         return [ours[(len(calls) - 1) % len(ours)], 1.0]
 
@@ -97,7 +97,7 @@ def test_the_log_has_ranges_of_rows() -> None:
 
 def three(format: str = "float32") -> Linears:
     """Three layers of two shapes."""
-    return Linears([torch.randn(40, 8), torch.randn(40, 8), torch.randn(8, 40)], format)
+    return Linears([[torch.randn(40, 8)], [torch.randn(40, 8)], [torch.randn(8, 40)]], format)
 
 
 def test_layers_of_one_shape_get_one_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -105,7 +105,7 @@ def test_layers_of_one_shape_get_one_choice(monkeypatch: pytest.MonkeyPatch, cap
     clock(monkeypatch, *slow_from_64)
     with caplog.at_level("INFO", "idlm"):
         choose_linears(linears)
-    assert [layer.choice for layer in linears.layers.values()] == [0b111111] * 3
+    assert [layer.choice for layer in linears.layers] == [0b111111] * 3
     assert caplog.text.count("linear 8x40: 1+ rows C/") == caplog.text.count("linear 40x8: 1+ rows C/") == 1
     assert "64+ rows torch 1000.000 ms (C/" in caplog.text
 
@@ -117,8 +117,8 @@ def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch, cache: Path) ->
     assert len(calls) == 2 * len(ROWS)
     choose_linears(second)
     assert len(calls) == 2 * len(ROWS)
-    assert [one.choice for one in first.layers.values()] == [one.choice for one in second.layers.values()]
-    choose_linears(Linears([torch.randn(16, 16)], "float32"))  # another model
+    assert [one.choice for one in first.layers] == [one.choice for one in second.layers]
+    choose_linears(Linears([[torch.randn(16, 16)]], "float32"))  # another model
     assert len(calls) == 3 * len(ROWS)
     assert len(list(cache.iterdir())) == 2
 
@@ -137,7 +137,7 @@ def test_a_file_that_holds_something_else_is_measured_anew(
     linears = three()
     choose_linears(linears)
     assert len(calls) == 4 * len(ROWS)
-    assert all(layer.choice == ALWAYS for layer in linears.layers.values())
+    assert all(layer.choice == ALWAYS for layer in linears.layers)
     assert json.loads(place.read_text()) == good
 
 
@@ -160,15 +160,15 @@ def test_other_formats_have_no_alternative(format: str, monkeypatch: pytest.Monk
     calls, linears = clock(monkeypatch, 2.0), three(format)
     choose_linears(linears)
     assert not calls
-    assert all(layer.choice == ALWAYS for layer in linears.layers.values())
+    assert all(layer.choice == ALWAYS for layer in linears.layers)
 
 
 def test_timing_draws_nothing_from_torchs_generator() -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    linears = Linears(weights := [torch.ones(40, 8)], "float32")
+    linears = Linears([weights := [torch.ones(40, 8)]], "float32")
     choose_linears(linears)
-    drafts_pay(linears, [(weights[0], [weights[0]])], {id(weights[0]): 4})
+    drafts_pay(linears, {id(weights[0]): 4})
     fused.faster_operators(8, 16, 2, 4)
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -16,9 +16,11 @@ from idlm.engine import build
 from idlm.engine.build import build_engine
 from idlm.engine.request import Result
 from idlm.errors import InputError
+from idlm.kernels import choice as choice_module
 from idlm.kernels import native
 from idlm.kernels.linears import ALWAYS, Layer, Linears, _shared
 from idlm.kernels.panels import FORMATS, Panels, stacked
+from idlm.models.gated_lora import GatedLinear
 from idlm.models.idlm_model import Idlm
 from idlm.nano.problems import held_out_problems
 from idlm.params import SamplingParams
@@ -156,7 +158,8 @@ def test_merged_weights_are_the_gated_update() -> None:
         assert merged.gate is not None
         gated.gate.adapter = merged.gate.adapter = torch.full((3,), number)
         want = gated.hidden(tokens, positions, visible, slice(0, 3))
-        for weight, own in list(merged.mask_weights()):
+        weights, of = sum(merged.linear_groups(), []), merged.mask_weights()
+        for weight, own in [(weight, of(weight)) for weight in weights]:
             weight.data = own[number] if len(own) == 2 else own[0]
         merged.gate.merged = True
         torch.testing.assert_close(merged.hidden(tokens, positions, visible, slice(0, 3)), want)
@@ -164,7 +167,7 @@ def test_merged_weights_are_the_gated_update() -> None:
 
 def int8_drafts(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
     """As if it had been measured so."""
-    monkeypatch.setattr(build, "drafts_pay", lambda linears, merged, ranks: on)
+    monkeypatch.setattr(build, "drafts_pay", lambda linears, ranks: on)
 
 
 def results(model: Idlm, int8: bool, monkeypatch: pytest.MonkeyPatch, record: bool) -> list[Result]:
@@ -249,7 +252,7 @@ def test_no_memory_for_panels_is_said(monkeypatch: pytest.MonkeyPatch, caplog: p
 
 def test_layers_that_are_not_known_are_left_alone() -> None:
     known, weight, x = torch.randn(5, 8), torch.randn(5, 8), torch.randn(1, 3, 8)
-    linears = Linears([known], "int8")
+    linears = Linears([[known]], "int8")
     with linears.use():
         assert torch.equal(F.linear(x, weight), x @ weight.t())
         assert not torch.equal(F.linear(x, known), x @ known.t())
@@ -259,19 +262,87 @@ def test_layers_that_are_not_known_are_left_alone() -> None:
 
 def test_a_bias_is_added() -> None:
     weight, bias, x = torch.randn(5, 8), torch.randn(5), torch.randn(1, 3, 8)
-    with Linears([weight], "float32").use():
+    with Linears([[weight]], "float32").use():
         torch.testing.assert_close(F.linear(x, weight, bias), x @ weight.t() + bias)
         torch.testing.assert_close(F.linear(x, weight, bias=bias), x @ weight.t() + bias)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_layers_of_the_same_rows_are_one_product(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = group = [torch.randn(out, 70) for out in (40, 7, 33)]
+    linears, calls = Linears([group], format), []
+    multiply = Layer.multiply
+    monkeypatch.setattr(Layer, "multiply", lambda *given: calls.append(1) or multiply(*given))
+    exact = [Panels.of(weight, format).matrix() for weight in group]
+    x, other, bias = torch.randn(1, 3, 70), torch.randn(1, 5, 70), torch.randn(7)
+    for choice in (ALWAYS, 0) if format == "float32" else (ALWAYS,):
+        calls.clear()
+        linears.layers[0].choose(choice)
+        with linears.use():
+            found = [F.linear(x, q), F.linear(x, k, bias), F.linear(x, v)]
+            assert len(calls) == 1
+            again = F.linear(x, q)  # each part is handed out once: who has it may write to it
+            assert len(calls) == 2
+            assert F.linear(other, v).shape == (1, 5, 33)
+            assert len(calls) == 3
+        want = [F.linear(x, exact[0]), F.linear(x, exact[1], bias), F.linear(x, exact[2])]
+        tolerance = 1e-5 if format == "float32" else 1e-3
+        for one, other_one in zip([*found, again], [*want, want[0]], strict=True):
+            torch.testing.assert_close(one, other_one, rtol=tolerance, atol=tolerance)
+
+
+def test_a_group_has_panels_of_its_own_until_one_of_it_is_trained_on() -> None:
+    q, k = group = [torch.nn.Parameter(torch.randn(5, 8)) for _ in range(2)]
+    first, alone = _shared([group], "float32")[0], _shared([[k]], "float32")[0]
+    assert alone.weights is not first.weights
+    assert torch.equal(_shared([group], "float32")[0].matrix(), torch.cat(group))
+    with torch.no_grad():
+        k += 1
+    assert torch.equal(_shared([group], "float32")[0].matrix(), torch.cat(group))
+    assert torch.equal(_shared([[k, q]], "float32")[0].matrix(), torch.cat([k, q]))
+
+
+def test_a_model_has_one_product_for_qkv_and_one_for_gate_and_up() -> None:
+    for model in (single(), with_second_adapter(single())):
+        layers = model.model.config.num_hidden_layers
+        assert [len(group) for group in model.linear_groups()] == [3, 1, 2, 1] * layers + [1]
+
+
+def test_an_adapter_is_merged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    merges, merged = list[int](), GatedLinear.merged
+    monkeypatch.setattr(GatedLinear, "merged", lambda layer: merges.append(id(layer)) or merged(layer))
+    monkeypatch.setattr(choice_module, "_time_drafts", lambda layer, ranks: (0.5, 1.0))
+    linears = build_engine(single(), 4, "all", max_num_seqs=2).runner.core.linears
+    assert linears is not None
+    assert linears.drafts
+    assert merges
+    assert len(merges) == len(set(merges))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_engine_frees_the_weights_that_it_loaded(format: str) -> None:
+    params = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, prompt_logprobs=1)
+    kept, freed = idlm.load("nano"), idlm.LLM("nano", stride=1, max_num_seqs=2, weights=format)
+    want = idlm.LLM(kept, stride=1, max_num_seqs=2, weights=format).generate([[5, 6, 7]], params)[0]
+    found = freed.generate([[5, 6, 7]], params)[0]
+    assert (found.token_ids, found.prompt_logprobs) == (want.token_ids, want.prompt_logprobs)
+    assert all(weight.numel() for weight in kept.model.parameters())
+    assert not any(layer.weight.numel() for _, layer in freed.idlm.linear_layers())
+    assert freed.idlm.model.get_input_embeddings().weight.numel()
+    with pytest.raises(InputError, match="its weights are an engine's, which freed them; load it again"):
+        idlm.LLM(freed.idlm)
+    with pytest.raises(RuntimeError, match="shape"):  # and nothing is made up
+        freed.idlm.forward(torch.tensor([5, 6]), torch.arange(2), torch.ones(2, 2, dtype=torch.bool).tril())
+
+
 def test_engines_on_one_model_share_its_panels_until_it_is_trained_on() -> None:
     weight = torch.nn.Parameter(torch.randn(5, 8))
-    first = _shared([weight], "float32")[0]
-    assert _shared([weight], "float32")[0].weights is first.weights
-    assert _shared([weight], "int8")[0].weights is not first.weights
+    first = _shared([[weight]], "float32")[0]
+    assert _shared([[weight]], "float32")[0].weights is first.weights
+    assert _shared([[weight]], "int8")[0].weights is not first.weights
     with torch.no_grad():
         weight += 1
-    assert torch.equal(_shared([weight], "float32")[0].matrix(), weight)
+    assert torch.equal(_shared([[weight]], "float32")[0].matrix(), weight)
 
 
 PLANS: tuple[tuple[int, str], ...] = ((2, "chain"), (4, "all"), (3, "chain"))
@@ -305,7 +376,7 @@ def test_each_format_is_the_models_own_rounding(format: str) -> None:
     """An engine with rounded weights writes what a model with those very weights writes; qwen2's head has its own."""
     model, copy = single("qwen2"), single("qwen2")
     with torch.no_grad():
-        for weight in copy.linear_weights():
+        for weight in sum(copy.linear_groups(), []):
             weight.copy_(Panels.of(weight, format).matrix())
     assert list(greedy(model, 4, "all", weights=format)) == list(greedy(copy, 4, "all"))
 
