@@ -45,7 +45,7 @@ class DataConfig:
     `held_out` rows are held out.
     """
 
-    source: Literal["nano", "jsonl", "self"] = "nano"
+    source: str = "nano"
     path: str | None = None
     prompts: str = "bos"
     examples: int | None = None

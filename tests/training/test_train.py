@@ -15,13 +15,14 @@ import yaml
 from torch import Tensor
 from typer.testing import CliRunner
 
+import idlm.nano.source  # noqa: F401  # registers `source: nano`
 from idlm.cli import app
 from idlm.errors import InputError
 from idlm.models.loading import load
 from idlm.nano.tokenizer import train_tokenizer
 from idlm.training.config import TrainConfig, as_tree
+from idlm.training.loop import train
 from idlm.training.objective import Objective
-from idlm.training.trainer import train
 from tests.training import tiny
 from tests.waiting import HANG_SECONDS
 
@@ -29,25 +30,26 @@ ROOT = Path(__file__).parents[2]
 RUN = """
 import sys
 from idlm.training.config import load_config
-from idlm.training.trainer import train
+from idlm.training.loop import train
 train(load_config(sys.argv[1]))
 """
 KILLED = """
 import os
 import signal
 import sys
-from idlm.training import trainer
+from idlm.training import checkpoint
 from idlm.training.config import load_config
+from idlm.training.loop import train
 
-save_file = trainer.save_file
+save_file = checkpoint.save_file
 
 def save_and_die(tensors, path):
     save_file(tensors, path)
     if "checkpoint-24" in str(path):
         os.kill(os.getpid(), signal.SIGKILL)
 
-trainer.save_file = save_and_die
-trainer.train(load_config(sys.argv[1]))
+checkpoint.save_file = save_and_die
+train(load_config(sys.argv[1]))
 """
 """By itself, within a checkpoint: whoever watches from outside may come too late."""
 LORA = {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "v_proj"]}
@@ -217,3 +219,25 @@ def test_two_processes_train_as_one(folder: Path) -> None:
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+
+
+def test_an_unknown_source_is_refused_before_anything_is_made(folder: Path) -> None:
+    with pytest.raises(InputError, match="data.source is 'nanno'; expected"):
+        train(tiny.config(folder, data={"source": "nanno"}))
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("module", ["idlm.training", "idlm.training.config", "idlm.training.loop"])
+def test_without_accelerate_there_is_one_clear_error(module: str) -> None:
+    code = f"""
+import sys
+sys.modules["accelerate"] = None
+from idlm.errors import InputError
+try:
+    import {module}
+except InputError as error:
+    print(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "training needs the package accelerate; install it with pip install 'idlm[train]'\n"

@@ -1,0 +1,339 @@
+"""The training loop: `Trainer.train_step` is one optimizer step, read from top to bottom.
+
+Accelerate starts the processes, wraps the model for data parallelism and reduces over ranks. The
+loss, the batches, the order of events and the checkpoints are here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor
+
+from idlm.errors import InputError
+from idlm.models.sources import read_json
+from idlm.training import checkpoint
+from idlm.training.checkpoint import STATE, prepare_folder, written_whole
+from idlm.training.config import StageConfig, TrainConfig
+from idlm.training.corpus import Corpus, check_source, corpus
+from idlm.training.data import Batch, Draws, draw_order
+from idlm.training.log import Log
+from idlm.training.measure import measure
+from idlm.training.objective import Objective, Terms, Wanted
+from idlm.training.optimizer import learning_rate, optimizers
+from idlm.training.setup import Trainee, base_model, trainee
+
+KEPT_CHECKPOINTS = 2
+
+
+class NotFinite(InputError):
+    """The loss or the gradient is NaN or infinite; the weights are still those before the step."""
+
+
+class Rows(NamedTuple):
+    """Supervised rows: MASK rows, and rows of the clean text."""
+
+    noisy: Any
+    clean: Any
+
+
+@dataclass
+class Sums:
+    """Sums over the steps since the last report, over all ranks.
+
+    Attributes:
+        loss: of the steps' losses.
+        noisy: nats of CE_noisy; clean: of CE_clean; soft: of the soft term (tv: probability).
+        noisy_rows: supervised MASK rows; clean_rows: supervised rows of the clean texts.
+    """
+
+    steps: int = 0
+    loss: float = 0.0
+    noisy: float = 0.0
+    clean: float = 0.0
+    soft: float = 0.0
+    noisy_rows: int = 0
+    clean_rows: int = 0
+
+    def add(self, loss: float, terms: Terms, rows: Rows) -> None:
+        """One more step."""
+        self.steps += 1
+        self.loss += loss
+        self.noisy += float(terms.noisy)
+        self.clean += float(terms.clean)
+        self.soft += float(terms.soft)
+        self.noisy_rows += rows.noisy
+        self.clean_rows += rows.clean
+
+    def means(self, soft: str) -> dict[str, float]:
+        """The loss of a step and the terms of a row, by their names in the log; 0 is left out."""
+        noisy_rows, clean_rows = max(self.noisy_rows, 1), max(self.clean_rows, 1)
+        terms = {
+            "ce_noisy": self.noisy / noisy_rows,
+            "ce_clean": self.clean / clean_rows,
+            soft: self.soft / noisy_rows,
+        }
+        return {"loss": self.loss / self.steps} | {k: mean for k, mean in terms.items() if mean}
+
+
+@dataclass
+class State:
+    """What of a run changes, besides the weights and the optimizers.
+
+    Attributes:
+        step: optimizer steps taken.
+        balance: CE_noisy / CE_clean of the last step, the weight of CE_clean where lambda is auto.
+        unreported: sums since the last report.
+    """
+
+    step: int = 0
+    balance: float = 1.0
+    unreported: Sums = field(default_factory=Sums)
+
+
+class Trainer:
+    """A run: the model, its data, and how far it has come."""
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, student: Trainee, data: Corpus) -> None:
+        self.config, self.accelerator, self.student, self.data = config, accelerator, student, data
+        self.folder = Path(config.output_dir)
+        self.log = Log(self.folder, accelerator.is_main_process)
+        self.state = State()
+        self.objective = Objective(
+            student.idlm,
+            trains_clean=config.method == "full",
+            emits_mask=config.objective == "ar",
+        ).train()
+        parts = optimizers(self.objective, config.optimizer)
+        self.model, *self.optimizers = accelerator.prepare(self.objective, *parts)
+        self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
+        batch = config.batch_size * config.accumulation * accelerator.num_processes
+        lengths = [e.length for e in data.training]
+        order = draw_order(lengths, config.steps * batch, batch, config.seed)
+        self.draws = Draws(data.training, order, config.seed, config.random_phase)
+
+    def run(self, resume: Path | None = None) -> dict[str, Any]:
+        """Train to the last step, from a checkpoint if one is given; the held-out measurements."""
+        config, state = self.config, self.state
+        if resume is not None:
+            self.load(resume)
+        measured = None
+        with self.log.running(state.step, config.steps) as show:
+            while state.step < config.steps:
+                self.train_step()
+                show(state.step)
+                last = state.step == config.steps
+                if last or state.step % config.eval_steps == 0:
+                    measured = self.evaluate()
+                if last or state.step % config.save_steps == 0:
+                    self.save()
+        return measured or self.measure()
+
+    def train_step(self) -> None:
+        """One optimizer step, or NotFinite before it is taken."""
+        config, state, accelerator = self.config, self.state, self.accelerator
+        stage = config.stage(state.step)
+        # a function of the step, so that a resumed run drops out the same activations
+        torch.manual_seed(self.step_seed())
+
+        # data: this rank's micro-batches, and the supervised rows of all ranks
+        batches = self.micro_batches()
+        rows = self.count(batches)
+
+        # forward and backward; gradients are summed over micro-batches, then averaged over ranks
+        losses, parts = [], []
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                with torch.autocast(accelerator.device.type, torch.bfloat16, config.bf16):
+                    terms = self.model(batch.texts, wanted(config, stage))
+                loss = self.loss(terms, rows, stage)
+                accelerator.backward(loss * accelerator.num_processes)
+            losses.append(loss.detach())
+            parts.append(Terms(*(term.detach().double() for term in terms)))
+
+        # clip
+        limit = config.optimizer.grad_clip if config.optimizer.grad_clip > 0 else math.inf
+        norm = accelerator.clip_grad_norm_(self.parameters, limit)
+
+        # finite, or stop
+        for loss, batch in zip(losses, batches, strict=True):
+            self.check_finite(loss, "loss", batch.numbers)
+        self.check_finite(norm, "gradient norm", [n for batch in batches for n in batch.numbers])
+
+        # step
+        rate = learning_rate(config.optimizer, state.step, config.steps)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+
+        # log
+        terms = accelerator.reduce(Terms(*(sum(part) for part in zip(*parts, strict=True))))
+        state.unreported.add(float(self.loss(terms, rows, stage)), terms, rows)
+        if terms.noisy > 0 and terms.clean > 0:
+            state.balance = float((terms.noisy / rows.noisy) / (terms.clean / rows.clean))
+        state.step += 1
+        if state.step % config.log_steps == 0:
+            self.report({"grad_norm": float(norm), "learning_rate": rate})
+
+    # -- the loss
+
+    def loss(self, terms: Terms, rows: Rows, stage: StageConfig) -> Tensor:
+        """The loss of a step; for the terms of a micro-batch its share, so the split is all one.
+
+        `rows` are those of the whole step, over its micro-batches and all ranks.
+        """
+        weight = self.config.lambda_of(stage) if self.config.objective == "idlm" else 1.0
+        noisy = stage.hard * terms.noisy + stage.soft_weight * terms.soft
+        clean = (self.state.balance if weight == "auto" else weight) * terms.clean
+        return noisy / max(rows.noisy, 1) + clean / max(rows.clean, 1)
+
+    def check_finite(self, value: Tensor, what: str, examples: list[int]) -> None:
+        """Raise NotFinite, naming the batch."""
+        if math.isfinite(float(value)):
+            return
+        rows = ", ".join(self.data.training[i].row for i in examples)
+        raise NotFinite(
+            f"the {what} of step {self.state.step} is {float(value)} in the batch of examples "
+            f"{examples} ({rows}); the step was not taken: look at these rows or lower optimizer.lr"
+        )
+
+    # -- the batches
+
+    def micro_batches(self) -> list[Batch]:
+        """This rank's batches of the running step, on its device."""
+        config, ranks = self.config, self.accelerator.num_processes
+        first = self.state.step * config.accumulation * ranks + self.accelerator.process_index
+        numbers = range(first, first + config.accumulation * ranks, ranks)
+        batches = [self.draws.batch(number, config.batch_size) for number in numbers]
+        return [send_to_device(batch, self.accelerator.device) for batch in batches]
+
+    def count(self, batches: list[Batch]) -> Rows:
+        """Supervised rows of the whole step: of n response tokens, n clean rows and n - 1 MASKs."""
+        responses = [batch.texts.length - batch.texts.prompt for batch in batches]
+        clean = torch.stack([length.sum() for length in responses]).sum()
+        noisy = clean - sum(len(length) for length in responses)
+        rows = self.accelerator.reduce(Rows(noisy, clean))
+        return Rows(int(rows.noisy), int(rows.clean))
+
+    def step_seed(self) -> int:
+        """The seed of whatever is random in this rank's running step."""
+        name = f"{self.config.seed}/step/{self.state.step}/{self.accelerator.process_index}"
+        return random.Random(name).getrandbits(63)
+
+    # -- reports and checkpoints
+
+    @property
+    def stage(self) -> StageConfig:
+        """The stage of the last step taken."""
+        return self.config.stage(max(self.state.step - 1, 0))
+
+    def report(self, more: dict[str, float]) -> None:
+        """The means since the last report, and `more`."""
+        means = self.state.unreported.means(self.stage.soft)
+        entry = {"step": self.state.step, "loss": means.pop("loss")}
+        self.log.write(entry | more | means)
+        self.state.unreported = Sums()
+
+    def measure(self) -> dict[str, Any]:
+        """Held-out measurements at the running stage's block size."""
+        return measure(self.objective, self.data.held_out, self.config, self.state.step - 1)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Measure and report."""
+        measured = self.measure()
+        self.log.write({"step": self.state.step, **measured})
+        return measured
+
+    def save(self) -> None:
+        """Write a checkpoint, and remove all but the newest ones."""
+        if self.accelerator.is_main_process:
+            with written_whole(self.folder / f"checkpoint-{self.state.step}") as folder:
+                self.export(folder)
+                checkpoint.save_optimizers(self.objective, self.optimizers, folder)
+                (folder / STATE).write_text(json.dumps(asdict(self.state)), encoding="utf-8")
+            for old in checkpoint.checkpoints(self.folder)[:-KEPT_CHECKPOINTS]:
+                shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint."""
+        kept = read_json(folder / STATE)
+        self.student.load(folder)
+        checkpoint.load_optimizers(self.objective, self.optimizers, folder)
+        self.state.step, self.state.balance = kept["step"], kept["balance"]
+        self.state.unreported = Sums(**kept["unreported"])
+
+    def export(self, folder: Path) -> None:
+        """Write the adapter, or the whole model, as it is now."""
+        block_size = None if self.config.objective == "ar" else self.stage.block_size
+        self.student.export(folder, block_size)
+
+
+def wanted(config: TrainConfig, stage: StageConfig) -> Wanted:
+    """The terms that a stage's loss has."""
+    if config.objective == "ar":
+        return Wanted(0, clean=True)
+    return Wanted(stage.block_size, clean=config.lambda_of(stage) != 0, soft=stage.soft)
+
+
+def processes(config: TrainConfig) -> Accelerator:
+    """Join the other processes of the run, if a launcher started several."""
+    accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
+    gpus = torch.cuda.device_count() if accelerator.device.type == "cuda" else 0
+    if gpus > 1 and accelerator.num_processes == 1:
+        raise InputError(f"{gpus} GPUs for one process; start with torchrun, or set CUDA_VISIBLE_DEVICES")
+    return accelerator
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Run a config to its end and export the result to `output_dir/final`.
+
+    Returns:
+        what `idlm train --json` prints: the folder, steps, seconds, last loss, and the held-out
+        measurements.
+
+    Raises:
+        InputError: bad config or data. NotFinite: the loss or gradient is NaN or infinite.
+    """
+    began = time.monotonic()
+    check_source(config.data)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    accelerator = processes(config)
+    folder = Path(config.output_dir)
+    torch.manual_seed(config.seed)
+    with accelerator.main_process_first():
+        resume = prepare_folder(config)
+        idlm = base_model(config.model)
+        batch = config.batch_size * config.accumulation * accelerator.num_processes
+        data = corpus(config.data, idlm, config.steps * batch, folder)
+    trainer = Trainer(config, accelerator, trainee(config, idlm), data)
+    if data.cut:
+        cut = f"{data.cut} of {len(data.training)} responses were cut at the length limit"
+        trainer.log.message(cut)
+    measured = trainer.run(resume)
+    if accelerator.is_main_process:
+        with written_whole(folder / "final") as final:
+            trainer.export(final)
+    losses = [entry["loss"] for entry in trainer.log.entries if "loss" in entry]
+    return {
+        "output": str(folder / "final"),
+        "steps": trainer.state.step,
+        "seconds": round(time.monotonic() - began, 1),
+        "loss": losses[-1] if losses else None,
+        **measured,
+    }
