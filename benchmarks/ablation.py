@@ -24,7 +24,7 @@ from idlm.evaluation.accuracy import evaluate
 from idlm.evaluation.metrics import summary
 from idlm.nano.problems import held_out_problems
 from idlm.training.config import load_config
-from idlm.training.loop import train
+from idlm.training.run import train
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LORA, FULL = "nano-lora.yaml", "nano-full.yaml"

@@ -23,7 +23,7 @@ def train(
     """
     import idlm.nano.source  # noqa: F401  # makes its data known; here, because torch takes seconds to import
     from idlm.training.config import load_config
-    from idlm.training.loop import train as run
+    from idlm.training.run import train as run
 
     result = run(load_config(config, context.args))
     if os.environ.get("RANK", "0") != "0":

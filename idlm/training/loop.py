@@ -10,11 +10,10 @@ import json
 import math
 import random
 import shutil
-import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,82 +23,22 @@ from torch import Tensor
 from idlm.errors import InputError
 from idlm.models.sources import read_json
 from idlm.training import checkpoint
-from idlm.training.checkpoint import STATE, prepare_folder, written_whole
+from idlm.training.checkpoint import STATE, written_whole
 from idlm.training.config import StageConfig, TrainConfig
-from idlm.training.corpus import Corpus, check_source, corpus
+from idlm.training.corpus import Corpus
 from idlm.training.data import Batch, Draws, draw_order
 from idlm.training.log import Log
 from idlm.training.measure import measure
 from idlm.training.objective import Objective, Terms, Wanted
 from idlm.training.optimizer import learning_rate, optimizers
-from idlm.training.setup import Trainee, base_model, trainee
+from idlm.training.setup import Trainee
+from idlm.training.state import Rows, State, Sums
 
 KEPT_CHECKPOINTS = 2
 
 
 class NotFinite(InputError):
     """The loss or the gradient is NaN or infinite; the weights are still those before the step."""
-
-
-class Rows(NamedTuple):
-    """Supervised rows: MASK rows, and rows of the clean text."""
-
-    noisy: Any
-    clean: Any
-
-
-@dataclass
-class Sums:
-    """Sums over the steps since the last report, over all ranks.
-
-    Attributes:
-        loss: of the steps' losses.
-        noisy: nats of CE_noisy; clean: of CE_clean; soft: of the soft term (tv: probability).
-        noisy_rows: supervised MASK rows; clean_rows: supervised rows of the clean texts.
-    """
-
-    steps: int = 0
-    loss: float = 0.0
-    noisy: float = 0.0
-    clean: float = 0.0
-    soft: float = 0.0
-    noisy_rows: int = 0
-    clean_rows: int = 0
-
-    def add(self, loss: float, terms: Terms, rows: Rows) -> None:
-        """One more step."""
-        self.steps += 1
-        self.loss += loss
-        self.noisy += float(terms.noisy)
-        self.clean += float(terms.clean)
-        self.soft += float(terms.soft)
-        self.noisy_rows += rows.noisy
-        self.clean_rows += rows.clean
-
-    def means(self, soft: str) -> dict[str, float]:
-        """The loss of a step and the terms of a row, by their names in the log; 0 is left out."""
-        noisy_rows, clean_rows = max(self.noisy_rows, 1), max(self.clean_rows, 1)
-        terms = {
-            "ce_noisy": self.noisy / noisy_rows,
-            "ce_clean": self.clean / clean_rows,
-            soft: self.soft / noisy_rows,
-        }
-        return {"loss": self.loss / self.steps} | {k: mean for k, mean in terms.items() if mean}
-
-
-@dataclass
-class State:
-    """What of a run changes, besides the weights and the optimizers.
-
-    Attributes:
-        step: optimizer steps taken.
-        balance: CE_noisy / CE_clean of the last step, the weight of CE_clean where lambda is auto.
-        unreported: sums since the last report.
-    """
-
-    step: int = 0
-    balance: float = 1.0
-    unreported: Sums = field(default_factory=Sums)
 
 
 class Trainer:
@@ -117,7 +56,6 @@ class Trainer:
         ).train()
         parts = optimizers(self.objective, config.optimizer)
         self.model, *self.optimizers = accelerator.prepare(self.objective, *parts)
-        self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         batch = config.batch_size * config.accumulation * accelerator.num_processes
         lengths = [e.length for e in data.training]
         order = draw_order(lengths, config.steps * batch, batch, config.seed)
@@ -165,7 +103,7 @@ class Trainer:
 
         # clip
         limit = config.optimizer.grad_clip if config.optimizer.grad_clip > 0 else math.inf
-        norm = accelerator.clip_grad_norm_(self.parameters, limit)
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), limit)
 
         # finite, or stop
         for loss, batch in zip(losses, batches, strict=True):
@@ -181,10 +119,11 @@ class Trainer:
             optimizer.zero_grad()
 
         # log
-        terms = accelerator.reduce(Terms(*(sum(part) for part in zip(*parts, strict=True))))
-        state.unreported.add(float(self.loss(terms, rows, stage)), terms, rows)
-        if terms.noisy > 0 and terms.clean > 0:
-            state.balance = float((terms.noisy / rows.noisy) / (terms.clean / rows.clean))
+        mine = Terms(*(sum(part) for part in zip(*parts, strict=True)))
+        total = accelerator.reduce(mine, reduction="sum")
+        state.unreported.add(float(self.loss(total, rows, stage)), total, rows)
+        if total.noisy > 0 and total.clean > 0:
+            state.balance = float((total.noisy / rows.noisy) / (total.clean / rows.clean))
         state.step += 1
         if state.step % config.log_steps == 0:
             self.report({"grad_norm": float(norm), "learning_rate": rate})
@@ -226,7 +165,7 @@ class Trainer:
         responses = [batch.texts.length - batch.texts.prompt for batch in batches]
         clean = torch.stack([length.sum() for length in responses]).sum()
         noisy = clean - sum(len(length) for length in responses)
-        rows = self.accelerator.reduce(Rows(noisy, clean))
+        rows = self.accelerator.reduce(Rows(noisy, clean), reduction="sum")
         return Rows(int(rows.noisy), int(rows.clean))
 
     def step_seed(self) -> int:
@@ -288,52 +227,3 @@ def wanted(config: TrainConfig, stage: StageConfig) -> Wanted:
     if config.objective == "ar":
         return Wanted(0, clean=True)
     return Wanted(stage.block_size, clean=config.lambda_of(stage) != 0, soft=stage.soft)
-
-
-def processes(config: TrainConfig) -> Accelerator:
-    """Join the other processes of the run, if a launcher started several."""
-    accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
-    gpus = torch.cuda.device_count() if accelerator.device.type == "cuda" else 0
-    if gpus > 1 and accelerator.num_processes == 1:
-        raise InputError(f"{gpus} GPUs for one process; start with torchrun, or set CUDA_VISIBLE_DEVICES")
-    return accelerator
-
-
-def train(config: TrainConfig) -> dict[str, Any]:
-    """Run a config to its end and export the result to `output_dir/final`.
-
-    Returns:
-        what `idlm train --json` prints: the folder, steps, seconds, last loss, and the held-out
-        measurements.
-
-    Raises:
-        InputError: bad config or data. NotFinite: the loss or gradient is NaN or infinite.
-    """
-    began = time.monotonic()
-    check_source(config.data)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    accelerator = processes(config)
-    folder = Path(config.output_dir)
-    torch.manual_seed(config.seed)
-    with accelerator.main_process_first():
-        resume = prepare_folder(config)
-        idlm = base_model(config.model)
-        batch = config.batch_size * config.accumulation * accelerator.num_processes
-        data = corpus(config.data, idlm, config.steps * batch, folder)
-    trainer = Trainer(config, accelerator, trainee(config, idlm), data)
-    if data.cut:
-        cut = f"{data.cut} of {len(data.training)} responses were cut at the length limit"
-        trainer.log.message(cut)
-    measured = trainer.run(resume)
-    if accelerator.is_main_process:
-        with written_whole(folder / "final") as final:
-            trainer.export(final)
-    losses = [entry["loss"] for entry in trainer.log.entries if "loss" in entry]
-    return {
-        "output": str(folder / "final"),
-        "steps": trainer.state.step,
-        "seconds": round(time.monotonic() - began, 1),
-        "loss": losses[-1] if losses else None,
-        **measured,
-    }

@@ -21,8 +21,8 @@ from idlm.errors import InputError
 from idlm.models.loading import load
 from idlm.nano.tokenizer import train_tokenizer
 from idlm.training.config import TrainConfig, as_tree
-from idlm.training.loop import train
 from idlm.training.objective import Objective
+from idlm.training.run import train
 from tests.training import tiny
 from tests.waiting import HANG_SECONDS
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 RUN = """
 import sys
 from idlm.training.config import load_config
-from idlm.training.loop import train
+from idlm.training.run import train
 train(load_config(sys.argv[1]))
 """
 KILLED = """
@@ -39,7 +39,7 @@ import signal
 import sys
 from idlm.training import checkpoint
 from idlm.training.config import load_config
-from idlm.training.loop import train
+from idlm.training.run import train
 
 save_file = checkpoint.save_file
 
@@ -151,6 +151,20 @@ def test_the_exported_model_gives_the_trained_logits(
     assert torch.equal(base, theirs[1]) == (method == "lora")
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_checkpoint_is_loadable_as_it_is(folder: Path, method: str) -> None:
+    stages = [{"steps": 2, "block_size": 2}, {"steps": 2, "block_size": 3}]
+    final = Path(train(config(folder, method, stages=stages, save_steps=2))["output"])
+    for step, block_size in ((2, 2), (4, 3)):
+        saved = folder / "run" / f"checkpoint-{step}"
+        again = load(folder / "model", adapter=saved) if method == "lora" else load(saved)
+        assert again.block_size == block_size
+    end = load(folder / "model", adapter=final) if method == "lora" else load(final)
+    for (name, one), other in zip(end.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert not same(weights(folder / "run" / "checkpoint-2"), weights(folder / "run" / "checkpoint-4"))
+
+
 def test_plain_ar_from_scratch(folder: Path, tokenizer: str) -> None:
     architecture = {k: v for k, v in tiny.KEYS.items() if not k.endswith("_token_id")} | {"vocab_size": 320}
     run = tiny.config(
@@ -227,7 +241,7 @@ def test_an_unknown_source_is_refused_before_anything_is_made(folder: Path) -> N
     assert not (folder / "run").exists()
 
 
-@pytest.mark.parametrize("module", ["idlm.training", "idlm.training.config", "idlm.training.loop"])
+@pytest.mark.parametrize("module", ["idlm.training", "idlm.training.config", "idlm.training.run"])
 def test_without_accelerate_there_is_one_clear_error(module: str) -> None:
     code = f"""
 import sys
