@@ -89,7 +89,8 @@ class Trainer:
         batches = self.micro_batches()
         rows = self.count(batches)
 
-        # forward and backward; gradients are summed over micro-batches, then averaged over ranks
+        # forward and backward; the losses of micro-batches and ranks are shares of one sum, but data
+        # parallelism averages gradients over ranks
         losses, parts = [], []
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
@@ -163,10 +164,10 @@ class Trainer:
     def count(self, batches: list[Batch]) -> Rows:
         """Supervised rows of the whole step: of n response tokens, n clean rows and n - 1 MASKs."""
         responses = [batch.texts.length - batch.texts.prompt for batch in batches]
-        clean = torch.stack([length.sum() for length in responses]).sum()
-        noisy = clean - sum(len(length) for length in responses)
-        rows = self.accelerator.reduce(Rows(noisy, clean), reduction="sum")
-        return Rows(int(rows.noisy), int(rows.clean))
+        clean = torch.cat(responses).sum()
+        noisy = torch.cat([length - 1 for length in responses]).sum()
+        rows = self.accelerator.reduce(torch.stack([noisy, clean]), reduction="sum")
+        return Rows(*rows.tolist())
 
     def step_seed(self) -> int:
         """The seed of whatever is random in this rank's running step."""

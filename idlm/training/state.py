@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from idlm.training.objective import Terms
 
@@ -11,8 +11,8 @@ from idlm.training.objective import Terms
 class Rows(NamedTuple):
     """Supervised rows: MASK rows, and rows of the clean text."""
 
-    noisy: Any
-    clean: Any
+    noisy: int
+    clean: int
 
 
 @dataclass
