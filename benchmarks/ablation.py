@@ -18,12 +18,13 @@ from pathlib import Path
 import torch
 import transformers
 
+import idlm.nano.source  # noqa: F401
 from idlm import LLM, SamplingParams, load
 from idlm.evaluation.accuracy import evaluate
 from idlm.evaluation.metrics import summary
 from idlm.nano.problems import held_out_problems
 from idlm.training.config import load_config
-from idlm.training.trainer import train
+from idlm.training.run import train
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LORA, FULL = "nano-lora.yaml", "nano-full.yaml"

@@ -51,7 +51,7 @@ def generate(
     common.keep_what_is_loaded()
     ids = [one.encode(llm.idlm, chat) for one in asked]
     started = perf_counter()
-    first = llm.generate(ids, sampling, use_tqdm=True)
+    first = llm.generate(ids, sampling, progress=True)
     results = [sample for one in first for sample in (one, *one.samples)]
     report(model, stride, branches, results, perf_counter() - started, as_json)
 

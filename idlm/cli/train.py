@@ -21,8 +21,9 @@ def train(
 
     Any key of the config can be set here: --optimizer.lr=0.001 --stages.0.steps=50 --resume=true
     """
-    from idlm.training.config import load_config  # here, because torch takes seconds to import
-    from idlm.training.trainer import train as run
+    import idlm.nano.source  # noqa: F401  # makes its data known; here, because torch takes seconds to import
+    from idlm.training.config import load_config
+    from idlm.training.run import train as run
 
     result = run(load_config(config, context.args))
     if os.environ.get("RANK", "0") != "0":

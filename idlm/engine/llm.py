@@ -10,7 +10,8 @@ from typing import Any, overload
 
 import torch
 from jinja2 import TemplateError
-from tqdm.auto import tqdm
+from rich.console import Console
+from rich.progress import Progress
 
 from idlm.engine.build import DEFAULT_SLOTS, build_engine
 from idlm.engine.engine import Engine
@@ -118,7 +119,7 @@ class LLM:
         adapter: str | None = None,
         priority: int = 0,
         timeout: float | None = None,
-        use_tqdm: bool = False,
+        progress: bool = False,
     ) -> list[Result]:
         """Complete each prompt (text, or token ids); one result for each, in order.
 
@@ -128,7 +129,7 @@ class LLM:
             adapter: which adapter drafts.
             priority: lower goes first.
             timeout: seconds for each request, after which it ends as it is.
-            use_tqdm: show a progress bar.
+            progress: show a bar, where stderr is a terminal.
 
         Raises:
             InputError: a prompt is empty, longer than the context, or holds a MASK or ids the model does not have; or
@@ -144,12 +145,15 @@ class LLM:
         with self._requests() as add:
             groups = [add(prompt, one, **options) for prompt, one in zip(ids, params, strict=True)]
             done: dict[str, Result] = {}
-            with tqdm(total=len(groups), desc="requests", disable=not use_tqdm) as bar:
+            console = Console(stderr=True)
+            shown = progress and console.is_terminal
+            with Progress(console=console, disable=not shown) as bar:
+                task = bar.add_task("requests", total=sum(map(len, groups)))
                 while len(done) < sum(map(len, groups)):
                     for update in self.engine.step():
                         if update.result is not None:
                             done[update.request_id] = update.result
-                            bar.update(len(groups) / sum(map(len, groups)))
+                            bar.advance(task)
         return [_gather([done[one] for one in group]) for group in groups]
 
     @overload

@@ -31,7 +31,7 @@ from idlm.models.sources import read_json
 from idlm.models.tensor_info import TensorInfo
 from idlm.models.weights import embedding_rows, file_tensors, fingerprint, output_head
 
-__all__ = ["AdapterInfo", "fingerprint", "load_into", "read", "save"]
+__all__ = ["AdapterInfo", "fingerprint", "load_into", "read", "refill", "save"]
 
 FORMAT = 1
 CONFIG, TENSORS, EXTRA, MASK_ROW = (
@@ -186,6 +186,16 @@ def load_into(model: PreTrainedModel, folder: str | Path, mask_id: int | None = 
     gate = attach(model, info.spec, mask)
     _fill(model, load_file(info.folder / TENSORS), row)
     return gate, mask, info.block_size
+
+
+def refill(model: PreTrainedModel, folder: Path) -> None:
+    """Copy the adapter in `folder` into the one of its shape that is attached to `model`.
+
+    Raises:
+        InputError: as `load_into`.
+    """
+    _, row = _mask_row(model, _checked(model, folder), None)
+    _fill(model, load_file(folder / TENSORS), row)
 
 
 def load_more(idlm: Idlm, folder: Path) -> int:

@@ -268,6 +268,7 @@ def save_full(idlm: Idlm, folder: str | Path, block_size: int | None) -> None:
     if idlm.mask_id < rows:
         config.mask_token_id = idlm.mask_id
     config.block_size = block_size
-    idlm.model.save_pretrained(folder)
+    with _quiet():
+        idlm.model.save_pretrained(folder)
     if idlm.tokenizer is not None:
         idlm.tokenizer.save_pretrained(folder)

@@ -39,13 +39,13 @@ class LoraConfig:
 class DataConfig:
     """What is trained on.
 
-    `nano`: the project's own problems. `jsonl`: rows {prompt | messages, response} of the file `path`. `self`:
-    responses that the model generates, before training, to `prompts`: `bos` (the empty prompt), `nano` (the project's
-    problems), or a jsonl file of {prompt | messages}. `examples` limits the rows; of the last two sources the last
-    `held_out` rows are held out.
+    `jsonl`: rows {prompt | messages, response} of the file `path`. `self`: responses that the model generates, before
+    training, to `prompts`: `bos` (the empty prompt), a registered source, or a jsonl file of {prompt | messages}. Else
+    the name of a registered source, such as `nano`, the project's own problems. `examples` limits the rows; of `jsonl`
+    and `self` the last `held_out` rows are held out.
     """
 
-    source: Literal["nano", "jsonl", "self"] = "nano"
+    source: str = "nano"
     path: str | None = None
     prompts: str = "bos"
     examples: int | None = None

@@ -1,4 +1,4 @@
-"""What is trained on: examples from three sources, their order, and batches.
+"""What is trained on: examples, their order, and batches.
 
 The order and every random number are functions of (seed, number of the draw) alone, so a resumed run, or one that
 splits its batches otherwise, sees the same texts with the same phases.
@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
-from idlm.nano.problems import Problem, held_out_problems, training_problems
 from idlm.training.config import DataConfig
 from idlm.training.objective import Texts
 
@@ -44,33 +41,25 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Training and held-out examples, and how many responses were cut at the length limit."""
+class Source:
+    """Texts that a package brings along: pairs of a question and its answer, and a tokenizer.
 
-    training: list[Example]
-    held_out: list[Example]
-    cut: int
-
-
-def corpus(config: DataConfig, idlm: Idlm, draws: int, folder: Path) -> Corpus:
-    """The examples of a config; `draws` is how many the run needs, `folder` where generated responses are kept.
-
-    Raises:
-        InputError: naming the row that is broken, or too few rows.
+    Attributes:
+        training: the endless stream of pairs of a seed.
+        held_out: the first n pairs that no stream contains.
+        tokenizer: for a model from scratch.
     """
-    limit = min(config.max_length or idlm.context, idlm.context)
-    if config.source == "nano":
-        number = config.examples or draws
-        tokenizer = need_tokenizer(idlm)
-        training = nano_examples(islice(training_problems(config.seed), number), tokenizer)
-        held_out = nano_examples(iter(held_out_problems(config.held_out)), tokenizer)
-    else:
-        rows = _jsonl(config, idlm) if config.source == "jsonl" else _self(config, idlm, folder)
-        if len(rows) <= config.held_out:
-            raise InputError(f"data.held_out is {config.held_out} but there are {len(rows)} rows; lower it or add rows")
-        training, held_out = rows[: -config.held_out], rows[-config.held_out :]
-    cut = sum(e.length > limit for e in training)
-    return Corpus([fit(e, limit) for e in training], [fit(e, limit) for e in held_out], cut)
+
+    training: Callable[[int], Iterator[tuple[str, str]]]
+    held_out: Callable[[int], list[tuple[str, str]]]
+    tokenizer: Callable[[], PreTrainedTokenizerBase]
+
+
+SOURCES: dict[str, Source] = {}
+"""By the names that `data.source`, `data.prompts` and `model.tokenizer` give them.
+
+A package adds its own when it is imported, as `idlm.nano.source` does; training imports none.
+"""
 
 
 def fit(example: Example, limit: int) -> Example:
@@ -98,13 +87,14 @@ def need_tokenizer(idlm: Idlm) -> PreTrainedTokenizerBase:
     return idlm.tokenizer
 
 
-def nano_examples(problems: Iterator[Problem], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Chat prompt, worked solution and end token of each problem."""
-    chosen = list(problems)
-    prompts = chat_prompts([[{"role": "user", "content": p.question}] for p in chosen], tokenizer)
-    responses = tokenizer([p.solution for p in chosen], add_special_tokens=False)["input_ids"]
+def chat_examples(pairs: Iterable[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Chat prompt, answer and end token of each (question, answer)."""
+    chosen = list(pairs)
+    prompts = chat_prompts([[{"role": "user", "content": q}] for q, _ in chosen], tokenizer)
+    answers = tokenizer([answer for _, answer in chosen], add_special_tokens=False)["input_ids"]
     end = [tokenizer.eos_token_id]
-    return [Example(p, r + end, f"problem {i}") for i, (p, r) in enumerate(zip(prompts, responses, strict=True))]
+    rows = zip(prompts, answers, strict=True)
+    return [Example(p, a + end, f"problem {i}") for i, (p, a) in enumerate(rows)]
 
 
 def chat_prompts(conversations: list[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -155,7 +145,7 @@ def _ids(value: Any, name: str, idlm: Idlm, special: bool) -> list[int]:
     return value
 
 
-def _jsonl(config: DataConfig, idlm: Idlm) -> list[Example]:
+def jsonl_examples(config: DataConfig, idlm: Idlm) -> list[Example]:
     """Examples of a jsonl file; the end token is added to responses that are texts."""
     end = [] if idlm.tokenizer is None else [idlm.tokenizer.eos_token_id]
     examples = []
@@ -166,13 +156,6 @@ def _jsonl(config: DataConfig, idlm: Idlm) -> list[Example]:
         is_text = isinstance(row["response"], str)
         examples.append(Example(prompt_ids(row, name, idlm), response + (end if is_text else []), name))
     return examples
-
-
-def _self(config: DataConfig, idlm: Idlm, folder: Path) -> list[Example]:
-    """Examples that the model writes itself."""
-    from idlm.training.distill import distill  # distill reads prompts with this module
-
-    return distill(config, idlm, folder / "responses.jsonl")
 
 
 def draw_order(lengths: Sequence[int], draws: int, batch: int, seed: int) -> list[int]:
@@ -199,36 +182,50 @@ def draw_order(lengths: Sequence[int], draws: int, batch: int, seed: int) -> lis
     return sorted_order
 
 
-class Draws(Dataset[dict[str, Any]]):
-    """The run as one list: item k is the k-th text drawn, with its phase. One step takes one batch of neighbours."""
+class Draw(NamedTuple):
+    """One text as it is drawn: the example's number, the example, and the phase of its blocks."""
 
-    def __init__(self, examples: list[Example], draws: int, batch: int, seed: int, random_phase: bool) -> None:
+    number: int
+    example: Example
+    phase: int
+
+
+class Batch(NamedTuple):
+    """Texts for one forward, padded on the right with 0, and the numbers of their examples."""
+
+    texts: Texts
+    numbers: list[int]
+
+
+class Draws:
+    """The run as one list: draw k is example `order[k]` with the phase of k."""
+
+    def __init__(self, examples: list[Example], order: list[int], seed: int, random_phase: bool) -> None:
         self.examples = examples
+        self.order = order
         self.seed = seed
         self.random_phase = random_phase
-        self.order = draw_order([e.length for e in examples], draws, batch, seed)
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, draw: int) -> dict[str, Any]:
-        phase = random.Random(f"{self.seed}/phase/{draw}").getrandbits(31) if self.random_phase else 0
-        return {"text": self.examples[self.order[draw]], "example": self.order[draw], "phase": phase}
+    def __getitem__(self, draw: int) -> Draw:
+        phase = 0
+        if self.random_phase:
+            phase = random.Random(f"{self.seed}/phase/{draw}").getrandbits(31)
+        return Draw(self.order[draw], self.examples[self.order[draw]], phase)
+
+    def batch(self, number: int, size: int) -> Batch:
+        """The batch `number` of the run cut into batches of `size`; the last may be shorter."""
+        draws = range(number * size, min((number + 1) * size, len(self)))
+        return collate([self[k] for k in draws])
 
 
-def collate(items: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Texts padded on the right with 0: tokens [B, L], prompt, length, phase and example number [B]."""
-    texts: list[Example] = [item["text"] for item in items]
-    rows = [torch.tensor(e.prompt + e.response) for e in texts]
-    return {
-        "tokens": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
-        "prompt": torch.tensor([len(e.prompt) for e in texts]),
-        "length": torch.tensor([e.length for e in texts]),
-        "phase": torch.tensor([item["phase"] for item in items]),
-        "example": torch.tensor([item["example"] for item in items]),
-    }
-
-
-def as_texts(batch: dict[str, Tensor]) -> Texts:
-    """What the objective needs of a collated batch."""
-    return Texts(batch["tokens"], batch["prompt"], batch["length"], batch["phase"])
+def collate(draws: list[Draw]) -> Batch:
+    """The draws as one batch."""
+    examples = [draw.example for draw in draws]
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(e.prompt + e.response) for e in examples], batch_first=True)
+    prompt = torch.tensor([len(e.prompt) for e in examples])
+    length = torch.tensor([e.length for e in examples])
+    phase = torch.tensor([draw.phase for draw in draws])
+    return Batch(Texts(tokens, prompt, length, phase), [draw.number for draw in draws])

@@ -20,9 +20,16 @@ from transformers import GenerationConfig
 from idlm.errors import InputError
 from idlm.models.attention import NAME
 from idlm.models.idlm_model import Idlm
-from idlm.nano.problems import training_problems
 from idlm.training.config import DataConfig
-from idlm.training.data import Example, chat_prompts, fit, need_tokenizer, prompt_ids, read_jsonl
+from idlm.training.data import (
+    SOURCES,
+    Example,
+    chat_prompts,
+    fit,
+    need_tokenizer,
+    prompt_ids,
+    read_jsonl,
+)
 
 
 def distill(config: DataConfig, idlm: Idlm, file: Path) -> list[Example]:
@@ -52,16 +59,16 @@ def distill(config: DataConfig, idlm: Idlm, file: Path) -> list[Example]:
 
 def prompts_of(config: DataConfig, idlm: Idlm) -> list[tuple[list[int], str]]:
     """Token ids and name of each prompt that `data.prompts` and `data.examples` ask for."""
-    if config.prompts in ("bos", "nano") and config.examples is None:
+    if config.prompts in ("bos", *SOURCES) and config.examples is None:
         raise InputError(f"data.examples is missing; data.prompts: {config.prompts} needs to know how many to generate")
     if config.prompts == "bos":
         bos = idlm.model.config.bos_token_id
         if bos is None:
             raise InputError(f"the model {idlm.name!r} has no BOS token; give data.prompts a jsonl file of prompts")
         return [([bos], "the BOS prompt")] * int(config.examples or 0)
-    if config.prompts == "nano":
-        chosen = islice(training_problems(config.seed), config.examples)
-        chats = [[{"role": "user", "content": p.question}] for p in chosen]
+    if config.prompts in SOURCES:
+        pairs = islice(SOURCES[config.prompts].training(config.seed), config.examples)
+        chats = [[{"role": "user", "content": question}] for question, _ in pairs]
         return [(ids, f"problem {i}") for i, ids in enumerate(chat_prompts(chats, need_tokenizer(idlm)))]
     rows = islice(read_jsonl(config.prompts), config.examples)
     return [(prompt_ids(row, name, idlm), name) for name, row in rows]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from idlm.training.config import TrainConfig
-from idlm.training.data import Draws, Example, as_texts, collate
-from idlm.training.objective import Objective, Wanted, clean_rows
+from idlm.training.data import Draws, Example
+from idlm.training.objective import Objective, Texts, Wanted, clean_rows
 
 
 @torch.no_grad()
@@ -24,22 +26,21 @@ def measure(objective: Objective, examples: list[Example], config: TrainConfig, 
     block_size = config.stage(max(step, 0)).block_size
     ordered = sorted(examples, key=lambda e: e.length)
     # always at random phases, whatever is trained: decoding drafts from anywhere
-    draws = Draws(ordered, len(ordered), len(ordered), config.seed, random_phase=True)
-    draws.order = list(range(len(ordered)))
-    items, size = [draws[i] for i in range(len(draws))], config.batch_size
-    batches = [collate(items[at : at + size]) for at in range(0, len(items), size)]
-    sums = torch.stack([_sums(objective, batch, config, block_size) for batch in batches]).sum(0)
+    draws = Draws(ordered, list(range(len(ordered))), config.seed, random_phase=True)
+    size = config.batch_size
+    batches = [draws.batch(number, size) for number in range(math.ceil(len(draws) / size))]
+    sums = [_sums(objective, batch.texts, config, block_size) for batch in batches]
     objective.train(was_training)
-    return summary(sums, config.objective, block_size)
+    return summary(torch.stack(sums).sum(0), config.objective, block_size)
 
 
-def _sums(objective: Objective, batch: dict[str, Tensor], config: TrainConfig, block_size: int) -> Tensor:
+def _sums(objective: Objective, texts: Texts, config: TrainConfig, block_size: int) -> Tensor:
     """Sums over one batch: [3, b] of `Objective.measure`; for plain AR [2]: rows and nats."""
-    batch = {name: tensor.to(objective.balance.device) for name, tensor in batch.items()}
+    texts = send_to_device(texts, objective.idlm.device)
     if config.objective == "idlm":
-        return objective.measure(as_texts(batch), block_size).cpu()
-    rows = clean_rows(batch["prompt"], batch["length"], batch["tokens"].shape[1]).sum()
-    terms = objective.forward(as_texts(batch), Wanted(0, clean=True))
+        return objective.measure(texts, block_size).cpu()
+    rows = clean_rows(texts.prompt, texts.length, texts.tokens.shape[1]).sum()
+    terms = objective.forward(texts, Wanted(0, clean=True))
     return torch.stack([rows.double(), terms.clean.double()]).cpu()
 
 

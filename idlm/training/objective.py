@@ -115,7 +115,7 @@ def soft_term(noisy: Tensor, clean: Tensor, kind: str) -> Tensor:
 
 
 class Objective(nn.Module):
-    """The model with its loss: what `Trainer` trains, so that data parallelism wraps both forwards as one.
+    """The model with its loss, as one module: data parallelism wraps both forwards as one.
 
     Args:
         idlm: the model.
@@ -123,16 +123,12 @@ class Objective(nn.Module):
         emits_mask: whether softmaxes include the MASK column, as the plain AR loss does.
     """
 
-    balance: Tensor
-
     def __init__(self, idlm: Idlm, trains_clean: bool, emits_mask: bool = False) -> None:
         super().__init__()
         self.model = idlm.model
         self.idlm = idlm
         self.trains_clean = trains_clean
         self.emits_mask = emits_mask
-        self.register_buffer("balance", torch.ones((), dtype=torch.float64))
-        self.accepts_loss_kwargs = True
 
     def forward(self, texts: Texts, wanted: Wanted) -> Terms:
         """The sums of the wanted terms over the batch."""

@@ -1,61 +1,62 @@
-"""Muon for the hidden matrices and AdamW for everything else, as one optimizer that `Trainer` can drive and save."""
+"""The optimizers of a run and their learning rate."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
 
 import torch
 from torch import nn
+from torch.optim import AdamW, Optimizer
 
 from idlm.training.config import OptimizerConfig
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """Muon on 2-D weights other than embeddings and heads, AdamW on the rest (without weight decay).
+def optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
+    """AdamW; or Muon for the hidden matrices and AdamW, without weight decay, for the rest.
 
-    Muon's step is scaled to AdamW's size (`match_rms_adamw`), so one learning rate and one schedule serve both.
+    Muon's step is scaled to AdamW's size (`match_rms_adamw`), so one learning rate serves both.
     """
+    lr, decay = config.lr, config.weight_decay
+    if config.name == "adamw":
+        decayed, rest = split_by_decay(model)
+        groups = [{"params": decayed, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
+        return [AdamW(groups, lr, config.betas, fused=True)]
+    matrices, rest = split_parameters(model)
+    found: list[Optimizer] = []
+    if matrices:
+        found.append(torch.optim.Muon(matrices, lr, decay, adjust_lr_fn="match_rms_adamw"))
+    if rest:
+        found.append(AdamW(rest, lr, config.betas, weight_decay=0.0, fused=True))
+    return found
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
-        matrices, rest = split_parameters(model)
-        lr = config.lr
-        self.parts: list[torch.optim.Optimizer] = []
-        if matrices:
-            decay = config.weight_decay
-            self.parts.append(torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
-        if rest:
-            self.parts.append(torch.optim.AdamW(rest, lr=lr, betas=config.betas, weight_decay=0.0))
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
-        self._share_groups()
 
-    def _share_groups(self) -> None:
-        """One list of groups, the parts' own: a scheduler that sets `lr` here reaches them."""
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of each part."""
-        loss = closure() if closure is not None else None
-        for part in self.parts:
-            part.step()
-        return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        """The parts' states."""
-        return {"parts": [part.state_dict() for part in self.parts]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self._share_groups()
+def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trained matrices with the MASK row, a row of one; and the norms' weights and biases."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in trained if p.ndim > 1 or name.endswith("mask_row")]
+    chosen = {id(p) for p in decayed}
+    return decayed, [p for _, p in trained if id(p) not in chosen]
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The trained 2-D weights that are neither embeddings nor output heads, and the other trained parameters."""
+    """The trained 2-D weights that are neither embeddings nor output heads; and the others."""
     outer = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     outer |= {id(p) for name, p in model.named_parameters() if "lm_head" in name}
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if p.ndim == 2 and id(p) not in outer]
     chosen = {id(p) for p in matrices}
     return matrices, [p for p in trained if id(p) not in chosen]
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The rate of step `step` of `steps`: a linear warm-up to `lr`, then the schedule down to 0."""
+    if step < config.warmup:
+        return config.lr * (step / config.warmup)
+    if config.schedule == "wsd":
+        falling = round(config.decay * steps)
+        done = max(step - (steps - falling), 0) / max(falling, 1)
+        return config.lr * (1 - done)
+    after = max(steps - config.warmup, 1)
+    if config.schedule == "linear":
+        return config.lr * ((steps - step) / after)
+    return config.lr * (0.5 * (1 + math.cos(math.pi * ((step - config.warmup) / after))))

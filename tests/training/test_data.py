@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
 
+import idlm.nano.source  # noqa: F401  # registers `source: nano`
 from idlm.errors import InputError
-from idlm.nano.problems import is_held_out, problem, training_problems
+from idlm.nano.problems import held_out_problems, is_held_out, problem, training_problems
 from idlm.nano.tokenizer import END, train_tokenizer
 from idlm.training.config import DataConfig
-from idlm.training.data import Draws, Example, collate, corpus, draw_order, fit, nano_examples
+from idlm.training.corpus import corpus
+from idlm.training.data import SOURCES, Draw, Draws, Example, chat_examples, collate, draw_order, fit
 from tests.training import tiny
 
 
@@ -44,22 +48,27 @@ def test_order_depends_on_the_seed_and_sorts_by_length() -> None:
 
 def test_draw_is_the_same_whatever_was_drawn_before() -> None:
     examples = tiny.examples()
-    first, second = (Draws(examples, 80, 4, seed=3, random_phase=True) for _ in range(2))
+    order = draw_order([e.length for e in examples], 80, 4, seed=3)
+    first, second = (Draws(examples, order, seed=3, random_phase=True) for _ in range(2))
     assert [first[i] for i in range(80)][::-1] == [second[i] for i in reversed(range(80))]
-    phases = [first[i]["phase"] % 4 for i in range(80)]
+    phases = [first[i].phase % 4 for i in range(80)]
     assert set(phases) == {0, 1, 2, 3}
-    assert {Draws(examples, 80, 4, seed=3, random_phase=False)[i]["phase"] for i in range(80)} == {0}
+    assert {Draws(examples, order, seed=3, random_phase=False)[i].phase for i in range(80)} == {0}
 
 
 def test_collate_pads_on_the_right() -> None:
-    items = [
-        {"text": Example([5], [6, 7]), "example": 3, "phase": 9},
-        {"text": Example([1, 2], [3, 4]), "example": 0, "phase": 2},
-    ]
-    batch = collate(items)
-    assert batch["tokens"].tolist() == [[5, 6, 7, 0], [1, 2, 3, 4]]
-    assert (batch["prompt"].tolist(), batch["length"].tolist()) == ([1, 2], [3, 4])
-    assert (batch["phase"].tolist(), batch["example"].tolist()) == ([9, 2], [3, 0])
+    batch = collate([Draw(3, Example([5], [6, 7]), 9), Draw(0, Example([1, 2], [3, 4]), 2)])
+    texts = batch.texts
+    assert texts.tokens.tolist() == [[5, 6, 7, 0], [1, 2, 3, 4]]
+    assert (texts.prompt.tolist(), texts.length.tolist()) == ([1, 2], [3, 4])
+    assert (texts.phase.tolist(), batch.numbers) == ([9, 2], [3, 0])
+
+
+def test_batches_cut_the_run_into_neighbours() -> None:
+    draws = Draws(tiny.examples(10), list(range(10)), seed=0, random_phase=True)
+    batches = [draws.batch(number, 4) for number in range(3)]
+    assert [batch.numbers for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert batches[1].texts.phase.tolist() == [draws[i].phase for i in range(4, 8)]
 
 
 def test_long_responses_are_cut_and_long_prompts_refused() -> None:
@@ -110,8 +119,26 @@ def test_last_rows_are_held_out(tmp_path: Path) -> None:
 def test_nano_examples_are_chats_with_worked_solutions() -> None:
     tokenizer = train_tokenizer(problems=200)
     problems = [problem(0, i) for i in range(5)]
-    for example, p in zip(nano_examples(iter(problems), tokenizer), problems, strict=True):
+    for example, p in zip(
+        chat_examples([(p.question, p.solution) for p in problems], tokenizer), problems, strict=True
+    ):
         assert tokenizer.decode(example.prompt) == f"<|im_start|>user\n{p.question}<|im_end|>\n<|im_start|>assistant\n"
         assert tokenizer.decode(example.response) == p.solution + END
     stream = training_problems(0)
     assert not any(is_held_out(next(stream).question) for _ in range(200))
+
+
+def test_the_registered_source_is_the_projects_problems(tokenizer: PreTrainedTokenizerBase) -> None:
+    idlm = tiny.model()
+    idlm.tokenizer = tokenizer
+    idlm.model.config.max_position_embeddings = 600
+    data = corpus(DataConfig(source="nano", examples=6, held_out=3, seed=5), idlm, 10, Path())
+    told = [tokenizer.decode(e.response) for e in data.training]
+    assert told == [p.solution + END for p in islice(training_problems(5), 6)]
+    assert [tokenizer.decode(e.response) for e in data.held_out] == [p.solution + END for p in held_out_problems(3)]
+    assert SOURCES["nano"].tokenizer is train_tokenizer
+
+
+def test_an_unknown_source_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="data.source is 'nanno'; expected nano or jsonl or self"):
+        corpus(DataConfig(source="nanno"), tiny.model(), 10, tmp_path)

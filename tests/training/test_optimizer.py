@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch.optim import Optimizer
+from transformers import get_scheduler
 
+from idlm.training.checkpoint import load_optimizers, save_optimizers
 from idlm.training.config import OptimizerConfig
-from idlm.training.optimizer import MuonAdamW, split_parameters
+from idlm.training.optimizer import learning_rate, optimizers, split_by_decay, split_parameters
 from tests.training import tiny
 
 
@@ -24,19 +29,56 @@ def test_split(method: str, tied: bool) -> None:
         assert ("lm_head.weight" in rest) == (not tied) and "model.embed_tokens.weight" in rest
 
 
-def test_one_learning_rate_reaches_both_parts_also_after_a_reload() -> None:
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_one_learning_rate_reaches_all_parts_also_after_a_reload(tmp_path: Path, name: str) -> None:
     model = tiny.model("full").model
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    optimizer = MuonAdamW(model, OptimizerConfig(name="muon"))
-    optimizer.step()
-    optimizer.load_state_dict(optimizer.state_dict())
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
+    parts = optimizers(model, OptimizerConfig(name=name))
+    assert len(parts) == (2 if name == "muon" else 1)
+    for part in parts:
+        part.step()
+    save_optimizers(model, parts, tmp_path)
+    loaded = optimizers(model, OptimizerConfig(name=name))
+    load_optimizers(model, loaded, tmp_path)
+    for part, other in zip(parts, loaded, strict=True):
+        assert len(part.state) == len(other.state) > 0
+        for p, state in part.state.items():
+            assert state.keys() == other.state[p].keys()
+            assert all(torch.equal(state[key], other.state[p][key]) for key in state)
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer.step()
+    take_step(loaded, 0.0)
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
-    for group in optimizer.param_groups:
-        group["lr"] = 0.1
-    optimizer.step()
+    take_step(loaded, 0.1)
     assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def take_step(parts: list[Optimizer], rate: float) -> None:
+    for part in parts:
+        for group in part.param_groups:
+            group["lr"] = rate
+        part.step()
+
+
+def test_norms_and_biases_do_not_decay() -> None:
+    for method in ("full", "lora"):
+        model = tiny.model(method).model
+        decayed, rest = split_by_decay(model)
+        names = {id(p): name for name, p in model.named_parameters()}
+        assert len(decayed) + len(rest) == sum(p.requires_grad for p in model.parameters())
+        assert all("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in rest)
+        assert not any("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in decayed)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
+@pytest.mark.parametrize("warmup", [0, 7])
+def test_rates_are_those_of_transformers(schedule: str, warmup: int) -> None:
+    config = OptimizerConfig(lr=0.3, schedule=schedule, warmup=warmup, decay=0.4)  # type: ignore[arg-type]
+    stock = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    kind = "warmup_stable_decay" if schedule == "wsd" else schedule
+    more = {"num_decay_steps": 12, "decay_type": "linear"} if schedule == "wsd" else None
+    scheduler = get_scheduler(kind, stock, warmup, 30, more)
+    for step in range(30):
+        assert learning_rate(config, step, 30) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-15, abs=1e-16)
+        stock.step()
+        scheduler.step()

@@ -15,13 +15,14 @@ import yaml
 from torch import Tensor
 from typer.testing import CliRunner
 
+import idlm.nano.source  # noqa: F401  # registers `source: nano`
 from idlm.cli import app
 from idlm.errors import InputError
 from idlm.models.loading import load
 from idlm.nano.tokenizer import train_tokenizer
 from idlm.training.config import TrainConfig, as_tree
 from idlm.training.objective import Objective
-from idlm.training.trainer import train
+from idlm.training.run import train
 from tests.training import tiny
 from tests.waiting import HANG_SECONDS
 
@@ -29,25 +30,26 @@ ROOT = Path(__file__).parents[2]
 RUN = """
 import sys
 from idlm.training.config import load_config
-from idlm.training.trainer import train
+from idlm.training.run import train
 train(load_config(sys.argv[1]))
 """
 KILLED = """
 import os
 import signal
 import sys
-from idlm.training import trainer
+from idlm.training import checkpoint
 from idlm.training.config import load_config
+from idlm.training.run import train
 
-save_file = trainer.save_file
+save_file = checkpoint.save_file
 
 def save_and_die(tensors, path):
     save_file(tensors, path)
     if "checkpoint-24" in str(path):
         os.kill(os.getpid(), signal.SIGKILL)
 
-trainer.save_file = save_and_die
-trainer.train(load_config(sys.argv[1]))
+checkpoint.save_file = save_and_die
+train(load_config(sys.argv[1]))
 """
 """By itself, within a checkpoint: whoever watches from outside may come too late."""
 LORA = {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "v_proj"]}
@@ -149,6 +151,20 @@ def test_the_exported_model_gives_the_trained_logits(
     assert torch.equal(base, theirs[1]) == (method == "lora")
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_checkpoint_is_loadable_as_it_is(folder: Path, method: str) -> None:
+    stages = [{"steps": 2, "block_size": 2}, {"steps": 2, "block_size": 3}]
+    final = Path(train(config(folder, method, stages=stages, save_steps=2))["output"])
+    for step, block_size in ((2, 2), (4, 3)):
+        saved = folder / "run" / f"checkpoint-{step}"
+        again = load(folder / "model", adapter=saved) if method == "lora" else load(saved)
+        assert again.block_size == block_size
+    end = load(folder / "model", adapter=final) if method == "lora" else load(final)
+    for (name, one), other in zip(end.model.named_parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert not same(weights(folder / "run" / "checkpoint-2"), weights(folder / "run" / "checkpoint-4"))
+
+
 def test_plain_ar_from_scratch(folder: Path, tokenizer: str) -> None:
     architecture = {k: v for k, v in tiny.KEYS.items() if not k.endswith("_token_id")} | {"vocab_size": 320}
     run = tiny.config(
@@ -217,3 +233,25 @@ def test_two_processes_train_as_one(folder: Path) -> None:
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+
+
+def test_an_unknown_source_is_refused_before_anything_is_made(folder: Path) -> None:
+    with pytest.raises(InputError, match="data.source is 'nanno'; expected"):
+        train(tiny.config(folder, data={"source": "nanno"}))
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("module", ["idlm.training", "idlm.training.config", "idlm.training.run"])
+def test_without_accelerate_there_is_one_clear_error(module: str) -> None:
+    code = f"""
+import sys
+sys.modules["accelerate"] = None
+from idlm.errors import InputError
+try:
+    import {module}
+except InputError as error:
+    print(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "training needs the package accelerate; install it with pip install 'idlm[train]'\n"

@@ -1,0 +1,112 @@
+"""The output folder of a run: its config, its checkpoints, and nothing half-written.
+
+config.yaml           what a resumed run must agree with
+checkpoint-N/         the adapter or the whole model after N steps, loadable as it is, and
+    optimizer.safetensors   <parameter>.<key>: the optimizers' state
+    state.json              the rest (`loop.State`)
+.writing/             a folder being written; it gets its name when it is complete
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from idlm.errors import InputError
+from idlm.training.config import TrainConfig, as_tree
+
+STAGING = ".writing"
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+
+FREE_KEYS = ("resume", "device", "threads", "log_steps", "eval_steps", "save_steps")
+"""Keys that a resumed run may change: they do not touch the weights (threads may, in the last bits)."""
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `folder` at the end: a kill leaves no half of one."""
+    staging = folder.parent / STAGING / folder.name
+    shutil.rmtree(staging.parent, ignore_errors=True)
+    staging.mkdir(parents=True)
+    yield staging
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(staging, folder)
+    staging.parent.rmdir()
+
+
+def save_optimizers(model: nn.Module, optimizers: Iterable[Optimizer], folder: Path) -> None:
+    """Write the optimizers' tensors under their parameters' names."""
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    states = [(names[p], state) for each in optimizers for p, state in each.state.items()]
+    tensors = {f"{name}.{key}": t.contiguous() for name, state in states for key, t in state.items()}
+    save_file(tensors, folder / OPTIMIZER)
+
+
+def load_optimizers(model: nn.Module, optimizers: Iterable[Optimizer], folder: Path) -> None:
+    """Give the optimizers back what `save_optimizers` wrote."""
+    parameters = dict(model.named_parameters())
+    owner = {p: each for each in optimizers for group in each.param_groups for p in group["params"]}
+    for name, tensor in load_file(folder / OPTIMIZER).items():
+        parameter, _, key = name.rpartition(".")
+        p = parameters[parameter]
+        owner[p].state[p][key] = tensor.to(p.device)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders, oldest first; only complete ones bear the name."""
+    found = [p for p in folder.glob("checkpoint-*") if _step(p).isdecimal()]
+    return sorted(found, key=lambda p: int(_step(p)))
+
+
+def _step(checkpoint: Path) -> str:
+    return checkpoint.name.removeprefix("checkpoint-")
+
+
+def prepare_folder(config: TrainConfig) -> Path | None:
+    """Make the output folder, keep the config in it, and return the checkpoint to resume from.
+
+    Raises:
+        InputError: the folder holds a run and `resume` is not set, or that run had another config.
+    """
+    folder = Path(config.output_dir)
+    newest = next(reversed(checkpoints(folder)), None)
+    if newest is not None and not config.resume:
+        held = f"output_dir {config.output_dir!r} holds {newest.name}"
+        raise InputError(f"{held}; set resume: true or name another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir {config.output_dir!r} cannot be made: {error}; name another folder") from None
+    _keep_config(config, folder / "config.yaml", resumes=newest is not None)
+    return newest
+
+
+def _keep_config(config: TrainConfig, file: Path, resumes: bool) -> None:
+    """Write the config, unless it is there: several processes may come here at once."""
+    kept = file.read_text(encoding="utf-8") if file.exists() else None
+    if resumes and kept is not None:
+        _same_config(yaml.safe_load(kept), as_tree(config), "")
+    text = yaml.safe_dump(as_tree(config), sort_keys=False)
+    if text != kept:
+        file.write_text(text, encoding="utf-8")
+
+
+def _same_config(old: Any, new: Any, where: str) -> None:
+    """Refuse to resume a run under another config."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            if where or key not in FREE_KEYS:
+                _same_config(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+    elif old != new:
+        raise InputError(
+            f"cannot resume: {where} was {old!r}, now it is {new!r}; restore it or name another output_dir"
+        )

@@ -1,0 +1,230 @@
+"""The training loop: `Trainer.train_step` is one optimizer step, read from top to bottom.
+
+Accelerate starts the processes, wraps the model for data parallelism and reduces over ranks. The
+loss, the batches, the order of events and the checkpoints are here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor
+
+from idlm.errors import InputError
+from idlm.models.sources import read_json
+from idlm.training import checkpoint
+from idlm.training.checkpoint import STATE, written_whole
+from idlm.training.config import StageConfig, TrainConfig
+from idlm.training.corpus import Corpus
+from idlm.training.data import Batch, Draws, draw_order
+from idlm.training.log import Log
+from idlm.training.measure import measure
+from idlm.training.objective import Objective, Terms, Wanted
+from idlm.training.optimizer import learning_rate, optimizers
+from idlm.training.setup import Trainee
+from idlm.training.state import Rows, State, Sums
+
+KEPT_CHECKPOINTS = 2
+
+
+class NotFinite(InputError):
+    """The loss or the gradient is NaN or infinite; the weights are still those before the step."""
+
+
+class Trainer:
+    """A run: the model, its data, and how far it has come."""
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, student: Trainee, data: Corpus) -> None:
+        self.config, self.accelerator, self.student, self.data = config, accelerator, student, data
+        self.folder = Path(config.output_dir)
+        self.log = Log(self.folder, accelerator.is_main_process)
+        self.state = State()
+        self.objective = Objective(
+            student.idlm,
+            trains_clean=config.method == "full",
+            emits_mask=config.objective == "ar",
+        ).train()
+        parts = optimizers(self.objective, config.optimizer)
+        self.model, *self.optimizers = accelerator.prepare(self.objective, *parts)
+        batch = config.batch_size * config.accumulation * accelerator.num_processes
+        lengths = [e.length for e in data.training]
+        order = draw_order(lengths, config.steps * batch, batch, config.seed)
+        self.draws = Draws(data.training, order, config.seed, config.random_phase)
+
+    def run(self, resume: Path | None = None) -> dict[str, Any]:
+        """Train to the last step, from a checkpoint if one is given; the held-out measurements."""
+        config, state = self.config, self.state
+        if resume is not None:
+            self.load(resume)
+        measured = None
+        with self.log.running(state.step, config.steps) as show:
+            while state.step < config.steps:
+                self.train_step()
+                show(state.step)
+                last = state.step == config.steps
+                if last or state.step % config.eval_steps == 0:
+                    measured = self.evaluate()
+                if last or state.step % config.save_steps == 0:
+                    self.save()
+        return measured or self.measure()
+
+    def train_step(self) -> None:
+        """One optimizer step, or NotFinite before it is taken."""
+        config, state, accelerator = self.config, self.state, self.accelerator
+        stage = config.stage(state.step)
+        # a function of the step, so that a resumed run drops out the same activations
+        torch.manual_seed(self.step_seed())
+
+        # data: this rank's micro-batches, and the supervised rows of all ranks
+        batches = self.micro_batches()
+        rows = self.count(batches)
+
+        # forward and backward; the losses of micro-batches and ranks are shares of one sum, but data
+        # parallelism averages gradients over ranks
+        losses, parts = [], []
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                with torch.autocast(accelerator.device.type, torch.bfloat16, config.bf16):
+                    terms = self.model(batch.texts, wanted(config, stage))
+                loss = self.loss(terms, rows, stage)
+                accelerator.backward(loss * accelerator.num_processes)
+            losses.append(loss.detach())
+            parts.append(Terms(*(term.detach().double() for term in terms)))
+
+        # clip
+        limit = config.optimizer.grad_clip if config.optimizer.grad_clip > 0 else math.inf
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), limit)
+
+        # finite, or stop
+        for loss, batch in zip(losses, batches, strict=True):
+            self.check_finite(loss, "loss", batch.numbers)
+        self.check_finite(norm, "gradient norm", [n for batch in batches for n in batch.numbers])
+
+        # step
+        rate = learning_rate(config.optimizer, state.step, config.steps)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+
+        # log
+        mine = Terms(*(sum(part) for part in zip(*parts, strict=True)))
+        total = accelerator.reduce(mine, reduction="sum")
+        state.unreported.add(float(self.loss(total, rows, stage)), total, rows)
+        if total.noisy > 0 and total.clean > 0:
+            state.balance = float((total.noisy / rows.noisy) / (total.clean / rows.clean))
+        state.step += 1
+        if state.step % config.log_steps == 0:
+            self.report({"grad_norm": float(norm), "learning_rate": rate})
+
+    # -- the loss
+
+    def loss(self, terms: Terms, rows: Rows, stage: StageConfig) -> Tensor:
+        """The loss of a step; for the terms of a micro-batch its share, so the split is all one.
+
+        `rows` are those of the whole step, over its micro-batches and all ranks.
+        """
+        weight = self.config.lambda_of(stage) if self.config.objective == "idlm" else 1.0
+        noisy = stage.hard * terms.noisy + stage.soft_weight * terms.soft
+        clean = (self.state.balance if weight == "auto" else weight) * terms.clean
+        return noisy / max(rows.noisy, 1) + clean / max(rows.clean, 1)
+
+    def check_finite(self, value: Tensor, what: str, examples: list[int]) -> None:
+        """Raise NotFinite, naming the batch."""
+        if math.isfinite(float(value)):
+            return
+        rows = ", ".join(self.data.training[i].row for i in examples)
+        raise NotFinite(
+            f"the {what} of step {self.state.step} is {float(value)} in the batch of examples "
+            f"{examples} ({rows}); the step was not taken: look at these rows or lower optimizer.lr"
+        )
+
+    # -- the batches
+
+    def micro_batches(self) -> list[Batch]:
+        """This rank's batches of the running step, on its device."""
+        config, ranks = self.config, self.accelerator.num_processes
+        first = self.state.step * config.accumulation * ranks + self.accelerator.process_index
+        numbers = range(first, first + config.accumulation * ranks, ranks)
+        batches = [self.draws.batch(number, config.batch_size) for number in numbers]
+        return [send_to_device(batch, self.accelerator.device) for batch in batches]
+
+    def count(self, batches: list[Batch]) -> Rows:
+        """Supervised rows of the whole step: of n response tokens, n clean rows and n - 1 MASKs."""
+        responses = [batch.texts.length - batch.texts.prompt for batch in batches]
+        clean = torch.cat(responses).sum()
+        noisy = torch.cat([length - 1 for length in responses]).sum()
+        rows = self.accelerator.reduce(torch.stack([noisy, clean]), reduction="sum")
+        return Rows(*rows.tolist())
+
+    def step_seed(self) -> int:
+        """The seed of whatever is random in this rank's running step."""
+        name = f"{self.config.seed}/step/{self.state.step}/{self.accelerator.process_index}"
+        return random.Random(name).getrandbits(63)
+
+    # -- reports and checkpoints
+
+    @property
+    def stage(self) -> StageConfig:
+        """The stage of the last step taken."""
+        return self.config.stage(max(self.state.step - 1, 0))
+
+    def report(self, more: dict[str, float]) -> None:
+        """The means since the last report, and `more`."""
+        means = self.state.unreported.means(self.stage.soft)
+        entry = {"step": self.state.step, "loss": means.pop("loss")}
+        self.log.write(entry | more | means)
+        self.state.unreported = Sums()
+
+    def measure(self) -> dict[str, Any]:
+        """Held-out measurements at the running stage's block size."""
+        return measure(self.objective, self.data.held_out, self.config, self.state.step - 1)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Measure and report."""
+        measured = self.measure()
+        self.log.write({"step": self.state.step, **measured})
+        return measured
+
+    def save(self) -> None:
+        """Write a checkpoint, and remove all but the newest ones."""
+        if self.accelerator.is_main_process:
+            with written_whole(self.folder / f"checkpoint-{self.state.step}") as folder:
+                self.export(folder)
+                checkpoint.save_optimizers(self.objective, self.optimizers, folder)
+                (folder / STATE).write_text(json.dumps(asdict(self.state)), encoding="utf-8")
+            for old in checkpoint.checkpoints(self.folder)[:-KEPT_CHECKPOINTS]:
+                shutil.rmtree(old, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint."""
+        kept = read_json(folder / STATE)
+        self.student.load(folder)
+        checkpoint.load_optimizers(self.objective, self.optimizers, folder)
+        self.state.step, self.state.balance = kept["step"], kept["balance"]
+        self.state.unreported = Sums(**kept["unreported"])
+
+    def export(self, folder: Path) -> None:
+        """Write the adapter, or the whole model, as it is now."""
+        block_size = None if self.config.objective == "ar" else self.stage.block_size
+        self.student.export(folder, block_size)
+
+
+def wanted(config: TrainConfig, stage: StageConfig) -> Wanted:
+    """The terms that a stage's loss has."""
+    if config.objective == "ar":
+        return Wanted(0, clean=True)
+    return Wanted(stage.block_size, clean=config.lambda_of(stage) != 0, soft=stage.soft)
