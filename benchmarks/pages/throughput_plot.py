@@ -42,8 +42,7 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Line]:
     """Points of each series: requests at once, tokens per second."""
     found: dict[tuple[str, str], Line] = {}
     for row in rows:
-        engine, _, variant = row["engine"].partition(" ")
-        key = (engine, variant or row["mode"])
+        key = (row["engine"], row["mode"])
         if key in SERIES:
             found.setdefault(key, []).append((row["concurrency"], row["tokens_per_second"]))
     return {key: sorted(found[key]) for key in SERIES if key in found}
