@@ -7,10 +7,14 @@ from collections import Counter
 
 from idlm import LLM, SamplingParams
 
+QUESTION = (
+    "Leo has 12 cookies. After that he gives away 4 of the cookies. "
+    "Then he finds 33 more cookies at school. How many cookies does Leo have now?"
+)
+
 model = sys.argv[1] if len(sys.argv) > 1 else "nano"
 llm = LLM(model, stride=8, branches="all")
-question = "Mia has 14 apples. Then she buys 9 more apples at the market. How many apples does Mia have now?"
-prompt = llm.encode_chat([{"role": "user", "content": question}])
+prompt = llm.encode_chat([{"role": "user", "content": QUESTION}])
 sources: Counter[str] = Counter()
 for update in llm.stream(prompt, SamplingParams(temperature=0, max_tokens=200)):
     print(update.text, end="", flush=True)
