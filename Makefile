@@ -9,6 +9,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 
 VLLM     := build/vllm
 LLAMACPP := build/llamacpp
+LOWEST   := build/lowest
 MODELS   := build/models
 SMOLLM   := $(MODELS)/SmolLM2-135M-Instruct
 
@@ -16,7 +17,7 @@ SMOLLM   := $(MODELS)/SmolLM2-135M-Instruct
 FOREIGN := gcc-aarch64-linux-gnu=/usr/bin/aarch64-linux-gnu-gcc \
 	libc6-dev-arm64-cross=/usr/aarch64-linux-gnu/include/stdio.h qemu-user=/usr/bin/qemu-aarch64
 
-.PHONY: demo test kernels-everywhere foreign-packages lint wheel bench cost-curve gpu-check soak server-faults server-bytes server-fuzz server-speed \
+.PHONY: demo test test-lowest kernels-everywhere foreign-packages lint wheel bench cost-curve gpu-check soak server-faults server-bytes server-fuzz server-speed \
 	real-model peers vllm llamacpp models docs clean
 .DELETE_ON_ERROR:
 
@@ -25,6 +26,19 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+# at the lowest versions that pyproject.toml declares, in an environment of its own; the tests of GGUF files need more
+test-lowest: $(LOWEST)/.installed
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 tests/decoding tests/engine tests/models tests/serving tests/training \
+		--ignore tests/models/test_gguf.py $(ARGS)
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt \
+		"$$(grep '^torch==' constraints-lowest.txt)" setuptools
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt \
+		--no-build-isolation -e '.[serve,train,chat]' httpx2 hypothesis jsonschema peft pytest pytest-timeout pytest-xdist
+	@touch $@
 
 # every build of the C kernels that this processor runs, as in `make test`, and ARM64's
 kernels-everywhere: $(STAMP)
@@ -122,8 +136,10 @@ $(LLAMACPP)/.installed:
 	cp $(LLAMACPP)/source/build/bin/llama-server $(LLAMACPP)/bin/
 	@touch $@
 
+# everything in the documents that is generated; a test fails where it is stale
 docs: $(STAMP)
 	$(BIN)/typer idlm.cli utils docs --name idlm --title 'Command line' --output docs/cli.md
+	$(BIN)/python -m benchmarks.pages
 
 clean:
 	rm -rf $(VENV)

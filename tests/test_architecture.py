@@ -11,7 +11,7 @@ import idlm
 
 ROOT = Path(idlm.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-EVERYWHERE = {"errors", "params", "__version__"}
+EVERYWHERE = {"errors", "extras", "params", "__version__"}
 """Modules at the package's top that every package may use."""
 MAY_IMPORT = {
     "decoding": set(),

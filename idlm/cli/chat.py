@@ -10,6 +10,7 @@ import typer
 from idlm.cli import common
 from idlm.cli.sampling import with_sampling
 from idlm.errors import InputError
+from idlm.extras import need
 from idlm.params import SamplingParams
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def chat(
 
     partner: Partner
     if url is not None:
+        need("chat", "idlm chat --url")
         from idlm.ui.chat_remote import RemotePartner
 
         partner = RemotePartner(url, _key(api_key), name, sampling)

@@ -10,6 +10,7 @@ import typer
 
 from idlm.cli import common
 from idlm.errors import InputError
+from idlm.extras import need
 from idlm.serving.config import AR_SUFFIX, EngineConfig, Limits, ServeConfig
 
 KEY_VARIABLE = "IDLM_API_KEY"
@@ -55,6 +56,7 @@ def serve(
     drain_seconds: Annotated[float, _option("Limits", "For what runs when the server ends.")] = BOUNDS.drain_seconds,
 ) -> None:
     """Serve a model over an OpenAI-compatible API."""
+    need("serve", "idlm serve")
     queue = max(max_num_seqs, max_n, max_prompts) if queue_requests is None else queue_requests
     bounds = (queue, queue_tokens, max_tokens, max_n, max_prompts, max_body)
     limits = Limits(*bounds, timeout=timeout, drain_seconds=drain_seconds)

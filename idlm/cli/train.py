@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from idlm.extras import need
+
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Settings of the command: what Typer does not know is an override of the config."""
 
@@ -21,6 +23,7 @@ def train(
 
     Any key of the config can be set here: --optimizer.lr=0.001 --stages.0.steps=50 --resume=true
     """
+    need("train", "idlm train")
     import idlm.nano.source  # noqa: F401  # makes its data known; here, because torch takes seconds to import
     from idlm.training.config import load_config
     from idlm.training.run import train as run

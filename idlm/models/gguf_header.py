@@ -13,11 +13,11 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from idlm.errors import InputError
+from idlm.extras import need
 from idlm.models.tensor_info import TensorInfo
 
 MAGIC = b"GGUF"
@@ -27,9 +27,6 @@ STRING, ARRAY = 8, 9
 ALIGNMENT = 32
 DAMAGE = (struct.error, UnicodeDecodeError, KeyError, TypeError, ZeroDivisionError, RecursionError)
 """What parsing raises where bytes are missing or changed."""
-
-NEEDED = ("gguf", "accelerate")
-"""What transformers loads GGUF files with; the optional dependencies [gguf]."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +58,7 @@ def read_header(path: Path) -> GgufHeader:
         InputError: the packages for GGUF are missing; it is no GGUF file, of another version, or truncated; or it has
             tensors of a type that the package `gguf` does not know.
     """
-    if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise InputError(f"{str(path)!r} needs the package {missing[0]}; install it with pip install 'idlm[gguf]'")
+    need("gguf", repr(str(path)))
     with path.open("rb") as file:
         _check_version(path, file.read(8))
         try:

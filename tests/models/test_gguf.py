@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
 
 import idlm
-from idlm import LLM, SamplingParams
+from idlm import LLM, SamplingParams, extras
 from idlm.cli import app
 from idlm.models import adapter, gguf_header, loading, weights
 from idlm.models.checkpoint import inspect_checkpoint
@@ -301,7 +301,7 @@ def test_without_the_packages(
     package: str, llama: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(gguf_header, "find_spec", lambda name: None if name == package else find(name))
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == package else find(name))
     text = refusal(lambda: idlm.load(llama), capfd)
     assert f"needs the package {package}; install it with pip install 'idlm[gguf]'" in text
 

@@ -1,0 +1,67 @@
+"""The part of docs/converting.md that lists the keys of a training config, made from the dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterator
+from inspect import getdoc
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from benchmarks.pages.tables import markdown
+from idlm.training.config import TrainConfig, as_tree
+
+NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", dict: "mapping", type(None): "null"}
+
+
+def render() -> str:
+    """The sections of the page, from the top of the config down."""
+    return "\n".join(_section(TrainConfig, "The top of the config"))
+
+
+def _section(config: type, title: str) -> Iterator[str]:
+    """A dataclass: its docstring, its keys, then the sections under it."""
+    hints = get_type_hints(config)
+    fields = dataclasses.fields(config)
+    sections = [(f, _dataclass_in(hints[f.name])) for f in fields]
+    yield f"### {title}\n"
+    yield (getdoc(config) or "") + "\n"
+    rows = [(f"`{_key(f)}`", _type(hints[f.name]), _default(f)) for f, inner in sections if inner is None]
+    yield from markdown(("key", "value", "default"), rows)
+    yield ""
+    for field, inner in sections:
+        if inner is not None:
+            several = get_origin(hints[field.name]) is tuple
+            yield from _section(inner, f"`{_key(field)}`" + (", a list of" if several else ""))
+
+
+def _key(field: dataclasses.Field[Any]) -> str:
+    """The YAML key: `lambda` is a word of Python, so its field ends in an underscore."""
+    return field.name.rstrip("_")
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """The dataclass that a hint is, or is a tuple of."""
+    inner = next(iter(get_args(hint)), None) if get_origin(hint) is tuple else hint
+    return inner if isinstance(inner, type) and dataclasses.is_dataclass(inner) else None
+
+
+def _type(hint: Any) -> str:
+    """A type as a reader of YAML calls it."""
+    if get_origin(hint) is Literal:
+        return ", ".join(f"`{option}`" for option in get_args(hint))
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_type(option) for option in get_args(hint))
+    if get_origin(hint) is tuple:
+        options = get_args(hint)
+        return "list" if options[-1] is Ellipsis else f"list of {len(options)}"
+    return NAMES[get_origin(hint) or hint]
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    """The default as YAML has it; a key without one is required."""
+    if field.default is dataclasses.MISSING:
+        return "required"
+    value = as_tree(field.default)
+    words = {None: "null", True: "true", False: "false"}
+    return f"`{words[value]}`" if value is None or isinstance(value, bool) else f"`{value}`".replace("'", "")

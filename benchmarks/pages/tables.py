@@ -1,0 +1,305 @@
+"""Markdown tables of the results, one function for each kind of file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+Report = Mapping[str, Any]
+Table = Callable[[Report], Iterator[str]]
+
+ENGINES = ("idlm ar", "idlm planner", "idlm chain", "idlm all", "vllm compiled", "vllm eager", "transformers static")
+"""Columns of the tables of the serving bench, where the file has them."""
+PRODUCT_ROWS = (1, 4, 64)
+"""Rows of a matrix product that the page shows."""
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
+    """The lines of a table."""
+    yield f"| {' | '.join(head)} |"
+    yield "|---" * len(head) + "|"
+    yield from (f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
+def times(ratio: float) -> str:
+    """A ratio as 1.23x."""
+    return f"{ratio:.2f}x"
+
+
+def spread(figures: Mapping[str, float]) -> str:
+    """A median with its range."""
+    return f"{figures['median']:.2f} ({figures['min']:.2f}-{figures['max']:.2f})"
+
+
+def shares(values: Iterable[float | None]) -> str:
+    """Acceptance by depth; a depth that was never reached is a dash."""
+    return " ".join("-" if value is None else f"{value:.3f}" for value in values)
+
+
+def same_bytes(report: Report) -> Iterator[str]:
+    """Of `benchmarks.same_bytes`."""
+    rows = [(name, m["pairs"], m["equal"], m["plans"], m["ar_tokens"]) for name, m in report["models"].items()]
+    yield from markdown(("model", "pairs", "equal", "plans", "tokens of AR"), rows)
+
+
+def drafted_bytes(report: Report) -> Iterator[str]:
+    """Of `benchmarks.drafted_bytes`."""
+    rows = [(plan, report["prompts"], p["equal"], f"{p['tpf']:.2f}") for plan, p in report["plans"].items()]
+    yield from markdown(("plan", "prompts", "equal", "TPF"), rows)
+
+
+def server_bytes(report: Report) -> Iterator[str]:
+    """Of `benchmarks.server_bytes`."""
+    keys = ("model", "concurrency", "cache", "requests", "same", "tokens", "cached_prompt_tokens")
+    head = ("model", "requests at once", "cache", "requests", "same bytes", "tokens", "cached prompt tokens")
+    yield from markdown(head, [[row[key] for key in keys] for row in report["rows"]])
+
+
+def structured(report: Report) -> Iterator[str]:
+    """Of `benchmarks.structured`."""
+    ended = report["ended"]
+    yield from markdown(
+        ("schemas", "outputs that ended", "cut at their limit", "invalid", "ISD differs from AR", "a mask, mean"),
+        [
+            (
+                report["schemas"], ended["stop"], ended["length"], len(report["faults"]), len(report["differ"]),
+                f"{report['mask_us_mean']:.0f} us",
+            )
+        ],
+    )  # fmt: skip
+
+
+def problems(report: Report) -> Iterator[str]:
+    """Of `idlm.nano.evaluate`."""
+    rows = []
+    for name, run in report["runs"].items():
+        same, tpf = run.get("same_tokens_as_transformers"), run.get("tpf")
+        rows.append(
+            (
+                name, f"{run['accuracy']:.2%}", "-" if same is None else f"{same:.0%}",
+                "-" if tpf is None else f"{tpf:.2f}", shares(run.get("acceptance", ())),
+            )
+        )  # fmt: skip
+    yield from markdown(("run", "exact answers", "same tokens", "TPF", "acceptance by depth"), rows)
+
+
+def outcomes(report: Report) -> Iterator[str]:
+    """Of `benchmarks.outcomes`."""
+    rows = []
+    for row in report["rows"]:
+        for plan in row["plans"]:
+            ratio = times(row["all_over_chain"]) if plan["plan"].startswith("all") else ""
+            rows.append(
+                (plan["plan"], f"{plan['tpf']:.2f}", f"{plan['expected']:.2f}", ratio, shares(plan["acceptance"]))
+            )
+    yield from markdown(("plan", "TPF", "by the formula", "all over chain", "acceptance by depth"), rows)
+
+
+def serving(report: Report) -> Iterator[str]:
+    """Of `benchmarks.serving`: tokens per second, then ratios of the same round."""
+    cells = {(_series(row), row["concurrency"]): row for row in report["rows"]}
+    series = [name for name in ENGINES if any(name == found for found, _ in cells)]
+    counts = sorted({count for _, count in cells})
+    speeds = [[count, *(f"{cells[name, count]['tokens_per_second']:,.0f}" for name in series)] for count in counts]
+    yield "Tokens per second:\n"
+    yield from markdown(("requests at once", *series), speeds)
+    ours = [name for name in series if name.startswith("idlm") and name != "idlm ar"]
+    peers = [name for name in series if not name.startswith("idlm")]
+    yield "\nRatios of the same round, and tokens per forward:\n"
+    head = (
+        "requests at once",
+        *(f"{name} over idlm ar" for name in ours),
+        *(f"idlm ar over {name}" for name in peers),
+        "TPF of the planner",
+    )
+    rows = [
+        [
+            count,
+            *(_ratio(cells[name, count]) for name in ours),
+            *(_inverse(cells[name, count]) for name in peers),
+            f"{cells['idlm planner', count]['tpf']:.2f}",
+        ]
+        for count in counts
+    ]
+    yield from markdown(head, rows)
+
+
+def _series(row: Report) -> str:
+    return f"{row['engine']} {row['mode']}"
+
+
+def _ratio(row: Report) -> str:
+    low, high = row["speedup_range"]
+    return f"{times(row['speedup_over_ar'])} ({low:.2f}-{high:.2f})"
+
+
+def _inverse(row: Report) -> str:
+    low, high = row["speedup_range"]
+    return f"{times(1 / row['speedup_over_ar'])} ({1 / high:.2f}-{1 / low:.2f})"
+
+
+def real_model(report: Report) -> Iterator[str]:
+    """Of `benchmarks.real_model`."""
+    rows = []
+    for row in sorted(report["rows"], key=lambda row: (row["threads"], row["concurrency"], row["precision"])):
+        ours = row["engine"] == "idlm"
+        rows.append(
+            (
+                row["threads"], row["concurrency"], row["precision"], _series(row),
+                f"{row['tokens_per_second']['median']:.1f}", f"{row['decode_tokens_per_second']['median']:.1f}",
+                "" if ours else times(1 / row["over_our_ar"]["median"]),
+                "" if ours else times(1 / row["decode_over_our_ar"]["median"]),
+            )
+        )  # fmt: skip
+    yield from markdown(
+        ("threads", "requests", "precision", "engine", "tokens/s", "decoding alone", "idlm over it", "decoding alone"),
+        rows,
+    )
+    yield "\nA step of more rows over a step of one row for each request:\n"
+    widths = sorted({width for step in report["steps"] for width in step["rows"]}, key=int)
+    yield from markdown(
+        ("threads", "requests", "precision", "AR step", *(f"{width} rows" for width in widths)),
+        [
+            (
+                step["threads"], step["batch"], step["precision"], f"{step['ar_step_ms']:.1f} ms",
+                *(f"{step['rows'][width]['over_ar']:.2f}" for width in widths),
+            )
+            for step in report["steps"]
+        ],
+    )  # fmt: skip
+
+
+def cost_curve(report: Report) -> Iterator[str]:
+    """Of `benchmarks.cost_curve`."""
+    widths = list(next(iter(report["models"].values()))["batches"]["1"]["overhead"])
+    rows = []
+    for name, model in report["models"].items():
+        for batch, found in model["batches"].items():
+            best = found["planner"]
+            overhead = [f"{found['overhead'][width]:.2f}" for width in widths]
+            speed = times(found["expected_speedup"][best])
+            rows.append((name, batch, f"{found['ar_step_ms']:.1f} ms", *overhead, best, speed))
+    wanted = ", ".join(str(a) for a in report["acceptance"])
+    head = ("model", "requests", "AR step", *widths, "the planner picks", f"speed-up at acceptance {wanted}")
+    yield from markdown(head, rows)
+
+
+def kernels(report: Report) -> Iterator[str]:
+    """Of `benchmarks.kernels`: what an engine chooses in float32, and PyTorch."""
+    cells = {(r["model"], r["inputs"], r["outputs"], r["rows"], r["candidate"]): r for r in report["rows"]}
+    rows = []
+    for model, inputs, outputs, count, candidate in cells:
+        if candidate == "chosen" and count in PRODUCT_ROWS:
+            own = cells[model, inputs, outputs, count, candidate]
+            torch = cells[model, inputs, outputs, count, "torch"]
+            rows.append(
+                (
+                    model, f"{inputs}x{outputs}", count, f"{own['us']:.1f}", f"{torch['us']:.1f}",
+                    f"{own['of_bandwidth']:.2f}", f"{own['of_arithmetic']:.2f}",
+                )
+            )  # fmt: skip
+    yield from markdown(
+        ("model", "shape", "rows", "chosen, us", "PyTorch, us", "share of bandwidth", "share of arithmetic"), rows
+    )
+
+
+def server_speed(report: Report) -> Iterator[str]:
+    """Of `benchmarks.server_speed`."""
+    rows = []
+    for row in report["rows"]:
+        over, ttft = row.get("over_offline"), row["ttft_ms"]
+        rows.append(
+            (
+                row["concurrency"], row["name"], f"{row['tokens_per_second']['median']:,.0f}",
+                f"{ttft['p50']:.1f}, {ttft['p99']:.1f}", f"{row['tpot_ms']['p50']:.1f}",
+                spread(over) if over else "",
+            )
+        )  # fmt: skip
+    yield from markdown(
+        ("requests at once", "engine", "tokens/s", "TTFT p50, p99 (ms)", "TPOT p50 (ms)", "over the engine alone"), rows
+    )
+
+
+def server_faults(report: Report) -> Iterator[str]:
+    """Of `benchmarks.server_faults`."""
+    load, left, kill, drain = (report[name] for name in ("overload", "disconnect", "kill", "drain"))
+    worst = max(load["p99_ratio"].values())
+    over = load["overload"]
+    yield from markdown(
+        ("fault", "what happened"),
+        [
+            (
+                f"{over['offered_per_second']:.0f} requests/s offered for {load['seconds']:.0f} s",
+                f"{over['accepted_per_second']:.0f}/s answered, with a p99 at most {worst:.2f} times that without "
+                f"overload; {over['statuses']['429']:,} refused in {over['refusal_ms']['p50']:.1f} ms (p50); "
+                f"{over['hanging']} hung",
+            ),
+            (
+                f"{left['clients']:,} clients leave at random points",
+                f"all slots, pages and queues at zero after {left['seconds_to_zero']:.2f} s",
+            ),
+            (
+                f"kill -9 of the engine with {kill['streams']} streams, {kill['rounds']} times",
+                f"{kill['told']} of {kill['streams'] * kill['rounds']} told within "
+                f"{kill['latest_error_seconds']['max']:.2f} s; the same answers afterwards "
+                f"{kill['same_answers_after']} times",
+            ),
+            *(
+                (
+                    f"SIGTERM, {found['drain_seconds']:g} s allowed, {found['in_flight']} in flight",
+                    f"{found['finished']} finished, {found['told_with_an_error']} told with an error",
+                )
+                for found in drain.values()
+            ),
+        ],
+    )
+
+
+def server_fuzz(report: Report) -> Iterator[str]:
+    """Of `benchmarks.server_fuzz`."""
+    found = ", ".join(f"{failure['count']} {failure['title'].lower()}" for failure in report["failures"])
+    yield from markdown(
+        ("cases", "routes with a 500", "other failures", "left behind"),
+        [(f"{report['cases']:,}", report["routes_with_a_500"], found or "none", len(report["left_behind"]))],
+    )
+
+
+def worst_gap(report: Report) -> Iterator[str]:
+    """Of `benchmarks.worst_gap`."""
+    rows = [
+        (row["running"], row["prefill"], f"{row['median_step_ms']:.1f} ms", spread(row["worst_gap_over_median_step"]))
+        for row in report["rows"]
+    ]
+    yield from markdown(("running", "the prompt comes", "median step", "worst wait, in steps"), rows)
+
+
+def soak(report: Report) -> Iterator[str]:
+    """Of `benchmarks.soak`."""
+    memory = report["memory_mb"]
+    yield from markdown(
+        ("requests", "answered", "aborted", "pre-emptions", "evictions", "pool intact",
+         "memory after warm-up, at the end"),
+        [
+            (
+                f"{report['requests']:,}", f"{report['answered']:,}", report["aborted"], report["preemptions"],
+                f"{report['evictions']:,}", "yes" if report["pool_intact"] else "no",
+                f"{memory['after_warm_up']:.0f}, {memory['end']:.0f} MiB",
+            )
+        ],
+    )  # fmt: skip
+
+
+def ablation(report: Report) -> Iterator[str]:
+    """Of `benchmarks.ablation`; older files hold one run of a variant, newer ones a list."""
+    rows = []
+    for name, runs in report["variants"].items():
+        for run in runs if isinstance(runs, list) else [runs]:
+            small, large = run["N=4"], run["N=8"]
+            rows.append(
+                (
+                    name, f"{small['tpf']:.2f}", f"{small['accuracy']:.1%}",
+                    f"{large['tpf']:.2f}", f"{large['accuracy']:.1%}", f"{run['seconds']:.0f} s",
+                )
+            )  # fmt: skip
+    head = ("variant", "TPF, N=4", "exact answers, N=4", "TPF, N=8", "exact answers, N=8", "training")
+    yield from markdown(head, rows)

@@ -1,0 +1,78 @@
+"""The library alone needs none of the extras' packages; what needs one says so in one line."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from idlm.extras import MODULES
+from tests.waiting import HANG_SECONDS
+
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+PACKAGES = {"yaml": "pyyaml"}
+"""Packages that are not called as their module is."""
+LIBRARY = sorted({module for modules in MODULES.values() for module in modules} - {"yaml"})
+"""Modules that must not be needed; transformers itself needs yaml."""
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {re.split(r"[\[>=;]", requirement)[0] for requirement in requirements}
+
+
+def run(code: str, without: list[str]) -> subprocess.CompletedProcess[str]:
+    """A new Python that cannot import the modules `without`."""
+    block = f"import sys; sys.modules.update(dict.fromkeys({without!r}))\n"
+    command = [sys.executable, "-c", block + code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
+
+
+def run_command(words: list[str], without: list[str]) -> subprocess.CompletedProcess[str]:
+    return run(f"from idlm.cli import app; app({words!r})", without)
+
+
+@pytest.mark.parametrize("extra", MODULES)
+def test_an_extra_brings_what_is_imported(extra: str) -> None:
+    brought = names(PROJECT["optional-dependencies"][extra]) - names(PROJECT["dependencies"])
+    assert brought == {PACKAGES.get(module, module) for module in MODULES[extra]}
+
+
+def test_all_is_all_of_them() -> None:
+    (requirement,) = PROJECT["optional-dependencies"]["all"]
+    assert set(requirement.removeprefix("idlm[").removesuffix("]").split(",")) == set(MODULES)
+
+
+@pytest.mark.parametrize(
+    ("words", "extra"),
+    [
+        (["serve", "nano"], "serve"),
+        (["train", "configs/nano-lora.yaml"], "train"),
+        (["chat", "--url", "http://127.0.0.1:1/v1"], "chat"),
+    ],
+    ids=["serve", "train", "chat"],
+)
+def test_a_missing_extra_is_one_line(words: list[str], extra: str) -> None:
+    for module in MODULES[extra]:
+        done = run_command(words, [module])
+        command = " ".join(["idlm", words[0], *(["--url"] if extra == "chat" else [])])
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert done.stderr == (
+            f"error: {command} needs the package {module}; install it with pip install 'idlm[{extra}]'\n"
+        )
+
+
+def test_the_library_and_its_commands_need_none() -> None:
+    code = (
+        "from idlm import LLM, SamplingParams\n"
+        "params = SamplingParams(temperature=0, max_tokens=4)\n"
+        "print(len(LLM('nano', max_num_seqs=1).generate('Mia has', params)[0].token_ids))"
+    )
+    done = run(code, LIBRARY)
+    assert done.stdout == "4\n", done.stderr
+    done = run_command(["generate", "nano", "Mia has", "--max-tokens", "4", "--raw"], LIBRARY)
+    assert done.returncode == 0, done.stderr
