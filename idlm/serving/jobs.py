@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import Request
 
+from idlm.chat_template import check_ids
 from idlm.errors import InputError
 from idlm.params import SEED_LIMIT, SamplingParams
 from idlm.serving.client import EngineDown, Ticket
@@ -150,7 +151,7 @@ def admit(
     job = Job(server, request, body.model, f"{kind}-{secrets.token_hex(16)}", body.samples)
     submits = []
     for ids in prompts:
-        checked = server.prompts.check(ids, engine)
+        checked = check_ids(ids, engine)
         params = params_for(len(checked))
         params.check_vocabulary(engine.vocab_size)
         submits += _submits(server, request, body, checked, params)

@@ -22,7 +22,7 @@ from idlm.models.attention import NAME
 from idlm.models.idlm_model import Idlm
 from idlm.nano.problems import training_problems
 from idlm.training.config import DataConfig
-from idlm.training.data import Example, chat_prompts, fit, need_tokenizer, prompt_ids, read_jsonl
+from idlm.training.data import Example, fit, prompt_ids, read_jsonl
 
 
 def distill(config: DataConfig, idlm: Idlm, file: Path) -> list[Example]:
@@ -62,7 +62,7 @@ def prompts_of(config: DataConfig, idlm: Idlm) -> list[tuple[list[int], str]]:
     if config.prompts == "nano":
         chosen = islice(training_problems(config.seed), config.examples)
         chats = [[{"role": "user", "content": p.question}] for p in chosen]
-        return [(ids, f"problem {i}") for i, ids in enumerate(chat_prompts(chats, need_tokenizer(idlm)))]
+        return [(ids, f"problem {i}") for i, ids in enumerate(idlm.encoder.chats(chats))]
     rows = islice(read_jsonl(config.prompts), config.examples)
     return [(prompt_ids(row, name, idlm), name) for name, row in rows]
 
