@@ -23,6 +23,7 @@ class Prompts(PromptEncoder):
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, name: str, context: int) -> None:
         super().__init__(tokenizer, name, context)
         self.context = context
+        self._tokens: dict[int, str] = {}
         self._thread = ThreadPoolExecutor(1, "prompts")
         if tokenizer is not None:
             self.prepare()  # now, and not in the first request that needs it
@@ -45,6 +46,12 @@ class Prompts(PromptEncoder):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a prompt's ids, special tokens included; empty without a tokenizer."""
         return "" if self._tokenizer is None else str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def token(self, token: int) -> str:
+        """The text of one token."""
+        if token not in self._tokens:
+            self._tokens[token] = self.decode([token])
+        return self._tokens[token]
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of any ids.
