@@ -101,10 +101,6 @@ class PromptEncoder:
             raise InputError(f"model {self.name!r} has no tokenizer; give the prompt as token ids")
         return self._tokenizer
 
-    def prepare(self) -> None:
-        """Make now what the first prompt would have to wait for."""
-        _ = self._specials, self._plain, self._longest
-
     @property
     def template(self) -> str:
         """The chat template.

@@ -21,7 +21,7 @@ from idlm.serving.errors import ApiError, EngineDown
 from idlm.serving.observe import Meters, Timing
 from idlm.serving.prompts import Prompts
 from idlm.serving.responses import CompletionDetails, PromptDetails, Usage
-from idlm.serving.schema import CompletionRequest, Generation
+from idlm.serving.schema import CompletionRequest
 from idlm.serving.schema_chat import ChatRequest
 from idlm.serving.wire import Delta, Finished, Ready, Submit
 
@@ -77,8 +77,8 @@ class Server:
             raise ApiError(404, f"model {model[:80]!r} is not served here; use {names}", "model", "model_not_found")
         return self.targets[model]
 
-    def accept(self, body: Generation) -> Ready:
-        """Look at what a request asks for before anything is done for it; returns what the engine said of itself.
+    def accept(self, body: Body) -> None:
+        """Look at what a request asks for before anything is done for it.
 
         Raises:
             ApiError: nobody answers for its model, or it is out of bounds. EngineDown, Busy: there is no engine, or no
@@ -86,9 +86,8 @@ class Server:
         """
         self.target(body.model)
         body.check(self.config.limits)
-        engine = self.engine()
+        self.engine()
         self.client.quota.check()
-        return engine
 
     def engine(self) -> Ready:
         """What the engine said of itself.

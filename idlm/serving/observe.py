@@ -10,6 +10,7 @@ import logging.config
 import re
 import secrets
 from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from time import perf_counter
 from typing import Any
 
@@ -261,9 +262,4 @@ def add_totals(before: Stats, now: Stats) -> Stats:
 
 
 def _sum(first: list[int], second: list[int]) -> list[int]:
-    size = max(len(first), len(second))
-    return [sum(pair) for pair in zip(_padded(first, size), _padded(second, size), strict=True)]
-
-
-def _padded(numbers: list[int], size: int) -> list[int]:
-    return numbers + [0] * (size - len(numbers))
+    return [sum(pair) for pair in zip_longest(first, second, fillvalue=0)]

@@ -26,7 +26,7 @@ class Prompts(PromptEncoder):
         self._tokens: dict[int, str] = {}
         self._thread = ThreadPoolExecutor(1, "prompts")
         if tokenizer is not None:
-            self.prepare()  # now, and not in the first request that needs it
+            _ = self._specials, self._plain, self._longest  # now, and not in the first request that needs them
 
     @classmethod
     def load(cls, model: str) -> Prompts:

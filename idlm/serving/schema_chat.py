@@ -33,24 +33,10 @@ class AnyMessage(Strict):
     type: Literal["text"] | None = Field(None, exclude=True)
 
 
-class SystemMessage(AnyMessage):
-    """Instructions."""
+class PlainMessage(AnyMessage):
+    """Instructions (the developer's are the system's, by OpenAI's newer word), or what the user says."""
 
-    role: Literal["system"]
-    content: Content
-
-
-class DeveloperMessage(AnyMessage):
-    """The same, by OpenAI's newer word."""
-
-    role: Literal["developer"]
-    content: Content
-
-
-class UserMessage(AnyMessage):
-    """What the user says."""
-
-    role: Literal["user"]
+    role: Literal["system", "developer", "user"]
     content: Content
 
 
@@ -89,9 +75,7 @@ class ToolMessage(AnyMessage):
     tool_call_id: str
 
 
-Message = Annotated[
-    SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage, Discriminator("role")
-]
+Message = Annotated[PlainMessage | AssistantMessage | ToolMessage, Discriminator("role")]
 
 
 class Function(Strict):

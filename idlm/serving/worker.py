@@ -19,8 +19,8 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import reduce
 from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import NoReturn
@@ -33,6 +33,7 @@ from idlm.engine.request import Result, Update
 from idlm.errors import InputError
 from idlm.serving import observe
 from idlm.serving.config import EngineConfig
+from idlm.serving.observe import add_totals
 from idlm.serving.wire import (
     Abort,
     Delta,
@@ -99,23 +100,6 @@ class Sample:
     tokens: int = 0
 
 
-@dataclass
-class Totals:
-    """Sums over results; `reached` and `accepted` by depth."""
-
-    forwards: int = 0
-    cached_tokens: int = 0
-    reached: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
-
-    def add(self, result: Result) -> None:
-        """Count one more."""
-        self.forwards += result.forwards
-        self.cached_tokens += result.cached_tokens
-        self.reached = _plus(self.reached, result.reached)
-        self.accepted = _plus(self.accepted, result.accepted)
-
-
 class Reports:
     """The samples of one engine, and what has been said of them.
 
@@ -127,7 +111,7 @@ class Reports:
         self.engine = engine
         self.numbers: dict[str, str] = {}
         self._samples: dict[str, Sample] = {}
-        self._ended = Totals()
+        self._ended = Stats()
 
     def open(self, number: str, submit: Submit) -> None:
         """Follow a sample that the engine has just been given, by the engine's own id."""
@@ -142,17 +126,15 @@ class Reports:
             out.append(self._delta(sample, update))
         if update.result is not None:
             del self._samples[update.request_id], self.numbers[sample.submit.id]
-            self._ended.add(update.result)
+            self._ended = add_totals(self._ended, _counted(update.result))
             out.append(self._finished(sample))
         return out
 
     def stats(self) -> Stats:
         """The counters."""
         scheduler, metrics = self.engine.scheduler, self.engine.metrics
-        totals = copy(self._ended)
-        for sample in self._samples.values():
-            totals.add(sample.result)
-        return Stats(
+        samples = (_counted(sample.result) for sample in self._samples.values())
+        now = Stats(
             running=len(scheduler.running),
             waiting=scheduler.waiting,
             pages_total=scheduler.pool.total,
@@ -161,14 +143,11 @@ class Reports:
             steps=metrics.steps,
             tokens=metrics.tokens,
             prefill_tokens=metrics.prefill_tokens,
-            cached_tokens=totals.cached_tokens,
-            forwards=totals.forwards,
             preemptions=metrics.preemptions,
             evictions=scheduler.pool.evictions,
             plans=dict(metrics.plans),
-            reached=totals.reached,
-            accepted=totals.accepted,
         )
+        return add_totals(reduce(add_totals, samples, self._ended), now)
 
     def _delta(self, sample: Sample, update: Update) -> Delta:
         """An update; the result may be further already."""
@@ -197,8 +176,14 @@ class Reports:
         )
 
 
-def _plus(sums: list[int], values: list[int]) -> list[int]:
-    return [a + b for a, b in zip(sums, values, strict=True)] if sums else list(values)
+def _counted(result: Result) -> Stats:
+    """What one sample adds to the totals that the engine itself does not keep."""
+    return Stats(
+        cached_tokens=result.cached_tokens,
+        forwards=result.forwards,
+        reached=result.reached,
+        accepted=result.accepted,
+    )
 
 
 class Worker:
@@ -299,36 +284,13 @@ class Worker:
         return self._reports.stats()
 
 
-def load(config: EngineConfig) -> LLM:
-    """The model, ready to run.
-
-    Raises:
-        InputError: it cannot be had so.
-    """
-    return LLM(
-        config.model,
-        adapters=config.adapters,
-        stride=config.stride,
-        branches=config.branches,
-        dtype=config.dtype,
-        device=config.device,
-        max_num_seqs=config.max_num_seqs,
-        kv_memory=config.kv_memory,
-        page_size=config.page_size,
-        prefill_tokens=config.prefill_tokens,
-        deterministic=config.deterministic,
-        weights=config.weights,
-        threads=config.threads,
-    )
-
-
 def main(file_descriptor: int, config: EngineConfig) -> int:
     """Load the model, say so, and run; returns the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the server drains, then closes
         signal.signal(number, signal.SIG_IGN)
     link = Link(file_descriptor)
     try:
-        llm = load(config)
+        llm = LLM(**vars(config))  # its fields are arguments of `LLM`
         llm.engine.warm_up()
         gc.collect()
         gc.freeze()  # what is here now stays; looking through it again would hold all requests up
