@@ -11,7 +11,7 @@ import idlm
 
 ROOT = Path(idlm.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-EVERYWHERE = {"errors", "extras", "params", "__version__"}
+EVERYWHERE = {"chat_template", "errors", "extras", "params", "__version__"}
 """Modules at the package's top that every package may use."""
 MAY_IMPORT = {
     "decoding": set(),
@@ -78,7 +78,7 @@ def test_the_mathematics_import_torch_and_nothing_else() -> None:
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_files_and_functions_stay_short(file: Path) -> None:
     text = file.read_text()
-    assert len(text.splitlines()) <= 300
+    assert len(text.splitlines()) <= 400
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert (node.end_lineno or 0) - node.lineno < 60, f"{file}: {node.name}"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from idlm.errors import InputError
 
@@ -39,18 +39,12 @@ class Prompt:
         """
         if self.token_ids is not None:
             return list(self.token_ids)
-        tokenizer: Any = idlm.tokenizer
-        if tokenizer is None:
-            raise InputError(f"model {idlm.name!r} has no tokenizer; give 'prompt_token_ids' in a .jsonl file")
-        messages = self.messages
-        if messages is None and chat and tokenizer.chat_template:
-            messages = [{"role": "user", "content": self.text or ""}]
-        if messages is None:
-            return list(tokenizer(self.text).input_ids)
-        if not tokenizer.chat_template:
-            raise InputError(f"model {idlm.name!r} has no chat template for 'messages'; give 'prompt' instead")
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
+        encoder, text = idlm.encoder, self.text or ""
+        if self.messages is not None:
+            return encoder.chat(self.messages)
+        if chat and encoder.has_template:
+            return encoder.chat([{"role": "user", "content": text}])
+        return encoder.text(text, trusted=True)
 
 
 def given(texts: Sequence[str], file: Path | None) -> list[Prompt]:

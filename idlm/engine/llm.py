@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Any, overload
 
 import torch
-from jinja2 import TemplateError
 from rich.console import Console
 from rich.progress import Progress
 
+from idlm.chat_template import Message, check_ids
 from idlm.engine.build import DEFAULT_SLOTS, build_engine
 from idlm.engine.engine import Engine
 from idlm.engine.request import Result, Update
@@ -26,7 +26,6 @@ from idlm.params import SEED_LIMIT, SamplingParams
 __all__ = ["LLM", "Result"]
 
 Prompt = str | Sequence[int]
-Message = Mapping[str, Any]
 
 
 class LLM:
@@ -241,14 +240,8 @@ class LLM:
         Raises:
             InputError: it is empty, longer than the context, or holds a MASK or ids the model does not have.
         """
-        if isinstance(prompt, str):
-            if self.idlm.tokenizer is None:
-                raise InputError(f"model {self.idlm.name!r} has no tokenizer; give the prompt as token ids")
-            prompt = self.idlm.tokenizer(prompt).input_ids
-        ids = [self._checked(token) for token in prompt]
-        if not 0 < len(ids) < self.idlm.context:
-            raise InputError(f"a prompt has {len(ids)} tokens; this model takes 1 to {self.idlm.context - 1}")
-        return ids
+        ids = self.idlm.encoder.text(prompt, trusted=True) if isinstance(prompt, str) else prompt
+        return check_ids(ids, self.idlm)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """The token ids of a conversation, by the model's own chat template; their number is not checked.
@@ -256,23 +249,7 @@ class LLM:
         Raises:
             InputError: the model has no chat template, or it refuses the messages.
         """
-        tokenizer: Any = self.idlm.tokenizer
-        if tokenizer is None or not tokenizer.chat_template:
-            raise InputError(f"model {self.idlm.name!r} has no chat template; use generate with plain text")
-        try:
-            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:  # templates raise it themselves, for roles or orders they do not have
-            raise InputError(f"the chat template refuses these messages ({error}); change them") from error
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
-
-    def _checked(self, token: object) -> int:
-        if isinstance(token, bool) or not isinstance(token, int):
-            raise InputError(f"prompt token {token!r} is not a whole number; give text or token ids")
-        if token == self.idlm.mask_id:
-            raise InputError(f"a prompt holds the MASK token {token}; take it out, it stands for no text")
-        if not 0 <= token < self.idlm.vocab_size:
-            raise InputError(f"prompt token {token} is outside the vocabulary 0..{self.idlm.vocab_size - 1}")
-        return token
+        return self.idlm.encoder.chat(messages)
 
 
 def _gather(samples: list[Result]) -> Result:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
@@ -72,14 +71,11 @@ def _given(idlm: Idlm, prompts: Sequence[Sequence[int]], number: int, seed: int)
 def _problems(idlm: Idlm, number: int, seed: int) -> list[Request]:
     """Held-out problems, each answered up to a random point of its solution."""
     rng = random.Random(f"problems/{seed}")
-    tokenizer: Any = idlm.tokenizer
     requests = []
     for problem in held_out_problems(number, seed=1000 + seed):
         question = [{"role": "user", "content": problem.question}]
-        text = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-        solution = tokenizer(problem.solution, add_special_tokens=False).input_ids
-        prompt = tokenizer(text, add_special_tokens=False).input_ids
-        requests.append(Request(list(prompt), rng.randint(SHORTEST, len(solution))))
+        solution = idlm.encoder.text(problem.solution, add_special_tokens=False, trusted=True)
+        requests.append(Request(idlm.encoder.chat(question), rng.randint(SHORTEST, len(solution))))
     return requests
 
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from idlm.chat_template import PromptEncoder
 from idlm.errors import InputError
 from idlm.models.attention import Cache
 from idlm.models.gated_lora import NO_ROWS, Gate, gated_layers
@@ -46,6 +48,11 @@ class Idlm:
     def vocab_size(self) -> int:
         """Columns of the logits, V."""
         return int(self._output.weight.shape[0])
+
+    @cached_property
+    def encoder(self) -> PromptEncoder:
+        """Makes token ids of texts and messages."""
+        return PromptEncoder(self.tokenizer, self.name)
 
     @property
     def can_draft(self) -> bool:

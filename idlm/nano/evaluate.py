@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from idlm.chat_template import PromptEncoder
 from idlm.engine.llm import LLM
 from idlm.evaluation.accuracy import evaluate
 from idlm.evaluation.metrics import summary
@@ -37,13 +38,12 @@ LIMIT = 256
 def stock_outputs(folder: Path, problems: Sequence[Problem], batch: int = 100) -> list[list[int]]:
     """Greedy outputs of a model by transformers' `generate`, stop token included."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    encoder = PromptEncoder(tokenizer, folder.name)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     outputs = []
     for first in range(0, len(problems), batch):
         chats = [[{"role": "user", "content": problem.question}] for problem in problems[first : first + batch]]
-        prompts: Any = tokenizer.apply_chat_template(
-            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        )
+        prompts: Any = tokenizer.pad({"input_ids": encoder.chats(chats)}, return_tensors="pt")
         with torch.inference_mode():
             rows = model.generate(**prompts, max_new_tokens=LIMIT, do_sample=False)
         for row in rows[:, prompts["input_ids"].shape[1] :].tolist():

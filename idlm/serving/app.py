@@ -1,24 +1,210 @@
-"""`create_app`: routes, guard and log put together, and every failure made an OpenAI error body."""
+"""The routes and what they do; `create_app` adds limits, keys and the log, and makes every failure an error body."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, Response
+import msgspec
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
+from pydantic import Discriminator, Tag
 
 from idlm import __version__
+from idlm.serving import responses
+from idlm.serving.answers import ChatAnswer, CompletionAnswer, as_json, respond
 from idlm.serving.client import EngineClient
 from idlm.serving.config import ServeConfig
-from idlm.serving.errors import ApiError, Expected, as_api_error
-from idlm.serving.guard import Guard
-from idlm.serving.logs import AccessLog
-from idlm.serving.metrics import Meters
+from idlm.serving.errors import ApiError, ErrorBody, Expected, as_api_error
+from idlm.serving.jobs import Server, admit, the_server
+from idlm.serving.limits import Guard
+from idlm.serving.observe import CONTENT_TYPE, AccessLog, Meters
 from idlm.serving.prompts import Prompts
-from idlm.serving.routes import components, router
-from idlm.serving.state import Server
-from idlm.serving.strict import validation_error
+from idlm.serving.schema import (
+    CompletionRequest,
+    DetokenizeRequest,
+    StrictRequest,
+    TokenizeText,
+    validation_error,
+)
+from idlm.serving.schema_chat import ChatRequest, TokenizeMessages
+from idlm.serving.tools import family_of
+
+JSON, EVENTS = "application/json", "text/event-stream"
+ERRORS = {
+    400: "The request cannot be understood or run; the message names the field.",
+    401: "No valid API key.",
+    404: "No such model or path.",
+    405: "Not with this method.",
+    408: "The body took too long, or the request longer than its timeout.",
+    413: "The body is too large.",
+    415: "The body is not application/json.",
+    429: "The queue is full; Retry-After says when to try again.",
+    431: "The headers are too large.",
+    500: "A bug.",
+    503: "There is no engine now.",
+}
+ALWAYS = (401, 405, 431, 500)
+READS = (400, 408, 413, 415)
+RUNS = (404, 429, 503)
+SHAPES = (
+    *(responses.ChatCompletion, responses.ChatChunk, responses.Completion, responses.ModelCard, responses.ModelList),
+    *(responses.Tokenized, responses.Detokenized, responses.Status, responses.Version, ErrorBody),
+)
+"""Everything that can be a whole body."""
+
+
+def ref(shape: type) -> dict[str, Any]:
+    """A reference to a body's schema in the OpenAPI document."""
+    return {"$ref": f"#/components/schemas/{shape.__name__}"}
+
+
+def answers(shape: type, *errors: int, chunk: type | None = None) -> dict[int | str, dict[str, Any]]:
+    """How a route may answer; `chunk` is what the events of its stream hold."""
+    content = {JSON: {"schema": ref(shape)}}
+    if chunk is not None:
+        said = f"A {chunk.__name__} as JSON; an ErrorBody where the engine fails; [DONE] in the end."
+        event = {
+            "type": "object",
+            "properties": {"data": {"type": "string", "description": said}},
+            "required": ["data"],
+        }
+        content[EVENTS] = {"schema": event}
+    body = {JSON: {"schema": ref(ErrorBody)}}
+    described: dict[int | str, dict[str, Any]] = {
+        status: {"description": ERRORS[status], "content": body} for status in sorted({*ALWAYS, *errors})
+    }
+    return {200: {"description": "Done.", "content": content}, **described}
+
+
+class StrictRoute(APIRoute):
+    """Reads its body strictly."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler."""
+        handle = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            return await handle(StrictRequest(request.scope, request.receive))
+
+        return strict
+
+
+router = APIRouter(route_class=StrictRoute)
+
+
+@router.post(
+    "/v1/chat/completions", responses=answers(responses.ChatCompletion, *READS, *RUNS, chunk=responses.ChatChunk)
+)
+async def create_chat_completion(request: Request, body: ChatRequest) -> Response:
+    """Answer a conversation."""
+    server = the_server(request)
+    server.accept(body)
+    family = family_of(server.prompts.template) if body.tools_in_use else None
+    ids = await server.prompts.in_thread(body.encoder(server.prompts))
+    if family is not None and family.special:
+        body = body.model_copy(update={"skip_special_tokens": False})
+    job = admit(request, body, [ids])
+    return await respond(request, ChatAnswer(job, body, server.prompts, family), bool(body.stream))
+
+
+@router.post("/v1/completions", responses=answers(responses.Completion, *READS, *RUNS, chunk=responses.Completion))
+async def create_completion(request: Request, body: CompletionRequest) -> Response:
+    """Complete one prompt or several."""
+    server = the_server(request)
+    server.accept(body)
+    text = server.prompts.text
+    prompts = await server.prompts.in_thread(
+        lambda: [text(one) if isinstance(one, str) else one for one in body.prompts]
+    )
+    job = admit(request, body, prompts)
+    return await respond(request, CompletionAnswer(job, body, server.prompts, prompts), bool(body.stream))
+
+
+@router.get("/v1/models", responses=answers(responses.ModelList))
+async def list_models(request: Request) -> Response:
+    """What can be named as `model`."""
+    server = the_server(request)
+    return as_json(responses.ModelList([_card(server, name) for name in server.targets]))
+
+
+@router.get("/v1/models/{id:path}", responses=answers(responses.ModelCard, 404))
+async def get_model(request: Request, id: str) -> Response:
+    """Whether a name is one of them."""
+    server = the_server(request)
+    server.target(id)
+    return as_json(_card(server, id))
+
+
+def _card(server: Server, name: str) -> responses.ModelCard:
+    return responses.ModelCard(name, server.started, server.prompts.context)
+
+
+Tokenizable = Annotated[
+    Annotated[TokenizeText, Tag("[text]")] | Annotated[TokenizeMessages, Tag("[messages]")],
+    Discriminator(lambda body: "[messages]" if isinstance(body, dict) and "messages" in body else "[text]"),
+]
+
+
+@router.post("/tokenize", responses=answers(responses.Tokenized, *READS, 404))
+async def tokenize(request: Request, body: Tokenizable) -> Response:
+    """The ids that a text or a conversation has in a request."""
+    server = the_server(request)
+    if body.model is not None:
+        server.target(body.model)
+    prompts = server.prompts
+    if isinstance(body, TokenizeText):
+        text, special = body.prompt, body.add_special_tokens
+        ids = await prompts.in_thread(lambda: prompts.text(text, special))
+    else:
+        ids = await prompts.in_thread(body.encoder(prompts))
+    strings = prompts.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
+    return as_json(responses.Tokenized(len(ids), prompts.context, ids, strings))
+
+
+@router.post("/detokenize", responses=answers(responses.Detokenized, *READS, 404))
+async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
+    """The text of ids."""
+    server = the_server(request)
+    if body.model is not None:
+        server.target(body.model)
+    text = await server.prompts.in_thread(lambda: server.prompts.detokenize(body.tokens))
+    return as_json(responses.Detokenized(text))
+
+
+@router.get("/health", responses=answers(responses.Status))
+async def health() -> Response:
+    """Whether the server's process is alive. Needs no key."""
+    return as_json(responses.Status("alive"))
+
+
+@router.get("/ready", responses=answers(responses.Status, 503))
+async def ready(request: Request) -> Response:
+    """Whether requests can be run."""
+    the_server(request).engine()
+    return as_json(responses.Status("ready"))
+
+
+@router.get(
+    "/metrics", responses=answers(responses.Status) | {200: {"description": "Done.", "content": {"text/plain": {}}}}
+)
+async def metrics(request: Request) -> Response:
+    """For Prometheus."""
+    return Response(the_server(request).meters.render(), media_type=CONTENT_TYPE)
+
+
+@router.get("/version", responses=answers(responses.Version))
+async def version() -> Response:
+    """Of the server."""
+    return as_json(responses.Version(__version__))
+
+
+def components() -> dict[str, Any]:
+    """The schemas of all bodies that we send."""
+    _, schemas = msgspec.json.schema_components(SHAPES, ref_template="#/components/schemas/{name}")
+    return schemas
 
 
 class App(FastAPI):

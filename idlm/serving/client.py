@@ -11,22 +11,16 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from msgspec.structs import replace
 
+from idlm.chat_template import check_ids
 from idlm.errors import InputError
-from idlm.params import SamplingParams
-from idlm.serving.channel import FrameError, checked_frame, frame
 from idlm.serving.config import EngineConfig, Limits
-from idlm.serving.messages import Abort, Delta, Finished, FromEngine, Ready, Refused, Stats, Submit
-from idlm.serving.quota import Busy, Quota
+from idlm.serving.errors import EngineDown
+from idlm.serving.limits import Quota
 from idlm.serving.supervisor import Supervisor
-
-__all__ = ["Busy", "EngineClient", "EngineDown", "Ticket"]
+from idlm.serving.wire import Abort, Delta, Finished, FrameError, FromEngine, Ready, Refused, Stats, Submit, frame
 
 GUARD_SECONDS = 5.0
 """What a sample's own timeout, which the engine keeps, may be overdrawn by before its reader is told."""
-
-
-class EngineDown(Exception):
-    """There is no engine for this now; the message says why."""
 
 
 class Ticket:
@@ -78,6 +72,7 @@ class EngineClient:
         info: what the engine said of itself; None before it was ready for the first time.
         stats: its counters; they begin anew with each process.
         restarts: processes that were lost, each followed by another; changes together with `stats`.
+        quota: the samples that are with the engine, running or waiting.
     """
 
     def __init__(self, config: EngineConfig, limits: Limits) -> None:
@@ -85,7 +80,7 @@ class EngineClient:
         self.info: Ready | None = None
         self.stats = Stats()
         self.restarts = 0
-        self._quota = Quota(limits)
+        self.quota = Quota(limits)
         self._supervisor = Supervisor(config, self._receive, self._lose)
         self._supervising: asyncio.Task[None] | None = None
         self._up = asyncio.Event()
@@ -96,16 +91,6 @@ class EngineClient:
     def ready(self) -> bool:
         """Whether there is an engine that takes samples."""
         return self._up.is_set() and not self._draining
-
-    @property
-    def running(self) -> int:
-        """Samples with the engine, running or waiting."""
-        return self._quota.samples
-
-    @property
-    def queued_tokens(self) -> int:
-        """Prompt tokens and max_tokens of them."""
-        return self._quota.tokens
 
     async def start(self) -> None:
         """Start the engine's process; `wait_ready` tells when it is there."""
@@ -147,41 +132,34 @@ class EngineClient:
             self._supervising.cancel()
             await asyncio.gather(self._supervising, return_exceptions=True)
 
-    def check_room(self) -> None:
-        """See `Quota.check`."""
-        self._quota.check()
-
     def submit(self, submits: Sequence[Submit]) -> list[Ticket]:
         """Give the engine all samples of one request, or none; a ticket for each, in order.
 
-        Each runs for `limits.timeout` at most.
+        Each runs for `limits.timeout` at most. Prompts and token ids are checked here, for the engine too.
 
         Raises:
             Busy: the queue has no room for them. EngineDown: there is no engine. Neither is waited for.
-            InputError: they are more than the queue ever takes, or hold what cannot be sent.
+            InputError: they are more than the queue ever takes, or hold what the model does not take.
         """
-        if not self.ready:
+        if not self.ready or self.info is None:
             raise self._down()
-        submits = [replace(one, timeout=self._timeout(one)) for one in submits]
+        submits = [self._checked(one, self.info) for one in submits]
         frames = [_frame(one) for one in submits]
-        tokens = [self._tokens(one) for one in submits]
-        self._quota.take(len(submits), sum(tokens))
+        tokens = [_tokens(one, self.info.context) for one in submits]
+        self.quota.take(len(submits), sum(tokens))
         tickets = [self._register(one, share) for one, share in zip(submits, tokens, strict=True)]
         self._supervisor.send(b"".join(frames))
         return tickets
 
-    def _timeout(self, submit: Submit) -> float:
+    def _checked(self, submit: Submit, model: Ready) -> Submit:
+        """The sample with the time that it has."""
+        check_ids(submit.prompt, model)
+        submit.params.check_vocabulary(model.vocab_size)
         if submit.timeout is None:
-            return self.limits.timeout
+            return replace(submit, timeout=self.limits.timeout)
         if not submit.timeout > 0:  # NaN neither
             raise InputError(f"timeout={submit.timeout}; give seconds, more than 0")
-        return min(submit.timeout, self.limits.timeout)
-
-    def _tokens(self, submit: Submit) -> int:
-        """The most tokens the sample's text may come to have, as far as the engine lets it grow."""
-        most = submit.params.get("max_tokens", SamplingParams.max_tokens)
-        context = self.info.context if self.info is not None else 0
-        return max(len(submit.prompt), min(len(submit.prompt) + _whole(most), context))
+        return replace(submit, timeout=min(submit.timeout, self.limits.timeout))
 
     def _register(self, submit: Submit, tokens: int) -> Ticket:
         ticket = Ticket(submit.id, tokens, self._abort)
@@ -218,7 +196,7 @@ class EngineClient:
         if id in self._tickets:
             ticket, guard = self._tickets.pop(id)
             guard.cancel()
-            self._quota.give_back(ticket.tokens)
+            self.quota.give_back(ticket.tokens)
             ticket.put(end)
 
     def _lose(self) -> None:
@@ -235,13 +213,13 @@ class EngineClient:
         return EngineDown("the engine is not running; it is being started, try again soon")
 
 
-def _whole(value: object) -> int:
-    """A count as sent; what is none is left for the engine to refuse."""
-    return value if isinstance(value, int) and value > 0 else 0
+def _tokens(submit: Submit, context: int) -> int:
+    """The most tokens the sample's text may come to have, as far as the engine lets it grow."""
+    return min(len(submit.prompt) + submit.params.max_tokens, context)
 
 
 def _frame(submit: Submit) -> bytes:
     try:
-        return checked_frame(submit)
+        return frame([submit])
     except FrameError as error:
         raise InputError(f"the request {error}") from None

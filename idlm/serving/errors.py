@@ -9,7 +9,6 @@ from fastapi import HTTPException, Response
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from idlm.errors import InputError
-from idlm.serving.client import Busy, EngineDown
 
 TYPES = {
     401: "authentication_error",
@@ -37,6 +36,18 @@ class ErrorBody(msgspec.Struct, frozen=True):
     """The body of every answer that is not a success, and of an error event in a stream."""
 
     error: ErrorDetail
+
+
+class Busy(Exception):
+    """The queue is full; `retry_after` says in how many whole seconds (at least 1) it may have room."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"the server is busy; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class EngineDown(Exception):
+    """There is no engine for this now; the message says why."""
 
 
 class ApiError(HTTPException):

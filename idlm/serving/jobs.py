@@ -1,29 +1,111 @@
-"""`Job`: the samples of one HTTP request, from their admission by the engine to their end."""
+"""`Server`: what every route needs. `Job`: the samples of one HTTP request, from their admission to their end."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import MISSING, fields
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
 from time import perf_counter, time
 from typing import Any
 
 from fastapi import Request
 
+from idlm import __version__
 from idlm.errors import InputError
 from idlm.params import SEED_LIMIT, SamplingParams
-from idlm.serving.client import EngineDown, Ticket
-from idlm.serving.config import Limits
-from idlm.serving.errors import ApiError
-from idlm.serving.messages import Delta, Finished, Submit
-from idlm.serving.protocol import Generation, the_guide
+from idlm.serving.client import EngineClient, Ticket
+from idlm.serving.config import AR_SUFFIX, Limits, ServeConfig
+from idlm.serving.errors import ApiError, EngineDown
+from idlm.serving.observe import Meters, Timing
+from idlm.serving.prompts import Prompts
 from idlm.serving.responses import CompletionDetails, PromptDetails, Usage
-from idlm.serving.state import Server, the_server
+from idlm.serving.schema import CompletionRequest
+from idlm.serving.schema_chat import ChatRequest
+from idlm.serving.wire import Delta, Finished, Ready, Submit
 
+Body = ChatRequest | CompletionRequest
 Event = tuple[int, Delta | Finished]
 """The number of a sample among the request's, and what happened to it."""
 MOST_TOKENS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Target:
+    """Who answers a request: an adapter by name (None: the engine's first), with or without drafts."""
+
+    adapter: str | None = None
+    drafting: bool = True
+
+
+@dataclass
+class Server:
+    """The parts of a server.
+
+    Attributes:
+        started: when, in seconds of the epoch.
+    """
+
+    config: ServeConfig
+    client: EngineClient
+    prompts: Prompts
+    meters: Meters
+    started: int = field(default_factory=lambda: int(time()))
+
+    @property
+    def targets(self) -> dict[str, Target]:
+        """What a request can name as its model."""
+        name = self.config.name
+        adapters = {one: Target(one) for one in self.config.engine.adapters}
+        return {name: Target(), name + AR_SUFFIX: Target(drafting=False)} | adapters
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when anything does that may change an output."""
+        digest = hashlib.blake2b(repr((__version__, self.config.engine)).encode(), digest_size=6)
+        return f"idlm-{digest.hexdigest()}"
+
+    def target(self, model: str) -> Target:
+        """Who answers for this name.
+
+        Raises:
+            ApiError: 404: nobody does.
+        """
+        if model not in self.targets:
+            names = ", ".join(self.targets)
+            raise ApiError(404, f"model {model[:80]!r} is not served here; use {names}", "model", "model_not_found")
+        return self.targets[model]
+
+    def accept(self, body: Body) -> None:
+        """Look at what a request asks for before anything is done for it.
+
+        Raises:
+            ApiError: nobody answers for its model, or it is out of bounds. EngineDown, Busy: there is no engine, or no
+                room.
+        """
+        self.target(body.model)
+        body.check(self.config.limits)
+        self.engine()
+        self.client.quota.check()
+
+    def engine(self) -> Ready:
+        """What the engine said of itself.
+
+        Raises:
+            EngineDown: it is not there.
+        """
+        if self.client.info is None:
+            raise EngineDown("the engine is starting; try again soon")
+        if not self.client.ready:
+            raise EngineDown("the engine is being started again, or the server is shutting down; try again soon")
+        return self.client.info
+
+
+def the_server(request: Request) -> Server:
+    """The server that a request came to."""
+    server: Server = request.app.state.server
+    return server
 
 
 class Job:
@@ -34,14 +116,14 @@ class Job:
         ends: the end of each sample, once it is there.
     """
 
-    def __init__(self, server: Server, request: Request, model: str, id: str, samples: int) -> None:
+    def __init__(self, server: Server, request: Request, body: Body) -> None:
         self.head: dict[str, Any] = {
-            "id": id,
+            "id": f"{body.kind}-{secrets.token_hex(16)}",
             "created": int(time()),
-            "model": model,
+            "model": body.model,
             "system_fingerprint": server.fingerprint,
         }
-        self.samples = samples
+        self.samples = body.samples
         self.tickets: list[Ticket] = []
         self.ends: dict[int, Finished] = {}
         self._facts: dict[str, Any] = request.scope["state"]["facts"]
@@ -55,7 +137,7 @@ class Job:
             EngineDown: the engine is gone. InputError: it refused a sample.
             ApiError: 408: the time is over. 503: the server ended it.
         """
-        timings = [self._meters.timing(self._started) for _ in self.tickets]
+        timings = [Timing(self._meters, self._started) for _ in self.tickets]
         async for index, event in _merged(self.tickets):
             timings[index].see(event)
             if isinstance(event, Finished):
@@ -129,73 +211,46 @@ async def _merged(tickets: Sequence[Ticket]) -> AsyncIterator[Event]:
             one.cancel()
 
 
-def admit(
-    request: Request,
-    body: Generation,
-    prompts: Sequence[Sequence[int]],
-    kind: str,
-    params_for: Callable[[int], SamplingParams],
-) -> Job:
+def admit(request: Request, body: Body, prompts: Sequence[list[int]]) -> Job:
     """Give the engine all samples of a request, or none.
-
-    Args:
-        kind: what the answer's id begins with.
-        params_for: sampling parameters for a prompt of so many tokens.
 
     Raises:
         ApiError, InputError: the request cannot be run. Busy, EngineDown: not now.
     """
     server = the_server(request)
-    engine = server.engine()
-    job = Job(server, request, body.model, f"{kind}-{secrets.token_hex(16)}", body.samples)
+    context, limits = server.engine().context, server.config.limits
+    job = Job(server, request, body)
+    facts, guide = request.scope["state"]["facts"], body.guide(limits)
+    facts |= {"model": body.model, "prompt_tokens": sum(map(len, prompts)), "samples": len(prompts) * body.samples}
     submits = []
     for ids in prompts:
-        checked = server.prompts.check(ids, engine)
-        params = params_for(len(checked))
-        params.check_vocabulary(engine.vocab_size)
-        submits += _submits(server, request, body, checked, params)
-    facts = request.scope["state"]["facts"]
-    facts |= {"model": body.model, "prompt_tokens": sum(map(len, prompts)), "samples": len(submits)}
+        params = body.sampling(room(body.asked_tokens, len(ids), context, limits), guide)
+        submits += [_submit(server, request, body, ids, one) for one in _samples(params)]
+    job.tickets = server.client.submit(submits)
     if server.config.log_prompts:
         facts |= {"prompts": [server.prompts.decode(ids) for ids in prompts], "outputs": [""] * len(submits)}
-    job.tickets = server.client.submit(submits)
     return job
 
 
-def _submits(
-    server: Server, request: Request, body: Generation, prompt: list[int], params: SamplingParams
-) -> list[Submit]:
-    """The samples of one prompt; sample i has seed + i, as in `LLM`."""
-    target, limits = server.target(body.model), server.config.limits
+def _samples(params: SamplingParams) -> list[SamplingParams]:
+    """Of each sample of a prompt; sample i has seed + i, as in `LLM`."""
     seed = secrets.randbelow(SEED_LIMIT) if params.seed is None else params.seed
-    guide = the_guide(body.guides(), limits)
-    return [
-        Submit(
-            id=secrets.token_hex(8),
-            prompt=prompt,
-            params=_fields(params),
-            seed=(seed + sample) % SEED_LIMIT,
-            adapter=target.adapter,
-            drafting=target.drafting,
-            priority=body.priority or 0,
-            timeout=min(body.timeout or limits.timeout, limits.timeout),
-            salt=request.scope["state"]["salt"] if server.config.salt_by_key else b"",
-            guide=guide,
-            trace=body.idlm.trace,
-        )
-        for sample in range(params.n)
-    ]
+    return [replace(params, n=1, seed=(seed + sample) % SEED_LIMIT) for sample in range(params.n)]
 
 
-def _fields(params: SamplingParams) -> dict[str, object]:
-    """What differs from the defaults."""
-    values = {one.name: (getattr(params, one.name), one) for one in fields(params)}
-    return {
-        name: value
-        for name, (value, one) in values.items()
-        if name not in ("n", "seed")
-        and value != (one.default if one.default_factory is MISSING else one.default_factory())
-    }
+def _submit(server: Server, request: Request, body: Body, prompt: list[int], params: SamplingParams) -> Submit:
+    target = server.target(body.model)
+    return Submit(
+        id=secrets.token_hex(8),
+        prompt=prompt,
+        params=params,
+        adapter=target.adapter,
+        drafting=target.drafting,
+        priority=body.priority or 0,
+        timeout=body.timeout,
+        salt=request.scope["state"]["salt"] if server.config.salt_by_key else b"",
+        trace=body.idlm.trace,
+    )
 
 
 def room(asked: int | None, prompt_tokens: int, context: int, limits: Limits) -> int:

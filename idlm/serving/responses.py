@@ -108,13 +108,18 @@ class ChatChoice(msgspec.Struct):
     idlm: Trace | UnsetType = UNSET
 
 
-class ChatCompletion(msgspec.Struct):
-    """Answer of /v1/chat/completions."""
+class Head(msgspec.Struct):
+    """What every answer, and every event of a stream, begins with."""
 
     id: str
     created: int
     model: str
     system_fingerprint: str
+
+
+class ChatCompletion(Head):
+    """Answer of /v1/chat/completions."""
+
     choices: list[ChatChoice]
     usage: Usage
     object: Literal["chat.completion"] = "chat.completion"
@@ -138,13 +143,9 @@ class ChunkChoice(msgspec.Struct):
     idlm: Trace | UnsetType = UNSET
 
 
-class ChatChunk(msgspec.Struct):
+class ChatChunk(Head):
     """An event of a chat stream."""
 
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChunkChoice]
     usage: Usage | None | UnsetType = UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -169,13 +170,9 @@ class CompletionChoice(msgspec.Struct):
     idlm: Trace | UnsetType = UNSET
 
 
-class Completion(msgspec.Struct):
+class Completion(Head):
     """Answer of /v1/completions, and an event of its stream."""
 
-    id: str
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage | None | UnsetType = UNSET
     object: Literal["text_completion"] = "text_completion"

@@ -13,11 +13,12 @@ import uvicorn
 import uvloop
 
 from idlm.errors import InputError
-from idlm.serving import logs
+from idlm.serving import observe
 from idlm.serving.app import create_app
-from idlm.serving.client import EngineClient, EngineDown
+from idlm.serving.client import EngineClient
 from idlm.serving.config import Limits, ServeConfig
-from idlm.serving.connections import Connection
+from idlm.serving.errors import EngineDown
+from idlm.serving.limits import Connection
 from idlm.serving.prompts import Prompts
 
 BACKLOG = 2048
@@ -57,7 +58,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 async def _serve(config: ServeConfig, listener: socket.socket, announce: Callable[[str], None]) -> None:
     prompts = Prompts.load(config.engine.model)
-    logs.configure()
+    observe.configure()
     client = EngineClient(config.engine, config.limits)
     server = HttpServer(config, client, prompts)
     starting = asyncio.create_task(_start(client, server, lambda: announce(url(config.host, listener))))

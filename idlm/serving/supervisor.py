@@ -18,9 +18,8 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from idlm.errors import InputError
-from idlm.serving.channel import read
 from idlm.serving.config import EngineConfig
-from idlm.serving.messages import Failed, FromEngine, Ready
+from idlm.serving.wire import Failed, FromEngine, Ready, read
 
 log = logging.getLogger("idlm.serving")
 

@@ -20,27 +20,41 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import reduce
 from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import NoReturn
 
 import msgspec
 
-from idlm import __version__
+from idlm.engine.engine import Engine
 from idlm.engine.llm import LLM
+from idlm.engine.request import Result, Update
 from idlm.errors import InputError
-from idlm.params import Guide, SamplingParams
-from idlm.serving import logs
-from idlm.serving.channel import FrameError, frame, receive
+from idlm.serving import observe
 from idlm.serving.config import EngineConfig
-from idlm.serving.messages import Abort, Failed, Message, Ready, Refused, Stats, Submit, ToEngine
-from idlm.serving.reports import Reports
+from idlm.serving.observe import add_totals
+from idlm.serving.wire import (
+    Abort,
+    Delta,
+    Failed,
+    Finished,
+    FrameError,
+    Message,
+    Ready,
+    Refused,
+    Stats,
+    Submit,
+    ToEngine,
+    frame,
+    receive,
+)
 
 log = logging.getLogger("idlm.serving")
 
 STATS_SECONDS, STATS_AFTER_END_SECONDS = 1.0, 0.2
 MOST_PROMPT_LOGPROBS = 500_000
-"""Entries of one sample's prompt log-probabilities: they come in one frame, of about 40 bytes an entry."""
+"""Entries of one sample's prompt log-probabilities: they come in one frame, of about 30 bytes an entry."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +91,107 @@ class Link:
         os._exit(0)  # at once, whatever the other thread does: there is nobody left to tell
 
 
+@dataclass
+class Sample:
+    """A sample in the engine: what was asked, its result as it grows, and how much of it has been reported."""
+
+    submit: Submit
+    result: Result
+    tokens: int = 0
+
+
+class Reports:
+    """The samples of one engine, and what has been said of them.
+
+    Attributes:
+        numbers: the engine's id of each sample that runs or waits, by the server's.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.numbers: dict[str, str] = {}
+        self._samples: dict[str, Sample] = {}
+        self._ended = Stats()
+
+    def open(self, number: str, submit: Submit) -> None:
+        """Follow a sample that the engine has just been given, by the engine's own id."""
+        self.numbers[submit.id] = number
+        self._samples[number] = Sample(submit, self.engine.result(number))
+
+    def of(self, update: Update) -> list[Message]:
+        """The messages that an update comes to; its last closes the sample."""
+        sample = self._samples[update.request_id]
+        out: list[Message] = []
+        if update.tokens or update.text:
+            out.append(self._delta(sample, update))
+        if update.result is not None:
+            del self._samples[update.request_id], self.numbers[sample.submit.id]
+            self._ended = add_totals(self._ended, _counted(update.result))
+            out.append(self._finished(sample))
+        return out
+
+    def stats(self) -> Stats:
+        """The counters."""
+        scheduler, metrics = self.engine.scheduler, self.engine.metrics
+        samples = (_counted(sample.result) for sample in self._samples.values())
+        now = Stats(
+            running=len(scheduler.running),
+            waiting=scheduler.waiting,
+            pages_total=scheduler.pool.total,
+            pages_live=scheduler.pool.live,
+            pages_cached=scheduler.pool.cached,
+            steps=metrics.steps,
+            tokens=metrics.tokens,
+            prefill_tokens=metrics.prefill_tokens,
+            preemptions=metrics.preemptions,
+            evictions=scheduler.pool.evictions,
+            plans=dict(metrics.plans),
+        )
+        return add_totals(reduce(add_totals, samples, self._ended), now)
+
+    def _delta(self, sample: Sample, update: Update) -> Delta:
+        """An update; the result may be further already."""
+        delta = Delta(sample.submit.id, update.tokens, update.text)
+        new = slice(sample.tokens, sample.tokens + len(update.tokens))
+        sample.tokens = new.stop
+        if sample.result.logprobs is not None:
+            delta.logprobs = sample.result.logprobs[new]
+        if sample.submit.trace:
+            delta.sources = list(update.sources)
+        return delta
+
+    def _finished(self, sample: Sample) -> Finished:
+        result = sample.result
+        return Finished(
+            id=sample.submit.id,
+            reason=result.finish_reason,
+            stop=result.stop_reason,
+            prompt_tokens=len(result.prompt_token_ids),
+            cached_tokens=result.cached_tokens,
+            completion_tokens=len(result.token_ids),
+            forwards=result.forwards,
+            drafted=sum(result.reached),
+            accepted=sum(result.accepted),
+            prompt_logprobs=result.prompt_logprobs,
+        )
+
+
+def _counted(result: Result) -> Stats:
+    """What one sample adds to the totals that the engine itself does not keep."""
+    return Stats(
+        cached_tokens=result.cached_tokens,
+        forwards=result.forwards,
+        reached=result.reached,
+        accepted=result.accepted,
+    )
+
+
 class Worker:
     """Runs what comes over a link on an LLM's engine."""
 
     def __init__(self, llm: LLM, link: Link) -> None:
         self.llm, self.engine, self.link = llm, llm.engine, link
-        self._reports = Reports(llm.engine, llm.idlm.tokenizer)
+        self._reports = Reports(llm.engine)
         self._sent_stats = 0.0
         self._next_stats = 0.0
         self._compiler = ThreadPoolExecutor(1)
@@ -118,7 +227,7 @@ class Worker:
             elif message.id in self._reports.numbers:
                 self.engine.abort(self._reports.numbers[message.id])
             return []
-        if isinstance(message, Submit) and message.guide is not None:
+        if isinstance(message, Submit) and message.params.guide is not None:
             self._compiling[message.id] = False
             self._compiler.submit(self._compile, message)
             return []
@@ -135,7 +244,7 @@ class Worker:
     def _compile(self, submit: Submit) -> None:
         """Beside the loop, since it takes up to a second; `Engine.add` then finds the guide compiled."""
         try:
-            self.engine.intake.matcher(_params(submit))
+            self.engine.intake.matcher(submit.params)
             self.link.inbox.put([Compiled(submit)])
         except Exception as error:  # the loop refuses or fails with it: a sample must not wait for what never comes
             self.link.inbox.put([Compiled(submit, error)])
@@ -149,21 +258,19 @@ class Worker:
             self.engine.abort(self._reports.numbers[compiled.submit.id])
 
     def _add(self, submit: Submit) -> None:
-        """Give the engine a sample, checked as `LLM.generate` checks it.
+        """Give the engine a sample, whose ids the server has checked.
 
         Raises:
             InputError: it cannot be run.
         """
-        prompt = self.llm.encode(submit.prompt)
-        params = _params(submit)
-        params.check_vocabulary(self.llm.idlm.vocab_size)
+        prompt, params = submit.prompt, submit.params
         if params.prompt_logprobs is not None and len(prompt) * (params.prompt_logprobs + 1) > MOST_PROMPT_LOGPROBS:
             raise InputError(
                 f"prompt_logprobs={params.prompt_logprobs} of {len(prompt)} prompt tokens are more than "
                 f"{MOST_PROMPT_LOGPROBS} entries; ask for fewer"
             )
         options = submit.adapter, submit.drafting, submit.priority, submit.timeout, submit.salt
-        self._reports.open(self.engine.add(prompt, params, submit.seed, *options), submit)
+        self._reports.open(self.engine.add(prompt, params, params.seed or 0, *options), submit)
 
     def _step(self) -> list[Message]:
         updates = self.engine.step()
@@ -177,66 +284,17 @@ class Worker:
         return self._reports.stats()
 
 
-def _params(submit: Submit) -> SamplingParams:
-    try:
-        guide = None if submit.guide is None else Guide(submit.guide.kind, submit.guide.text)
-        return SamplingParams(**submit.params, n=1, seed=submit.seed, guide=guide)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise InputError(f"sampling parameters: {error}") from None
-
-
-def load(config: EngineConfig) -> LLM:
-    """The model, ready to run.
-
-    Raises:
-        InputError: it cannot be had so.
-    """
-    return LLM(
-        config.model,
-        adapters=config.adapters,
-        stride=config.stride,
-        branches=config.branches,
-        dtype=config.dtype,
-        device=config.device,
-        max_num_seqs=config.max_num_seqs,
-        kv_memory=config.kv_memory,
-        page_size=config.page_size,
-        prefill_tokens=config.prefill_tokens,
-        deterministic=config.deterministic,
-        weights=config.weights,
-        threads=config.threads,
-    )
-
-
-def describe(llm: LLM, model: str) -> Ready:
-    """What the server wants to know of the engine."""
-    idlm, pool = llm.idlm, llm.engine.scheduler.pool
-    return Ready(
-        version=__version__,
-        model=model,
-        vocab_size=idlm.vocab_size,
-        context=idlm.context,
-        mask_id=idlm.mask_id,
-        eos_ids=sorted(idlm.eos_ids),
-        adapters=llm.engine.intake.adapters,
-        drafts=llm.stride > 1,
-        stride=llm.stride,
-        pages=pool.total,
-        page_size=pool.page_size,
-    )
-
-
 def main(file_descriptor: int, config: EngineConfig) -> int:
     """Load the model, say so, and run; returns the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the server drains, then closes
         signal.signal(number, signal.SIG_IGN)
     link = Link(file_descriptor)
     try:
-        llm = load(config)
+        llm = LLM(**vars(config))  # its fields are arguments of `LLM`
         llm.engine.warm_up()
         gc.collect()
         gc.freeze()  # what is here now stays; looking through it again would hold all requests up
-        link.send([describe(llm, config.model)])
+        link.send([Ready(llm.idlm.vocab_size, llm.idlm.mask_id, llm.idlm.context)])
         Worker(llm, link).run()
     except InputError as error:
         link.send([Failed(str(error))])
@@ -247,5 +305,5 @@ def main(file_descriptor: int, config: EngineConfig) -> int:
 
 
 if __name__ == "__main__":
-    logs.configure()
+    observe.configure()
     sys.exit(main(int(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=EngineConfig)))

@@ -9,7 +9,7 @@ from pathlib import Path
 from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 from idlm.training.config import DataConfig
-from idlm.training.data import SOURCES, Example, chat_examples, fit, jsonl_examples, need_tokenizer
+from idlm.training.data import SOURCES, Example, chat_examples, fit, jsonl_examples
 from idlm.training.distill import distill
 
 
@@ -38,7 +38,7 @@ def corpus(config: DataConfig, idlm: Idlm, draws: int, folder: Path) -> Corpus:
     check_source(config)
     limit = min(config.max_length or idlm.context, idlm.context)
     if config.source in SOURCES:
-        source, tokenizer = SOURCES[config.source], need_tokenizer(idlm)
+        source, tokenizer = SOURCES[config.source], idlm.encoder.tokenizer
         pairs = islice(source.training(config.seed), config.examples or draws)
         training = chat_examples(pairs, tokenizer)
         held_out = chat_examples(source.held_out(config.held_out), tokenizer)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from idlm.chat_template import PromptEncoder, check_tokens
 from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 from idlm.training.config import DataConfig
@@ -80,27 +81,14 @@ def fit(example: Example, limit: int) -> Example:
     return Example(example.prompt, example.response[: limit - len(example.prompt)], example.row)
 
 
-def need_tokenizer(idlm: Idlm) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, or an InputError where it has none."""
-    if idlm.tokenizer is None:
-        raise InputError(f"the model {idlm.name!r} has no tokenizer; use rows of token ids or data.source: self")
-    return idlm.tokenizer
-
-
 def chat_examples(pairs: Iterable[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Chat prompt, answer and end token of each (question, answer)."""
     chosen = list(pairs)
-    prompts = chat_prompts([[{"role": "user", "content": q}] for q, _ in chosen], tokenizer)
+    prompts = PromptEncoder(tokenizer, "data").chats([{"role": "user", "content": q}] for q, _ in chosen)
     answers = tokenizer([answer for _, answer in chosen], add_special_tokens=False)["input_ids"]
     end = [tokenizer.eos_token_id]
     rows = zip(prompts, answers, strict=True)
     return [Example(p, a + end, f"problem {i}") for i, (p, a) in enumerate(rows)]
-
-
-def chat_prompts(conversations: list[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of conversations under the chat template, up to where the assistant's answer begins."""
-    texts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in conversations]
-    return list(tokenizer(texts, add_special_tokens=False)["input_ids"]) if texts else []
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -123,26 +111,24 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def prompt_ids(row: dict[str, Any], name: str, idlm: Idlm) -> list[int]:
     """Token ids of a row's prompt: {"prompt": text or token ids} or {"messages": [...]} under the chat template."""
-    if "messages" in row:
-        tokenizer = need_tokenizer(idlm)
-        if not tokenizer.chat_template:
-            raise InputError(f"{name} has messages but the tokenizer has no chat template; write a plain prompt")
-        try:
-            return chat_prompts([row["messages"]], tokenizer)[0]
-        except Exception as error:  # a template may raise anything at messages it does not expect
-            raise InputError(f"{name}: the chat template refuses the messages ({error})") from None
-    if "prompt" not in row:
+    if "messages" not in row and "prompt" not in row:
         raise InputError(f'{name} has no prompt; give it a "prompt" or "messages"')
-    return _ids(row["prompt"], f"{name}: the prompt", idlm, special=True)
+    return _ids(row, "messages" if "messages" in row else "prompt", name, idlm)
 
 
-def _ids(value: Any, name: str, idlm: Idlm, special: bool) -> list[int]:
-    """Token ids of a text, or of a list of ids, which must be in the vocabulary."""
-    if isinstance(value, str):
-        return list(need_tokenizer(idlm)(value, add_special_tokens=special)["input_ids"]) if value else []
-    if not isinstance(value, list) or not all(isinstance(i, int) and 0 <= i < idlm.vocab_size for i in value):
-        raise InputError(f"{name} is neither a text nor a list of token ids below {idlm.vocab_size}")
-    return value
+def _ids(row: dict[str, Any], what: str, name: str, idlm: Idlm) -> list[int]:
+    """Token ids of the "messages" of a row, or of its "prompt" or "response", a text or token ids."""
+    value = row[what]
+    try:
+        if what == "messages":
+            return idlm.encoder.chat(value)
+        if isinstance(value, str):
+            return idlm.encoder.text(value, what == "prompt", trusted=True) if value else []
+        if isinstance(value, list):
+            return check_tokens(value, idlm.vocab_size, what)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    raise InputError(f"{name}: the {what} is neither a text nor a list of token ids")
 
 
 def jsonl_examples(config: DataConfig, idlm: Idlm) -> list[Example]:
@@ -152,7 +138,7 @@ def jsonl_examples(config: DataConfig, idlm: Idlm) -> list[Example]:
     for name, row in islice(read_jsonl(str(config.path)), config.examples):
         if not row.get("response"):
             raise InputError(f'{name} has no response; give it a non-empty "response"')
-        response = _ids(row["response"], f"{name}: the response", idlm, special=False)
+        response = _ids(row, "response", name, idlm)
         is_text = isinstance(row["response"], str)
         examples.append(Example(prompt_ids(row, name, idlm), response + (end if is_text else []), name))
     return examples

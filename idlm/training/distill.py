@@ -21,15 +21,7 @@ from idlm.errors import InputError
 from idlm.models.attention import NAME
 from idlm.models.idlm_model import Idlm
 from idlm.training.config import DataConfig
-from idlm.training.data import (
-    SOURCES,
-    Example,
-    chat_prompts,
-    fit,
-    need_tokenizer,
-    prompt_ids,
-    read_jsonl,
-)
+from idlm.training.data import SOURCES, Example, fit, prompt_ids, read_jsonl
 
 
 def distill(config: DataConfig, idlm: Idlm, file: Path) -> list[Example]:
@@ -69,7 +61,7 @@ def prompts_of(config: DataConfig, idlm: Idlm) -> list[tuple[list[int], str]]:
     if config.prompts in SOURCES:
         pairs = islice(SOURCES[config.prompts].training(config.seed), config.examples)
         chats = [[{"role": "user", "content": question}] for question, _ in pairs]
-        return [(ids, f"problem {i}") for i, ids in enumerate(chat_prompts(chats, need_tokenizer(idlm)))]
+        return [(ids, f"problem {i}") for i, ids in enumerate(idlm.encoder.chats(chats))]
     rows = islice(read_jsonl(config.prompts), config.examples)
     return [(prompt_ids(row, name, idlm), name) for name, row in rows]
 

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from idlm.cli import app
 from idlm.cli.serve import KEY_VARIABLE
+from idlm.serving.app import router
 from idlm.serving.client import EngineClient
 from idlm.serving.config import EngineConfig, Limits, ServeConfig
-from idlm.serving.metrics import Meters
-from idlm.serving.routes import router
+from idlm.serving.observe import Meters
 from idlm.serving.server import GRACE_SECONDS
 from tests.waiting import HANG_SECONDS
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from idlm.params import MOST_LOGPROBS
-from idlm.serving import channel, connections, protocol, server, strict, supervisor
+from idlm.serving import limits, schema, server, supervisor, wire
+from idlm.serving.app import ERRORS, router
 from idlm.serving.client import EngineClient
 from idlm.serving.config import EngineConfig, Limits
-from idlm.serving.metrics import Meters
-from idlm.serving.protocol_chat import ChatRequest
-from idlm.serving.protocol_completions import DEFAULT_MAX_TOKENS, CompletionRequest
-from idlm.serving.routes import ERRORS, router
+from idlm.serving.observe import Meters
+from idlm.serving.schema import DEFAULT_MAX_TOKENS, CompletionRequest
+from idlm.serving.schema_chat import ChatRequest
 
 DOCS = Path(__file__).parents[2] / "docs"
 SERVING, SECURITY = ((DOCS / name).read_text() for name in ("serving.md", "security.md"))
@@ -33,7 +33,7 @@ def names(cell: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("column", "request_type"), [(1, ChatRequest), (2, CompletionRequest)])
-def test_the_table_of_fields_is_complete(column: int, request_type: type[protocol.Generation]) -> None:
+def test_the_table_of_fields_is_complete(column: int, request_type: type[schema.Generation]) -> None:
     told = [name for row in table("Fields") if row[column] for name in names(row[0])]
     assert sorted(told) == sorted(request_type.model_fields)
 
@@ -67,13 +67,13 @@ def test_the_limits_are_the_defaults() -> None:
         "--drain-seconds": f"{BOUNDS.drain_seconds:g}",
     }
     assert f"{DEFAULT_MAX_TOKENS} (completions)" in SERVING
-    assert f"{protocol.MOST_STOPS} texts at most, of {protocol.LONGEST_STOP} characters" in SERVING
+    assert f"{schema.MOST_STOPS} texts at most, of {schema.LONGEST_STOP} characters" in SERVING
 
 
 def test_the_numbers_of_the_threat_model_are_the_servers() -> None:
     said = " ".join(SECURITY.split())
     for claim in (
-        f"Headers have {BOUNDS.header_seconds:g} s (408) and {connections.HEADER_BYTES // 1024} KiB (431)",
+        f"Headers have {BOUNDS.header_seconds:g} s (408) and {limits.HEADER_BYTES // 1024} KiB (431)",
         f"A body has {BOUNDS.body_seconds:g} s (408) and {BOUNDS.body_bytes} bytes (413)",
         f"{server.MOST_CONNECTIONS} connections at once",
         f"closed after {server.KEEP_ALIVE_SECONDS} s",
@@ -81,11 +81,11 @@ def test_the_numbers_of_the_threat_model_are_the_servers() -> None:
         f"{BOUNDS.queue_requests} samples and {BOUNDS.queue_tokens} tokens",
         f"{BOUNDS.n} samples of a prompt and {BOUNDS.prompts} prompts in a request",
         f"ends after {BOUNDS.timeout:g} s",
-        f"deeper than {strict.DEEPEST} levels and no object with more than {strict.MOST_KEYS} keys",
-        f"{protocol.MOST_STOPS} stop texts of {protocol.LONGEST_STOP} characters",
+        f"deeper than {schema.DEEPEST} levels and no object with more than {schema.MOST_KEYS} keys",
+        f"{schema.MOST_STOPS} stop texts of {schema.LONGEST_STOP} characters",
         f"{MOST_LOGPROBS} log-probabilities a token",
         f"have {BOUNDS.schema_bytes} bytes at most",
-        f"frames of at most {channel.MAX_FRAME // 2**20} MiB",
+        f"frames of at most {wire.MAX_FRAME // 2**20} MiB",
         f"silent for {supervisor.STALL_SECONDS:g} s",
         f"{EngineConfig('nano').page_size} tokens at a time",
     ):

@@ -11,7 +11,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from idlm.serving.connections import Connection
+from idlm.serving.limits import Connection
 from idlm.serving.server import KEEP_ALIVE_SECONDS
 from tests.serving.conftest import KEY, SECONDS, Running
 from tests.waiting import HANG_SECONDS, wait_until

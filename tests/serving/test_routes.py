@@ -16,10 +16,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from idlm import LLM, SamplingParams, __version__
-from idlm.serving.logs import JsonLines
-from idlm.serving.messages import Stats
-from idlm.serving.metrics import EngineCollector
+from idlm.serving.observe import EngineCollector, JsonLines
 from idlm.serving.prompts import Prompts
+from idlm.serving.wire import Stats
 from tests.serving.conftest import Running
 from tests.waiting import HANG_SECONDS
 
@@ -69,7 +68,8 @@ def test_metrics_count(http: httpx.Client) -> None:
 
 
 def test_counters_do_not_go_back_when_the_engine_starts_again() -> None:
-    client: Any = SimpleNamespace(stats=Stats(), restarts=0, ready=True, running=0, queued_tokens=0)
+    quota = SimpleNamespace(samples=0, tokens=0)
+    client: Any = SimpleNamespace(stats=Stats(), restarts=0, ready=True, quota=quota)
     collector = EngineCollector(client)
     seen: list[dict[str, float]] = []
     for restarts, tokens, plans, reached in (

@@ -34,7 +34,7 @@ def events(response: httpx.Response) -> list[str]:
 
 def idle(served: Running) -> None:
     """Wait until the engine has nothing to do any more, and has said so."""
-    wait_until(lambda: not served.client.running and not served.client.queued_tokens)
+    wait_until(lambda: not served.client.quota.samples and not served.client.quota.tokens)
     before = served.client.stats
     wait_until(lambda: served.client.stats is not before and not served.client.stats.pages_live)
 
@@ -83,7 +83,7 @@ def test_a_client_that_leaves_frees_its_place_at_once(stream: bool, served: Runn
         if stream:
             assert connection.recv(1)
             stack.enter_context(held(served.worker))
-        wait_until(lambda: served.client.running == 2)
+        wait_until(lambda: served.client.quota.samples == 2)
         connection.close()
         wait_until(lambda: not served.http.server_state.tasks)
     idle(served)
@@ -116,7 +116,7 @@ def test_more_than_the_queue_takes_is_answered_429(served: Running) -> None:
         with held(served.worker):  # so that none is done before the last has come
             asked = [pool.submit(http.post, CHAT, json=body) for _ in range(20)]
             wait_until(lambda: sum(one.done() for one in asked) == 4)
-            assert served.client.running == 64
+            assert served.client.quota.samples == 64
         answers = [one.result() for one in asked]
     assert Counter(answer.status_code for answer in answers) == {200: 16, 429: 4}
     for answer in answers:

@@ -14,11 +14,10 @@ from typing import NoReturn, cast
 import msgspec
 import pytest
 
-from idlm import LLM
+from idlm import LLM, SamplingParams
 from idlm.serving import worker as worker_module
-from idlm.serving.channel import HEADER, frame
 from idlm.serving.config import EngineConfig
-from idlm.serving.messages import Delta, FromEngine, Message, Ready, Refused, Stats, Submit
+from idlm.serving.wire import HEADER, Delta, FromEngine, Message, Ready, Refused, Stats, Submit, frame
 from idlm.serving.worker import Link, Worker
 from tests.engine.tiny import tiny_idlm
 from tests.waiting import HANG_SECONDS
@@ -67,19 +66,20 @@ def worker(config: EngineConfig) -> Iterator[Peer]:
 
 
 def long_sample(id: str) -> Submit:
-    return Submit(id, [5, 6, 7], {"max_tokens": 500, "ignore_eos": True}, 0)
+    return Submit(id, [5, 6, 7], SamplingParams(max_tokens=500, ignore_eos=True, seed=0))
 
 
 def test_it_says_what_it_is_speaks_unasked_and_ends_with_its_socket() -> None:
     with worker(CONFIG) as peer:
         ready = peer.until(Ready)
-        assert isinstance(ready, Ready)
-        assert (ready.model, ready.stride, ready.drafts, ready.adapters) == ("nano", 4, True, ["default"])
+        assert ready == Ready(vocab_size=640, mask_id=3, context=512)
         assert [[type(one) for one in peer.read()] for _ in range(3)] == [[Stats]] * 3
         for number in (signal.SIGINT, signal.SIGTERM):
             peer.process.send_signal(number)
-        peer.send(Submit("bad", [], {}, 0), *[long_sample(str(index)) for index in range(6)])
-        assert peer.until(Refused) == Refused("bad", "a prompt has 0 tokens; this model takes 1 to 511")
+        peer.send(
+            Submit("bad", [5], SamplingParams(), adapter="none"), *[long_sample(str(index)) for index in range(6)]
+        )
+        assert peer.until(Refused) == Refused("bad", "adapter 'none' is not loaded; use one of default")
         peer.until(Delta)
         assert peer.close() == 0  # in the middle of its steps
 

@@ -89,7 +89,7 @@ def test_long_responses_are_cut_and_long_prompts_refused() -> None:
         ('{"prompt": [1]}', ["line 2", "no response"]),
         ('{"prompt": [], "response": [1]}', ["line 2", "prompt has no tokens"]),
         ('{"response": [1]}', ["line 2", "no prompt"]),
-        ('{"prompt": [99], "response": [1]}', ["line 2", "below 23"]),
+        ('{"prompt": [99], "response": [1]}', ["line 2", "prompt token 99 is outside the vocabulary 0..22"]),
         ('{"prompt": 3, "response": [1]}', ["line 2", "the prompt"]),
         ('{"prompt": "text", "response": [1]}', ["tokenizer"]),
         ('{"messages": [], "response": [1]}', ["tokenizer"]),

@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 
-from idlm import SamplingParams
+from idlm import Guide, SamplingParams
 from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError
-from idlm.serving.messages import Guide
-from idlm.serving.protocol import SHARED, the_guide
-from idlm.serving.protocol_chat import ChatRequest
-from idlm.serving.protocol_completions import CompletionRequest
+from idlm.serving.schema import SHARED, CompletionRequest
+from idlm.serving.schema_chat import ChatRequest
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in ("f", "g")]
@@ -44,7 +42,7 @@ def chat(**fields: Any) -> ChatRequest:
 def test_fields_become_sampling_parameters() -> None:
     assert set(VALUES) == set(SHARED)
     values = {name: list(value) if isinstance(value, tuple) else value for name, value in VALUES.items()}
-    made = chat(**values, logit_bias={"5": -1}).sampling(50, logprobs=2)
+    made = chat(**values, logit_bias={"5": -1}, logprobs=True, top_logprobs=2).sampling(50)
     assert made == SamplingParams(max_tokens=50, logprobs=2, logit_bias={5: -1.0}, **VALUES)
 
 
@@ -59,6 +57,19 @@ def test_which_number_of_tokens_counts() -> None:
     assert chat(max_tokens=5).asked_tokens == 5
     assert chat(max_tokens=5, max_completion_tokens=6).asked_tokens == 6
     assert CompletionRequest(model="m", prompt="x").asked_tokens == 16
+    assert CompletionRequest(model="m", prompt="x", max_tokens=0).asked_tokens == 0
+    assert CompletionRequest(model="m", prompt="x", max_tokens=0, echo=True).asked_tokens == 1
+
+
+def test_which_log_probabilities_are_asked_for() -> None:
+    for request, asked in (
+        (chat(), (None, None)),
+        (chat(logprobs=True), (0, None)),
+        (CompletionRequest(model="m", prompt="x", logprobs=3), (3, None)),
+        (CompletionRequest(model="m", prompt="x", logprobs=3, echo=True), (3, 3)),
+    ):
+        params = request.sampling(50)
+        assert (params.logprobs, params.prompt_logprobs) == asked
 
 
 def test_messages_as_templates_know_them() -> None:
@@ -89,29 +100,36 @@ def test_arguments_have_to_be_objects(arguments: str) -> None:
         chat(messages=[{"role": "assistant", "tool_calls": [call]}]).template_messages()
 
 
+LIMITS = Limits()
+
+
 def test_every_form_of_guide() -> None:
     text = json.dumps(SCHEMA)
+    schema = Guide("json_schema", text)
     wrapped = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
-    assert chat(guided_json=SCHEMA).guides() == chat(guided_json=text).guides() == [Guide("json_schema", text)]
-    assert chat(response_format=wrapped).guides() == [Guide("json_schema", text)]
-    assert chat(response_format={"type": "json_object"}).guides() == [Guide("json_object", "")]
-    assert chat(response_format={"type": "text"}).guides() == []
-    assert chat(guided_regex="a+").guides() == [Guide("regex", "a+")]
-    assert chat(guided_grammar="start: A").guides() == [Guide("grammar", "start: A")]
+    assert chat(guided_json=SCHEMA).guide(LIMITS) == chat(guided_json=text).guide(LIMITS) == schema
+    assert chat(response_format=wrapped).guide(LIMITS) == schema
+    assert chat(response_format={"type": "json_object"}).guide(LIMITS) == Guide("json_object")
+    assert chat(response_format={"type": "text"}).guide(LIMITS) is None
+    assert chat(guided_regex="a+").guide(LIMITS) == Guide("regex", "a+")
+    assert chat(guided_grammar="start: A").guide(LIMITS) == Guide("grammar", "start: A")
+    assert chat().sampling(50, schema).guide == schema
 
 
 def test_forced_tools_are_guides() -> None:
     named = chat(tools=TOOLS, tool_choice={"type": "function", "function": {"name": "g"}})
-    assert named.guides() == [Guide("json_schema", json.dumps(SCHEMA))] and named.forced_tool == "g"
-    (guide,) = chat(tools=TOOLS, tool_choice="required").guides()
+    assert named.guide(LIMITS) == Guide("json_schema", json.dumps(SCHEMA)) and named.forced_tool == "g"
+    guide = chat(tools=TOOLS, tool_choice="required").guide(LIMITS)
+    assert guide is not None
     names = [one["properties"]["name"]["const"] for one in json.loads(guide.text)["items"]["anyOf"]]
     assert names == ["f", "g"]
-    assert chat(tools=TOOLS, tool_choice="auto").guides() == chat(tools=TOOLS).guides() == []
+    assert chat(tools=TOOLS, tool_choice="auto").guide(LIMITS) is chat(tools=TOOLS).guide(LIMITS) is None
 
 
 def test_one_guide_of_bounded_size() -> None:
-    guide = Guide("regex", "ä" * 10)
-    assert the_guide([guide], Limits(schema_bytes=20)) == guide and the_guide([], Limits()) is None
-    for guides, limits in (([guide], Limits(schema_bytes=19)), ([guide, guide], Limits())):
-        with pytest.raises(ApiError):
-            the_guide(guides, limits)
+    request = chat(guided_regex="ä" * 10)
+    assert request.guide(Limits(schema_bytes=20)) == Guide("regex", "ä" * 10)
+    with pytest.raises(ApiError, match="a regex of more than 19 bytes"):
+        request.guide(Limits(schema_bytes=19))
+    with pytest.raises(ApiError, match="more than one"):
+        chat(guided_regex="a", guided_grammar="b").guide(LIMITS)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field
 
+from idlm.chat_template import PromptEncoder
 from idlm.params import MOST_LOGPROBS
 from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError
-from idlm.serving.messages import Guide
-from idlm.serving.protocol import Generation, schema_guide
-from idlm.serving.strict import Boolean, Strict, decode
+from idlm.serving.schema import Boolean, Generation, Strict, decode, schema_guide
 
 Scalar = str | bool | int | float | None
 
@@ -33,24 +33,10 @@ class AnyMessage(Strict):
     type: Literal["text"] | None = Field(None, exclude=True)
 
 
-class SystemMessage(AnyMessage):
-    """Instructions."""
+class PlainMessage(AnyMessage):
+    """Instructions (the developer's are the system's, by OpenAI's newer word), or what the user says."""
 
-    role: Literal["system"]
-    content: Content
-
-
-class DeveloperMessage(AnyMessage):
-    """The same, by OpenAI's newer word."""
-
-    role: Literal["developer"]
-    content: Content
-
-
-class UserMessage(AnyMessage):
-    """What the user says."""
-
-    role: Literal["user"]
+    role: Literal["system", "developer", "user"]
     content: Content
 
 
@@ -89,9 +75,7 @@ class ToolMessage(AnyMessage):
     tool_call_id: str
 
 
-Message = Annotated[
-    SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage, Discriminator("role")
-]
+Message = Annotated[PlainMessage | AssistantMessage | ToolMessage, Discriminator("role")]
 
 
 class Function(Strict):
@@ -157,6 +141,15 @@ class Conversation(Strict):
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Scalar] | None = None
 
+    def encoder(self, prompts: PromptEncoder) -> Callable[[], list[int]]:
+        """Gives the token ids; what the template is given is ready before.
+
+        Raises:
+            ApiError: 400: the arguments of a call are not a JSON object.
+        """
+        messages, tools = self.template_messages(), self.template_tools()
+        return lambda: prompts.chat(messages, tools, self.add_generation_prompt, self.chat_template_kwargs)
+
     def template_messages(self) -> list[dict[str, Any]]:
         """The messages as templates know them: contents are text, "developer" is "system", arguments are objects.
 
@@ -186,6 +179,8 @@ def _as_template_has_it(message: Message) -> dict[str, Any]:
 class ChatRequest(Conversation, Generation):
     """Body of /v1/chat/completions."""
 
+    kind: ClassVar = "chatcmpl"
+    """What the answer's id begins with."""
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
@@ -205,6 +200,11 @@ class ChatRequest(Conversation, Generation):
     def asked_tokens(self) -> int | None:
         """The newer name of `max_tokens` goes first; None: what the context leaves."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def top(self) -> int | None:
+        """What `top_logprobs` says, if there are to be any."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def tools_in_use(self) -> list[Tool]:
@@ -230,13 +230,13 @@ class ChatRequest(Conversation, Generation):
         if self.forced_tool and self.forced_tool not in {tool.function.name for tool in self.tools or ()}:
             raise ApiError(400, f"tool_choice names {self.forced_tool!r}, which is not in tools", "tool_choice")
 
-    def guides(self) -> list[Guide]:
+    def guides(self) -> list[tuple[str, str]]:
         """Also those of `response_format` and of a forced `tool_choice`."""
         guides = super().guides()
         if isinstance(self.response_format, SchemaFormat):
             guides.append(schema_guide(self.response_format.json_schema.body, "response_format"))
         elif self.response_format is not None and self.response_format.type == "json_object":
-            guides.append(Guide("json_object", ""))
+            guides.append(("json_object", ""))
         if self.tool_choice == "required" or self.forced_tool:
             guides.append(schema_guide(self._calls_schema(), "tools"))
         return guides

@@ -10,13 +10,12 @@ import msgspec
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from idlm.serving.chat import ChatAnswer
-from idlm.serving.messages import Delta, Finished
+from idlm.serving.answers import ChatAnswer
 from idlm.serving.prompts import Prompts
-from idlm.serving.protocol_chat import ChatRequest
 from idlm.serving.responses import CompletionDetails, PromptDetails, Usage
-from idlm.serving.stream import Sample
+from idlm.serving.schema_chat import ChatRequest
 from idlm.serving.tools import HERMES
+from idlm.serving.wire import Delta, Finished
 
 TEXT = ["Let me ", "see.<tool", '_call>{"name": "add", ', '"arguments": {"a": 1}}</tool_call>', "\n"]
 USAGE = Usage(1, 1, 2, PromptDetails(0), CompletionDetails(0, 0))
@@ -43,14 +42,16 @@ def encoded(value: msgspec.Struct) -> Any:
 
 
 def test_whole(answer: ChatAnswer) -> None:
-    (choice,) = encoded(answer.response([Sample("".join(TEXT))], USAGE))["choices"]
+    (choice,) = encoded(answer.response([[Delta("1", [5], text) for text in TEXT]], USAGE))["choices"]
     assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] == "Let me see."
     (call,) = choice["message"]["tool_calls"]
     assert call["function"] == {"name": "add", "arguments": '{"a": 1}'} and "index" not in call
 
 
 def test_a_call_alone_has_no_content(answer: ChatAnswer) -> None:
-    (choice,) = encoded(answer.response([Sample("".join(TEXT).removeprefix("Let me see."))], USAGE))["choices"]
+    (choice,) = encoded(answer.response([[Delta("1", [5], "".join(TEXT).removeprefix("Let me see."))]], USAGE))[
+        "choices"
+    ]
     assert choice["message"]["content"] is None and len(choice["message"]["tool_calls"]) == 1
 
 

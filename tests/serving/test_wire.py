@@ -5,41 +5,52 @@ import io
 
 import pytest
 
-from idlm.serving import channel
-from idlm.serving.channel import HEADER, FrameError, checked_frame, frame, read, receive
-from idlm.serving.messages import (
+from idlm import Guide, SamplingParams
+from idlm.engine.request import Logprob
+from idlm.serving import wire
+from idlm.serving.wire import (
+    HEADER,
     Abort,
     Delta,
     Failed,
     Finished,
+    FrameError,
     FromEngine,
-    Guide,
-    Logprob,
     Message,
     Ready,
     Refused,
     Stats,
     Submit,
-    TokenTrace,
+    frame,
+    read,
+    receive,
 )
 
 SUBMIT = Submit(
     id="a",
     prompt=[1, 2, 2**40],
-    params={"temperature": 0.1, "logit_bias": {5: -1.5}, "stop": ["\0é"], "ignore_eos": True, "top_k": -1},
-    seed=2**63 - 1,
+    params=SamplingParams(
+        temperature=0.1,
+        logit_bias={5: -1.5},
+        stop=["\0é"],
+        ignore_eos=True,
+        top_k=-1,
+        stop_token_ids=(7,),
+        prompt_logprobs=2,
+        guide=Guide("regex", "a+"),
+        seed=2**63 - 1,
+    ),
     adapter="x",
     drafting=False,
     timeout=1.5,
     salt=b"\0\xff",
-    guide=Guide("regex", "a+"),
     trace=True,
 )
-ENTRY = [Logprob(3, -0.125, 1, "t")]
+ENTRY = {3: Logprob(-0.125, 2), 1: Logprob(-0.5, 1)}
 FROM_ENGINE: list[Message] = [
-    Ready("0", "m", 10, 20, 9, [1], ["d"], True, 4, 5, 6),
+    Ready(10, 9, 20),
     Failed("why"),
-    Delta("a", [3], "t", [ENTRY], [TokenTrace("bonus", 7)]),
+    Delta("a", [3], "t", ["bonus"], [ENTRY]),
     Delta("b"),
     Finished("a", "stop", "END", 1, 2, 3, 4, 5, 6, [None, ENTRY]),
     Refused("a", "why"),
@@ -59,7 +70,7 @@ async def read_all(data: bytes, step: int) -> list[FromEngine]:
 
 
 def test_the_engine_reads_what_was_sent_to_it() -> None:
-    sent = frame([SUBMIT, Abort("a")]) + frame([]) + checked_frame(Abort("b"))
+    sent = frame([SUBMIT, Abort("a")]) + frame([]) + frame([Abort("b")])
     assert list(receive(io.BytesIO(sent))) == [[SUBMIT, Abort("a")], [], [Abort("b")]]
 
 
@@ -76,7 +87,7 @@ def test_an_end_within_a_list_is_an_end() -> None:
 
 def test_a_list_over_the_bound_is_not_sent_and_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     sent = frame([SUBMIT])
-    monkeypatch.setattr(channel, "MAX_FRAME", len(sent) - HEADER - 1)
+    monkeypatch.setattr(wire, "MAX_FRAME", len(sent) - HEADER - 1)
     with pytest.raises(FrameError, match="bytes; at most"):
         frame([SUBMIT])
     with pytest.raises(FrameError, match="bytes; at most"):
@@ -93,17 +104,20 @@ def test_each_side_refuses_what_is_not_for_it() -> None:
         asyncio.run(read_all(frame([SUBMIT]), 1000))
 
 
-@pytest.mark.parametrize(
-    ("prompt", "params"),
-    [
-        ([True], {}),
-        (["1"], {}),
-        ([1.5], {}),
-        ([2**64], {}),
-        ([1], {"top_k": 2**70}),
-        ([1], {"stop": "\ud800"}),
-    ],
-)
-def test_what_the_engine_could_not_read_is_not_sent(prompt: list[int], params: dict[str, object]) -> None:
+def test_log_probabilities_come_in_their_order() -> None:
+    (message,) = asyncio.run(read_all(frame([FROM_ENGINE[2]]), 100))
+    assert isinstance(message, Delta) and message.logprobs is not None and [*message.logprobs[0]] == [3, 1]
+
+
+def test_parameters_are_checked_where_they_are_read() -> None:
+    body = frame([Submit("a", [1], SamplingParams(top_k=77))])[HEADER:]
+    assert body.count(b"top_k\x4d") == 1
+    bad = body.replace(b"top_k\x4d", b"top_k\xfe")  # -2
+    with pytest.raises(FrameError, match="top_k=-2"):
+        list(receive(io.BytesIO(len(bad).to_bytes(HEADER, "big") + bad)))
+
+
+@pytest.mark.parametrize(("prompt", "params"), [([2**64], SamplingParams()), ([1], SamplingParams(stop="\ud800"))])
+def test_what_has_no_form_is_not_sent(prompt: list[int], params: SamplingParams) -> None:
     with pytest.raises(FrameError):
-        checked_frame(Submit("a", prompt, params, 0))
+        frame([Submit("a", prompt, params)])

@@ -1,19 +1,35 @@
-"""Prometheus metrics: what the server sees of requests, and what the engine says of itself."""
+"""What a server tells of itself: logs, one JSON object a line on stderr, and Prometheus metrics.
+
+No line holds a prompt or an output, unless the server was told so.
+"""
 
 from __future__ import annotations
 
+import logging
+import logging.config
+import re
+import secrets
 from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from time import perf_counter
+from typing import Any
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from idlm.serving.client import EngineClient
-from idlm.serving.messages import Delta, Finished, Stats
+from idlm.serving.errors import ApiError
+from idlm.serving.wire import Delta, Finished, Stats
 
 disable_created_metrics()
+access = logging.getLogger("idlm.serving.access")
+errors = logging.getLogger("idlm.serving")
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+QUIET = ("/health", "/ready", "/metrics")
+"""Asked every few seconds by machines: logged only when they fail."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -36,6 +52,105 @@ COUNTERS = {
     "evictions": ("idlm_evictions", "Cached pages given up for new ones."),
 }
 """Fields of `Stats`, and what they are called here."""
+
+
+class JsonLines(logging.Formatter):
+    """A record as one JSON object; `extra={"facts": {..}}` adds fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        line = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "facts", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(line).decode()
+
+
+def configure() -> None:
+    """Send the logs of the server, and warnings of everything else, to stderr as JSON lines."""
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "formatters": {"json": {"()": JsonLines}},
+            "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
+            "root": {"handlers": ["stderr"], "level": "WARNING"},
+            "loggers": {"idlm.serving": {"level": "INFO"}},
+        }
+    )
+
+
+class AccessLog:
+    """ASGI middleware, the outermost: names every request, answers what failed without an answer, and counts.
+
+    What routes put into `scope["state"]["facts"]` comes into the request's line.
+    """
+
+    def __init__(self, app: ASGIApp, meters: Meters) -> None:
+        self.app, self.meters = app, meters
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request pass, and write about it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, facts = perf_counter(), dict[str, Any]()
+        id = _request_id(scope)
+        scope.setdefault("state", {})["facts"] = facts
+        answer = _Watched(send, id)
+        try:
+            await self.app(scope, receive, answer.send)
+        except Exception:
+            errors.exception("bug", extra={"facts": {"request_id": id}})
+            if answer.status is not None:
+                raise  # too late for an answer; the connection is closed
+            await ApiError(500, "an error inside the server; its log has the details").response()(
+                scope, receive, answer.send
+            )
+        finally:
+            self._write(scope, id, answer.status or 499, perf_counter() - started, facts)
+
+    def _write(self, scope: Scope, id: str, status: int, seconds: float, facts: dict[str, Any]) -> None:
+        route = getattr(scope.get("route"), "path", "none")  # the pattern, or scanners would make endless labels
+        self.meters.requests.labels(route, str(status)).inc()
+        self.meters.request_seconds.labels(route).observe(seconds)
+        if status < 400 and scope["path"] in QUIET:
+            return
+        line = {
+            "request_id": id,
+            "client": (scope.get("client") or ["?"])[0],
+            "method": scope["method"],
+            "path": scope["path"][:200],
+            "status": status,
+            "seconds": round(seconds, 6),
+        }
+        access.info("request", extra={"facts": line | facts})
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's own X-Request-Id if it is harmless, else a new one."""
+    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    return given.decode() if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+
+
+class _Watched:
+    """Adds the request's id to an answer and notes its status."""
+
+    def __init__(self, send: Send, id: str) -> None:
+        self._send, self._id = send, id
+        self.status: int | None = None
+
+    async def send(self, message: Message) -> None:
+        """Pass a message on."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", []), (b"x-request-id", self._id.encode())]
+        await self._send(message)
 
 
 class Meters:
@@ -62,17 +177,13 @@ class Meters:
     def _histogram(self, name: str, text: str, buckets: Iterable[float], labels: Iterable[str] = ()) -> Histogram:
         return Histogram(name, text, labels, buckets=tuple(buckets), registry=self._registry)
 
-    def timing(self, started: float) -> Timing:
-        """For one sample, whose request came at this time of `perf_counter`."""
-        return Timing(self, started)
-
     def render(self) -> bytes:
         """All of them in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
 class Timing:
-    """Times one sample."""
+    """Times one sample, whose request came at `started` of `perf_counter`."""
 
     def __init__(self, meters: Meters, started: float) -> None:
         self._meters, self._started = meters, started
@@ -118,8 +229,8 @@ class EngineCollector(Collector):
         stats = self._stats()
         yield GaugeMetricFamily("idlm_engine_ready", "Whether the engine takes samples.", float(self._client.ready))
         yield CounterMetricFamily("idlm_engine_restarts", "Engines started again.", self._client.restarts)
-        yield GaugeMetricFamily("idlm_queue_samples", "Samples with the engine.", self._client.running)
-        yield GaugeMetricFamily("idlm_queue_tokens", "Tokens that they may come to.", self._client.queued_tokens)
+        yield GaugeMetricFamily("idlm_queue_samples", "Samples with the engine.", self._client.quota.samples)
+        yield GaugeMetricFamily("idlm_queue_tokens", "Tokens that they may come to.", self._client.quota.tokens)
         yield GaugeMetricFamily(
             "idlm_tokens_per_forward", "TPF since the server's start.", stats.tokens / max(1, stats.forwards)
         )
@@ -151,9 +262,4 @@ def add_totals(before: Stats, now: Stats) -> Stats:
 
 
 def _sum(first: list[int], second: list[int]) -> list[int]:
-    size = max(len(first), len(second))
-    return [sum(pair) for pair in zip(_padded(first, size), _padded(second, size), strict=True)]
-
-
-def _padded(numbers: list[int], size: int) -> list[int]:
-    return numbers + [0] * (size - len(numbers))
+    return [sum(pair) for pair in zip_longest(first, second, fillvalue=0)]

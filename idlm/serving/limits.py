@@ -1,0 +1,277 @@
+"""Bounds on what clients may take: connections and headers, keys and bodies, room in the engine's queue."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import math
+from collections import deque
+from collections.abc import Sequence
+from time import monotonic
+from typing import Any
+
+import msgspec
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from idlm.errors import InputError
+from idlm.serving.config import Limits
+from idlm.serving.errors import ApiError, Busy
+
+HEADER_BYTES = 64 * 1024
+STATUS = {400: b"400 Bad Request", 408: b"408 Request Timeout", 431: b"431 Request Header Fields Too Large"}
+OPEN_PATH = "/health"
+CLOSE = {"Connection": "close"}
+"""For answers given before the whole body was read."""
+WINDOW = 30.0
+"""Seconds of which the pace of ended samples is taken; what was longer ago says nothing of the load now."""
+LONGEST_WAIT = 60
+
+
+def _headers_too_large() -> ApiError:
+    """The answer to them."""
+    message = f"the headers are larger than {HEADER_BYTES} bytes; send less"
+    return ApiError(431, message, headers={"Connection": "close"})
+
+
+class Connection(HttpToolsProtocol):
+    """Closed when there are too many connections, when headers take too long or are too large, and when nobody reads.
+
+    Args:
+        header_seconds: to send the headers in.
+        stall_seconds: how long a full buffer may wait to be read; the request then counts as left.
+        most: connections at once.
+    """
+
+    def __init__(self, *, header_seconds: float, stall_seconds: float, most: int, **uvicorn: Any) -> None:
+        super().__init__(**uvicorn)
+        self._header_seconds, self._stall_seconds, self._most = header_seconds, stall_seconds, most
+        self._stall: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._header_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """A client is there; its headers have to follow."""
+        super().connection_made(transport)
+        self._expect_headers()
+        if len(self.connections) > self._most:
+            transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It is gone."""
+        self._headers_done()
+        if self._stall is not None:
+            self._stall.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes came: of headers that are awaited, of the next request on a kept connection, or of a body."""
+        if self._timer is None and (self.cycle is None or self.cycle.response_complete):
+            self._expect_headers()
+        self._header_bytes += len(data)
+        super().data_received(data)
+        if self._timer is not None and self._header_bytes > HEADER_BYTES:
+            self._refuse(_headers_too_large())
+
+    def on_message_begin(self) -> None:
+        """A request begins; it may be one sent before the last was answered."""
+        if self._timer is None:
+            self._expect_headers()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """All headers are there."""
+        self._headers_done()
+        super().on_headers_complete()
+
+    def pause_writing(self) -> None:
+        """The client does not read as fast as we write."""
+        super().pause_writing()
+        self._stall = self.loop.call_later(self._stall_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It reads again."""
+        if self._stall is not None:
+            self._stall.cancel()
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """What is no HTTP."""
+        self._refuse(ApiError(400, msg))
+
+    def _expect_headers(self) -> None:
+        self._header_bytes = 0
+        late = ApiError(408, f"the headers took more than {self._header_seconds:g} s; send them faster")
+        self._timer = self.loop.call_later(self._header_seconds, self._refuse, late)
+
+    def _headers_done(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer what is not a request yet, and close."""
+        self._headers_done()
+        if self.transport.is_closing():
+            return
+        body = msgspec.json.encode(error.body)
+        head = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+        self.transport.write(head % (STATUS[error.status_code], len(body)) + body)
+        self.transport.close()
+
+
+class Guard:
+    """ASGI middleware; every path but /health needs a key where there are keys, also paths that nobody has.
+
+    A request's `scope["state"]["salt"]` is a digest of its key: empty without keys.
+    """
+
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str], limits: Limits) -> None:
+        self.app, self.limits = app, limits
+        # equal lengths: a comparison then takes the same time for every guess
+        self._keys = [hashlib.sha256(key.encode()).digest() for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request pass, or answer it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            _check_headers(scope)
+            scope.setdefault("state", {})["salt"] = self._admit(scope)
+            self._check_declared_length(scope)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+            return
+        await self.app(scope, _Body(receive, self.limits).receive, send)
+
+    def _admit(self, scope: Scope) -> bytes:
+        """The digest of the request's key.
+
+        Raises:
+            ApiError: 401: it has none of ours.
+        """
+        if not self._keys or scope["path"] == OPEN_PATH:
+            return b""
+        scheme, _, key = _header(scope, b"authorization").partition(b" ")
+        given = hashlib.sha256(key.strip()).digest()
+        known = [hmac.compare_digest(given, one) for one in self._keys]  # all of them, whichever it is
+        if scheme.lower() == b"bearer" and any(known):
+            return given
+        raise ApiError(
+            401,
+            "no valid API key; send the header 'Authorization: Bearer KEY'",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"} | CLOSE,
+        )
+
+    def _check_declared_length(self, scope: Scope) -> None:
+        text = _header(scope, b"content-length")
+        if text.isdigit() and int(text[:20]) > self.limits.body_bytes:  # what is no number the parser refuses
+            raise _too_large(self.limits)
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    return next((value for key, value in scope["headers"] if key == name), b"")
+
+
+def _check_headers(scope: Scope) -> None:
+    """Those that came whole; `Connection` refuses what grows too large while it comes."""
+    if sum(len(key) + len(value) for key, value in scope["headers"]) > HEADER_BYTES:
+        raise _headers_too_large()
+
+
+def _too_large(limits: Limits) -> ApiError:
+    return ApiError(413, f"the body is larger than {limits.body_bytes} bytes; send less", headers=CLOSE)
+
+
+class _Body:
+    """Counts and times a body while it is read; afterwards only tells when the client leaves."""
+
+    def __init__(self, receive: Receive, limits: Limits) -> None:
+        self._receive, self._limits = receive, limits
+        self._deadline = monotonic() + limits.body_seconds
+        self._bytes = 0
+        self._complete = False
+
+    async def receive(self) -> Message:
+        """The next message.
+
+        Raises:
+            ApiError: 413: too much; 408: too slow; 499, which nobody sees: the client has left.
+        """
+        if self._complete:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self._deadline - monotonic()):
+                message = await self._receive()
+        except TimeoutError:
+            seconds = self._limits.body_seconds
+            raise ApiError(408, f"the body took more than {seconds:g} s; send it faster", headers=CLOSE) from None
+        if message["type"] == "http.disconnect":
+            raise ApiError(499, "the client has left")
+        self._bytes += len(message.get("body", b""))
+        self._complete = not message.get("more_body", False)
+        if self._bytes > self._limits.body_bytes:
+            raise _too_large(self._limits)
+        return message
+
+
+class Quota:
+    """Counts samples, and their tokens: those of the prompt and the most the output may have.
+
+    Attributes:
+        samples, tokens: with the engine now.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.most_samples, self.most_tokens = limits.queue_requests, limits.queue_tokens
+        self.samples = 0
+        self.tokens = 0
+        self._returned: deque[tuple[float, int]] = deque(maxlen=256)
+
+    def check(self) -> None:
+        """Refuse at once where no sample at all has room, before its prompt costs anything.
+
+        Raises:
+            Busy: so it is.
+        """
+        if self.samples >= self.most_samples:
+            raise Busy(self._wait(1, 0))
+
+    def take(self, samples: int, tokens: int) -> None:
+        """Make room for a request's samples, or for none of them.
+
+        Raises:
+            Busy: there is not enough now. InputError: there never is.
+        """
+        if samples > self.most_samples or tokens > self.most_tokens:
+            raise InputError(
+                f"a request of {samples} samples and {tokens} tokens (prompts and max_tokens); this server takes "
+                f"{self.most_samples} samples and {self.most_tokens} tokens at once: lower n or max_tokens"
+            )
+        more_samples = self.samples + samples - self.most_samples
+        more_tokens = self.tokens + tokens - self.most_tokens
+        if more_samples > 0 or more_tokens > 0:
+            raise Busy(self._wait(more_samples, more_tokens))
+        self.samples += samples
+        self.tokens += tokens
+
+    def give_back(self, tokens: int) -> None:
+        """A sample of so many tokens has ended."""
+        self.samples -= 1
+        self.tokens -= tokens
+        self._returned.append((monotonic(), tokens))
+
+    def _wait(self, samples: int, tokens: int) -> int:
+        """Seconds in which so many samples and tokens come back, at the pace of late; 1 where it is not known."""
+        now = monotonic()
+        while self._returned and now - self._returned[0][0] > WINDOW:
+            self._returned.popleft()
+        if not self._returned:
+            return 1
+        span = now - self._returned[0][0]
+        returned = sum(one for _, one in self._returned)
+        seconds = span * max(samples / len(self._returned), tokens / returned)
+        return min(max(1, math.ceil(seconds)), LONGEST_WAIT)

@@ -1,0 +1,337 @@
+"""Bodies of requests, read strictly: what is not JSON, too deep, of a wrong type or unknown is a 400 that says so.
+
+OpenAI's fields that say nothing here, or whose default is all we do, are taken at that value and refused at any other:
+
+    field                                                   taken
+    user, safety_identifier, prompt_cache_key, metadata     any value; never used, never logged
+    store                                                   false
+    service_tier                                            "auto", "default"
+    best_of (completions)                                   n
+    suffix (completions)                                    null, ""
+    parallel_tool_calls (chat)                              true
+    modalities (chat)                                       ["text"]
+    verbosity (chat)                                        "medium"
+    audio, prediction, functions, function_call,
+    reasoning_effort, web_search_options (chat)             null
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+from fastapi import Request
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from idlm.errors import InputError
+from idlm.params import MOST_LOGPROBS, Guide, SamplingParams
+from idlm.serving.config import Limits
+from idlm.serving.errors import ApiError
+
+DEEPEST = 64
+MOST_KEYS = 4096
+SHOWN = 60
+"""Characters of a wrong value that an error repeats."""
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's, for completions."""
+MOST_STOPS = 16
+LONGEST_STOP = 256
+LONGEST_KEY = 10
+"""Digits of a token id."""
+
+Ids = Annotated[list[int], Field(fail_fast=True)]
+Stop = Annotated[str, Field(max_length=LONGEST_STOP)]
+SHARED = (
+    *("n", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "verification"),
+    *("include_stop_str_in_output", "skip_special_tokens"),
+)
+"""Fields that mean what they mean in `SamplingParams`, which checks their values."""
+
+
+class Strict(BaseModel):
+    """A part of a request: no unknown fields, no conversions ("1" is no number, true is no integer), no NaN."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=())
+
+
+def _boolean(value: object) -> object:
+    if value is not None and not isinstance(value, bool):
+        raise ValueError("a boolean is wanted")
+    return value
+
+
+Boolean = BeforeValidator(_boolean)
+"""For fields of one boolean: `Literal` alone takes 0 for False and 1 for True."""
+
+
+def decode(text: bytes | str, what: str) -> Any:
+    """The JSON value in `text`, with bounds on its shape.
+
+    Raises:
+        ApiError: 400; the message begins with `what`.
+    """
+    try:
+        value = msgspec.json.decode(text)
+    except RecursionError:
+        raise ApiError(400, f"{what} is nested deeper than {DEEPEST} levels; flatten it") from None
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise ApiError(400, f"{what} is not valid JSON: {error}") from None
+    check_shape(value, what)
+    return value
+
+
+def check_shape(value: object, what: str) -> None:
+    """Refuse what is nested too deep, or has an object with too many keys: both cost more than their bytes.
+
+    Raises:
+        ApiError: 400.
+    """
+    level = [value]
+    for _ in range(DEEPEST):
+        if any(isinstance(one, dict) and len(one) > MOST_KEYS for one in level):
+            raise ApiError(400, f"{what} has an object of more than {MOST_KEYS} keys; send fewer")
+        children = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        level = [child for group in children for child in group if isinstance(child, dict | list)]
+        if not level:
+            return
+    raise ApiError(400, f"{what} is nested deeper than {DEEPEST} levels; flatten it")
+
+
+class StrictRequest(Request):
+    """A request whose body is read by `decode`."""
+
+    async def json(self) -> Any:
+        """The body; FastAPI calls this."""
+        return decode(await self.body(), "the request body")
+
+
+def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The first of pydantic's errors, as a sentence that names the field."""
+    first = errors[0]
+    field = ".".join(str(part) for part in first["loc"][1:] if not _is_type(part))
+    where, kind = field or "the request body", first["type"]
+    if kind == "extra_forbidden":
+        return ApiError(400, f"{where!r} is not supported by this server; leave it out", field, "unsupported_parameter")
+    if kind == "missing":
+        return ApiError(400, f"{where!r} is missing; it is required", field or None, "missing_required_parameter")
+    message = f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+    value = repr(first.get("input"))
+    shown = value if len(value) <= SHOWN else value[:SHOWN] + "..."
+    return ApiError(400, f"{message}, got {shown}", field or None, "invalid_value")
+
+
+def _is_type(part: object) -> bool:
+    """Whether a part of pydantic's location is the name of a union's member, and not of a field."""
+    return isinstance(part, str) and (part in ("str", "int", "float", "bool") or "[" in part)
+
+
+class StreamOptions(Strict):
+    """Options of a stream."""
+
+    include_usage: bool | None = None
+
+
+class Extras(Strict):
+    """What only this server has: `trace` adds where each token came from."""
+
+    trace: bool = False
+
+
+class Neutral(Strict):
+    """Fields taken only where they change nothing; see the table above."""
+
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    metadata: dict[str, str] | None = None
+    store: Annotated[Literal[False] | None, Boolean] = None
+    service_tier: Literal["auto", "default"] | None = None
+
+
+class Generation(Neutral):
+    """Fields of both kinds of request. Null is as good as absent everywhere."""
+
+    model: str
+    n: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=1024, fail_fast=True)] | None = None
+    ignore_eos: bool | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    verification: Literal["coupled", "ratio"] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    timeout: Annotated[float, Field(gt=0)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_grammar: str | None = None
+    idlm: Extras = Extras()
+
+    @property
+    def top(self) -> int | None:
+        """Likeliest tokens to tell of for each token; None: no log-probabilities."""
+        raise NotImplementedError
+
+    @property
+    def prompt_top(self) -> int | None:
+        """The same for the prompt's tokens."""
+        return None
+
+    @property
+    def samples(self) -> int:
+        """How many of each prompt."""
+        return 1 if self.n is None else self.n
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk of usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def check(self, limits: Limits) -> None:
+        """Refuse what the server's bounds or other fields forbid.
+
+        Raises:
+            ApiError: 400, naming the field.
+        """
+        if not 1 <= self.samples <= limits.n:
+            raise ApiError(400, f"n={self.n} is out of range; use 1 <= n <= {limits.n}", "n")
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options without stream; set stream to true", "stream_options")
+
+    def sampling(self, max_tokens: int, guide: Guide | None = None) -> SamplingParams:
+        """As `SamplingParams`, whose errors it raises."""
+        given = {name: getattr(self, name) for name in SHARED}
+        fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        fields |= {"logprobs": self.top, "prompt_logprobs": self.prompt_top, "guide": guide}
+        return SamplingParams(max_tokens=max_tokens, logit_bias=_token_biases(self.logit_bias or {}), **fields)
+
+    def guide(self, limits: Limits) -> Guide | None:
+        """The one guide of a request, if it has any.
+
+        Raises:
+            ApiError: 400: more than one, or one that is too long. InputError: one is no guide.
+        """
+        given = self.guides()
+        if len(given) > 1:
+            raise ApiError(400, "more than one of response_format, guided_* and a forced tool_choice; use one")
+        for kind, text in given:
+            if len(text.encode()) > limits.schema_bytes:
+                raise ApiError(400, f"a {kind} of more than {limits.schema_bytes} bytes; give a shorter one")
+            return Guide(kind, text)
+        return None
+
+    def guides(self) -> list[tuple[str, str]]:
+        """Kind and text of every guide that the request names."""
+        guides = []
+        if self.guided_json is not None:
+            guides.append(schema_guide(self.guided_json, "guided_json"))
+        if self.guided_regex is not None:
+            guides.append(("regex", self.guided_regex))
+        if self.guided_grammar is not None:
+            guides.append(("grammar", self.guided_grammar))
+        return guides
+
+
+def _token_biases(biases: Mapping[str, float]) -> dict[int, float]:
+    for key in biases:
+        if not (key.isascii() and key.isdigit() and len(key) <= LONGEST_KEY):
+            raise InputError(f"logit_bias key {key[:40]!r} is not a token id; use for example {{'42': -1.5}}")
+    return {int(key): bias for key, bias in biases.items()}
+
+
+def schema_guide(schema: str | dict[str, Any], what: str) -> tuple[str, str]:
+    """A guide for a JSON schema, given as an object or as its text."""
+    value = decode(schema, what) if isinstance(schema, str) else schema
+    if not isinstance(value, dict):
+        raise ApiError(400, f"{what} is not a JSON object; give a JSON schema", what)
+    check_shape(value, what)
+    return "json_schema", json.dumps(value, ensure_ascii=False)
+
+
+class CompletionRequest(Generation):
+    """Body of /v1/completions. `prompt` is a text, token ids, or a list of either."""
+
+    kind: ClassVar = "cmpl"
+    """What the answer's id begins with."""
+    prompt: str | Ids | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[Ids], Field(fail_fast=True)]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    best_of: int | None = None
+    suffix: Literal[""] | None = None
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One or several, always as a list."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if prompt and isinstance(prompt[0], int):
+            return [prompt]
+        return prompt  # type: ignore[return-value]
+
+    @property
+    def prompt_only(self) -> bool:
+        """Whether nothing but the prompt is asked for; the engine then makes one token, which is dropped."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    @property
+    def asked_tokens(self) -> int:
+        """How many tokens the engine is to make."""
+        return 1 if self.prompt_only else DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def top(self) -> int | None:
+        """What `logprobs` says."""
+        return self.logprobs
+
+    @property
+    def prompt_top(self) -> int | None:
+        """As `top` if the prompt is echoed."""
+        return self.logprobs if self.echo else None
+
+    def check(self, limits: Limits) -> None:
+        """As for every request, and what only completions have.
+
+        Raises:
+            ApiError: 400, naming the field.
+        """
+        super().check(limits)
+        if not 1 <= len(self.prompts) <= limits.prompts:
+            raise ApiError(400, f"{len(self.prompts)} prompts; send 1 to {limits.prompts}", "prompt")
+        if self.best_of not in (None, self.samples):
+            raise ApiError(
+                400, f"best_of={self.best_of} with n={self.samples}; only best_of = n is supported", "best_of"
+            )
+        if self.echo and self.stream and (self.logprobs is not None or self.max_tokens == 0):
+            raise ApiError(400, "echo with logprobs or max_tokens=0 cannot be streamed; set stream to false", "echo")
+
+
+class TokenizeText(Strict):
+    """Body of /tokenize for a text."""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = True
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Strict):
+    """Body of /detokenize."""
+
+    model: str | None = None
+    tokens: Ids
