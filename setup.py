@@ -1,8 +1,10 @@
-"""The wheel's build step: the C kernels go into it, compiled for every instruction set of this platform.
+"""The wheel's build step: the C kernels go into it, compiled for every instruction set of this
+platform.
 
-All else is in pyproject.toml. Neither torch nor idlm is there when a wheel is built, so the two modules that say what
-is compiled, and how, are loaded by their paths. Without a C compiler, or with one that is too old for an instruction
-set, the wheel is built without those libraries. An editable install has none, and compiles at first use.
+All else is in pyproject.toml. Neither torch nor idlm is there when a wheel is built, so the two
+modules that say what is compiled, and how, are loaded by their paths. Without a C compiler, or with
+one that is too old for an instruction set, the wheel is built without those libraries. An editable
+install has none, and compiles at first use.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ KERNELS = Path("idlm", "kernels")
 
 def load(name: str) -> ModuleType:
     """A module of idlm.kernels, without running the packages around it."""
-    spec = importlib.util.spec_from_file_location(f"kernels_{name}", Path(__file__).parent / KERNELS / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        f"kernels_{name}", Path(__file__).parent / KERNELS / f"{name}.py"
+    )
     assert spec is not None and spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -72,7 +76,8 @@ class BuildWheel(bdist_wheel):
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
-        """Python, ABI and platform: the libraries are loaded by ctypes, so they depend on no Python."""
+        """Python, ABI and platform: the libraries are loaded by ctypes, so they depend on no
+        Python."""
         return "py3", "none", super().get_tag()[2]
 
 
@@ -104,7 +109,9 @@ def compile_one(command: str, target: Any, to: Path) -> bool:
 
 def warn(without: str, error: Exception) -> None:
     """Say what the wheel lacks."""
-    print(f"warning: the wheel is built without {without}: {compiling.reason(error)}", file=sys.stderr)
+    print(
+        f"warning: the wheel is built without {without}: {compiling.reason(error)}", file=sys.stderr
+    )
 
 
 if __name__ == "__main__":

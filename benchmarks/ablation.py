@@ -1,9 +1,12 @@
-"""What of the training recipe earns its place: variants of one recipe, the same steps and batches, judged by decoding.
+"""What of the training recipe earns its place: variants of one recipe, the same steps and batches,
+judged by decoding.
 
-    python benchmarks/ablation.py [--steps 150] [--batch 8] [--problems 40] [--seeds 0] [--only NAME ...] [--out FILE]
+    python benchmarks/ablation.py [--steps 150] [--batch 8] [--problems 40] [--seeds 0] [--only NAME
+    ...] [--out FILE]
 
-Every variant starts from the bundled base and sees the same texts in the same order. Acceptance per depth and TPF come
-from greedy decoding of held-out problems, at N = 4 and N = 8 with all outcomes; `seconds` is the training time.
+Every variant starts from the bundled base and sees the same texts in the same order. Acceptance per
+depth and TPF come from greedy decoding of held-out problems, at N = 4 and N = 8 with all outcomes;
+`seconds` is the training time.
 """
 
 from __future__ import annotations
@@ -58,22 +61,35 @@ def run(
             "save_steps": steps,
         }
         started = time.perf_counter()
-        train(load_config(CONFIGS / config, [f"--{key}={value}" for key, value in {**common, **overrides}.items()]))
+        train(
+            load_config(
+                CONFIGS / config,
+                [f"--{key}={value}" for key, value in {**common, **overrides}.items()],
+            )
+        )
         seconds = time.perf_counter() - started
         final = str(Path(folder) / "final")
         idlm = load("nano-base", adapter=final) if config == LORA else load(final)
     row: dict[str, object] = {"seconds": seconds}
     for stride in (4, 8):
         llm = LLM(idlm, stride=stride, branches="all")
-        found = evaluate(llm, held_out_problems(problems), SamplingParams(temperature=0, max_tokens=256))
+        found = evaluate(
+            llm, held_out_problems(problems), SamplingParams(temperature=0, max_tokens=256)
+        )
         totals = summary(found.results)
-        row[f"N={stride}"] = {"tpf": totals["tpf"], "acceptance": totals["acceptance"], "accuracy": found.share}
+        row[f"N={stride}"] = {
+            "tpf": totals["tpf"],
+            "acceptance": totals["acceptance"],
+            "accuracy": found.share,
+        }
     return row
 
 
 def main() -> None:
     """Run the variants one after the other and print one JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--problems", type=int, default=40)

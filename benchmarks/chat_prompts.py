@@ -1,4 +1,5 @@
-"""Chat prompts for a bench of an instruct model: 30 to 120 tokens each, and questions whose answers are long."""
+"""Chat prompts for a bench of an instruct model: 30 to 120 tokens each, and questions whose answers
+are long."""
 
 from __future__ import annotations
 
@@ -36,11 +37,14 @@ QUESTIONS = (
 def draw(llm: LLM, number: int, seed: int, tokens: int) -> list[Request]:
     """`number` requests of `tokens` each, of lengths mixed the same way for every seed.
 
-    Each conversation has a number, so that no two prompts have more than a few first tokens in common: no engine's
-    prefix cache helps.
+    Each conversation has a number, so that no two prompts have more than a few first tokens in
+    common: no engine's prefix cache helps.
     """
     first = seed * number
-    return [request(llm, first + at, QUESTIONS[(first + at) % len(QUESTIONS)], tokens) for at in range(number)]
+    return [
+        request(llm, first + at, QUESTIONS[(first + at) % len(QUESTIONS)], tokens)
+        for at in range(number)
+    ]
 
 
 def request(llm: LLM, conversation: int, question: str, tokens: int) -> Request:

@@ -1,10 +1,11 @@
 """Same bytes on a model that nobody has trained to draft: its drafts are written by this benchmark.
 
-    python -m benchmarks.drafted_bytes --prompts FILE.jsonl [--model M] [--weights int8] [--stride 4]
+    python -m benchmarks.drafted_bytes --prompts FILE.jsonl [--model M] [--weights int8] [--stride
+    4]
 
-AR decodes every prompt first. Then each plan of the planner does, with drafts that are AR's own next
-tokens, each with a chance of `--right` and else another token: what is verified, and how, stays as
-it is. A prompt is equal if every plan gives AR's tokens. Table on stdout, everything in
+AR decodes every prompt first. Then each plan of the planner does, with drafts that are AR's own
+next tokens, each with a chance of `--right` and else another token: what is verified, and how,
+stays as it is. A prompt is equal if every plan gives AR's tokens. Table on stdout, everything in
 benchmarks/results/drafted_bytes_<weights>.json; exit status 1 where a prompt differs.
 """
 
@@ -41,7 +42,10 @@ def engine(idlm: Idlm, plan: Plan, options: argparse.Namespace) -> LLM:
 
 
 def decode(
-    llm: LLM, asked: Sequence[list[int]], options: argparse.Namespace, known: Sequence[list[int]] = ()
+    llm: LLM,
+    asked: Sequence[list[int]],
+    options: argparse.Namespace,
+    known: Sequence[list[int]] = (),
 ) -> tuple[list[list[int]], float]:
     """Greedy tokens of each prompt, and tokens per forward; with `known` outputs to draft from."""
     params = SamplingParams(temperature=0, max_tokens=options.tokens)
@@ -56,7 +60,12 @@ def decode(
                 found[order[update.request_id]] = list(update.result.token_ids)
                 forwards += update.result.forwards
         if known:
-            draft(llm, {name: known[index] for name, index in order.items() if index not in found}, options.right, rng)
+            draft(
+                llm,
+                {name: known[index] for name, index in order.items() if index not in found},
+                options.right,
+                rng,
+            )
     outputs = [found[index] for index in range(len(asked))]
     return outputs, sum(map(len, outputs)) / forwards
 
@@ -74,20 +83,30 @@ def draft(llm: LLM, known: dict[str, list[int]], right: float, rng: random.Rando
 
 def main() -> int:
     """Run, print, write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--prompts", type=Path, required=True, help=".jsonl with 'prompt' or 'messages'")
+    parser.add_argument(
+        "--prompts", type=Path, required=True, help=".jsonl with 'prompt' or 'messages'"
+    )
     parser.add_argument("--weights", default="int8", choices=("float32", "bfloat16", "int8"))
     parser.add_argument("--stride", type=int, default=4)
     parser.add_argument("--right", type=float, default=0.8)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--longest", type=int, default=200, help="prompts are cut to so many tokens")
+    parser.add_argument(
+        "--longest", type=int, default=200, help="prompts are cut to so many tokens"
+    )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     idlm = load(options.model, dtype="float32")
-    idlm = replace(idlm, mask_id=idlm.vocab_size - 1)  # it has none; the masks' own drafts are not used
-    asked = [one.encode(idlm, chat=True)[-options.longest :] for one in prompts.read(options.prompts)]
+    idlm = replace(
+        idlm, mask_id=idlm.vocab_size - 1
+    )  # it has none; the masks' own drafts are not used
+    asked = [
+        one.encode(idlm, chat=True)[-options.longest :] for one in prompts.read(options.prompts)
+    ]
     ar, *plans = candidates(options.stride)
     expected, _ = decode(engine(idlm, ar, options), asked, options)
     equal, rows = [True] * len(asked), {}
@@ -96,13 +115,22 @@ def main() -> int:
         same = [one == other for one, other in zip(outputs, expected, strict=True)]
         equal = [a and b for a, b in zip(equal, same, strict=True)]
         rows[plan.name] = {"equal": sum(same), "tpf": tpf}
-        print(f"{plan.name}: {sum(same)} of {len(asked)} prompts have AR's tokens, TPF {tpf:.2f}", flush=True)
+        print(
+            f"{plan.name}: {sum(same)} of {len(asked)} prompts have AR's tokens, TPF {tpf:.2f}",
+            flush=True,
+        )
     tokens = sum(map(len, expected))
-    print(f"{options.weights}: {sum(equal)} of {len(asked)} equal in every plan, {tokens} tokens each")
-    settings = {key: str(value) for key, value in vars(options).items() if key not in ("model", "prompts")}
+    print(
+        f"{options.weights}: {sum(equal)} of {len(asked)} equal in every plan, {tokens} tokens each"
+    )
+    settings = {
+        key: str(value) for key, value in vars(options).items() if key not in ("model", "prompts")
+    }
     report = {"plans": rows, "prompts": len(asked), "equal": sum(equal), "ar_tokens": tokens}
     place = RESULTS / f"drafted_bytes_{options.weights}.json"
-    place.write_text(json.dumps(report | {"environment": environment() | settings}, indent=1) + "\n")
+    place.write_text(
+        json.dumps(report | {"environment": environment() | settings}, indent=1) + "\n"
+    )
     return int(sum(equal) < len(asked))
 
 

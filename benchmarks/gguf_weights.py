@@ -1,9 +1,12 @@
-"""The weights of one GGUF file in other number formats, for engines that read GGUF: the same model in each.
+"""The weights of one GGUF file in other number formats, for engines that read GGUF: the same model
+in each.
 
-    python -m benchmarks.gguf_weights MODEL.gguf [--formats F32 F16 BF16 Q8_0] [--folder build/models]
+    python -m benchmarks.gguf_weights MODEL.gguf [--formats F32 F16 BF16 Q8_0] [--folder
+    build/models]
 
-Every tensor is de-quantised to float32 first, so all formats round the same numbers, which are those that
-transformers reads from the file too. Vectors (the norms) stay float32. Metadata is copied as it is.
+Every tensor is de-quantised to float32 first, so all formats round the same numbers, which are
+those that transformers reads from the file too. Vectors (the norms) stay float32. Metadata is
+copied as it is.
 """
 
 from __future__ import annotations
@@ -53,7 +56,8 @@ def copy_metadata(reader: GGUFReader, writer: GGUFWriter) -> None:
 
 
 def ensure(source: Path, formats: Sequence[str], folder: Path) -> dict[str, Path]:
-    """The file of each format in `folder`; those that are not there yet, or older than `source`, are written."""
+    """The file of each format in `folder`; those that are not there yet, or older than `source`,
+    are written."""
     stem = source.stem.rpartition("-")[0] or source.stem
     found = {kind: folder / f"{stem}-{kind}.gguf" for kind in formats}
     for kind, target in found.items():
@@ -66,12 +70,16 @@ def ensure(source: Path, formats: Sequence[str], folder: Path) -> dict[str, Path
 
 def main() -> None:
     """Write the files and name them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path)
     parser.add_argument("--formats", nargs="+", choices=tuple(FILE_TYPES), default=list(FILE_TYPES))
     parser.add_argument("--folder", type=Path, help="where to write; the source's own by default")
     options = parser.parse_args()
-    for target in ensure(options.source, options.formats, options.folder or options.source.parent).values():
+    for target in ensure(
+        options.source, options.formats, options.folder or options.source.parent
+    ).values():
         print(f"{target}: {target.stat().st_size / 2**20:.0f} MiB")
 
 

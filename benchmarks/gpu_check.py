@@ -3,14 +3,16 @@
     python -m benchmarks.gpu_check [--only smoke costs tests sweep] [--seconds 450] [--output FILE]
 
 1. smoke: the bundled model's tokens, whatever the plan, the batch, the graph and the device
-2. costs: steps of Qwen3-8B's shape in bf16 with random weights, kernel by kernel, against the measured bandwidth
+2. costs: steps of Qwen3-8B's shape in bf16 with random weights, kernel by kernel, against the
+   measured bandwidth
 3. tests: those of kernels and engine that take the GPU, with Triton's attention in float32
 4. sweep: the 8B shape at SIMULATED acceptance, then the bundled model at its own, by load and plan
 
-Every part is a process of its own, since an illegal access ends all CUDA work of its process; it has its share of the
-time, and writes each figure when it is known, so that what follows a failure still runs. The file, benchmarks/results/
-gpu.json unless said otherwise, has them all; each part's own file and what was printed stay beside it. Exit status 1
-where a part fails or a bound does not hold, 2 without a GPU.
+Every part is a process of its own, since an illegal access ends all CUDA work of its process; it
+has its share of the time, and writes each figure when it is known, so that what follows a failure
+still runs. The file, benchmarks/results/ gpu.json unless said otherwise, has them all; each part's
+own file and what was printed stay beside it. Exit status 1 where a part fails or a bound does not
+hold, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -73,11 +75,28 @@ def tests(until: float) -> Iterator[Figure]:
 
 def run_tests(until: float) -> dict[str, object]:
     """What pytest says; where the time ends first, it is interrupted and says what it has come to."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-vv", "-rfE", "--timeout", "90"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+        "-vv",
+        "-rfE",
+        "--timeout",
+        "90",
+    ]
     command += ["-n", str(min(8, os.cpu_count() or 1)), "-k", CHOSEN, *TESTS]
-    wishes = {"IDLM_TEST_DEVICE": "cuda", "IDLM_TEST_DTYPE": "float32", "IDLM_SCHEDULE_STEPS": "300"}
+    wishes = {
+        "IDLM_TEST_DEVICE": "cuda",
+        "IDLM_TEST_DTYPE": "float32",
+        "IDLM_SCHEDULE_STEPS": "300",
+    }
     with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen(command, cwd=ROOT.parent, env=os.environ | wishes, stdout=log, stderr=log)
+        child = subprocess.Popen(
+            command, cwd=ROOT.parent, env=os.environ | wishes, stdout=log, stderr=log
+        )
         try:
             status = child.wait(until - time() - TESTS_LEAVE)
         except subprocess.TimeoutExpired:
@@ -93,9 +112,21 @@ def run_tests(until: float) -> dict[str, object]:
 def said(lines: list[str]) -> dict[str, object]:
     """What pytest's output comes to."""
     passed = sum(" PASSED " in line for line in lines)
-    failed = sorted({line.partition("tests/")[2][:150] for line in lines if " FAILED " in line or " ERROR " in line})
+    failed = sorted(
+        {
+            line.partition("tests/")[2][:150]
+            for line in lines
+            if " FAILED " in line or " ERROR " in line
+        }
+    )
     errors = [line[:160] for line in lines if line.startswith("E   ")]
-    return {"counts": passed, "failed": failed, "errors": errors[:60], "last": lines[-1:], "tail": lines[-80:]}
+    return {
+        "counts": passed,
+        "failed": failed,
+        "errors": errors[:60],
+        "last": lines[-1:],
+        "tail": lines[-80:],
+    }
 
 
 def sweep(until: float) -> Iterator[Figure]:
@@ -114,14 +145,19 @@ class Sweep:
     rates: dict[int, float] = field(default_factory=dict)
 
     def figures(self, until: float) -> Iterator[Figure]:
-        """A figure for each number of requests in flight and each mode; none is begun after `until`."""
+        """A figure for each number of requests in flight and each mode; none is begun after
+        `until`."""
         for concurrency, number in LOADS:
             for mode in MODES:
                 if time() < until:
-                    yield f"{self.idlm.name} {mode} at {concurrency}", partial(self.row, mode, concurrency, number)
+                    yield (
+                        f"{self.idlm.name} {mode} at {concurrency}",
+                        partial(self.row, mode, concurrency, number),
+                    )
 
     def row(self, mode: str, concurrency: int, number: int) -> dict[str, object]:
-        """A mode's figures with so many requests in flight, and at least `number` of them in a round."""
+        """A mode's figures with so many requests in flight, and at least `number` of them in a
+        round."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         (ours,) = contestants(self.idlm, (mode,), 4, 64, self.acceptance, self.kv_memory)
@@ -142,8 +178,8 @@ PARTS: dict[str, tuple[Callable[[float], Iterator[Figure]], float]] = {
     "tests": (tests, 0.26),
     "sweep": (sweep, 0.26),
 }
-"""Each part's figures, given when it has to end (as `time` has it), and its share of the time; what one leaves, those
-after it have."""
+"""Each part's figures, given when it has to end (as `time` has it), and its share of the time; what
+one leaves, those after it have."""
 
 
 def attempt(part: Callable[[], dict[str, object]]) -> dict[str, object]:
@@ -158,7 +194,8 @@ def attempt(part: Callable[[], dict[str, object]]) -> dict[str, object]:
 
 
 def run_part(name: str, until: float, output: Path) -> None:
-    """The figures of one part, in this process, which is ended at `until`; the file is written after each."""
+    """The figures of one part, in this process, which is ended at `until`; the file is written
+    after each."""
     found: dict[str, object] = {}
     figures = PARTS[name][0](until)
 
@@ -175,14 +212,27 @@ def run_part(name: str, until: float, output: Path) -> None:
 
 
 def start_part(name: str, seconds: float, output: Path) -> dict[str, Any]:
-    """Run one part in a process of its own, and return its figures; it is ended when its time is up."""
+    """Run one part in a process of its own, and return its figures; it is ended when its time is
+    up."""
     file = output.with_name(f"{output.stem}.{name}.json")
     file.write_text("{}\n")
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--part", name, "--until", str(time() + seconds)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu_check",
+        "--part",
+        name,
+        "--until",
+        str(time() + seconds),
+    ]
     with output.with_suffix(".log").open("ab+") as log:
         begin = log.tell()
         child = subprocess.Popen(
-            [*command, "--output", str(file)], stdout=log, stderr=log, cwd=ROOT.parent, start_new_session=True
+            [*command, "--output", str(file)],
+            stdout=log,
+            stderr=log,
+            cwd=ROOT.parent,
+            start_new_session=True,
         )
         try:
             status: object = child.wait(seconds)
@@ -194,7 +244,11 @@ def start_part(name: str, seconds: float, output: Path) -> dict[str, Any]:
         tail = log.read().decode(errors="replace").splitlines()[-5:]
     found: dict[str, Any] = json.loads(file.read_text())
     if status != 0:
-        found["process"] = {"passed": False, "status": status, "tail": [line[:300] for line in tail]}
+        found["process"] = {
+            "passed": False,
+            "status": status,
+            "tail": [line[:300] for line in tail],
+        }
     return found
 
 
@@ -205,11 +259,22 @@ def failures(found: object, place: str = "") -> list[str]:
     bounds = found.get("bounds", {})
     failed = [f"{place}: {name}: {value}" for name, (value, holds) in bounds.items() if not holds]
     failed += [f"{place}: failed"] if found.get("passed") is False else []
-    return failed + [line for key, value in found.items() for line in failures(value, f"{place}/{key}")]
+    return failed + [
+        line for key, value in found.items() for line in failures(value, f"{place}/{key}")
+    ]
 
 
 ROW = (
-    *("tokens_per_second", "over_ar", "tpf_decode", "ttft_ms", "tpot_ms", "worst_gap_ms", "host_share", "plans"),
+    *(
+        "tokens_per_second",
+        "over_ar",
+        "tpf_decode",
+        "ttft_ms",
+        "tpot_ms",
+        "worst_gap_ms",
+        "host_share",
+        "plans",
+    ),
     *("graphs", "reserved_gib", "seconds"),
 )
 """What the summary says of a row of the sweep."""
@@ -221,7 +286,9 @@ def summary(name: str, found: dict[str, Any]) -> str:
     """A part's figures in short, one a line; of an error its place and what it is."""
     lines = [f"## {name}"]
     for label, figure in found.items():
-        left_out = {"bounds", "tail"} | (set(figure) - set(ROW) if "tokens_per_second" in figure else set())
+        left_out = {"bounds", "tail"} | (
+            set(figure) - set(ROW) if "tokens_per_second" in figure else set()
+        )
         kept = {key: value for key, value in figure.items() if key not in left_out}
         if "error" in kept:
             kept["error"] = [line.strip() for line in kept["error"] if "^^" not in line][-4:]
@@ -238,7 +305,9 @@ def shorter(value: object) -> str:
 
 def main() -> int:
     """Run the parts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of all parts together")
     parser.add_argument("--output", type=Path, default=RESULTS)

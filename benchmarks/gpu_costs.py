@@ -1,4 +1,5 @@
-"""What a step costs on a GPU: by plan and batch, against the time its weights take to read, kernel by kernel."""
+"""What a step costs on a GPU: by plan and batch, against the time its weights take to read, kernel
+by kernel."""
 
 from __future__ import annotations
 
@@ -29,12 +30,14 @@ WINDOW = Plan(4, "all")
 PREFIX, ROOM = 1024, 320
 """Tokens in the cache of each request, and those it may grow by while its steps are timed."""
 QUEUED, READ = 16, 8
-"""Steps launched one after the other, for the device's time; and steps read one by one, for the whole time."""
+"""Steps launched one after the other, for the device's time; and steps read one by one, for the
+whole time."""
 TOP = 15
 ROWS = (1, 4, 16, 64, 256, 1024)
 CHUNKS = {"1 x 512": (1, 512), "1 x 2000": (1, 2000), "16 x 128": (16, 128)}
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
-"""Runtime calls in which the host waits; the trace names `cudaMemcpyAsync` apart from `cudaMemcpy`."""
+"""Runtime calls in which the host waits; the trace names `cudaMemcpyAsync` apart from `cudaMemcpy`.
+"""
 
 
 def costs(shape: str = "8B", kv_memory: str = "13GiB") -> Iterator[Figure]:
@@ -44,7 +47,10 @@ def costs(shape: str = "8B", kv_memory: str = "13GiB") -> Iterator[Figure]:
     """
     idlm = random_model(shape, torch.bfloat16, "cuda")
     bandwidth = copy_bandwidth()
-    yield "bandwidth", lambda: {"copy_bytes_per_second": bandwidth, "parameters": idlm.model.num_parameters()}
+    yield (
+        "bandwidth",
+        lambda: {"copy_bytes_per_second": bandwidth, "parameters": idlm.model.num_parameters()},
+    )
     ar = step_model(idlm, AR, kv_memory)
     yield "AR", partial(step_costs, ar, (AR,), bandwidth)
     yield "prefill", partial(prefill_costs, ar)
@@ -90,7 +96,8 @@ def seconds(work: Callable[[], object], times: int) -> float:
 
 
 def weight_bytes(idlm: Idlm) -> int:
-    """Bytes of weights that a step of one row reads: all but the embedding, unless that is the head as well."""
+    """Bytes of weights that a step of one row reads: all but the embedding, unless that is the head
+    as well."""
     table: torch.Tensor = idlm.model.get_input_embeddings().weight  # type: ignore[assignment]
     head: torch.Tensor = idlm.model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
     parameters = {parameter.data_ptr(): parameter for parameter in idlm.model.parameters()}
@@ -112,13 +119,16 @@ def seat(llm: LLM, batch: int) -> list[int]:
     each = runner.core.cache.columns(PREFIX + ROOM)
     for slot in range(batch):
         pages = range(1 + slot * each, 1 + (slot + 1) * each)
-        runner.seat(slot, [5] * PREFIX, (), SamplingParams(temperature=0), slot, 10**6, (), 0, True, pages)
+        runner.seat(
+            slot, [5] * PREFIX, (), SamplingParams(temperature=0), slot, 10**6, (), 0, True, pages
+        )
     return list(range(batch))
 
 
 @torch.inference_mode()
 def step_cost(llm: LLM, plan: Plan, batch: int) -> dict[str, object]:
-    """Milliseconds of a step: the device's, those until it is read, those of the launch; the first ones' until read."""
+    """Milliseconds of a step: the device's, those until it is read, those of the launch; the first
+    ones' until read."""
     runner, kind, slots = llm.engine.runner, Kind(plan, Features()), seat(llm, batch)
     step = partial(runner.step, kind, slots, PREFIX + ROOM)
     started = perf_counter()
@@ -134,17 +144,33 @@ def step_cost(llm: LLM, plan: Plan, batch: int) -> dict[str, object]:
         launched.append(perf_counter() - started)
         one.read()
         waited.append(perf_counter() - started)
-    found = {"device": device, "read": median(waited), "launch": median(launched), "eager": eager, "capture": captured}
+    found = {
+        "device": device,
+        "read": median(waited),
+        "launch": median(launched),
+        "eager": eager,
+        "capture": captured,
+    }
     free, total = torch.cuda.mem_get_info()
-    return {name: round(1e3 * value, 3) for name, value in found.items()} | {"used_gib": (total - free) / 2**30}
+    return {name: round(1e3 * value, 3) for name, value in found.items()} | {
+        "used_gib": (total - free) / 2**30
+    }
 
 
 def step_costs(llm: LLM, plans: Sequence[Plan], bandwidth: float) -> dict[str, object]:
-    """Steps of each plan and batch size, and AR's against the time its weights and its cache take to read."""
-    each, pages = llm.engine.runner.core.cache.columns(PREFIX + ROOM), llm.engine.scheduler.pool.total
+    """Steps of each plan and batch size, and AR's against the time its weights and its cache take
+    to read."""
+    each, pages = (
+        llm.engine.runner.core.cache.columns(PREFIX + ROOM),
+        llm.engine.scheduler.pool.total,
+    )
     batches = [batch for batch in BATCHES if batch * each <= pages]
-    found: dict[str, Any] = {plan.name: {batch: step_cost(llm, plan, batch) for batch in batches} for plan in plans}
-    least = {batch: (weight_bytes(llm.idlm) + cache_bytes(llm, batch)) / bandwidth for batch in batches}
+    found: dict[str, Any] = {
+        plan.name: {batch: step_cost(llm, plan, batch) for batch in batches} for plan in plans
+    }
+    least = {
+        batch: (weight_bytes(llm.idlm) + cache_bytes(llm, batch)) / bandwidth for batch in batches
+    }
     found["least_ms"] = {batch: 1e3 * value for batch, value in least.items()}
     if AR in plans:
         over = found["ar"][1]["device"] / found["least_ms"][1]
@@ -173,7 +199,10 @@ def profiled(work: Callable[[], object], times: int) -> dict[str, object]:
         if event.device_type.name == "CUDA":
             seconds[event.name] += event.time_range.elapsed_us()
             counts[event.name] += 1
-    top = [[short(name), counts[name] / times, round(value / times, 1)] for name, value in seconds.most_common(TOP)]
+    top = [
+        [short(name), counts[name] / times, round(value / times, 1)]
+        for name, value in seconds.most_common(TOP)
+    ]
     return {"launches": counts.total() / times, "us": seconds.total() / times, "top": top}
 
 
@@ -212,7 +241,9 @@ def a_prefill(llm: LLM, pieces: int, length: int) -> Callable[[], object]:
     runner = llm.engine.runner
     seat(llm, pieces)
     chunks = [Chunk(slot, [7] * min(length, PREFIX + ROOM), 0) for slot in range(pieces)]
-    return partial(runner.core.prefill, PrefillBatch.of(chunks, runner.core.cache.page_size, runner._on_device))
+    return partial(
+        runner.core.prefill, PrefillBatch.of(chunks, runner.core.cache.page_size, runner._on_device)
+    )
 
 
 @torch.inference_mode()
@@ -227,7 +258,8 @@ def linear_costs(idlm: Idlm) -> dict[str, object]:
     weights, found = idlm.linear_weights(), {}
     for rows in ROWS:
         inputs = {
-            width: torch.randn(rows, width, dtype=idlm.dtype, device="cuda") for width in {w.shape[1] for w in weights}
+            width: torch.randn(rows, width, dtype=idlm.dtype, device="cuda")
+            for width in {w.shape[1] for w in weights}
         }
         products = partial(_products, weights, inputs)
         products()
@@ -241,9 +273,11 @@ def _products(weights: Sequence[torch.Tensor], inputs: dict[int, torch.Tensor]) 
 
 
 def host_waits(llm: LLM, steps: int = 15) -> dict[str, object]:
-    """Runtime calls in which the host waits while the engine admits and launches, from the profiler's trace.
+    """Runtime calls in which the host waits while the engine admits and launches, from the
+    profiler's trace.
 
-    Seven requests decode and one more comes; none of the calls is wanted. No graph is recorded meanwhile.
+    Seven requests decode and one more comes; none of the calls is wanted. No graph is recorded
+    meanwhile.
     """
     engine = llm.engine
     params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
@@ -263,7 +297,11 @@ def host_waits(llm: LLM, steps: int = 15) -> dict[str, object]:
     events = profile.events() or []
     found = {label: _waits_within(events, f"idlm {label}") for label in ("launch", "admit")}
     number = sum(sum(counts.values()) for counts in found.values())
-    return {"steps": steps, "waits": found, "bounds": {"no host synchronisation": [number, not number]}}
+    return {
+        "steps": steps,
+        "waits": found,
+        "bounds": {"no host synchronisation": [number, not number]},
+    }
 
 
 def _marked(label: str, work: Callable[[], Any]) -> Callable[[], Any]:
@@ -276,10 +314,15 @@ def _marked(label: str, work: Callable[[], Any]) -> Callable[[], Any]:
 
 def _waits_within(events: Sequence[Any], label: str) -> dict[str, int]:
     """Waiting calls within the ranges of a label, by name."""
-    ranges = [event.time_range for event in events if event.name == label and event.device_type.name == "CPU"]
+    ranges = [
+        event.time_range
+        for event in events
+        if event.name == label and event.device_type.name == "CPU"
+    ]
     waits = [
         event.name
         for event in events
-        if event.name in WAITS and any(one.start <= event.time_range.start <= one.end for one in ranges)
+        if event.name in WAITS
+        and any(one.start <= event.time_range.start <= one.end for one in ranges)
     ]
     return dict(Counter(waits))

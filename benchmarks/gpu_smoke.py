@@ -1,4 +1,5 @@
-"""The first questions to a GPU: are the tokens the same, whatever the plan, the batch, the graph and the device?"""
+"""The first questions to a GPU: are the tokens the same, whatever the plan, the batch, the graph
+and the device?"""
 
 from __future__ import annotations
 
@@ -41,28 +42,44 @@ def smoke(device: str = "cuda") -> Iterator[Figure]:
 def questions(idlm: Idlm, number: int = NUMBER) -> Outputs:
     """Prompts of held-out problems."""
     tokenizer: Any = idlm.tokenizer
-    asked = [[{"role": "user", "content": problem.question}] for problem in held_out_problems(number)]
-    texts = [tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True) for one in asked]
+    asked = [
+        [{"role": "user", "content": problem.question}] for problem in held_out_problems(number)
+    ]
+    texts = [
+        tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True)
+        for one in asked
+    ]
     return [list(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
 
 
-def decode(idlm: Idlm, prompts: Outputs, params: SamplingParams, stride: int, branches: str, **options: Any) -> Outputs:
+def decode(
+    idlm: Idlm, prompts: Outputs, params: SamplingParams, stride: int, branches: str, **options: Any
+) -> Outputs:
     """The tokens of each prompt, all in flight at once; `options` are those of `build_engine`."""
-    engine = build_engine(idlm, stride, branches, **{"max_num_seqs": 16, "kv_memory": "256MiB"} | options)
+    engine = build_engine(
+        idlm, stride, branches, **{"max_num_seqs": 16, "kv_memory": "256MiB"} | options
+    )
     names = [engine.add(prompt, params, seed=seed) for seed, prompt in enumerate(prompts)]
-    results = {update.request_id: update.result for update in engine.run() if update.result is not None}
+    results = {
+        update.request_id: update.result for update in engine.run() if update.result is not None
+    }
     return [results[name].token_ids for name in names]
 
 
-def comparisons(idlm: Idlm, prompts: Outputs, params: SamplingParams, deterministic: bool) -> dict[str, object]:
+def comparisons(
+    idlm: Idlm, prompts: Outputs, params: SamplingParams, deterministic: bool
+) -> dict[str, object]:
     """Every plan against AR, the graphs against eager steps, a batch against each prompt alone.
 
-    Where the sums depend on the shapes of a step (bfloat16, not deterministic), equality is a figure and no bound.
+    Where the sums depend on the shapes of a step (bfloat16, not deterministic), equality is a
+    figure and no bound.
     """
     started = perf_counter()
     run = partial(decode, idlm, prompts, params, deterministic=deterministic)
     ar = run(1, "all")
-    shares = {f"{branches}-{stride} = AR": same(run(stride, branches), ar) for stride, branches in PLANS}
+    shares = {
+        f"{branches}-{stride} = AR": same(run(stride, branches), ar) for stride, branches in PLANS
+    }
     shares["batch = alone"] = same(run(1, "all", max_num_seqs=1), ar)
     graph = same(run(4, "all", record=False), run(4, "all"))
     exact = deterministic or idlm.dtype == torch.float32
@@ -72,7 +89,8 @@ def comparisons(idlm: Idlm, prompts: Outputs, params: SamplingParams, determinis
 
 
 def against_the_cpu(device: str) -> dict[str, object]:
-    """AR on the GPU and on the CPU; rounding differs, so a request may part where two tokens are as good as equal."""
+    """AR on the GPU and on the CPU; rounding differs, so a request may part where two tokens are as
+    good as equal."""
     params, outputs = PARAMS["greedy"], []
     for place in (device, "cpu"):
         idlm = load("nano", dtype=torch.float32, device=place)

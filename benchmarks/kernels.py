@@ -1,12 +1,14 @@
-"""Matrix products of few rows: every candidate, the machine's own peaks, and what an engine chooses.
+"""Matrix products of few rows: every candidate, the machine's own peaks, and what an engine
+chooses.
 
     python -m benchmarks.kernels [--models nano SmolLM2 0.6B] [--rows 1 2 4 8 16 32 64] [--rounds 7]
 
 The shapes are those of the products in a step, as many of each as a model has, used in turn and
 recorded as in a step, so that what does not fit a cache comes from memory. One thread. Candidates
-take turns; the least of the rounds counts. `IDLM_NATIVE` forces an instruction set; the peaks are measured with
-the same one: multiply-adds between registers, and memory read and copied (benchmarks/peak.c).
-Table on stdout, everything in benchmarks/results/kernels_<instruction set>.json.
+take turns; the least of the rounds counts. `IDLM_NATIVE` forces an instruction set; the peaks are
+measured with the same one: multiply-adds between registers, and memory read and copied
+(benchmarks/peak.c). Table on stdout, everything in benchmarks/results/kernels_<instruction
+set>.json.
 """
 
 from __future__ import annotations
@@ -38,9 +40,16 @@ Product = Callable[[Tensor], Tensor]
 MODELS: dict[str, tuple[Shape, ...]] = {
     "nano": ((192, 320, 6), (192, 192, 6), (192, 1024, 6), (512, 192, 6), (192, 640, 1)),
     "SmolLM2": ((576, 960, 30), (576, 576, 30), (576, 3072, 30), (1536, 576, 30), (576, 49152, 1)),
-    "0.6B": ((1024, 4096, 28), (2048, 1024, 28), (1024, 6144, 28), (3072, 1024, 28), (1024, 151936, 1)),
+    "0.6B": (
+        (1024, 4096, 28),
+        (2048, 1024, 28),
+        (1024, 6144, 28),
+        (3072, 1024, 28),
+        (1024, 151936, 1),
+    ),
 }
-"""Inputs, outputs and number of each shape: q, k and v together, o, gate and up together, down, the head."""
+"""Inputs, outputs and number of each shape: q, k and v together, o, gate and up together, down, the
+head."""
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
@@ -73,13 +82,19 @@ def best(calls: dict[str, Recorded], x: Tensor, rounds: int) -> dict[str, float]
     return found
 
 
-def candidates(weights: Sequence[Tensor], formats: dict[str, Linears], rows: int, limit: int) -> dict[str, Recorded]:
-    """The products of so many rows by all weights, by who multiplies; "chosen" is what an engine runs."""
+def candidates(
+    weights: Sequence[Tensor], formats: dict[str, Linears], rows: int, limit: int
+) -> dict[str, Recorded]:
+    """The products of so many rows by all weights, by who multiplies; "chosen" is what an engine
+    runs."""
 
     def ours(layer: Layer, choice: int) -> Product:
         return partial(replace(layer, choice=choice).multiply, adapter=None)
 
-    made = {f"C {name}": [ours(layer, ALWAYS) for layer in linears.layers] for name, linears in formats.items()}
+    made = {
+        f"C {name}": [ours(layer, ALWAYS) for layer in linears.layers]
+        for name, linears in formats.items()
+    }
     made["chosen"] = [ours(layer, layer.choice) for layer in formats["float32"].layers]
     made["torch"] = [partial(F.linear, weight=weight) for weight in weights]
     if sum(weight.nbytes for weight in weights) < limit:
@@ -88,7 +103,9 @@ def candidates(weights: Sequence[Tensor], formats: dict[str, Linears], rows: int
 
 
 @torch.inference_mode()
-def measure(model: str, shape: Shape, options: argparse.Namespace, peak: dict[str, float]) -> list[dict[str, object]]:
+def measure(
+    model: str, shape: Shape, options: argparse.Namespace, peak: dict[str, float]
+) -> list[dict[str, object]]:
     """A row for every row count and candidate."""
     inner, out, number = shape
     weights = [torch.randn(out, inner) for _ in range(number)]
@@ -99,7 +116,9 @@ def measure(model: str, shape: Shape, options: argparse.Namespace, peak: dict[st
         calls = candidates(weights, formats, rows, options.packed_limit)
         whole = best(calls, torch.randn(rows, inner), options.rounds)
         seconds = {name: each / number for name, each in whole.items()}
-        float32 = min(seconds[name] for name in ("C float32", "torch", "oneDNN packed") if name in seconds)
+        float32 = min(
+            seconds[name] for name in ("C float32", "torch", "oneDNN packed") if name in seconds
+        )
         for name, each in seconds.items():
             size = BYTES.get(name.removeprefix("C "), 4) * inner * out
             gflops, gbps = 2e-9 * rows * inner * out / each, 1e-9 * size / each
@@ -116,9 +135,13 @@ def measure(model: str, shape: Shape, options: argparse.Namespace, peak: dict[st
 
 def show(rows: Sequence[dict[str, object]]) -> None:
     """A line for each shape and row count."""
-    keys = list(dict.fromkeys((row["model"], row["inputs"], row["outputs"], row["rows"]) for row in rows))
+    keys = list(
+        dict.fromkeys((row["model"], row["inputs"], row["outputs"], row["rows"]) for row in rows)
+    )
     for key in keys:
-        same = [row for row in rows if (row["model"], row["inputs"], row["outputs"], row["rows"]) == key]
+        same = [
+            row for row in rows if (row["model"], row["inputs"], row["outputs"], row["rows"]) == key
+        ]
         cells = [
             f"{row['candidate']} {row['us']:.1f} us {row['gbps']:.0f} GB/s {row['gflops']:.0f} GFLOP/s"
             f" ({row['of_bandwidth']:.2f}, {row['of_arithmetic']:.2f})"
@@ -129,11 +152,15 @@ def show(rows: Sequence[dict[str, object]]) -> None:
 
 def main() -> None:
     """Measure, print, write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--packed-limit", type=int, default=1 << 30, help="bytes of weights that oneDNN lays out")
+    parser.add_argument(
+        "--packed-limit", type=int, default=1 << 30, help="bytes of weights that oneDNN lays out"
+    )
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -143,11 +170,18 @@ def main() -> None:
     torch.manual_seed(0)
     peak = peaks()
     print(f"{target.name}: {peak}")
-    rows = [row for name in options.models for shape in MODELS[name] for row in measure(name, shape, options, peak)]
+    rows = [
+        row
+        for name in options.models
+        for shape in MODELS[name]
+        for row in measure(name, shape, options, peak)
+    ]
     show(rows)
     settings = {"instruction_set": target.name, "rounds": options.rounds, "peak": peak}
     output = options.output or ROOT / "results" / f"kernels_{target.name}.json"
-    output.write_text(json.dumps({"rows": rows, "environment": environment() | settings}, indent=1) + "\n")
+    output.write_text(
+        json.dumps({"rows": rows, "environment": environment() | settings}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

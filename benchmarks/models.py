@@ -1,8 +1,11 @@
-"""Write the model of a GGUF file as an ordinary folder of float32 safetensors; `make models` calls it.
+"""Write the model of a GGUF file as an ordinary folder of float32 safetensors; `make models` calls
+it.
 
-    python -m benchmarks.models build/models/SmolLM2-135M-Instruct-Q4_1.gguf build/models/SmolLM2-135M-Instruct
+    python -m benchmarks.models build/models/SmolLM2-135M-Instruct-Q4_1.gguf
+    build/models/SmolLM2-135M-Instruct
 
-The folder's weights are the file's, de-quantised, and its tokenizer is the file's: both decode to the same tokens.
+The folder's weights are the file's, de-quantised, and its tokenizer is the file's: both decode to
+the same tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from idlm.models.loading import load
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", type=Path)
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()

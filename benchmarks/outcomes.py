@@ -1,9 +1,12 @@
-"""All outcomes against the chain: tokens per forward, measured, and by the formulas of `idlm.decoding.plan`.
+"""All outcomes against the chain: tokens per forward, measured, and by the formulas of
+`idlm.decoding.plan`.
 
-    python -m benchmarks.outcomes [--model nano] [--adapter A] [--strides 4 8] [--temperature 0] [--requests 256]
+    python -m benchmarks.outcomes [--model nano] [--adapter A] [--strides 4 8] [--temperature 0]
+    [--requests 256]
 
-The formulas are about the long run, at the acceptance measured. A request's first forward has no drafts to verify and
-its last one is cut at its end, so both are left out of `tpf_decode`; `tpf` counts them, as everywhere else.
+The formulas are about the long run, at the acceptance measured. A request's first forward has no
+drafts to verify and its last one is cut at its end, so both are left out of `tpf_decode`; `tpf`
+counts them, as everywhere else.
 """
 
 from __future__ import annotations
@@ -48,7 +51,9 @@ def figures(plan: Plan, results: Sequence[Result]) -> dict[str, Any]:
 
 def main() -> None:
     """Decode, print, write the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="nano")
     parser.add_argument("--adapter")
     parser.add_argument("--strides", type=int, nargs="+", default=[4, 8])
@@ -61,11 +66,22 @@ def main() -> None:
     idlm = load(options.model, adapter=options.adapter)
     requests, rows = workload(idlm)(options.requests, 5), []
     for stride in options.strides:
-        pair = [figures(plan, decode(idlm, plan, requests, options.temperature)) for plan in _pair(stride)]
-        rows.append({"stride": stride, "all_over_chain": pair[1]["tpf_decode"] / pair[0]["tpf_decode"], "plans": pair})
+        pair = [
+            figures(plan, decode(idlm, plan, requests, options.temperature))
+            for plan in _pair(stride)
+        ]
+        rows.append(
+            {
+                "stride": stride,
+                "all_over_chain": pair[1]["tpf_decode"] / pair[0]["tpf_decode"],
+                "plans": pair,
+            }
+        )
         print(json.dumps(rows[-1]))
     settings = {key: str(value) for key, value in vars(options).items() if key != "output"}
-    options.output.write_text(json.dumps({"rows": rows, "environment": environment() | settings}, indent=1) + "\n")
+    options.output.write_text(
+        json.dumps({"rows": rows, "environment": environment() | settings}, indent=1) + "\n"
+    )
 
 
 def _pair(stride: int) -> tuple[Plan, Plan]:

@@ -1,15 +1,18 @@
-"""SmolLM2-135M-Instruct on our engine, llama.cpp, vLLM's CPU build and transformers, in turn: `make real-model`.
+"""SmolLM2-135M-Instruct on our engine, llama.cpp, vLLM's CPU build and transformers, in turn: `make
+real-model`.
 
-    python -m benchmarks.real_model [--threads 1 2] [--concurrency 1 8] [--precisions float32 bfloat16 int8]
+    python -m benchmarks.real_model [--threads 1 2] [--concurrency 1 8] [--precisions float32
+    bfloat16 int8]
                                     [--peers llamacpp vllm transformers] [--repeats 5] ...
 
-All engines get the same chat prompts and give 64 greedy tokens for each. Our float32 meets llama.cpp's F32, vLLM and
-transformers, our bfloat16 llama.cpp's F16 and BF16, our int8 its Q8_0; all weights come from one file. In every round
-every contestant runs once, so that what else the machine does hits them alike; ratios are of the same round. The first
-round warms up. The model was not trained to draft: modes other than "ar" run with SIMULATED acceptance, and their
-tokens mean nothing. The cost of a step by its rows is measured at each precision too. `make models` and `make peers`
-bring what this needs; peers without an environment are left out. Table on stdout, everything in
-benchmarks/results/real_model.json.
+All engines get the same chat prompts and give 64 greedy tokens for each. Our float32 meets
+llama.cpp's F32, vLLM and transformers, our bfloat16 llama.cpp's F16 and BF16, our int8 its Q8_0;
+all weights come from one file. In every round every contestant runs once, so that what else the
+machine does hits them alike; ratios are of the same round. The first round warms up. The model was
+not trained to draft: modes other than "ar" run with SIMULATED acceptance, and their tokens mean
+nothing. The cost of a step by its rows is measured at each precision too. `make models` and `make
+peers` bring what this needs; peers without an environment are left out. Table on stdout, everything
+in benchmarks/results/real_model.json.
 """
 
 from __future__ import annotations
@@ -74,7 +77,8 @@ class Entry:
 
 
 def loaded(folder: Path) -> Idlm:
-    """The model with its last token for a MASK: it has none, and what simulated drafts cost needs one."""
+    """The model with its last token for a MASK: it has none, and what simulated drafts cost needs
+    one."""
     idlm = load(folder, dtype="float32")
     return replace(idlm, mask_id=idlm.vocab_size - 1)
 
@@ -99,11 +103,15 @@ def ours(idlm: Idlm, threads: int, options: argparse.Namespace) -> Iterator[Entr
             yield Entry(name, Ours(llm, mode, simulated is not None))
 
 
-def peers(options: argparse.Namespace, precisions: Sequence[str], threads: int, stack: ExitStack) -> Iterator[Entry]:
+def peers(
+    options: argparse.Namespace, precisions: Sequence[str], threads: int, stack: ExitStack
+) -> Iterator[Entry]:
     """The other engines, loaded; the processes end with `stack`."""
     slots = max(options.concurrency)
 
-    def start(precision: str, python: Path, script: str, model: Path, mode: str | None = None) -> Entry:
+    def start(
+        precision: str, python: Path, script: str, model: Path, mode: str | None = None
+    ) -> Entry:
         peer = Peer(python, script, model, threads, mode, slots)
         stack.callback(peer.close)
         return Entry(precision, peer)
@@ -114,7 +122,11 @@ def peers(options: argparse.Namespace, precisions: Sequence[str], threads: int, 
             for precision, file in gguf_files(options.gguf, precisions):
                 yield start(precision, LLAMACPP / "python", "llamacpp.py", file, mode)
         elif "float32" in precisions:
-            script, mode = ("vllm_cpu.py", "compiled") if name == "vllm" else ("transformers_generate.py", None)
+            script, mode = (
+                ("vllm_cpu.py", "compiled")
+                if name == "vllm"
+                else ("transformers_generate.py", None)
+            )
             python = VLLM / "python" if name == "vllm" else Path(sys.executable)
             yield start("float32", python, script, options.model, mode)
 
@@ -128,7 +140,8 @@ def with_environment(names: Sequence[str]) -> list[str]:
 
 
 def gguf_files(source: Path, precisions: Sequence[str]) -> list[tuple[str, Path]]:
-    """The model's file in each format that a precision is compared with; written where it is missing."""
+    """The model's file in each format that a precision is compared with; written where it is
+    missing."""
     from benchmarks.gguf_weights import ensure  # needs a package that nothing else here does
 
     wanted = [(precision, kind) for precision in precisions for kind in PRECISIONS[precision]]
@@ -136,7 +149,9 @@ def gguf_files(source: Path, precisions: Sequence[str]) -> list[tuple[str, Path]
     return [(precision, files[kind]) for precision, kind in wanted]
 
 
-def rounds(entries: Sequence[Entry], llm: LLM, concurrency: int, options: argparse.Namespace) -> list[list[Run]]:
+def rounds(
+    entries: Sequence[Entry], llm: LLM, concurrency: int, options: argparse.Namespace
+) -> list[list[Run]]:
     """Each entry's runs, one a round, the first round left out; new prompts in every round."""
     runs: list[list[Run]] = [[] for _ in entries]
     for seed in range(options.repeats + 1):
@@ -154,7 +169,8 @@ def decoding_rate(run: Run, concurrency: int) -> float:
 def equal_share(ours: Sequence[Run], theirs: Sequence[Run], eos: frozenset[int]) -> float:
     """Of our tokens, the share that come before the first difference.
 
-    Tokens from our first end token on are not counted: llama.cpp cannot give that token, the others can.
+    Tokens from our first end token on are not counted: llama.cpp cannot give that token, the others
+    can.
     """
     same = total = 0
     for run, other in zip(ours, theirs, strict=True):
@@ -179,7 +195,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def row(
     entry: Entry, runs: Sequence[Run], ar: Sequence[Run], concurrency: int, eos: frozenset[int]
 ) -> dict[str, object]:
-    """The figures of one contestant; `over_our_ar` are ratios to our AR of the same precision and round.
+    """The figures of one contestant; `over_our_ar` are ratios to our AR of the same precision and
+    round.
 
     `peak_memory_mb` is the process's, and all of our engines run in one.
     """
@@ -196,7 +213,9 @@ def row(
         "tokens_per_second": spread([run.tokens_per_second for run in runs]),
         "decode_tokens_per_second": spread(decoding),
         "tokens_per_cpu_second": spread([run.tokens / run.cpu_seconds for run in runs]),
-        "over_our_ar": spread([a.tokens_per_second / b.tokens_per_second for a, b in zip(runs, ar, strict=True)]),
+        "over_our_ar": spread(
+            [a.tokens_per_second / b.tokens_per_second for a, b in zip(runs, ar, strict=True)]
+        ),
         "decode_over_our_ar": spread([a / b for a, b in zip(decoding, base, strict=True)]),
         "equal_tokens": None if one.simulated else equal_share(ar, runs, eos),
         "ttft_ms": 1e3 * median(request.ttft for request in served),
@@ -207,13 +226,18 @@ def row(
     }
 
 
-def compare(entries: Sequence[Entry], concurrency: int, options: argparse.Namespace) -> list[dict[str, object]]:
+def compare(
+    entries: Sequence[Entry], concurrency: int, options: argparse.Namespace
+) -> list[dict[str, object]]:
     """A row for every contestant."""
     first = next(entry.contestant for entry in entries if entry.is_ar)
     runs = rounds(entries, first.llm, concurrency, options)
     ar = {entry.precision: laps for entry, laps in zip(entries, runs, strict=True) if entry.is_ar}
     eos = first.llm.idlm.eos_ids
-    return [row(entry, laps, ar[entry.precision], concurrency, eos) for entry, laps in zip(entries, runs, strict=True)]
+    return [
+        row(entry, laps, ar[entry.precision], concurrency, eos)
+        for entry, laps in zip(entries, runs, strict=True)
+    ]
 
 
 def costs(idlm: Idlm, threads: int, options: argparse.Namespace) -> list[dict[str, object]]:
@@ -222,32 +246,55 @@ def costs(idlm: Idlm, threads: int, options: argparse.Namespace) -> list[dict[st
     slots = max(options.concurrency)
     for name in options.precisions:
         llm = LLM(
-            idlm, stride=4, branches="all", max_num_seqs=slots, kv_memory=KV_MEMORY, weights=name, threads=threads
+            idlm,
+            stride=4,
+            branches="all",
+            max_num_seqs=slots,
+            kv_memory=KV_MEMORY,
+            weights=name,
+            threads=threads,
         )
         for batch in options.concurrency:
             seconds = step_costs(llm, batch, options.cost_repeats, PLANS)
             over = {
-                str(plan.width): {"plan": plan.name, "over_ar": cost / seconds[AR]} for plan, cost in seconds.items()
+                str(plan.width): {"plan": plan.name, "over_ar": cost / seconds[AR]}
+                for plan, cost in seconds.items()
             }
-            found.append({"precision": name, "batch": batch, "ar_step_ms": 1e3 * seconds[AR], "rows": over})
+            found.append(
+                {"precision": name, "batch": batch, "ar_step_ms": 1e3 * seconds[AR], "rows": over}
+            )
     return found
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=MODEL, help="a folder in Hugging Face form")
     parser.add_argument("--gguf", type=Path, default=GGUF, help="the same model's GGUF file")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--precisions", nargs="+", choices=tuple(PRECISIONS), default=list(PRECISIONS))
     parser.add_argument(
-        "--modes", nargs="+", choices=MODES, default=["ar"], help="of our engine; ar is always among them"
+        "--precisions", nargs="+", choices=tuple(PRECISIONS), default=list(PRECISIONS)
+    )
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        default=["ar"],
+        help="of our engine; ar is always among them",
     )
     parser.add_argument("--stride", type=int, default=4)
-    parser.add_argument("--simulate-acceptance", type=float, nargs="+", default=[0.9], help="by depth")
-    parser.add_argument("--peers", nargs="*", choices=tuple(NEEDED), default=["llamacpp", "vllm", "transformers"])
-    parser.add_argument("--requests", type=int, default=4, help="a round; at least twice those in flight")
+    parser.add_argument(
+        "--simulate-acceptance", type=float, nargs="+", default=[0.9], help="by depth"
+    )
+    parser.add_argument(
+        "--peers", nargs="*", choices=tuple(NEEDED), default=["llamacpp", "vllm", "transformers"]
+    )
+    parser.add_argument(
+        "--requests", type=int, default=4, help="a round; at least twice those in flight"
+    )
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--cost-repeats", type=int, default=9)
@@ -257,19 +304,27 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def show(threads: int, rows: Sequence[dict[str, object]], steps: Sequence[dict[str, object]]) -> None:
+def show(
+    threads: int, rows: Sequence[dict[str, object]], steps: Sequence[dict[str, object]]
+) -> None:
     """The table of one number of threads."""
-    print(f"threads {threads}: tokens/s whole and decoding, median (min-max); ours/x: our AR over it, by round")
+    print(
+        f"threads {threads}: tokens/s whole and decoding, median (min-max); ours/x: our AR over it, by round"
+    )
     for found in rows:
         name = f"{found['precision']} {found['engine']} {found['mode']}{' (simulated)' if found['simulated'] else ''}"
-        whole, decoding = (bounds(found[key]) for key in ("tokens_per_second", "decode_tokens_per_second"))
+        whole, decoding = (
+            bounds(found[key]) for key in ("tokens_per_second", "decode_tokens_per_second")
+        )
         faster = 1 / found["over_our_ar"]["median"]
         equal = "-" if found["equal_tokens"] is None else f"{found['equal_tokens']:.3f}"
         head = f"{found['concurrency']:3d}  {name:36} {whole:>20} {decoding:>20}"
         print(f"{head}  ours/x {faster:5.2f}  equal tokens {equal}")
     for found in steps:
         over = ", ".join(f"{rows}: {entry['over_ar']:.2f}" for rows, entry in found["rows"].items())
-        print(f"steps of {found['precision']}, batch {found['batch']}: AR {found['ar_step_ms']:.2f} ms; rows {over}")
+        print(
+            f"steps of {found['precision']}, batch {found['batch']}: AR {found['ar_step_ms']:.2f} ms; rows {over}"
+        )
 
 
 def bounds(found: dict[str, float]) -> str:
@@ -282,14 +337,23 @@ def main() -> None:
     options = arguments()
     idlm = loaded(options.model)
     report: dict[str, object] = {"rows": [], "steps": [], "versions": {}}
-    report["settings"] = {key: value for key, value in vars(options).items() if not isinstance(value, Path)}
-    report["environment"] = {key: value for key, value in environment().items() if key != "threads"}  # each row's own
+    report["settings"] = {
+        key: value for key, value in vars(options).items() if not isinstance(value, Path)
+    }
+    report["environment"] = {
+        key: value for key, value in environment().items() if key != "threads"
+    }  # each row's own
     for threads in options.threads:
         torch.set_num_threads(threads)
         with ExitStack() as stack:
-            entries = [*ours(idlm, threads, options), *peers(options, options.precisions, threads, stack)]
+            entries = [
+                *ours(idlm, threads, options),
+                *peers(options, options.precisions, threads, stack),
+            ]
             keep_what_is_loaded()
-            rows = [found for each in options.concurrency for found in compare(entries, each, options)]
+            rows = [
+                found for each in options.concurrency for found in compare(entries, each, options)
+            ]
         steps = costs(idlm, threads, options)
         show(threads, rows, steps)
         report["rows"] += [{"threads": threads} | found for found in rows]

@@ -1,10 +1,11 @@
 """Same bytes: ISD against AR over prompts x settings x plans, token by token.
 
-    python -m benchmarks.same_bytes MODEL ... [--dtype float64] [--prompts 4] [--max-tokens 40] [--out FILE]
+    python -m benchmarks.same_bytes MODEL ... [--dtype float64] [--prompts 4] [--max-tokens 40]
+    [--out FILE]
 
-A pair is one prompt under one setting; it counts as equal if every plan gives AR's tokens. Prompts run from one token
-to one short of the context. Where a pair differs (float32), the first difference is reported with AR's margin: how far
-its token's log p + noise stood above the best other one.
+A pair is one prompt under one setting; it counts as equal if every plan gives AR's tokens. Prompts
+run from one token to one short of the context. Where a pair differs (float32), the first difference
+is reported with AR's margin: how far its token's log p + noise stood above the best other one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from idlm import LLM, Idlm, SamplingParams, load
 from idlm.evaluation.parity import first_difference, margin, token_scores
 from tests.engine.tiny import FAMILIES, tiny_idlm
 
-PLANS = [(n, branches) for n in (1, 2, 3, 4, 8) for branches in (("all", "chain") if n > 1 else ("all",))]
+PLANS = [
+    (n, branches) for n in (1, 2, 3, 4, 8) for branches in (("all", "chain") if n > 1 else ("all",))
+]
 PENALTIES = {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2}
 FILTERS = {"top_k": 12, "top_p": 0.9, "min_p": 0.02}
 SETTINGS = [
@@ -43,7 +46,8 @@ SETTINGS = [
 
 
 def prompts_for(idlm: Idlm, number: int) -> list[list[int]]:
-    """Token prompts whose lengths run from 1 to the context less one, real text where the model has it."""
+    """Token prompts whose lengths run from 1 to the context less one, real text where the model has
+    it."""
     text = list(itertools.islice(itertools.cycle(real_tokens(idlm)), idlm.context))
     lengths = torch.linspace(1, idlm.context - 1, number).round().int().tolist()
     return [text[:length] for length in lengths]
@@ -56,7 +60,9 @@ def real_tokens(idlm: Idlm) -> list[int]:
 
         template = idlm.tokenizer.apply_chat_template
         question = [{"role": "user", "content": held_out_problems(1)[0].question}]
-        return list(idlm.tokenizer(template(question, tokenize=False, add_generation_prompt=True)).input_ids)
+        return list(
+            idlm.tokenizer(template(question, tokenize=False, add_generation_prompt=True)).input_ids
+        )
     start = idlm.model.config.bos_token_id
     params = SamplingParams(max_tokens=idlm.context - 1, seed=0, ignore_eos=True)
     told = LLM(idlm, stride=1).generate([[1 if start is None else start]], params)[0]
@@ -64,7 +70,8 @@ def real_tokens(idlm: Idlm) -> list[int]:
 
 
 def named(name: str, dtype: str) -> Idlm:
-    """A checkpoint, with `FOLDER+ADAPTER` for one with an adapter; `random-qwen3` and the like are made on the spot."""
+    """A checkpoint, with `FOLDER+ADAPTER` for one with an adapter; `random-qwen3` and the like are
+    made on the spot."""
     family = name.removeprefix("random-")
     if family in FAMILIES and family != name:
         return tiny_idlm(family)
@@ -77,7 +84,9 @@ def sweep(idlm: Idlm, number: int, max_tokens: int) -> dict[str, object]:
     llms = {plan: LLM(idlm, stride=plan[0], branches=plan[1]) for plan in PLANS}
     pairs = equal = tokens = 0
     differences = []
-    for prompt, (index, setting) in itertools.product(prompts_for(idlm, number), enumerate(SETTINGS)):
+    for prompt, (index, setting) in itertools.product(
+        prompts_for(idlm, number), enumerate(SETTINGS)
+    ):
         params = SamplingParams(max_tokens=max_tokens, seed=index, ignore_eos=True, **setting)  # type: ignore[arg-type]
         outputs = {plan: llm.generate([prompt], params)[0].token_ids for plan, llm in llms.items()}
         expected = outputs[1, "all"]
@@ -94,13 +103,23 @@ def sweep(idlm: Idlm, number: int, max_tokens: int) -> dict[str, object]:
                     "margin": margin(scores, expected[at]),
                 }
             )
-    return {"pairs": pairs, "equal": equal, "plans": len(PLANS), "ar_tokens": tokens, "differences": differences}
+    return {
+        "pairs": pairs,
+        "equal": equal,
+        "plans": len(PLANS),
+        "ar_tokens": tokens,
+        "differences": differences,
+    }
 
 
 def main() -> int:
     """Run the sweep; exit status 1 where a float64 pair differs."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", help="folder, FOLDER+ADAPTER, bundled name, random-FAMILY")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "models", nargs="+", help="folder, FOLDER+ADAPTER, bundled name, random-FAMILY"
+    )
     parser.add_argument("--dtype", default="float64")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=40)
@@ -118,10 +137,14 @@ def main() -> int:
     rows: dict[str, dict[str, object]] = {}
     for name in args.models:
         started = time.perf_counter()
-        row = rows[name.rpartition("/")[2]] = sweep(named(name, args.dtype), args.prompts, args.max_tokens)
+        row = rows[name.rpartition("/")[2]] = sweep(
+            named(name, args.dtype), args.prompts, args.max_tokens
+        )
         print(f"{name}: {row} in {time.perf_counter() - started:.0f} s", file=sys.stderr)
     report["models"] = rows
-    report["pairs"], report["equal"] = (sum(int(str(row[key])) for row in rows.values()) for key in ("pairs", "equal"))
+    report["pairs"], report["equal"] = (
+        sum(int(str(row[key])) for row in rows.values()) for key in ("pairs", "equal")
+    )
     text = json.dumps(report, indent=1)
     print(text)
     if args.out:

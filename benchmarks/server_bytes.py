@@ -1,11 +1,13 @@
 """The same bytes over HTTP as offline and as AR: `make server-bytes`.
 
-    python -m benchmarks.server_bytes [--model nano] [--requests 64] [--concurrency 1 32] [--out FILE]
+    python -m benchmarks.server_bytes [--model nano] [--requests 64] [--concurrency 1 32] [--out
+    FILE]
 
-Half of the requests are greedy, half are seeded; half are streamed. Each goes to the model and to the model without
-drafts, at each concurrency, first with nothing of its prompt in the prefix cache and then again. Text, tokens and the
-reason to end have to be those of `LLM.generate`, whose own output has to be that of AR. In float64: everything is equal
-there, whatever runs beside it. Exit status 1 where something differs.
+Half of the requests are greedy, half are seeded; half are streamed. Each goes to the model and to
+the model without drafts, at each concurrency, first with nothing of its prompt in the prefix cache
+and then again. Text, tokens and the reason to end have to be those of `LLM.generate`, whose own
+output has to be that of AR. In float64: everything is equal there, whatever runs beside it. Exit
+status 1 where something differs.
 """
 
 from __future__ import annotations
@@ -78,11 +80,15 @@ def output(answer: Answer) -> tuple[Output, int]:
 
 def offline(llm: LLM, prompts: Sequence[list[int]]) -> list[Output]:
     """What `LLM.generate` gives."""
-    results = llm.generate(prompts, [SamplingParams(**params(number)) for number in range(len(prompts))])
+    results = llm.generate(
+        prompts, [SamplingParams(**params(number)) for number in range(len(prompts))]
+    )
     return [Output(one.text, one.token_ids, one.finish_reason) for one in results]
 
 
-async def compare(port: int, name: str, prompts: Sequence[list[int]], expected: Iterable[Output], at: int) -> list[Any]:
+async def compare(
+    port: int, name: str, prompts: Sequence[list[int]], expected: Iterable[Output], at: int
+) -> list[Any]:
     """A row each for a cold and a warm prefix cache; the prompts must not have been sent before."""
     rows = []
     for cache in ("cold", "warm"):
@@ -91,7 +97,10 @@ async def compare(port: int, name: str, prompts: Sequence[list[int]], expected: 
         same = sum(mine == theirs for (mine, _), theirs in zip(got, expected, strict=True))
         cached = sum(tokens for _, tokens in got)
         row = {"model": name, "concurrency": at, "cache": cache, "requests": len(got), "same": same}
-        rows.append(row | {"tokens": sum(len(mine.tokens) for mine, _ in got), "cached_prompt_tokens": cached})
+        rows.append(
+            row
+            | {"tokens": sum(len(mine.tokens) for mine, _ in got), "cached_prompt_tokens": cached}
+        )
         print(rows[-1], file=sys.stderr)
     return rows
 
@@ -102,8 +111,13 @@ def run(model: str, number: int, concurrencies: Sequence[int]) -> dict[str, Any]
     ar, isd = LLM(idlm, stride=1), LLM(idlm, stride=4, branches="planner")
     rows, equal = [], True
     command = idlm_serve(model, "--dtype", "float64", "--threads", str(torch.get_num_threads()))
-    with ServerProcess(command) as server, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        for seed, (at, name) in enumerate((at, name) for at in concurrencies for name in (model, f"{model}:ar")):
+    with (
+        ServerProcess(command) as server,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        for seed, (at, name) in enumerate(
+            (at, name) for at in concurrencies for name in (model, f"{model}:ar")
+        ):
             requests: list[Request] = workload(idlm)(number, 100 + seed)
             prompts = [one.prompt_token_ids for one in requests]
             expected = offline(ar, prompts)
@@ -116,7 +130,9 @@ def run(model: str, number: int, concurrencies: Sequence[int]) -> dict[str, Any]
 
 def main() -> int:
     """Run and report; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="nano")
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 32])

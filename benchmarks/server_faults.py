@@ -1,15 +1,19 @@
 """What a server does when things go wrong: `make server-faults`.
 
-    python -m benchmarks.server_faults [kill] [disconnect] [overload] [drain] [--model nano] [--small] [--out FILE]
+    python -m benchmarks.server_faults [kill] [disconnect] [overload] [drain] [--model nano]
+    [--small] [--out FILE]
 
-kill        the engine is killed with 32 requests streaming, again and again: every client is told within 2 s, /ready
+kill        the engine is killed with 32 requests streaming, again and again: every client is told
+within 2 s, /ready
             recovers, and the next requests give what they gave before
-disconnect  clients that leave at random points, streaming or not: slots, pages and queue come back to zero
-overload    four times the requests that the server can answer: those it accepts are as quick as when all its slots are
+disconnect  clients that leave at random points, streaming or not: slots, pages and queue come back
+to zero overload    four times the requests that the server can answer: those it accepts are as
+quick as when all its slots are
             busy and nobody waits, the rest get 429, none hangs
 drain       SIGTERM with requests in flight: each is finished, or told
 
-Prints one JSON object with what was found and whether it holds; exit status 1 where something does not.
+Prints one JSON object with what was found and whether it holds; exit status 1 where something does
+not.
 """
 
 from __future__ import annotations
@@ -35,13 +39,23 @@ PARTS = ("kill", "disconnect", "overload", "drain")
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument("--model", default="nano")
-    parser.add_argument("--slots", type=int, default=EngineConfig.max_num_seqs, help="the engine's, in overload")
-    parser.add_argument("--queue", type=int, help="samples running or waiting, in overload; else the default")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of overload, and of full load before it")
-    parser.add_argument("--small", action="store_true", help="a few of everything, to see that it works")
+    parser.add_argument(
+        "--slots", type=int, default=EngineConfig.max_num_seqs, help="the engine's, in overload"
+    )
+    parser.add_argument(
+        "--queue", type=int, help="samples running or waiting, in overload; else the default"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="of overload, and of full load before it"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="a few of everything, to see that it works"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "server_faults.json")
     return parser.parse_args()
 
@@ -54,14 +68,21 @@ async def run_part(part: str, options: argparse.Namespace) -> dict[str, Any]:
         command += ["--max-num-seqs", str(options.slots)]
         command += [] if options.queue is None else ["--queue-requests", str(options.queue)]
     if part == "drain":
-        return {"in_time": await drain(command, 16, 30.0), "too_late": await drain(command, 16, 0.2)}
+        return {
+            "in_time": await drain(command, 16, 30.0),
+            "too_late": await drain(command, 16, 0.2),
+        }
     with ServerProcess(command) as server:
-        await ask_all(server.port, COMPLETIONS, bodies(options.model, 8), 8)  # the first steps are slow
+        await ask_all(
+            server.port, COMPLETIONS, bodies(options.model, 8), 8
+        )  # the first steps are slow
         if part == "kill":
             return await kill(server, options.model, 2 if small else 20, 32)
         if part == "disconnect":
             return await disconnect(server, options.model, 60 if small else 1000, 32)
-        return await overload(server, options.model, options.slots, 2.0 if small else options.seconds)
+        return await overload(
+            server, options.model, options.slots, 2.0 if small else options.seconds
+        )
 
 
 def holds(found: Any) -> bool:

@@ -2,10 +2,11 @@
 
     python -m benchmarks.server_fuzz [--cases 10000] [--seed 1] [--out FILE]
 
-Valid and invalid requests to every route. Every answer has to be of a status and a shape that the document declares,
-none may be a 500, what breaks the schema has to be refused, and an ordinary request still has to be answered in the
-end. One check is left out: that whatever fits the schema is accepted. JSON Schema cannot say all that a request has to
-hold to (ids of this vocabulary, JSON in strings, what fits the context). Exit status 1 where something is found.
+Valid and invalid requests to every route. Every answer has to be of a status and a shape that the
+document declares, none may be a 500, what breaks the schema has to be refused, and an ordinary
+request still has to be answered in the end. One check is left out: that whatever fits the schema is
+accepted. JSON Schema cannot say all that a request has to hold to (ids of this vocabulary, JSON in
+strings, what fits the context). Exit status 1 where something is found.
 """
 
 from __future__ import annotations
@@ -35,9 +36,26 @@ def fuzz(port: int, examples: int, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
         command = [
-            *(str(Path(sys.executable).with_name("schemathesis")), "run", f"http://127.0.0.1:{port}/openapi.json"),
-            *("--phases", "examples,coverage,fuzzing", "--exclude-checks", LEFT_OUT, "--continue-on-failure"),
-            *("--max-examples", str(examples), "--seed", str(seed), "--generation-database", "none"),
+            *(
+                str(Path(sys.executable).with_name("schemathesis")),
+                "run",
+                f"http://127.0.0.1:{port}/openapi.json",
+            ),
+            *(
+                "--phases",
+                "examples,coverage,fuzzing",
+                "--exclude-checks",
+                LEFT_OUT,
+                "--continue-on-failure",
+            ),
+            *(
+                "--max-examples",
+                str(examples),
+                "--seed",
+                str(seed),
+                "--generation-database",
+                "none",
+            ),
             *("--request-timeout", "60", "--suppress-health-check", "all", "--no-color"),
             *("--report", "json", "--report-json-path", str(out)),
         ]
@@ -47,11 +65,16 @@ def fuzz(port: int, examples: int, seed: int) -> dict[str, Any]:
 
 
 def run(cases: int, seed: int) -> dict[str, Any]:
-    """Rounds of schemathesis with new seeds until there were so many cases, and a look at the server afterwards."""
+    """Rounds of schemathesis with new seeds until there were so many cases, and a look at the
+    server afterwards."""
     total, rounds, failures = 0, 0, list[Any]()
-    with ServerProcess(idlm_serve("nano", "--threads", "1", "--max-tokens", str(MAX_TOKENS))) as server:
+    with ServerProcess(
+        idlm_serve("nano", "--threads", "1", "--max-tokens", str(MAX_TOKENS))
+    ) as server:
         while total < cases:
-            found = fuzz(server.port, max(1, (cases - total) // 5), seed + rounds)  # five routes have endless inputs
+            found = fuzz(
+                server.port, max(1, (cases - total) // 5), seed + rounds
+            )  # five routes have endless inputs
             total, rounds = total + found["test_cases"]["generated"], rounds + 1
             failures += found["failures"] + found["errors"]
         after = asyncio.run(ask_all(server.port, COMPLETIONS, bodies("nano", 4, MAX_TOKENS), 4))
@@ -73,7 +96,9 @@ def run(cases: int, seed: int) -> dict[str, Any]:
 
 def main() -> int:
     """Run and report; the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "server_fuzz.json")

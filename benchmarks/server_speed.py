@@ -1,16 +1,18 @@
 """The server's speed, against the offline engine's and vLLM's server: `make server-speed`.
 
-    python -m benchmarks.server_speed [--concurrency 1 2 4 8 16 32 64] [--repeats 5] [--vllm PYTHON] [--out FILE]
+    python -m benchmarks.server_speed [--concurrency 1 2 4 8 16 32 64] [--repeats 5] [--vllm PYTHON]
+    [--out FILE]
 
-The same greedy requests, of `idlm.evaluation.workload`, in a closed loop: to the engine in this process, to
-`idlm serve` with drafts (isd) and without (ar), and to `vllm serve` where PYTHON's environment has it. In turn within
-each round, each round with new requests; the first round is not counted. Servers have a process each, and one thread
-for their engine; give the command two cores or more, as a user would: one for an engine, one for HTTP and the client.
+The same greedy requests, of `idlm.evaluation.workload`, in a closed loop: to the engine in this
+process, to `idlm serve` with drafts (isd) and without (ar), and to `vllm serve` where PYTHON's
+environment has it. In turn within each round, each round with new requests; the first round is not
+counted. Servers have a process each, and one thread for their engine; give the command two cores or
+more, as a user would: one for an engine, one for HTTP and the client.
 
-    tokens_per_second    over a round: median and range
-    ttft_ms, tpot_ms     to the first token and per token after it, over all requests: p50 and p99
-    over_offline         tokens per second over those of the engine alone, in the same round: median and range
-    added_ttft_ms        p50 over the engine's own, of the same decoding
+    tokens_per_second    over a round: median and range ttft_ms, tpot_ms     to the first token and
+    per token after it, over all requests: p50 and p99 over_offline         tokens per second over
+    those of the engine alone, in the same round: median and range added_ttft_ms        p50 over the
+    engine's own, of the same decoding
 """
 
 from __future__ import annotations
@@ -68,7 +70,12 @@ def offline(idlm: Idlm, mode: str) -> Contestant:
 
     def lap(requests: Sequence[Request], concurrency: int) -> Lap:
         run = ours.run([replace(one, detokenize=True) for one in requests], concurrency)
-        return Lap(run.seconds, run.tokens, [one.ttft for one in run.served], [one.tpot for one in run.served])
+        return Lap(
+            run.seconds,
+            run.tokens,
+            [one.ttft for one in run.served],
+            [one.tpot for one in run.served],
+        )
 
     return lap
 
@@ -89,7 +96,12 @@ def over_http(server: ServerProcess, model: str) -> Contestant:
             if not one.finished or one.error is not None:
                 raise RuntimeError(f"status {one.status}: {one.error}")
         tpot = [(one.last - one.first) / max(1, one.tokens - 1) for one in answers]
-        return Lap(seconds, sum(one.tokens for one in answers), [one.first - one.asked for one in answers], tpot)
+        return Lap(
+            seconds,
+            sum(one.tokens for one in answers),
+            [one.first - one.asked for one in answers],
+            tpot,
+        )
 
     def lap(requests: Sequence[Request], concurrency: int) -> Lap:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -103,14 +115,32 @@ def field(options: argparse.Namespace, idlm: Idlm, stack: ExitStack) -> dict[str
     threads = str(options.threads)
     found = {"engine isd": offline(idlm, "planner"), "engine ar": offline(idlm, "ar")}
     for name, model in (("server isd", options.model), ("server ar", f"{options.model}:ar")):
-        server = ServerProcess(idlm_serve(options.model, "--threads", threads))  # two: a prefix cache each
+        server = ServerProcess(
+            idlm_serve(options.model, "--threads", threads)
+        )  # two: a prefix cache each
         found[name] = over_http(stack.enter_context(server), model)
     if options.vllm is not None:
         folder = str(resolve(options.model)[0])
-        settings = ("--dtype", "float32", "--max-num-seqs", str(SLOTS), "--no-enable-prefix-caching")
-        command = [str(options.vllm), str(VLLM_SERVER), "serve", folder, "--served-model-name", "model", *settings]
+        settings = (
+            "--dtype",
+            "float32",
+            "--max-num-seqs",
+            str(SLOTS),
+            "--no-enable-prefix-caching",
+        )
+        command = [
+            str(options.vllm),
+            str(VLLM_SERVER),
+            "serve",
+            folder,
+            "--served-model-name",
+            "model",
+            *settings,
+        ]
         try:
-            found["vllm"] = over_http(stack.enter_context(ServerProcess(command, "/health")), "model")
+            found["vllm"] = over_http(
+                stack.enter_context(ServerProcess(command, "/health")), "model"
+            )
         except RuntimeError as error:
             print(f"vLLM is left out: {error}", file=sys.stderr)
     return found
@@ -121,13 +151,24 @@ def rows_at(concurrency: int, laps: dict[str, list[Lap]]) -> list[dict[str, Any]
     rows = []
     for name, own in laps.items():
         rates = [lap.rate for lap in own]
-        row: dict[str, Any] = {"name": name, "concurrency": concurrency, "tokens_per_second": _middle(rates)}
-        ttft, tpot = [one for lap in own for one in lap.ttft], [one for lap in own for one in lap.tpot]
+        row: dict[str, Any] = {
+            "name": name,
+            "concurrency": concurrency,
+            "tokens_per_second": _middle(rates),
+        }
+        ttft, tpot = (
+            [one for lap in own for one in lap.ttft],
+            [one for lap in own for one in lap.tpot],
+        )
         row |= {"ttft_ms": _tail(ttft), "tpot_ms": _tail(tpot)}
         engine = laps.get(name.replace("server", "engine"))
         if name.startswith("server") and engine is not None:
-            row["over_offline"] = _middle([lap.rate / other.rate for lap, other in zip(own, engine, strict=True)])
-            row["added_ttft_ms"] = 1e3 * (median(ttft) - median(one for lap in engine for one in lap.ttft))
+            row["over_offline"] = _middle(
+                [lap.rate / other.rate for lap, other in zip(own, engine, strict=True)]
+            )
+            row["added_ttft_ms"] = 1e3 * (
+                median(ttft) - median(one for lap in engine for one in lap.ttft)
+            )
         rows.append(row)
         print(_line(row), file=sys.stderr)
     return rows
@@ -143,7 +184,11 @@ def _tail(seconds: Sequence[float]) -> dict[str, float]:
 
 def _line(row: dict[str, Any]) -> str:
     ttft, tpot = row["ttft_ms"], row["tpot_ms"]
-    over = f"{row['over_offline']['median']:8.2f} {row['added_ttft_ms']:8.1f}" if "over_offline" in row else ""
+    over = (
+        f"{row['over_offline']['median']:8.2f} {row['added_ttft_ms']:8.1f}"
+        if "over_offline" in row
+        else ""
+    )
     return (
         f"{row['concurrency']:3} {row['name']:11} {row['tokens_per_second']['median']:8.0f} tok/s"
         f"  ttft {ttft['p50']:7.1f} {ttft['p99']:7.1f}  tpot {tpot['p50']:6.2f} {tpot['p99']:6.2f} ms {over}"
@@ -167,10 +212,17 @@ def bounds(rows: Sequence[dict[str, Any]]) -> dict[str, bool]:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="nano")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--requests", type=int, default=32, help="of a round; at least twice the concurrency are sent")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=32,
+        help="of a round; at least twice the concurrency are sent",
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--vllm", type=Path, help="the Python of an environment that has vLLM")

@@ -1,10 +1,12 @@
-"""AR, chain, all outcomes and planner, transformers' `generate` and vLLM under load, in turn: `make bench`.
+"""AR, chain, all outcomes and planner, transformers' `generate` and vLLM under load, in turn: `make
+bench`.
 
-    python -m benchmarks.serving [--model nano] [--stride 4] [--concurrency 1 8 32] [--peers transformers vllm] ...
+    python -m benchmarks.serving [--model nano] [--stride 4] [--concurrency 1 8 32] [--peers
+    transformers vllm] ...
 
-All engines get the same greedy requests with the same output lengths, and the same weights (of a model with an adapter
-the peers get the base, whose tokens ours are). vLLM takes part where `make vllm` has built its environment. Table on
-stdout, everything in benchmarks/results/serving.json.
+All engines get the same greedy requests with the same output lengths, and the same weights (of a
+model with an adapter the peers get the base, whose tokens ours are). vLLM takes part where `make
+vllm` has built its environment. Table on stdout, everything in benchmarks/results/serving.json.
 """
 
 from __future__ import annotations
@@ -48,11 +50,15 @@ def peers(names: list[str], vllm: Path, model: Path, threads: int, stack: ExitSt
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="nano")
     parser.add_argument("--adapter")
     parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
-    parser.add_argument("--peers", nargs="*", choices=("transformers", "vllm"), default=["transformers", "vllm"])
+    parser.add_argument(
+        "--peers", nargs="*", choices=("transformers", "vllm"), default=["transformers", "vllm"]
+    )
     parser.add_argument("--stride", type=int, default=4)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--requests", type=int, default=32)
@@ -68,15 +74,26 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
     with ExitStack() as stack:
-        others = peers(options.peers, options.vllm, resolve(options.model)[0], options.threads, stack)
+        others = peers(
+            options.peers, options.vllm, resolve(options.model)[0], options.threads, stack
+        )
         idlm = load(options.model, adapter=options.adapter)
         ours = contestants(idlm, options.modes, options.stride, max(options.concurrency))
         keep_what_is_loaded()
         everyone: list[Contestant] = [*ours, *others]
-        rows = bench(everyone, workload(idlm), options.concurrency, options.requests, options.repeats)
+        rows = bench(
+            everyone, workload(idlm), options.concurrency, options.requests, options.repeats
+        )
     settings = {key: value for key, value in vars(options).items() if key not in ("vllm", "output")}
-    found = environment() | settings | {"dtype": str(idlm.dtype).removeprefix("torch."), "device": str(idlm.device)}
-    found |= {"simulated_acceptance": None, "peers": {f"{peer.engine} {peer.mode}": peer.versions for peer in others}}
+    found = (
+        environment()
+        | settings
+        | {"dtype": str(idlm.dtype).removeprefix("torch."), "device": str(idlm.device)}
+    )
+    found |= {
+        "simulated_acceptance": None,
+        "peers": {f"{peer.engine} {peer.mode}": peer.versions for peer in others},
+    }
     report = {"rows": rows, "environment": found}
     show(report)
     options.output.parent.mkdir(parents=True, exist_ok=True)

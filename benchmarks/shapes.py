@@ -65,4 +65,6 @@ def random_model(shape: str, dtype: torch.dtype, device: str = "cpu", context: i
             model = Qwen3ForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
-    return Idlm(model.eval().requires_grad_(False), None, sizes["vocab_size"] - 1, name=f"random {shape}")
+    return Idlm(
+        model.eval().requires_grad_(False), None, sizes["vocab_size"] - 1, name=f"random {shape}"
+    )

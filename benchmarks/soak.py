@@ -1,8 +1,10 @@
-"""A long run of one engine: many requests, random aborts, a small pool; memory, slots and pages must come back.
+"""A long run of one engine: many requests, random aborts, a small pool; memory, slots and pages
+must come back.
 
     python -m benchmarks.soak [--requests 10000] [--seed 0] [--out FILE]
 
-Prints one JSON object: resident memory over the run, pre-emptions, evictions, and whether every request was answered.
+Prints one JSON object: resident memory over the run, pre-emptions, evictions, and whether every
+request was answered.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ def ask(engine: Engine, choice: random.Random) -> str:
 
 def main() -> None:
     """Run and report; exit status 1 when something was lost."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
@@ -72,7 +76,12 @@ def main() -> None:
         "answered": answered,
         "aborted": aborted,
         "pool_intact": pool.live == 0 and pool.free + pool.cached == pool.total,
-        "memory_mb": {"after_warm_up": late[0], "end": late[-1], "highest": max(late), "samples": memory},
+        "memory_mb": {
+            "after_warm_up": late[0],
+            "end": late[-1],
+            "highest": max(late),
+            "samples": memory,
+        },
         "preemptions": engine.metrics.preemptions,
         "evictions": pool.evictions,
         "steps": engine.metrics.steps,

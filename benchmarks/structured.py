@@ -1,9 +1,11 @@
 """Structured output: random JSON schemas of growing size, by AR and by ISD.
 
-    python -m benchmarks.structured [MODEL] [--adapter FOLDER] [--schemas 500] [--max-tokens 200] [--out FILE]
+    python -m benchmarks.structured [MODEL] [--adapter FOLDER] [--schemas 500] [--max-tokens 200]
+    [--out FILE]
 
-Each output is checked with the `jsonschema` library unless it ended at max_tokens; AR and ISD are compared token by
-token (float64). What a model says inside its strings means nothing here: the schemas have nothing to do with it.
+Each output is checked with the `jsonschema` library unless it ended at max_tokens; AR and ISD are
+compared token by token (float64). What a model says inside its strings means nothing here: the
+schemas have nothing to do with it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ PROMPT = "Mia has 5 boxes."
 NAMES = ("id", "name", "tags", "total", "items", "is_open", "größe", "a b", 'quo"te', "x")
 PATTERNS = ("^[A-Z][a-z]{2,6}$", r"^\d{3}-\d{4}$", "^(red|green|blue)$", "^[^a-z]{1,4}$")
 LARGEST = 30
-PENALTY = {"frequency_penalty": 0.7}  # or a model that knows no JSON writes most numbers without end
+PENALTY = {
+    "frequency_penalty": 0.7
+}  # or a model that knows no JSON writes most numbers without end
 SETTINGS: list[dict[str, float]] = [
     {"temperature": 0.0, **PENALTY},
     {"temperature": 1.0},
@@ -41,11 +45,14 @@ FORMATS = ("date", "time", "uuid", "ipv4", "email")
 
 
 def random_schema(chance: random.Random, size: int) -> Schema:
-    """An object schema of about `size` subschemas; from 6 on it may refer to definitions, itself among them."""
+    """An object schema of about `size` subschemas; from 6 on it may refer to definitions, itself
+    among them."""
     root = _object(chance, size)
     if size >= 6 and chance.random() < 0.5:
         root["$defs"] = {"node": _object(chance, size // 3)}
-        root["$defs"]["node"]["properties"]["next"] = {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/node"}]}
+        root["$defs"]["node"]["properties"]["next"] = {
+            "anyOf": [{"type": "null"}, {"$ref": "#/$defs/node"}]
+        }
         root["properties"]["chain"] = {"$ref": "#/$defs/node"}
     return root
 
@@ -68,12 +75,18 @@ def _object(chance: random.Random, size: int) -> Schema:
     schema: Schema = {"type": "object", "properties": dict(zip(names, parts, strict=True))}
     schema["required"] = [name for name in names if chance.random() < 0.4]
     if chance.random() < 0.9:
-        schema["additionalProperties"] = chance.choice([False] * 8 + [{"type": "integer", "maximum": 99}])
+        schema["additionalProperties"] = chance.choice(
+            [False] * 8 + [{"type": "integer", "maximum": 99}]
+        )
     return schema
 
 
 def _array(chance: random.Random, size: int) -> Schema:
-    schema: Schema = {"type": "array", "items": _schema(chance, size), "minItems": chance.randint(0, 2)}
+    schema: Schema = {
+        "type": "array",
+        "items": _schema(chance, size),
+        "minItems": chance.randint(0, 2),
+    }
     return schema if chance.random() < 0.1 else schema | {"maxItems": chance.randint(2, 4)}
 
 
@@ -101,7 +114,9 @@ def _string(chance: random.Random) -> Schema:
 
 def _integer(chance: random.Random) -> Schema:
     low = chance.randint(-200, 100)
-    bounds = chance.choice([{"minimum": low, "exclusiveMaximum": low + 77}] * 4 + [{"minimum": low}, {}])
+    bounds = chance.choice(
+        [{"minimum": low, "exclusiveMaximum": low + 77}] * 4 + [{"minimum": low}, {}]
+    )
     return bounds | {"type": "integer"}
 
 
@@ -111,7 +126,9 @@ def _number(chance: random.Random) -> Schema:
 
 
 def _choice(chance: random.Random) -> Schema:
-    return chance.choice([{"enum": ["on", "off", None, 7, {"k": [1]}]}, {"const": "größe 5"}, {"enum": [True]}])
+    return chance.choice(
+        [{"enum": ["on", "off", None, 7, {"k": [1]}]}, {"const": "größe 5"}, {"enum": [True]}]
+    )
 
 
 def _plain(chance: random.Random) -> Schema:
@@ -120,7 +137,9 @@ def _plain(chance: random.Random) -> Schema:
 
 def schemas(number: int) -> list[Schema]:
     """Of growing size: 1 for the first, `LARGEST` for the last."""
-    return [random_schema(random.Random(seed), 1 + LARGEST * seed // number) for seed in range(number)]
+    return [
+        random_schema(random.Random(seed), 1 + LARGEST * seed // number) for seed in range(number)
+    ]
 
 
 def params_for(wanted: Sequence[Schema], max_tokens: int) -> list[SamplingParams]:
@@ -149,7 +168,9 @@ def fault(schema: Schema, result: Result) -> str | None:
     return None
 
 
-def mask_times(idlm: Idlm, params: Sequence[SamplingParams], results: Sequence[Result]) -> dict[str, float]:
+def mask_times(
+    idlm: Idlm, params: Sequence[SamplingParams], results: Sequence[Result]
+) -> dict[str, float]:
     """Microseconds of the masks along the outputs, and milliseconds to compile a guide."""
     guides, masks, compiled = Guides(idlm), [], []
     guides.matcher(Guide("json_object"))
@@ -173,11 +194,16 @@ def mask_times(idlm: Idlm, params: Sequence[SamplingParams], results: Sequence[R
     }
 
 
-def compare(idlm: Idlm, number: int, max_tokens: int, plans: Sequence[tuple[int, str]]) -> dict[str, Any]:
+def compare(
+    idlm: Idlm, number: int, max_tokens: int, plans: Sequence[tuple[int, str]]
+) -> dict[str, Any]:
     """Run all schemas by each plan, the first of which is AR."""
     wanted = schemas(number)
     params = params_for(wanted, max_tokens)
-    report: dict[str, Any] = {"schemas": number, "characters": [len(one.guide.text) for one in params if one.guide]}
+    report: dict[str, Any] = {
+        "schemas": number,
+        "characters": [len(one.guide.text) for one in params if one.guide],
+    }
     runs: list[list[Result]] = []
     for stride, branches in plans:
         llm = LLM(idlm, stride=stride, branches=branches)
@@ -185,9 +211,14 @@ def compare(idlm: Idlm, number: int, max_tokens: int, plans: Sequence[tuple[int,
         runs.append(llm.generate([PROMPT] * number, params))
         seconds = time.perf_counter() - started
         tokens, forwards = (
-            sum(values) for values in zip(*((len(r.token_ids), r.forwards) for r in runs[-1]), strict=True)
+            sum(values)
+            for values in zip(*((len(r.token_ids), r.forwards) for r in runs[-1]), strict=True)
         )
-        report[f"stride {stride} {branches}"] = {"tokens": tokens, "tpf": tokens / forwards, "seconds": seconds}
+        report[f"stride {stride} {branches}"] = {
+            "tokens": tokens,
+            "tpf": tokens / forwards,
+            "seconds": seconds,
+        }
     report["ended"] = dict(Counter(result.finish_reason for result in runs[0]))
     faults = [fault(schema, result) for schema, result in zip(wanted, runs[0], strict=True)]
     report["faults"] = [f"{index}: {one}" for index, one in enumerate(faults) if one is not None]
@@ -201,7 +232,9 @@ def compare(idlm: Idlm, number: int, max_tokens: int, plans: Sequence[tuple[int,
 
 def main() -> int:
     """Run and report; exit status 1 where an output is invalid or ISD differs from AR."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", nargs="?", default="nano")
     parser.add_argument("--adapter")
     parser.add_argument("--schemas", type=int, default=500)
@@ -210,10 +243,19 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     idlm = load(args.model, adapter=args.adapter, dtype="float64")
-    report = {"model": idlm.name, "dtype": "float64", "torch": torch.__version__, "machine": platform.machine()}
+    report = {
+        "model": idlm.name,
+        "dtype": "float64",
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
     report |= compare(idlm, args.schemas, args.max_tokens, [(1, "all"), (4, "all"), (4, "chain")])
     sizes = report.pop("characters")
-    report["characters"] = {"smallest": min(sizes), "median": statistics.median(sizes), "largest": max(sizes)}
+    report["characters"] = {
+        "smallest": min(sizes),
+        "median": statistics.median(sizes),
+        "largest": max(sizes),
+    }
     text = json.dumps(report, indent=1, ensure_ascii=False)
     print(text)
     if args.out:

@@ -1,10 +1,11 @@
 """How long running requests wait for their next tokens while a context-length prompt is admitted.
 
-    python -m benchmarks.worst_gap [--running 1 8] [--stride 4] [--branches chain] [--rounds 7] [--out FILE]
+    python -m benchmarks.worst_gap [--running 1 8] [--stride 4] [--branches chain] [--rounds 7]
+    [--out FILE]
 
-Each round: `running` requests decode; after twenty steps a prompt of nearly the whole context joins. Reported are the
-worst gap between two steps from then on until the prompt is in, over the median gap before it; beside it, the same with
-the whole prompt in one piece.
+Each round: `running` requests decode; after twenty steps a prompt of nearly the whole context
+joins. Reported are the worst gap between two steps from then on until the prompt is in, over the
+median gap before it; beside it, the same with the whole prompt in one piece.
 """
 
 from __future__ import annotations
@@ -24,21 +25,34 @@ from idlm.evaluation.environment import environment
 from idlm.models.idlm_model import Idlm
 
 
-def one_round(idlm: Idlm, options: argparse.Namespace, running: int, whole: bool) -> tuple[list[float], list[float]]:
+def one_round(
+    idlm: Idlm, options: argparse.Namespace, running: int, whole: bool
+) -> tuple[list[float], list[float]]:
     """Seconds between steps before the long prompt came, and while it was prefilled."""
     engine = ENGINES.setdefault(
         (running, whole),
         build_engine(
-            idlm, options.stride, options.branches, max_num_seqs=running + 1, prefill_tokens=4096 if whole else None
+            idlm,
+            options.stride,
+            options.branches,
+            max_num_seqs=running + 1,
+            prefill_tokens=4096 if whole else None,
         ),
     )
     params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
-    names = [engine.add([5 + i, 6, 7, 8], params, 0, salt=str(perf_counter()).encode()) for i in range(running)]
+    names = [
+        engine.add([5 + i, 6, 7, 8], params, 0, salt=str(perf_counter()).encode())
+        for i in range(running)
+    ]
     for _ in range(8):
         engine.step()
     before = _gaps(engine, 20)
     long = [5 + i % 600 for i in range(idlm.context - 8)]
-    names.append(engine.add(long, SamplingParams(temperature=0, max_tokens=1), 0, salt=str(perf_counter()).encode()))
+    names.append(
+        engine.add(
+            long, SamplingParams(temperature=0, max_tokens=1), 0, salt=str(perf_counter()).encode()
+        )
+    )
     during = _gaps(engine, 1)
     while engine.scheduler.prefilling:
         during += _gaps(engine, 1)
@@ -63,7 +77,9 @@ def _gaps(engine: Engine, steps: int) -> list[float]:
 
 def main() -> None:
     """Run, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--running", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--stride", type=int, default=4)
     parser.add_argument("--branches", default="chain")
@@ -80,13 +96,22 @@ def main() -> None:
                 "running": running,
                 "prefill": "in one piece" if whole else "in pieces",
                 "median_step_ms": 1e3 * median(gap for before, _ in laps for gap in before),
-                "worst_gap_over_median_step": {"median": median(ratios), "min": min(ratios), "max": max(ratios)},
+                "worst_gap_over_median_step": {
+                    "median": median(ratios),
+                    "min": min(ratios),
+                    "max": max(ratios),
+                },
                 "pieces": median(len(during) for _, during in laps),
             }
             rows.append(row)
             print(json.dumps(row))
     if options.out:
-        report = {"stride": options.stride, "branches": options.branches, "rows": rows, "environment": environment()}
+        report = {
+            "stride": options.stride,
+            "branches": options.branches,
+            "rows": rows,
+            "environment": environment(),
+        }
         options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 

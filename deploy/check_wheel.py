@@ -1,7 +1,8 @@
 """Check a wheel before it is given away: `python -m deploy.check_wheel dist/idlm-*.whl`.
 
-It has to be for this platform, with a library of the C kernels for each of its instruction sets, made from the sources
-beside them, and every library has to load; and it has to have the bundled model.
+It has to be for this platform, with a library of the C kernels for each of its instruction sets,
+made from the sources beside them, and every library has to load; and it has to have the bundled
+model.
 """
 
 from __future__ import annotations
@@ -17,23 +18,39 @@ import torch  # noqa: F401  whose library is one that the kernels need
 from idlm.kernels import compiling
 from idlm.kernels.instruction_sets import INSTRUCTION_SETS, machine
 
-NEEDED = ("idlm/py.typed", "idlm/nano/weights/base/model.safetensors", "idlm/nano/weights/base/tokenizer.json")
+NEEDED = (
+    "idlm/py.typed",
+    "idlm/nano/weights/base/model.safetensors",
+    "idlm/nano/weights/base/tokenizer.json",
+)
 
 
 def needed() -> set[str]:
     """Names of the files that a wheel for this platform has."""
     targets = [one for one in INSTRUCTION_SETS.values() if one.machine == machine()]
     libraries = {f"idlm/kernels/lib/{compiling.file_name(one)}" for one in targets}
-    return libraries | {f"idlm/kernels/csrc/{one.name}" for one in compiling.SOURCES.iterdir()} | set(NEEDED)
+    return (
+        libraries
+        | {f"idlm/kernels/csrc/{one.name}" for one in compiling.SOURCES.iterdir()}
+        | set(NEEDED)
+    )
 
 
 def faults(wheel: Path) -> list[str]:
     """What is wrong with a wheel."""
-    found = [] if wheel.stem.endswith(machine()) and "-py3-none-" in wheel.stem else [f"{wheel.name}: a wrong tag"]
+    found = (
+        []
+        if wheel.stem.endswith(machine()) and "-py3-none-" in wheel.stem
+        else [f"{wheel.name}: a wrong tag"]
+    )
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
         names = set(archive.namelist())
         found += [f"missing: {name}" for name in sorted(needed() - names)]
-        found += [f"of other sources: {name}" for name in names - needed() if "/lib/" in name or "/csrc/" in name]
+        found += [
+            f"of other sources: {name}"
+            for name in names - needed()
+            if "/lib/" in name or "/csrc/" in name
+        ]
         for name in sorted(name for name in names if name.endswith(".so")):
             try:
                 ctypes.CDLL(archive.extract(name, folder))

@@ -17,5 +17,7 @@ questions = [
 conversations = [[{"role": "user", "content": question}] for question in questions]
 for result in llm.chat(conversations, SamplingParams(seed=7, temperature=0.5, max_tokens=200)):
     print(result.text)
-    print(f"  {len(result.token_ids)} tokens in {result.forwards} forward passes: TPF {result.tpf:.2f}")
+    print(
+        f"  {len(result.token_ids)} tokens in {result.forwards} forward passes: TPF {result.tpf:.2f}"
+    )
 print("the planner's choice:", llm.engine.planner.reason)

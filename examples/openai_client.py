@@ -15,7 +15,9 @@ QUESTION = (
     "Then he finds 33 more cookies at school. How many cookies does Leo have now?"
 )
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+)
 parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
 parser.add_argument("--model", default="nano", help='"nano:ar" decodes without drafts')
 parser.add_argument("--key", default="none")
@@ -23,12 +25,19 @@ options = parser.parse_args()
 
 client = OpenAI(base_url=options.url, api_key=options.key)
 messages = [{"role": "user", "content": QUESTION}]
-answer = client.chat.completions.create(model=options.model, messages=messages, temperature=0, max_tokens=100)
+answer = client.chat.completions.create(
+    model=options.model, messages=messages, temperature=0, max_tokens=100
+)
 print(answer.choices[0].message.content)
 print("drafts:", answer.usage.completion_tokens_details)
 
 stream = client.chat.completions.create(
-    model=options.model, messages=messages, seed=7, max_tokens=100, stream=True, extra_body={"top_k": 20}
+    model=options.model,
+    messages=messages,
+    seed=7,
+    max_tokens=100,
+    stream=True,
+    extra_body={"top_k": 20},
 )
 for chunk in stream:
     print(chunk.choices[0].delta.content or "", end="", flush=True)

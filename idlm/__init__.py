@@ -1,4 +1,5 @@
-"""idlm: ordinary language models that decode several tokens per forward pass, with unchanged output."""
+"""idlm: ordinary language models that decode several tokens per forward pass, with unchanged
+output."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name when it is first used, so that the command line starts before torch does."""
+    """Import a public name when it is first used, so that the command line starts before torch
+    does."""
     if name not in _HOMES:
         raise AttributeError(f"module 'idlm' has no attribute {name!r}")
     return getattr(import_module(f"idlm.{_HOMES[name]}"), name)

@@ -1,13 +1,16 @@
-"""Prompts become token ids here and nowhere else: a text, messages under the chat template, or ids that are checked.
+"""Prompts become token ids here and nowhere else: a text, messages under the chat template, or ids
+that are checked.
 
 Special tokens in what a message says are text: they never mean anything.
 
-    messages -> placeholders for special strings -> chat template -> cut at the placeholders -> ids of each piece
-                                                                        template's own text: specials allowed
-                                                                        a message's special string: plain text
+    messages -> placeholders for special strings -> chat template -> cut at the placeholders -> ids
+    of each piece
+                                                                        template's own text:
+                                                                        specials allowed a message's
+                                                                        special string: plain text
 
-A template uses special tokens of its own, and once it is rendered nobody can tell whose they are. So those of the
-messages are taken out before.
+A template uses special tokens of its own, and once it is rendered nobody can tell whose they are.
+So those of the messages are taken out before.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ from idlm.errors import InputError
 
 Message = Mapping[str, Any]
 OPEN, CLOSE = "\ue000", "\ue001"
-"""Private characters around the number of a special string; those in a message are treated as special strings too."""
+"""Private characters around the number of a special string; those in a message are treated as
+special strings too."""
 PLACEHOLDER = re.compile(f"{OPEN}([0-9]+){CLOSE}")
 
 
@@ -44,13 +48,18 @@ def check_ids(ids: Iterable[object], model: Bounds) -> list[int]:
     """The ids of a prompt.
 
     Raises:
-        InputError: there are none or too many, or one is MASK, outside the vocabulary, or no whole number.
+        InputError: there are none or too many, or one is MASK, outside the vocabulary, or no whole
+            number.
     """
     tokens = _whole_numbers(ids, "prompt")
     if not 0 < len(tokens) < model.context:
-        raise InputError(f"a prompt has {len(tokens)} tokens; this model takes 1 to {model.context - 1}")
+        raise InputError(
+            f"a prompt has {len(tokens)} tokens; this model takes 1 to {model.context - 1}"
+        )
     if model.mask_id in tokens:
-        raise InputError(f"a prompt holds the MASK token {model.mask_id}; take it out, it stands for no text")
+        raise InputError(
+            f"a prompt holds the MASK token {model.mask_id}; take it out, it stands for no text"
+        )
     return check_tokens(tokens, model.vocab_size)
 
 
@@ -82,11 +91,13 @@ class PromptEncoder:
     Args:
         tokenizer: the model's; None: it takes token ids only.
         name: of the model, for messages.
-        context: positions of a sequence: a text that cannot fit them is refused before it is cut into tokens. None: no
-            text is too long.
+        context: positions of a sequence: a text that cannot fit them is refused before it is cut
+            into tokens. None: no text is too long.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, name: str, context: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | None, name: str, context: int | None = None
+    ) -> None:
         self.name, self._context = name, context
         self._tokenizer = tokenizer
 
@@ -109,7 +120,9 @@ class PromptEncoder:
             InputError: the model has none.
         """
         if not self.tokenizer.chat_template:
-            raise InputError(f"model {self.name!r} has no chat template; give a text instead of messages")
+            raise InputError(
+                f"model {self.name!r} has no chat template; give a text instead of messages"
+            )
         return str(self.tokenizer.get_chat_template())
 
     @property
@@ -122,10 +135,12 @@ class PromptEncoder:
 
         Args:
             add_special_tokens: what the tokenizer adds itself, such as a start token.
-            trusted: special tokens in the text are special, for a caller who wrote it all; else they are text.
+            trusted: special tokens in the text are special, for a caller who wrote it all; else
+                they are text.
 
         Raises:
-            InputError: it cannot fit the context, however it is cut into tokens; or there is no tokenizer.
+            InputError: it cannot fit the context, however it is cut into tokens; or there is no
+                tokenizer.
         """
         tokenizer = self.tokenizer if trusted else self._plain
         self._check_length(text)
@@ -141,8 +156,8 @@ class PromptEncoder:
         """Ids of a conversation; `options` are variables of the chat template.
 
         Raises:
-            InputError: the template refuses it, an option has a name of `apply_chat_template`, or it is too long; or
-                there is no template.
+            InputError: the template refuses it, an option has a name of `apply_chat_template`, or
+                it is too long; or there is no template.
         """
         text, literals = self._render(messages, tools, add_generation_prompt, options or {})
         return self._pieces(text, literals) if literals else self._whole([text])[0]
@@ -155,18 +170,28 @@ class PromptEncoder:
         """
         rendered = [self._render(messages, None, True, {}) for messages in conversations]
         whole = iter(self._whole([text for text, literals in rendered if not literals]))
-        return [self._pieces(text, literals) if literals else next(whole) for text, literals in rendered]
+        return [
+            self._pieces(text, literals) if literals else next(whole) for text, literals in rendered
+        ]
 
     def _render(
         self, messages: Any, tools: Any, add_generation_prompt: bool, options: Mapping[str, Any]
     ) -> tuple[str, list[str]]:
         """The conversation as a text, and the special strings whose placeholders are in it."""
         template, literals = self.template, list[str]()
-        reserved = set(inspect.signature(self.tokenizer.apply_chat_template).parameters) if options else set()
+        reserved = (
+            set(inspect.signature(self.tokenizer.apply_chat_template).parameters)
+            if options
+            else set()
+        )
         for name in options:
             if name in reserved | {"messages"}:
-                raise InputError(f"chat_template_kwargs names {name!r}, which is the server's; leave it out")
-        messages, tools, options = (self._hide(value, literals) for value in (messages, tools, options))
+                raise InputError(
+                    f"chat_template_kwargs names {name!r}, which is the server's; leave it out"
+                )
+        messages, tools, options = (
+            self._hide(value, literals) for value in (messages, tools, options)
+        )
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, tools, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt,
@@ -174,7 +199,9 @@ class PromptEncoder:
             )  # fmt: skip
         except Exception as error:  # whatever a template raises for messages it was not written for
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"the chat template refuses these messages ({reason}); change them") from error
+            raise InputError(
+                f"the chat template refuses these messages ({reason}); change them"
+            ) from error
         self._check_length(text)
         return str(text), literals
 
@@ -183,7 +210,9 @@ class PromptEncoder:
         if isinstance(value, str):
             return self._specials.sub(lambda found: _placeholder(found[0], literals), value)
         if isinstance(value, Mapping):
-            return {self._hide(key, literals): self._hide(one, literals) for key, one in value.items()}
+            return {
+                self._hide(key, literals): self._hide(one, literals) for key, one in value.items()
+            }
         if isinstance(value, list | tuple):
             return [self._hide(one, literals) for one in value]
         return value
@@ -203,7 +232,9 @@ class PromptEncoder:
 
     def _check_length(self, text: str) -> None:
         if self._context is not None and len(text) > self._context * self._longest:
-            raise InputError(f"a prompt of {len(text)} characters cannot fit {self._context} tokens; shorten it")
+            raise InputError(
+                f"a prompt of {len(text)} characters cannot fit {self._context} tokens; shorten it"
+            )
 
     @cached_property
     def _longest(self) -> int:
@@ -212,9 +243,12 @@ class PromptEncoder:
 
     @cached_property
     def _control_strings(self) -> list[str]:
-        """What stands for special tokens, MASK among them; the longest first, so that it is found first."""
+        """What stands for special tokens, MASK among them; the longest first, so that it is found
+        first."""
         added = self.tokenizer.added_tokens_decoder.values()
-        found = {str(token) for token in added if token.special} | set(self.tokenizer.all_special_tokens)
+        found = {str(token) for token in added if token.special} | set(
+            self.tokenizer.all_special_tokens
+        )
         return sorted(filter(None, found), key=len, reverse=True)
 
     @cached_property
@@ -223,16 +257,20 @@ class PromptEncoder:
 
     @cached_property
     def _plain(self) -> Any:
-        """A copy that takes special strings for text; a copy, because the switch is not safe between threads."""
+        """A copy that takes special strings for text; a copy, because the switch is not safe
+        between threads."""
         plain = copy.deepcopy(self.tokenizer)
-        specials = [AddedToken(text, special=True, normalized=False) for text in self._control_strings]
+        specials = [
+            AddedToken(text, special=True, normalized=False) for text in self._control_strings
+        ]
         plain.add_tokens(specials, special_tokens=True)
         plain.split_special_tokens = True
         return plain
 
 
 def _inner(tokenizer: Any, piece: str) -> list[int]:
-    """Ids of a piece that does not begin the text: after a newline, or some tokenizers put a space before it."""
+    """Ids of a piece that does not begin the text: after a newline, or some tokenizers put a space
+    before it."""
     newline: list[int] = tokenizer("\n", add_special_tokens=False).input_ids
     ids: list[int] = tokenizer("\n" + piece, add_special_tokens=False).input_ids
     if ids[: len(newline)] == newline:

@@ -23,4 +23,6 @@ def need(extra: str, what: str) -> None:
     """
     for module in MODULES[extra]:
         if find_spec(module) is None:
-            raise InputError(f"{what} needs the package {module}; install it with pip install 'idlm[{extra}]'")
+            raise InputError(
+                f"{what} needs the package {module}; install it with pip install 'idlm[{extra}]'"
+            )

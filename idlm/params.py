@@ -1,4 +1,5 @@
-"""`SamplingParams`: what one request asks for. Every field is per request; there are no global settings."""
+"""`SamplingParams`: what one request asks for. Every field is per request; there are no global
+settings."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class Guide:
     """What an output has to match as a whole.
 
     Attributes:
-        kind: "json_object" (any JSON object; no text), "json_schema", "regex", or "grammar" (Lark or GBNF).
+        kind: "json_object" (any JSON object; no text), "json_schema", "regex", or "grammar" (Lark
+            or GBNF).
         text: the schema as JSON, the regular expression, or the grammar.
     """
 
@@ -33,9 +35,13 @@ class Guide:
         if self.kind not in GUIDES:
             raise InputError(f"guide kind {self.kind!r} is unknown; use one of {', '.join(GUIDES)}")
         if not isinstance(self.text, str):
-            raise InputError(f"the text of a guide is {type(self.text).__name__}; give a string, a schema as JSON text")
+            raise InputError(
+                f"the text of a guide is {type(self.text).__name__}; give a string, a schema as JSON text"
+            )
         if len(self.text) > MOST_GUIDE:
-            raise InputError(f"a guide of {len(self.text)} characters is too long; use at most {MOST_GUIDE}")
+            raise InputError(
+                f"a guide of {len(self.text)} characters is too long; use at most {MOST_GUIDE}"
+            )
         if (self.kind == "json_object") == bool(self.text):
             raise InputError(
                 f"guide {self.kind!r} with text {self.text[:40]!r}; 'json_object' has none, the others need it"
@@ -47,32 +53,38 @@ class SamplingParams:
     """How the tokens of one request are chosen, and when it ends.
 
     Attributes:
-        n: samples of one prompt. Sample i has seed + i, so it is what a request with n=1 and that seed gives.
+        n: samples of one prompt. Sample i has seed + i, so it is what a request with n=1 and that
+            seed gives.
         max_tokens: the most tokens to generate.
-        min_tokens: the model's end token and `stop_token_ids` cannot come out before so many tokens have, and no stop
-            string is looked for in them.
+        min_tokens: the model's end token and `stop_token_ids` cannot come out before so many tokens
+            have, and no stop string is looked for in them.
         temperature: 0 is greedy.
         top_k: keep the k likeliest tokens; 0 or -1 keeps all.
         top_p: keep the smallest set of likeliest tokens that holds this probability.
         min_p: drop tokens less likely than this share of the likeliest one.
-        repetition_penalty: divides positive logits (multiplies negative ones) of tokens in the prompt or the output.
+        repetition_penalty: divides positive logits (multiplies negative ones) of tokens in the
+            prompt or the output.
         presence_penalty: subtracted once from the logit of every token in the output.
         frequency_penalty: subtracted from a token's logit for each time it is in the output.
         logit_bias: token id -> added to its logit.
         banned_tokens: ids that never come out.
         seed: of the request's noise, 0 <= seed < 2**63; None draws one, which the result reports.
         stop_token_ids: ids that end the output, beside the model's own end token.
-        stop: strings that end the output as soon as its text holds one; given as one string or several.
+        stop: strings that end the output as soon as its text holds one; given as one string or
+            several.
         include_stop_str_in_output: keep the stop string at the end of the text.
         ignore_eos: go on after the model's own end token; not past the end of a `guide`.
         skip_special_tokens: leave special tokens out of the text.
-        detokenize: make text at all; without it the result has tokens only, and there can be no `stop`.
-        logprobs: for each token of the output the so many likeliest, with log-probabilities; 0 gives the token's own
-            alone, None none.
+        detokenize: make text at all; without it the result has tokens only, and there can be no
+            `stop`.
+        logprobs: for each token of the output the so many likeliest, with log-probabilities; 0
+            gives the token's own alone, None none.
         prompt_logprobs: the same for the tokens of the prompt.
         verification: "coupled" and "ratio" are exact; "relaxed" is approximate and needs `tau`.
-        tau: relaxed only: also accept a draft whose probability is at least tau times the likeliest token's.
-        guide: what the output has to match; it ends where that is complete, or early by `max_tokens` or a stop.
+        tau: relaxed only: also accept a draft whose probability is at least tau times the likeliest
+            token's.
+        guide: what the output has to match; it ends where that is complete, or early by
+            `max_tokens` or a stop.
     """
 
     n: int = 1
@@ -107,7 +119,9 @@ class SamplingParams:
         self._check_text()
         self._check_guide()
         if self.verification not in VERIFICATIONS:
-            raise InputError(f"verification {self.verification!r} is unknown; use one of {', '.join(VERIFICATIONS)}")
+            raise InputError(
+                f"verification {self.verification!r} is unknown; use one of {', '.join(VERIFICATIONS)}"
+            )
         if (self.tau is not None) != (self.verification == "relaxed"):
             raise InputError(
                 f"tau={self.tau} with verification={self.verification!r}; tau goes with 'relaxed', and only with it"
@@ -141,14 +155,18 @@ class SamplingParams:
 
     def _check_tokens(self) -> None:
         if not isinstance(self.logit_bias, Mapping):
-            raise InputError(f"logit_bias={self.logit_bias!r} is not a mapping; use {{token id: bias}}")
+            raise InputError(
+                f"logit_bias={self.logit_bias!r} is not a mapping; use {{token id: bias}}"
+            )
         for token, bias in self.logit_bias.items():
             _integer("logit_bias token", token, 0, 2**31)
             _number(f"logit_bias[{token}]", bias, -1e4, 1e4)
         for name in ("banned_tokens", "stop_token_ids"):
             value = getattr(self, name)
             if isinstance(value, str) or not hasattr(value, "__iter__"):
-                raise InputError(f"{name}={value!r} is not a sequence of token ids; use for example [2, 5]")
+                raise InputError(
+                    f"{name}={value!r} is not a sequence of token ids; use for example [2, 5]"
+                )
             object.__setattr__(self, name, tuple(value))
             for token in getattr(self, name):
                 _integer(f"{name} entry", token, 0, 2**31)
@@ -156,19 +174,34 @@ class SamplingParams:
     def _check_text(self) -> None:
         if not isinstance(self.stop, str) and not hasattr(self.stop, "__iter__"):
             raise InputError(f"stop={self.stop!r} is not text; use a string, or a list of strings")
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(
+            self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        )
         for text in self.stop:
             if not isinstance(text, str) or not text:
-                raise InputError(f"stop entry {text!r} is not a non-empty string; use text, or stop=() for none")
-        for name in ("ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "detokenize"):
+                raise InputError(
+                    f"stop entry {text!r} is not a non-empty string; use text, or stop=() for none"
+                )
+        for name in (
+            "ignore_eos",
+            "skip_special_tokens",
+            "include_stop_str_in_output",
+            "detokenize",
+        ):
             if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name}={getattr(self, name)!r} is neither True nor False; use one of them")
+                raise InputError(
+                    f"{name}={getattr(self, name)!r} is neither True nor False; use one of them"
+                )
         if self.stop and not self.detokenize:
-            raise InputError(f"stop={self.stop!r} with detokenize=False, which makes no text; use stop_token_ids")
+            raise InputError(
+                f"stop={self.stop!r} with detokenize=False, which makes no text; use stop_token_ids"
+            )
 
     def _check_guide(self) -> None:
         if self.guide is not None and not isinstance(self.guide, Guide):
-            raise InputError(f"guide={self.guide!r} is not a Guide; use for example Guide('json_object')")
+            raise InputError(
+                f"guide={self.guide!r} is not a Guide; use for example Guide('json_object')"
+            )
         if self.guide is not None and self.min_tokens:
             raise InputError(
                 f"min_tokens={self.min_tokens} with a guide, which alone says where its output may end; put the length "
@@ -183,18 +216,25 @@ class SamplingParams:
     @property
     def penalised(self) -> bool:
         """Whether the law depends on the tokens before."""
-        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Refuse token ids that the model does not have.
 
         Raises:
-            InputError: an id of `logit_bias`, `banned_tokens` or `stop_token_ids` is not below `vocab_size`.
+            InputError: an id of `logit_bias`, `banned_tokens` or `stop_token_ids` is not below
+                `vocab_size`.
         """
         for name in ("logit_bias", "banned_tokens", "stop_token_ids"):
             outside = [token for token in getattr(self, name) if token >= vocab_size]
             if outside:
-                raise InputError(f"{name} names token {outside[0]}; the model's ids are 0..{vocab_size - 1}")
+                raise InputError(
+                    f"{name} names token {outside[0]}; the model's ids are 0..{vocab_size - 1}"
+                )
 
 
 def _integer(name: str, value: object, low: int, below: int) -> None:
@@ -208,4 +248,6 @@ def _number(name: str, value: object, low: float, high: float, open_low: bool = 
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{name}={value!r} is not a number; give one from {low} to {high}")
     if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
-        raise InputError(f"{name}={value} is out of range; use {low} {'<' if open_low else '<='} {name} <= {high}")
+        raise InputError(
+            f"{name}={value} is out of range; use {low} {'<' if open_low else '<='} {name} <= {high}"
+        )

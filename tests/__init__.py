@@ -1,4 +1,5 @@
-"""Triton kernels run on the GPU where there is one, else in the interpreter, which must be chosen before any import."""
+"""Triton kernels run on the GPU where there is one, else in the interpreter, which must be chosen
+before any import."""
 
 import os
 

@@ -1,4 +1,5 @@
-"""What all tests share: one thread each, and a random checkpoint on disk with the bundled model's tokenizer."""
+"""What all tests share: one thread each, and a random checkpoint on disk with the bundled model's
+tokenizer."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
+def checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase
+) -> Path:
     """A random Qwen3 in `base`, and a random gated LoRA for it in `lora`."""
     folder = tmp_path_factory.mktemp("checkpoint")
     config = Qwen3Config(

@@ -42,7 +42,9 @@ def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-@pytest.mark.parametrize("text", ["hello", "", " a\n\nb ", "日本語 😀", "<|im_star", "MASK", "\x00\x01"])
+@pytest.mark.parametrize(
+    "text", ["hello", "", " a\n\nb ", "日本語 😀", "<|im_star", "MASK", "\x00\x01"]
+)
 def test_without_special_tokens_the_ids_are_the_offline_ones(
     text: str, prompts: PromptEncoder, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -51,27 +53,44 @@ def test_without_special_tokens_the_ids_are_the_offline_ones(
     assert prompts.text(text) == tokenizer(text).input_ids
 
 
-@pytest.mark.parametrize("text", [*SPECIALS, ATTACK, "<|MASK|>" * 3, "<|<|MASK|>MASK|>", OPEN + "0" + CLOSE, OPEN, ""])
+@pytest.mark.parametrize(
+    "text", [*SPECIALS, ATTACK, "<|MASK|>" * 3, "<|<|MASK|>MASK|>", OPEN + "0" + CLOSE, OPEN, ""]
+)
 def test_what_users_write_is_never_special(
     text: str, prompts: PromptEncoder, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     special = set(tokenizer.all_special_ids)
     assert not special & set(prompts.text(text)) and tokenizer.decode(prompts.text(text)) == text
-    messages = [{"role": "user", "content": text, "name": text}, {"role": "assistant", "content": text}]
+    messages = [
+        {"role": "user", "content": text, "name": text},
+        {"role": "assistant", "content": text},
+    ]
     ids = prompts.chat(messages)
-    template = [token for token in chat_ids(tokenizer, [{"role": one["role"], "content": "x"} for one in messages])]
-    assert [token for token in ids if token in special] == [token for token in template if token in special]
-    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    template = [
+        token
+        for token in chat_ids(
+            tokenizer, [{"role": one["role"], "content": "x"} for one in messages]
+        )
+    ]
+    assert [token for token in ids if token in special] == [
+        token for token in template if token in special
+    ]
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
 
 
 def test_also_in_tools_arguments_and_options(tokenizer: PreTrainedTokenizerBase) -> None:
     prompts = with_template(
-        tokenizer, "{{ tools | tojson }}{{ messages[0].tool_calls | tojson }}{{ mood }}{{ '<|im_end|>' }}"
+        tokenizer,
+        "{{ tools | tojson }}{{ messages[0].tool_calls | tojson }}{{ mood }}{{ '<|im_end|>' }}",
     )
     tools = [{"function": {"name": "f", "parameters": {"<|im_end|>": "<|MASK|>"}}}]
     message = {"role": "assistant", "content": "", "tool_calls": [{"arguments": {"a": ATTACK}}]}
     ids = prompts.chat([message], tools, options={"mood": "<|im_start|>"})
-    assert [token for token in ids if token in tokenizer.all_special_ids] == [tokenizer.eos_token_id]
+    assert [token for token in ids if token in tokenizer.all_special_ids] == [
+        tokenizer.eos_token_id
+    ]
     assert "<|MASK|>" in tokenizer.decode(ids)
 
 
@@ -81,7 +100,9 @@ def test_a_mask_that_is_no_special_token_is_text_too(tokenizer: PreTrainedTokeni
     other.mask_token = "<hole>"
     prompts = PromptEncoder(other, "tiny", 160)
     assert other.mask_token_id in other("a <hole>").input_ids
-    assert other.mask_token_id not in prompts.text("a <hole>") + prompts.chat([{"role": "user", "content": "a <hole>"}])
+    assert other.mask_token_id not in prompts.text("a <hole>") + prompts.chat(
+        [{"role": "user", "content": "a <hole>"}]
+    )
 
 
 def test_a_template_can_refuse(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -141,7 +162,11 @@ def test_in_a_text_of_the_caller_special_tokens_are_special(
 
 def test_tokens_of_a_vocabulary() -> None:
     assert check_tokens([], 5) == [] and check_tokens([4, 0], 5) == [4, 0]
-    for tokens, said in (([5], "response token 5 is outside"), ([True], "True is not a whole number"), (["1"], "'1'")):
+    for tokens, said in (
+        ([5], "response token 5 is outside"),
+        ([True], "True is not a whole number"),
+        (["1"], "'1'"),
+    ):
         with pytest.raises(InputError, match=said):
             check_tokens(tokens, 5, "response")
 
@@ -149,7 +174,10 @@ def test_tokens_of_a_vocabulary() -> None:
 CHAT = [{"role": "user", "content": ATTACK}]
 WAYS: dict[str, tuple[Callable[[Idlm], object], Callable[[Idlm], object]]] = {
     # way: to encode a text, and to encode messages
-    "LLM": (lambda idlm: LLM(idlm, stride=1).encode("hi"), lambda idlm: LLM(idlm, stride=1).encode_chat(CHAT)),
+    "LLM": (
+        lambda idlm: LLM(idlm, stride=1).encode("hi"),
+        lambda idlm: LLM(idlm, stride=1).encode_chat(CHAT),
+    ),
     "command line": (
         lambda idlm: Prompt("hi").encode(idlm, False),
         lambda idlm: Prompt(messages=CHAT).encode(idlm, True),
@@ -173,9 +201,13 @@ def test_every_way_gives_the_same_ids_and_errors(way: str, checkpoint: Path) -> 
     assert (text(idlm), messages(idlm)) == (idlm.encoder.text("hi"), idlm.encoder.chat(CHAT))
     assert idlm.tokenizer is not None
     idlm.tokenizer.chat_template = None
-    with pytest.raises(InputError, match=r"model '.*' has no chat template; give a text instead of messages$"):
+    with pytest.raises(
+        InputError, match=r"model '.*' has no chat template; give a text instead of messages$"
+    ):
         messages(idlm)
     bare = replace(idlm, tokenizer=None)
     for encode in (text, messages):
-        with pytest.raises(InputError, match=r"model '.*' has no tokenizer; give the prompt as token ids$"):
+        with pytest.raises(
+            InputError, match=r"model '.*' has no tokenizer; give the prompt as token ids$"
+        ):
             encode(bare)

@@ -1,4 +1,5 @@
-"""`SamplingParams`: what is stored, and what is refused with a line that names the field and the fix."""
+"""`SamplingParams`: what is stored, and what is refused with a line that names the field and the
+fix."""
 
 import dataclasses
 
@@ -55,7 +56,9 @@ def test_refused_with_one_line_that_names_the_field(fields):
 
 
 def test_the_edges_of_each_range_are_allowed():
-    SamplingParams(n=64, max_tokens=1, min_tokens=1, logprobs=0, prompt_logprobs=20, seed=SEED_LIMIT - 64)
+    SamplingParams(
+        n=64, max_tokens=1, min_tokens=1, logprobs=0, prompt_logprobs=20, seed=SEED_LIMIT - 64
+    )
     SamplingParams(max_tokens=8, min_tokens=8, logprobs=20, prompt_logprobs=0, seed=SEED_LIMIT - 1)
 
 
@@ -64,7 +67,9 @@ def test_the_last_sample_needs_a_seed_as_well():
         SamplingParams(n=2, seed=SEED_LIMIT - 1)
 
 
-@pytest.mark.parametrize(("given", "kept"), [((), ()), ("ab", ("ab",)), (iter("ab"), ("a", "b")), (("\n",), ("\n",))])
+@pytest.mark.parametrize(
+    ("given", "kept"), [((), ()), ("ab", ("ab",)), (iter("ab"), ("a", "b")), (("\n",), ("\n",))]
+)
 def test_stop_is_stored_as_a_tuple_of_strings(given, kept):
     assert SamplingParams(stop=given).stop == kept
 
@@ -72,7 +77,9 @@ def test_stop_is_stored_as_a_tuple_of_strings(given, kept):
 def test_a_copy_with_another_seed_keeps_everything_else():
     params = SamplingParams(n=3, seed=5, stop="x", min_tokens=2, stop_token_ids=[4], logprobs=1)
     sample = dataclasses.replace(params, n=1, seed=7)
-    assert sample == SamplingParams(n=1, seed=7, stop=("x",), min_tokens=2, stop_token_ids=(4,), logprobs=1)
+    assert sample == SamplingParams(
+        n=1, seed=7, stop=("x",), min_tokens=2, stop_token_ids=(4,), logprobs=1
+    )
 
 
 @pytest.mark.parametrize("name", ["logit_bias", "banned_tokens", "stop_token_ids"])

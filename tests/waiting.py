@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 
 HANG_SECONDS = 600.0
-"""Nothing in the tests takes so long, also on a machine that has four other things to do: what does, hangs."""
+"""Nothing in the tests takes so long, also on a machine that has four other things to do: what
+does, hangs."""
 STEP_SECONDS = 0.01
 
 

@@ -1,4 +1,5 @@
-"""`Connection`: one HTTP connection that costs next to nothing, so that the server is what is measured.
+"""`Connection`: one HTTP connection that costs next to nothing, so that the server is what is
+measured.
 
 An answer's pieces are stamped as they come and looked at only when it is over.
 """
@@ -76,7 +77,8 @@ class Answer:
 
 
 class Connection(asyncio.Protocol):
-    """A connection to the server at `port`, kept open from request to request; made anew where the server closed it."""
+    """A connection to the server at `port`, kept open from request to request; made anew where the
+    server closed it."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -147,8 +149,11 @@ class Connection(asyncio.Protocol):
             self._over.set_result(None)
 
 
-async def ask_all(port: int, path: str, bodies: Iterable[Mapping[str, Any]], concurrency: int) -> list[Answer]:
-    """Ask all, so many at once, over kept connections, the next one taken when one is answered; answers in order."""
+async def ask_all(
+    port: int, path: str, bodies: Iterable[Mapping[str, Any]], concurrency: int
+) -> list[Answer]:
+    """Ask all, so many at once, over kept connections, the next one taken when one is answered;
+    answers in order."""
     answers: dict[int, Answer] = {}
     waiting = enumerate(bodies)
 

@@ -21,16 +21,26 @@ MOST_SECONDS_TO_IDLE = 5.0
 
 
 async def kill(
-    server: ServerProcess, model: str, rounds: int, streams: int, most_seconds: float = MOST_SECONDS_TO_ERROR
+    server: ServerProcess,
+    model: str,
+    rounds: int,
+    streams: int,
+    most_seconds: float = MOST_SECONDS_TO_ERROR,
 ) -> dict[str, Any]:
-    """Kill the engine while so many requests stream, again and again; each is told within `most_seconds`."""
+    """Kill the engine while so many requests stream, again and again; each is told within
+    `most_seconds`."""
     reference = await _reference(server, model)
     laps = [await _kill_once(server, model, streams) for _ in range(rounds)]
     same = [lap.pop("texts") == reference for lap in laps]
-    latest, recovery = [lap["latest_error_seconds"] for lap in laps], [lap["recovery_seconds"] for lap in laps]
+    latest, recovery = (
+        [lap["latest_error_seconds"] for lap in laps],
+        [lap["recovery_seconds"] for lap in laps],
+    )
     restarts = int(server.metrics()["idlm_engine_restarts_total"])
     told = sum(lap["told"] for lap in laps)
-    good = told == rounds * streams and all(same) and max(latest) < most_seconds and restarts == rounds
+    good = (
+        told == rounds * streams and all(same) and max(latest) < most_seconds and restarts == rounds
+    )
     return {
         "holds": good and all(lap["not_ready_at_once"] for lap in laps),
         "rounds": rounds,
@@ -85,9 +95,14 @@ async def _answered(asked: Sequence[asyncio.Task[Answer]]) -> list[Answer]:
 
 
 async def disconnect(
-    server: ServerProcess, model: str, clients: int, concurrency: int, most_seconds: float = MOST_SECONDS_TO_IDLE
+    server: ServerProcess,
+    model: str,
+    clients: int,
+    concurrency: int,
+    most_seconds: float = MOST_SECONDS_TO_IDLE,
 ) -> dict[str, Any]:
-    """So many clients that leave in the middle of their request; nothing is left of them after `most_seconds`."""
+    """So many clients that leave in the middle of their request; nothing is left of them after
+    `most_seconds`."""
     rng = random.Random(0)
     # all drawn before the first asks: who leaves how is then the same on every machine
     waiting = iter([_visit(server.port, body, rng) for body in bodies(model, clients, 300)])
@@ -111,7 +126,8 @@ async def disconnect(
 
 
 def _visit(port: int, body: dict[str, Any], rng: random.Random) -> Coroutine[Any, Any, str]:
-    """Ask and leave: with half a request sent, at some time, or after some of the answer; where that was."""
+    """Ask and leave: with half a request sent, at some time, or after some of the answer; where
+    that was."""
     body = body | {"stream": rng.random() < 0.5}
     if rng.random() < 0.1:
         return _leave_after(port, body, send=rng.randint(1, 250), seconds=0.1 * rng.random())
@@ -144,7 +160,11 @@ async def _leave_after(
 
 def _statuses(server: ServerProcess) -> dict[str, int]:
     """Requests by status, as the server counts them."""
-    lines = [line for line in server.get("/metrics")[1].splitlines() if line.startswith("idlm_http_requests_total{")]
+    lines = [
+        line
+        for line in server.get("/metrics")[1].splitlines()
+        if line.startswith("idlm_http_requests_total{")
+    ]
     found: Counter[str] = Counter()
     for line in lines:
         if COMPLETIONS in line:
@@ -162,14 +182,21 @@ async def drain(command: Sequence[str], streams: int, seconds: float) -> dict[st
             asyncio.create_task(one.ask(COMPLETIONS, body | {"stream": bool(index % 2)}))
             for index, (one, body) in enumerate(zip(connections, asked_for, strict=True))
         ]
-        while server.metrics()["idlm_queue_samples"] < streams:  # what the engine says of itself is a second late
+        while (
+            server.metrics()["idlm_queue_samples"] < streams
+        ):  # what the engine says of itself is a second late
             await asyncio.sleep(0.01)
         server.process.send_signal(signal.SIGTERM)
         told = perf_counter()
         answers = await _answered(asked)
         status = await asyncio.to_thread(server.process.wait, HANG_SECONDS)
-    finished, reported = sum(one.finished and one.error is None for one in answers), [one.error for one in answers]
-    expected = finished == streams if seconds > 1 else finished + sum(map(bool, reported)) == streams
+    finished, reported = (
+        sum(one.finished and one.error is None for one in answers),
+        [one.error for one in answers],
+    )
+    expected = (
+        finished == streams if seconds > 1 else finished + sum(map(bool, reported)) == streams
+    )
     return {
         "holds": expected and status == 0,
         "drain_seconds": seconds,

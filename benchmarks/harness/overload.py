@@ -19,16 +19,21 @@ from benchmarks.harness.workload import COMPLETIONS, bodies
 FACTOR = 4.0
 MOST_RATIO = 1.5
 LEAST_PER_SLOT = 4
-"""Requests of either part, however long they take: on a slow machine none may come to an end within the time."""
+"""Requests of either part, however long they take: on a slow machine none may come to an end within
+the time."""
 Body = dict[str, Any]
 
 
 async def overload(server: ServerProcess, model: str, slots: int, seconds: float) -> dict[str, Any]:
-    """As many clients as there are slots, for so long; then as long four times the requests that were answered."""
-    gc.disable()  # thousands of answers are kept: a pause to look through them would count as the server's
+    """As many clients as there are slots, for so long; then as long four times the requests that
+    were answered."""
+    # thousands of answers are kept: a pause to look through them would count as the server's
+    gc.disable()
     try:
         started, least = perf_counter(), LEAST_PER_SLOT * slots
-        alone = await ask_all(server.port, COMPLETIONS, _until(started + seconds, least, model), slots)
+        alone = await ask_all(
+            server.port, COMPLETIONS, _until(started + seconds, least, model), slots
+        )
         rate = len(alone) / (perf_counter() - started)
         await asyncio.to_thread(server.wait_idle)
         answers, hanging = await open_loop(server.port, FACTOR * rate, seconds, least, model)
@@ -38,11 +43,15 @@ async def overload(server: ServerProcess, model: str, slots: int, seconds: float
     # without those that filled the slots, one or all at once: what counts is how it goes on
     quiet, loaded = latencies(alone[slots:]), latencies(accepted[slots:])
     if not quiet["ttft"] or not loaded["ttft"]:
-        raise RuntimeError(f"{len(accepted)} requests of {len(answers)} were answered, too few for {slots} slots")
+        raise RuntimeError(
+            f"{len(accepted)} requests of {len(answers)} were answered, too few for {slots} slots"
+        )
     ratios = {name: loaded[name]["p99"] / quiet[name]["p99"] for name in quiet}
     refused = [one for one in answers if one.status == 429]
     span = max(seconds, answers[-1].asked - answers[0].asked)
-    as_told = len(accepted) + len(refused) == len(answers) and all("retry-after" in one.headers for one in refused)
+    as_told = len(accepted) + len(refused) == len(answers) and all(
+        "retry-after" in one.headers for one in refused
+    )
     return {
         "holds": as_told and not hanging and max(ratios.values()) <= MOST_RATIO,
         "slots": slots,
@@ -75,8 +84,11 @@ def _until(end: float, least: int, model: str) -> Iterator[Body]:
         yield body
 
 
-async def open_loop(port: int, rate: float, seconds: float, least: int, model: str) -> tuple[list[Answer], int]:
-    """Requests at random times, `rate` a second, whatever becomes of those before; answers, and how many never came.
+async def open_loop(
+    port: int, rate: float, seconds: float, least: int, model: str
+) -> tuple[list[Answer], int]:
+    """Requests at random times, `rate` a second, whatever becomes of those before; answers, and how
+    many never came.
 
     They come for so many seconds, and until there were `least`.
     """
@@ -95,7 +107,9 @@ async def open_loop(port: int, rate: float, seconds: float, least: int, model: s
     return sorted((one.result() for one in done), key=lambda answer: answer.asked), len(hanging)
 
 
-async def _borrowed(connection: Connection, body: Body, give_back: Callable[[Connection], None]) -> Answer:
+async def _borrowed(
+    connection: Connection, body: Body, give_back: Callable[[Connection], None]
+) -> Answer:
     answer = await connection.ask(COMPLETIONS, body)
     give_back(connection)
     return answer
@@ -113,4 +127,8 @@ def latencies(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
 def _spread(seconds: Sequence[float]) -> dict[str, float]:
     if not seconds:
         return {}
-    return {"p50": 1e3 * median(seconds), "p99": 1e3 * percentile(seconds, 0.99), "max": 1e3 * max(seconds)}
+    return {
+        "p50": 1e3 * median(seconds),
+        "p99": 1e3 * percentile(seconds, 0.99),
+        "max": 1e3 * max(seconds),
+    }

@@ -17,7 +17,8 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 HANG_SECONDS = 600.0
-"""No start, answer or end takes so long, also on a machine that has four other things to do: what does, hangs."""
+"""No start, answer or end takes so long, also on a machine that has four other things to do: what
+does, hangs."""
 IDLE = (
     *("idlm_samples_running", "idlm_samples_waiting", "idlm_kv_pages_live"),
     *("idlm_queue_samples", "idlm_queue_tokens"),
@@ -47,7 +48,9 @@ class ServerProcess:
         RuntimeError: it ended, or was not ready in time; the message holds the end of its log.
     """
 
-    def __init__(self, command: Sequence[str], ready: str = "/ready", start_seconds: float = HANG_SECONDS) -> None:
+    def __init__(
+        self, command: Sequence[str], ready: str = "/ready", start_seconds: float = HANG_SECONDS
+    ) -> None:
         self._command, self._ready, self._start_seconds = command, ready, start_seconds
         self._log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  # open while the server is
         self.port = free_port()
@@ -62,7 +65,12 @@ class ServerProcess:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
         self.stop()
 
     def stop(self, seconds: float = 30.0) -> int:
@@ -83,16 +91,22 @@ class ServerProcess:
         started = time.perf_counter()
         while self.get(self._ready)[0] != 200:
             if self.process.poll() is not None:
-                raise RuntimeError(f"the server ended with status {self.process.returncode}:\n{self.log_end()}")
+                raise RuntimeError(
+                    f"the server ended with status {self.process.returncode}:\n{self.log_end()}"
+                )
             if time.perf_counter() - started > seconds:
-                raise RuntimeError(f"the server was not ready within {seconds:g} s:\n{self.log_end()}")
+                raise RuntimeError(
+                    f"the server was not ready within {seconds:g} s:\n{self.log_end()}"
+                )
             time.sleep(0.1)
         return time.perf_counter() - started
 
     def get(self, path: str) -> tuple[int, str]:
         """Status and body; status 0 where nobody listens."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{self.port}{path}", timeout=60
+            ) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -102,10 +116,13 @@ class ServerProcess:
     def metrics(self) -> dict[str, float]:
         """Metrics without labels, by name."""
         families = text_string_to_metric_families(self.get("/metrics")[1])
-        return {one.name: one.value for family in families for one in family.samples if not one.labels}
+        return {
+            one.name: one.value for family in families for one in family.samples if not one.labels
+        }
 
     def wait_idle(self, seconds: float = HANG_SECONDS) -> tuple[float, dict[str, float]]:
-        """Wait until nothing is left of any request: the seconds that took, and what is still there (nothing)."""
+        """Wait until nothing is left of any request: the seconds that took, and what is still there
+        (nothing)."""
         started = time.perf_counter()
         while True:
             found = self.metrics()

@@ -17,8 +17,11 @@ def body(model: str, request: Request, **fields: Any) -> dict[str, Any]:
     return asked | {"temperature": 0, "ignore_eos": True, "stream": True} | fields
 
 
-def bodies(model: str, number: int, tokens: int | None = None, seed: int = 0, **fields: Any) -> list[dict[str, Any]]:
-    """Word problems that a bundled model knows, as streamed completions of 16 to 128 tokens, or of so many."""
+def bodies(
+    model: str, number: int, tokens: int | None = None, seed: int = 0, **fields: Any
+) -> list[dict[str, Any]]:
+    """Word problems that a bundled model knows, as streamed completions of 16 to 128 tokens, or of
+    so many."""
     rng = random.Random(seed)
     return [
         {

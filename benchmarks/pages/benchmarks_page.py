@@ -184,7 +184,9 @@ def _source(section: Section, report: Mapping[str, Any]) -> str:
     cpu, cores = found.get("cpu", NOT_RECORDED), found.get("cores")
     machine = f"{cpu}, {cores} cores" if cores else f"{cpu}"
     threads = found.get("threads", NOT_RECORDED)
-    versions = ", ".join(f"{name} {found.get(name, NOT_RECORDED)}" for name in ("idlm", "torch", "transformers"))
+    versions = ", ".join(
+        f"{name} {found.get(name, NOT_RECORDED)}" for name in ("idlm", "torch", "transformers")
+    )
     return (
         f"{age}[{section.file}](../benchmarks/results/{section.file}): `{command}`. Machine: {machine}; threads: "
         f"{threads}. Versions: {versions}. Date: {found.get('date', NOT_RECORDED)}.\n"

@@ -1,4 +1,5 @@
-"""The part of docs/converting.md that lists the keys of a training config, made from the dataclasses."""
+"""The part of docs/converting.md that lists the keys of a training config, made from the
+dataclasses."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from benchmarks.pages.tables import markdown
 from idlm.training.config import TrainConfig, as_tree
 
-NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false", dict: "mapping", type(None): "null"}
+NAMES = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "true or false",
+    dict: "mapping",
+    type(None): "null",
+}
 
 
 def render() -> str:
@@ -26,7 +34,11 @@ def _section(config: type, title: str) -> Iterator[str]:
     sections = [(f, _dataclass_in(hints[f.name])) for f in fields]
     yield f"### {title}\n"
     yield (getdoc(config) or "") + "\n"
-    rows = [(f"`{_key(f)}`", _type(hints[f.name]), _default(f)) for f, inner in sections if inner is None]
+    rows = [
+        (f"`{_key(f)}`", _type(hints[f.name]), _default(f))
+        for f, inner in sections
+        if inner is None
+    ]
     yield from markdown(("key", "value", "default"), rows)
     yield ""
     for field, inner in sections:
@@ -64,4 +76,8 @@ def _default(field: dataclasses.Field[Any]) -> str:
         return "required"
     value = as_tree(field.default)
     words = {None: "null", True: "true", False: "false"}
-    return f"`{words[value]}`" if value is None or isinstance(value, bool) else f"`{value}`".replace("'", "")
+    return (
+        f"`{words[value]}`"
+        if value is None or isinstance(value, bool)
+        else f"`{value}`".replace("'", "")
+    )

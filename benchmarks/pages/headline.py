@@ -11,7 +11,9 @@ from benchmarks.pages.tables import times
 
 def render() -> str:
     """Three figures, each with a link to its section of docs/benchmarks.md."""
-    pairs, problems, load = (_read(f"{n}.json") for n in ("same_bytes_random", "nano_2000", "serving_avx2"))
+    pairs, problems, load = (
+        _read(f"{n}.json") for n in ("same_bytes_random", "nano_2000", "serving_avx2")
+    )
     run = problems["runs"]["nano N=8 all"]
     cells = {(row["engine"], row["mode"], row["concurrency"]): row for row in load["rows"]}
     faster = times(cells["idlm", "planner", 1]["speedup_over_ar"])

@@ -26,14 +26,18 @@ def number(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
-def text(x: float, y: float, words: str, colour: str = INK, anchor: str = "start", **more: str) -> str:
+def text(
+    x: float, y: float, words: str, colour: str = INK, anchor: str = "start", **more: str
+) -> str:
     """Words whose baseline is at y; `more` are attributes, with _ for -."""
     extra = "".join(f' {name.replace("_", "-")}="{value}"' for name, value in more.items())
     at = f'x="{number(x)}" y="{number(y)}" fill="{colour}" text-anchor="{anchor}"'
     return f"<text {at}{extra}>{escape(words)}</text>"
 
 
-def box(x: float, y: float, width: float, height: float, fill: str, line: str, dashed: bool = False) -> str:
+def box(
+    x: float, y: float, width: float, height: float, fill: str, line: str, dashed: bool = False
+) -> str:
     """A rounded rectangle."""
     dash = ' stroke-dasharray="4 3"' if dashed else ""
     size = f'x="{number(x)}" y="{number(y)}" width="{number(width)}" height="{number(height)}"'

@@ -8,7 +8,15 @@ from typing import Any
 Report = Mapping[str, Any]
 Table = Callable[[Report], Iterator[str]]
 
-ENGINES = ("idlm ar", "idlm planner", "idlm chain", "idlm all", "vllm compiled", "vllm eager", "transformers static")
+ENGINES = (
+    "idlm ar",
+    "idlm planner",
+    "idlm chain",
+    "idlm all",
+    "vllm compiled",
+    "vllm eager",
+    "transformers static",
+)
 """Columns of the tables of the serving bench, where the file has them."""
 PRODUCT_ROWS = (1, 4, 64)
 """Rows of a matrix product that the page shows."""
@@ -38,20 +46,34 @@ def shares(values: Iterable[float | None]) -> str:
 
 def same_bytes(report: Report) -> Iterator[str]:
     """Of `benchmarks.same_bytes`."""
-    rows = [(name, m["pairs"], m["equal"], m["plans"], m["ar_tokens"]) for name, m in report["models"].items()]
+    rows = [
+        (name, m["pairs"], m["equal"], m["plans"], m["ar_tokens"])
+        for name, m in report["models"].items()
+    ]
     yield from markdown(("model", "pairs", "equal", "plans", "tokens of AR"), rows)
 
 
 def drafted_bytes(report: Report) -> Iterator[str]:
     """Of `benchmarks.drafted_bytes`."""
-    rows = [(plan, report["prompts"], p["equal"], f"{p['tpf']:.2f}") for plan, p in report["plans"].items()]
+    rows = [
+        (plan, report["prompts"], p["equal"], f"{p['tpf']:.2f}")
+        for plan, p in report["plans"].items()
+    ]
     yield from markdown(("plan", "prompts", "equal", "TPF"), rows)
 
 
 def server_bytes(report: Report) -> Iterator[str]:
     """Of `benchmarks.server_bytes`."""
     keys = ("model", "concurrency", "cache", "requests", "same", "tokens", "cached_prompt_tokens")
-    head = ("model", "requests at once", "cache", "requests", "same bytes", "tokens", "cached prompt tokens")
+    head = (
+        "model",
+        "requests at once",
+        "cache",
+        "requests",
+        "same bytes",
+        "tokens",
+        "cached prompt tokens",
+    )
     yield from markdown(head, [[row[key] for key in keys] for row in report["rows"]])
 
 
@@ -90,9 +112,17 @@ def outcomes(report: Report) -> Iterator[str]:
         for plan in row["plans"]:
             ratio = times(row["all_over_chain"]) if plan["plan"].startswith("all") else ""
             rows.append(
-                (plan["plan"], f"{plan['tpf']:.2f}", f"{plan['expected']:.2f}", ratio, shares(plan["acceptance"]))
+                (
+                    plan["plan"],
+                    f"{plan['tpf']:.2f}",
+                    f"{plan['expected']:.2f}",
+                    ratio,
+                    shares(plan["acceptance"]),
+                )
             )
-    yield from markdown(("plan", "TPF", "by the formula", "all over chain", "acceptance by depth"), rows)
+    yield from markdown(
+        ("plan", "TPF", "by the formula", "all over chain", "acceptance by depth"), rows
+    )
 
 
 def serving(report: Report) -> Iterator[str]:
@@ -100,7 +130,10 @@ def serving(report: Report) -> Iterator[str]:
     cells = {(_series(row), row["concurrency"]): row for row in report["rows"]}
     series = [name for name in ENGINES if any(name == found for found, _ in cells)]
     counts = sorted({count for _, count in cells})
-    speeds = [[count, *(f"{cells[name, count]['tokens_per_second']:,.0f}" for name in series)] for count in counts]
+    speeds = [
+        [count, *(f"{cells[name, count]['tokens_per_second']:,.0f}" for name in series)]
+        for count in counts
+    ]
     yield "Tokens per second:\n"
     yield from markdown(("requests at once", *series), speeds)
     ours = [name for name in series if name.startswith("idlm") and name != "idlm ar"]
@@ -141,7 +174,9 @@ def _inverse(row: Report) -> str:
 def real_model(report: Report) -> Iterator[str]:
     """Of `benchmarks.real_model`."""
     rows = []
-    for row in sorted(report["rows"], key=lambda row: (row["threads"], row["concurrency"], row["precision"])):
+    for row in sorted(
+        report["rows"], key=lambda row: (row["threads"], row["concurrency"], row["precision"])
+    ):
         ours = row["engine"] == "idlm"
         rows.append(
             (
@@ -152,7 +187,16 @@ def real_model(report: Report) -> Iterator[str]:
             )
         )  # fmt: skip
     yield from markdown(
-        ("threads", "requests", "precision", "engine", "tokens/s", "decoding alone", "idlm over it", "decoding alone"),
+        (
+            "threads",
+            "requests",
+            "precision",
+            "engine",
+            "tokens/s",
+            "decoding alone",
+            "idlm over it",
+            "decoding alone",
+        ),
         rows,
     )
     yield "\nA step of more rows over a step of one row for each request:\n"
@@ -180,13 +224,23 @@ def cost_curve(report: Report) -> Iterator[str]:
             speed = times(found["expected_speedup"][best])
             rows.append((name, batch, f"{found['ar_step_ms']:.1f} ms", *overhead, best, speed))
     wanted = ", ".join(str(a) for a in report["acceptance"])
-    head = ("model", "requests", "AR step", *widths, "the planner picks", f"speed-up at acceptance {wanted}")
+    head = (
+        "model",
+        "requests",
+        "AR step",
+        *widths,
+        "the planner picks",
+        f"speed-up at acceptance {wanted}",
+    )
     yield from markdown(head, rows)
 
 
 def kernels(report: Report) -> Iterator[str]:
     """Of `benchmarks.kernels`: what an engine chooses in float32, and PyTorch."""
-    cells = {(r["model"], r["inputs"], r["outputs"], r["rows"], r["candidate"]): r for r in report["rows"]}
+    cells = {
+        (r["model"], r["inputs"], r["outputs"], r["rows"], r["candidate"]): r
+        for r in report["rows"]
+    }
     rows = []
     for model, inputs, outputs, count, candidate in cells:
         if candidate == "chosen" and count in PRODUCT_ROWS:
@@ -199,7 +253,16 @@ def kernels(report: Report) -> Iterator[str]:
                 )
             )  # fmt: skip
     yield from markdown(
-        ("model", "shape", "rows", "chosen, us", "PyTorch, us", "share of bandwidth", "share of arithmetic"), rows
+        (
+            "model",
+            "shape",
+            "rows",
+            "chosen, us",
+            "PyTorch, us",
+            "share of bandwidth",
+            "share of arithmetic",
+        ),
+        rows,
     )
 
 
@@ -216,7 +279,15 @@ def server_speed(report: Report) -> Iterator[str]:
             )
         )  # fmt: skip
     yield from markdown(
-        ("requests at once", "engine", "tokens/s", "TTFT p50, p99 (ms)", "TPOT p50 (ms)", "over the engine alone"), rows
+        (
+            "requests at once",
+            "engine",
+            "tokens/s",
+            "TTFT p50, p99 (ms)",
+            "TPOT p50 (ms)",
+            "over the engine alone",
+        ),
+        rows,
     )
 
 
@@ -257,20 +328,36 @@ def server_faults(report: Report) -> Iterator[str]:
 
 def server_fuzz(report: Report) -> Iterator[str]:
     """Of `benchmarks.server_fuzz`."""
-    found = ", ".join(f"{failure['count']} {failure['title'].lower()}" for failure in report["failures"])
+    found = ", ".join(
+        f"{failure['count']} {failure['title'].lower()}" for failure in report["failures"]
+    )
     yield from markdown(
         ("cases", "routes with a 500", "other failures", "left behind"),
-        [(f"{report['cases']:,}", report["routes_with_a_500"], found or "none", len(report["left_behind"]))],
+        [
+            (
+                f"{report['cases']:,}",
+                report["routes_with_a_500"],
+                found or "none",
+                len(report["left_behind"]),
+            )
+        ],
     )
 
 
 def worst_gap(report: Report) -> Iterator[str]:
     """Of `benchmarks.worst_gap`."""
     rows = [
-        (row["running"], row["prefill"], f"{row['median_step_ms']:.1f} ms", spread(row["worst_gap_over_median_step"]))
+        (
+            row["running"],
+            row["prefill"],
+            f"{row['median_step_ms']:.1f} ms",
+            spread(row["worst_gap_over_median_step"]),
+        )
         for row in report["rows"]
     ]
-    yield from markdown(("running", "the prompt comes", "median step", "worst wait, in steps"), rows)
+    yield from markdown(
+        ("running", "the prompt comes", "median step", "worst wait, in steps"), rows
+    )
 
 
 def soak(report: Report) -> Iterator[str]:
@@ -301,5 +388,12 @@ def ablation(report: Report) -> Iterator[str]:
                     f"{large['tpf']:.2f}", f"{large['accuracy']:.1%}", f"{run['seconds']:.0f} s",
                 )
             )  # fmt: skip
-    head = ("variant", "TPF, N=4", "exact answers, N=4", "TPF, N=8", "exact answers, N=8", "training")
+    head = (
+        "variant",
+        "TPF, N=4",
+        "exact answers, N=4",
+        "TPF, N=8",
+        "exact answers, N=8",
+        "training",
+    )
     yield from markdown(head, rows)

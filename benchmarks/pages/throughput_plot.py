@@ -49,7 +49,9 @@ def _lines(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Line]:
 
 
 def _head(environment: Mapping[str, Any]) -> Iterator[str]:
-    yield svg.text(24, 28, "Tokens per second by requests at once", font_weight="600", font_size="15")
+    yield svg.text(
+        24, 28, "Tokens per second by requests at once", font_weight="600", font_size="15"
+    )
     about = (
         f"{environment['model']}, {environment['dtype']}, {environment['threads']} thread, "
         f"{environment['cpu']}; idlm's kernels built for AVX2; {RESULT}"
@@ -63,11 +65,17 @@ def _axes(counts: Sequence[int], most: float) -> Iterator[str]:
         yield svg.line([(LEFT, y), (RIGHT, y)], svg.LINE)
         yield svg.text(LEFT - 10, y + 4, f"{tick * 1000:,}", svg.MUTED, "end", font_size="12")
     for count in counts:
-        yield svg.text(_x(count, counts), BOTTOM + 20, str(count), svg.MUTED, "middle", font_size="12")
-    yield svg.text((LEFT + RIGHT) / 2, BOTTOM + 42, "requests at once", svg.MUTED, "middle", font_size="12")
+        yield svg.text(
+            _x(count, counts), BOTTOM + 20, str(count), svg.MUTED, "middle", font_size="12"
+        )
+    yield svg.text(
+        (LEFT + RIGHT) / 2, BOTTOM + 42, "requests at once", svg.MUTED, "middle", font_size="12"
+    )
 
 
-def _drawn(lines: Mapping[tuple[str, str], Line], counts: Sequence[int], most: float) -> Iterator[str]:
+def _drawn(
+    lines: Mapping[tuple[str, str], Line], counts: Sequence[int], most: float
+) -> Iterator[str]:
     """The lines, and a label at the end of each; labels give way to the one above."""
     ends = {key: _y(line[-1][1], most) for key, line in lines.items()}
     order = sorted(ends, key=ends.__getitem__)

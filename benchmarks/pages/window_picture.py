@@ -13,7 +13,13 @@ LEFT, CELL, GAP, HEIGHT, PITCH = 190, 72, 6, 30, 38
 """Pixels: of the labels, a cell with its gap, a cell's height, a row."""
 CACHE = 118
 TOP = 74
-PALE = {svg.BLUE: "#e3ecfb", svg.ORANGE: "#fdeadd", svg.GREEN: "#dcf3e8", svg.GREY: "#eef0f3", svg.INK: "#e4e6eb"}
+PALE = {
+    svg.BLUE: "#e3ecfb",
+    svg.ORANGE: "#fdeadd",
+    svg.GREEN: "#dcf3e8",
+    svg.GREY: "#eef0f3",
+    svg.INK: "#e4e6eb",
+}
 NOTE = (
     "The row of position i gives the token at i+1. The MASK rows of the outcome that came true have drafted",
     "the next tokens already. A row sees the cache, the pending token, the drafts that its outcome accepts,",
@@ -61,7 +67,9 @@ def _head(layout: Window) -> Iterator[str]:
     yield svg.text(LEFT - 14, TOP - 10, "position in the text", svg.MUTED, "end", font_size="12")
     for offset in range(int(layout.offsets[-1].max()) + 1):
         name = "n−1" if offset == 0 else "n" if offset == 1 else f"n+{offset - 1}"
-        yield svg.text(_x(offset) + (CELL - GAP) / 2, TOP - 10, name, svg.MUTED, "middle", font_size="12")
+        yield svg.text(
+            _x(offset) + (CELL - GAP) / 2, TOP - 10, name, svg.MUTED, "middle", font_size="12"
+        )
 
 
 def _verify_row() -> Iterator[str]:
@@ -74,13 +82,19 @@ def _verify_row() -> Iterator[str]:
 
 def _mask_rows(layout: Window) -> Iterator[str]:
     """A row of the picture for each outcome: its masks, at their positions."""
-    offsets = layout.offsets[-1, layout.stride :].unflatten(0, (layout.groups, layout.masks)).tolist()
+    offsets = (
+        layout.offsets[-1, layout.stride :].unflatten(0, (layout.groups, layout.masks)).tolist()
+    )
     for accepted, group in enumerate(offsets):
         chosen = accepted == ACCEPTED
         drafts = "draft" if accepted == 1 else "drafts"
-        yield _label(1 + accepted, f"if {accepted} {drafts} accepted", svg.ORANGE if chosen else svg.INK)
+        yield _label(
+            1 + accepted, f"if {accepted} {drafts} accepted", svg.ORANGE if chosen else svg.INK
+        )
         for offset in group:
-            yield from _cell(offset, 1 + accepted, "MASK", svg.ORANGE if chosen else svg.GREY, not chosen)
+            yield from _cell(
+                offset, 1 + accepted, "MASK", svg.ORANGE if chosen else svg.GREY, not chosen
+            )
 
 
 def _next_window(layout: Window) -> Iterator[str]:

@@ -1,14 +1,17 @@
-"""llama.cpp's server over HTTP on this machine: `concurrency` requests in flight in a closed loop, greedy.
+"""llama.cpp's server over HTTP on this machine: `concurrency` requests in flight in a closed loop,
+greedy.
 
 `make llamacpp` builds its environment.
 
-    build/llamacpp/bin/python benchmarks/peers/llamacpp.py --model FILE-F32.gguf [--slots 8] ... < workload.jsonl
+    build/llamacpp/bin/python benchmarks/peers/llamacpp.py --model FILE-F32.gguf [--slots 8] ... <
+    workload.jsonl
 
-"native" is `llama-server` compiled for this machine's instruction set, a process of its own; "wheel" is the server of
-the binary package xllamacpp, which is compiled for AVX2 and runs in this process. Each has a slot for every request in
-flight and no prompt cache: no round may live off the one before. The KV cache is float16 whatever the weights are: it
-is the server's own choice, and it was measured to be faster than float32. Answers come whole, so that no token pays
-for HTTP; times of tokens are the server's own, which does not tell the worst gap. Under `ignore_eos` this server never
+"native" is `llama-server` compiled for this machine's instruction set, a process of its own;
+"wheel" is the server of the binary package xllamacpp, which is compiled for AVX2 and runs in this
+process. Each has a slot for every request in flight and no prompt cache: no round may live off the
+one before. The KV cache is float16 whatever the weights are: it is the server's own choice, and it
+was measured to be faster than float32. Answers come whole, so that no token pays for HTTP; times of
+tokens are the server's own, which does not tell the worst gap. Under `ignore_eos` this server never
 gives a token that ends a text, where the other engines give it and go on. See protocol.py.
 """
 
@@ -47,7 +50,12 @@ class Answer:
 
     def report(self) -> dict[str, object]:
         """The request's entry in the answer."""
-        return {"token_ids": self.token_ids, "ttft": self.ttft, "tpot": self.tpot, "worst_gap": math.nan}
+        return {
+            "token_ids": self.token_ids,
+            "ttft": self.ttft,
+            "tpot": self.tpot,
+            "worst_gap": math.nan,
+        }
 
 
 def fields(request: protocol.Request) -> dict[str, object]:
@@ -68,7 +76,9 @@ def ask(address: str, request: protocol.Request) -> Answer:
     """Post one request and wait for the whole answer."""
     started = time.perf_counter()
     body = json.dumps(fields(request)).encode()
-    asked = urllib.request.Request(f"{address}/completion", body, {"Content-Type": "application/json"})
+    asked = urllib.request.Request(
+        f"{address}/completion", body, {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(asked) as answer:
         return Answer(json.load(answer), time.perf_counter() - started)
 
@@ -172,10 +182,17 @@ def wheel(options: argparse.Namespace) -> protocol.Engine:
     params.model.path = options.model
     params.n_parallel, params.n_ctx = options.slots, options.slots * CONTEXT
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads
-    params.kv_unified, params.cache_ram_mib, params.fit_params, params.verbosity = False, 0, False, 1
+    params.kv_unified, params.cache_ram_mib, params.fit_params, params.verbosity = (
+        False,
+        0,
+        False,
+        1,
+    )
     server = xllamacpp.Server(params)
     # the function keeps the server alive
-    return protocol.Engine(lambda requests, concurrency: closed_loop(server.listening_address, requests, concurrency))
+    return protocol.Engine(
+        lambda requests, concurrency: closed_loop(server.listening_address, requests, concurrency)
+    )
 
 
 def versions(mode: str) -> dict[str, str]:
@@ -190,4 +207,6 @@ if __name__ == "__main__":
     options = protocol.parse(__doc__, "native", "wheel")
     kind = Path(options.model).stem.rpartition("-")[2]
     load = {"native": native, "wheel": wheel}[options.mode]
-    protocol.serve("llama.cpp", f"{kind} {options.mode}", versions(options.mode), lambda: load(options))
+    protocol.serve(
+        "llama.cpp", f"{kind} {options.mode}", versions(options.mode), lambda: load(options)
+    )

@@ -16,7 +16,8 @@ HERE = Path(__file__).parent
 
 
 class Peer:
-    """A process that speaks `benchmarks/peers/protocol.py`; it loads now, and waits without work between runs.
+    """A process that speaks `benchmarks/peers/protocol.py`; it loads now, and waits without work
+    between runs.
 
     Args:
         python: of the environment that has the engine.
@@ -28,12 +29,20 @@ class Peer:
     simulated = False
 
     def __init__(
-        self, python: str | Path, script: str, model: Path, threads: int, mode: str | None = None, slots: int = 64
+        self,
+        python: str | Path,
+        script: str,
+        model: Path,
+        threads: int,
+        mode: str | None = None,
+        slots: int = 64,
     ) -> None:
         options = ["--model", str(model), "--threads", str(threads), "--slots", str(slots)]
         options += ["--mode", mode] if mode else []
         command = [str(python), str(HERE / script), *options]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
         introduction = self._read()
         self.engine, self.mode = str(introduction["engine"]), str(introduction["mode"])
         self.versions: dict[str, str] = introduction["versions"]
@@ -51,7 +60,9 @@ class Peer:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{' '.join(map(str, self._process.args))} ended; see its messages above")  # type: ignore[arg-type]
+            raise RuntimeError(
+                f"{' '.join(map(str, self._process.args))} ended; see its messages above"
+            )  # type: ignore[arg-type]
         answer: dict[str, Any] = json.loads(line)
         return answer
 

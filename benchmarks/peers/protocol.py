@@ -1,13 +1,15 @@
-"""How a peer is asked: one JSON object a line on stdin, one a line on stdout; no package of ours is needed.
+"""How a peer is asked: one JSON object a line on stdin, one a line on stdout; no package of ours is
+needed.
 
-    first, unasked    {"engine": "vllm", "mode": "eager", "versions": {"vllm": "..."}}
-    asked             {"concurrency": 8, "requests": [{"prompt_token_ids": [5, 6], "max_tokens": 40}, ...]}
-    answered          {"seconds": 1.2, "cpu_seconds": 1.2, "peak_memory_mb": 900.0,
-                       "requests": [{"token_ids": [...], "ttft": 0.1, "tpot": 0.01, "worst_gap": 0.02}, ...]}
+    first, unasked    {"engine": "vllm", "mode": "eager", "versions": {"vllm": "..."}} asked
+    {"concurrency": 8, "requests": [{"prompt_token_ids": [5, 6], "max_tokens": 40}, ...]} answered
+    {"seconds": 1.2, "cpu_seconds": 1.2, "peak_memory_mb": 900.0,
+                       "requests": [{"token_ids": [...], "ttft": 0.1, "tpot": 0.01, "worst_gap":
+                       0.02}, ...]}
 
-Every request is greedy and ends at its `max_tokens`, not before: every engine does the same work. Times are in
-seconds: `ttft` from arrival to the first token, `tpot` per token after it, `worst_gap` the longest wait between the
-tokens of two steps; NaN where the engine does not tell.
+Every request is greedy and ends at its `max_tokens`, not before: every engine does the same work.
+Times are in seconds: `ttft` from arrival to the first token, `tpot` per token after it, `worst_gap`
+the longest wait between the tokens of two steps; NaN where the engine does not tell.
 """
 
 from __future__ import annotations
@@ -59,7 +61,12 @@ class Clock:
         """The request's entry in the answer."""
         tpot = (self.last - self.first) / max(1, len(self.token_ids) - 1)
         ttft = self.first - self.arrival
-        return {"token_ids": self.token_ids, "ttft": ttft, "tpot": tpot, "worst_gap": self.worst_gap}
+        return {
+            "token_ids": self.token_ids,
+            "ttft": ttft,
+            "tpot": tpot,
+            "worst_gap": self.worst_gap,
+        }
 
 
 class Report(Protocol):
@@ -95,9 +102,14 @@ def installed(*packages: str) -> dict[str, str]:
 
 
 def parse(doc: str | None, *modes: str) -> argparse.Namespace:
-    """The command line of every peer; the threads are set here, before anything that counts them is imported."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a folder in Hugging Face form; llama.cpp: a GGUF file")
+    """The command line of every peer; the threads are set here, before anything that counts them is
+    imported."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", required=True, help="a folder in Hugging Face form; llama.cpp: a GGUF file"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--mode", choices=modes, default=modes[0])
     parser.add_argument("--slots", type=int, default=64, help="the most requests in flight")
@@ -107,7 +119,8 @@ def parse(doc: str | None, *modes: str) -> argparse.Namespace:
 
 
 def serve(name: str, mode: str, versions: dict[str, str], load: Callable[[], Engine]) -> None:
-    """Load, introduce the engine, and answer until stdin ends; whatever libraries print goes to stderr."""
+    """Load, introduce the engine, and answer until stdin ends; whatever libraries print goes to
+    stderr."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     engine = load()

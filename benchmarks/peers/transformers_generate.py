@@ -1,8 +1,10 @@
-"""transformers' own `generate`: static batches of `concurrency` requests, padded on the left, greedy, float32.
+"""transformers' own `generate`: static batches of `concurrency` requests, padded on the left,
+greedy, float32.
 
     python benchmarks/peers/transformers_generate.py --model FOLDER [--threads 1] < workload.jsonl
 
-A batch runs until its longest request is done, as `generate` does; only wanted tokens count. See protocol.py.
+A batch runs until its longest request is done, as `generate` does; only wanted tokens count. See
+protocol.py.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
 
 
 class Steps:
-    """A streamer that gives each row's token to its clock; `generate` calls it with the prompts first."""
+    """A streamer that gives each row's token to its clock; `generate` calls it with the prompts
+    first."""
 
     def __init__(self, clocks: list[protocol.Clock]) -> None:
         self.clocks = clocks
@@ -46,7 +49,10 @@ def load(folder: str, threads: int) -> protocol.Run:
         clocks = [protocol.Clock(request["max_tokens"]) for request in requests]
         longest = max(len(request["prompt_token_ids"]) for request in requests)
         padding = [longest - len(request["prompt_token_ids"]) for request in requests]
-        ids = [[0] * pad + request["prompt_token_ids"] for pad, request in zip(padding, requests, strict=True)]
+        ids = [
+            [0] * pad + request["prompt_token_ids"]
+            for pad, request in zip(padding, requests, strict=True)
+        ]
         seen = [[0] * pad + [1] * (longest - pad) for pad in padding]
         model.generate(
             input_ids=torch.tensor(ids),
@@ -59,7 +65,9 @@ def load(folder: str, threads: int) -> protocol.Run:
         return clocks
 
     def run(requests: list[protocol.Request], concurrency: int) -> list[protocol.Clock]:
-        groups = (requests[start : start + concurrency] for start in range(0, len(requests), concurrency))
+        groups = (
+            requests[start : start + concurrency] for start in range(0, len(requests), concurrency)
+        )
         return [clock for group in groups for clock in batch(group)]
 
     return run
@@ -69,5 +77,8 @@ if __name__ == "__main__":
     options = protocol.parse(__doc__, "static")
     versions = protocol.installed("transformers", "torch")
     protocol.serve(
-        "transformers", options.mode, versions, lambda: protocol.Engine(load(options.model, options.threads))
+        "transformers",
+        options.mode,
+        versions,
+        lambda: protocol.Engine(load(options.model, options.threads)),
     )

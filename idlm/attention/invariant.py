@@ -78,7 +78,9 @@ class InvariantAttention:
         local[1, :, -width - 1 : -1] = value
         rows = (query * scale).reshape(batch * width, groups, -1, size)
         rows = F.pad(rows, (0, 0, 0, 0, 0, 0, 0, -batch * width % TILE))
-        tiles = zip(rows.split(TILE), metadata.sources.split(TILE), metadata.counts.split(TILE), strict=True)
+        tiles = zip(
+            rows.split(TILE), metadata.sources.split(TILE), metadata.counts.split(TILE), strict=True
+        )
         mixed = torch.cat([_tile(tile, local.view(2, -1, size), *of) for tile, *of in tiles])
         return metadata.segment.flat(mixed[: batch * width].view(batch, width, heads, size))
 

@@ -58,8 +58,8 @@ class TorchAttention:
         keys, values = gathered.view(2, batch, -1, groups, size).unbind()
         keys[:, -width:] = key
         values[:, -width:] = value
-        # F query heads of a key/value head as rows of one product: about 1.3x as fast as `enable_gqa`
-        # on a CPU
+        # F query heads of a key/value head as rows of one product: about 1.3x as fast as
+        # `enable_gqa` on a CPU
         folded = query.view(batch, width, groups, -1, size).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(
             folded.reshape(batch, groups, -1, size),

@@ -1,4 +1,5 @@
-"""The command line `idlm`: one thin file per command, and one line on stderr for every mistake a user can make."""
+"""The command line `idlm`: one thin file per command, and one line on stderr for every mistake a
+user can make."""
 
 from __future__ import annotations
 
@@ -18,7 +19,10 @@ if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")
 
 app = typer.Typer(
-    cls=OneLineErrors, add_completion=False, pretty_exceptions_enable=False, context_settings={"max_content_width": 100}
+    cls=OneLineErrors,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 100},
 )
 
 
@@ -32,7 +36,10 @@ def _version(wanted: bool) -> None:
 def main(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     """Decode several tokens per forward pass, with unchanged output."""

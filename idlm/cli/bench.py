@@ -1,4 +1,5 @@
-"""`idlm bench MODEL`: AR, chain ISD, all-outcomes ISD and the planner under load, in turn, on the same weights."""
+"""`idlm bench MODEL`: AR, chain ISD, all-outcomes ISD and the planner under load, in turn, on the
+same weights."""
 
 from __future__ import annotations
 
@@ -22,31 +23,50 @@ MODES = ("ar", "chain", "all", "planner")
 
 def bench(
     model: common.Model,
-    modes: Annotated[str, typer.Option(metavar="A,B", help="What to compare, and in which order.")] = ",".join(MODES),
+    modes: Annotated[
+        str, typer.Option(metavar="A,B", help="What to compare, and in which order.")
+    ] = ",".join(MODES),
     concurrency: Annotated[str, typer.Option(metavar="C,D", help="Requests in flight.")] = "1,8,32",
-    requests: Annotated[int, typer.Option(help="Requests a run; at least twice those in flight are made.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Runs of each mode, in turn, after one to warm up.")] = 3,
+    requests: Annotated[
+        int, typer.Option(help="Requests a run; at least twice those in flight are made.")
+    ] = 32,
+    repeats: Annotated[
+        int, typer.Option(help="Runs of each mode, in turn, after one to warm up.")
+    ] = 3,
     simulate_acceptance: Annotated[
         str | None,
-        typer.Option(metavar="P,Q", help="Accept drafts by chance, by depth: for shapes without trained weights."),
+        typer.Option(
+            metavar="P,Q",
+            help="Accept drafts by chance, by depth: for shapes without trained weights.",
+        ),
     ] = None,
     prompts_file: Annotated[
-        Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts: .txt one a line, or .jsonl.")
+        Path | None,
+        typer.Option("--prompts", metavar="FILE", help="Prompts: .txt one a line, or .jsonl."),
     ] = None,
     stride: Annotated[
-        int, typer.Option(metavar="N", help="N of chain and all; the planner's largest.", rich_help_panel="Decoding")
+        int,
+        typer.Option(
+            metavar="N",
+            help="N of chain and all; the planner's largest.",
+            rich_help_panel="Decoding",
+        ),
     ] = 4,
     adapter: common.Adapter = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
     weights: common.Weights = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads; small models gain nothing from more.")] = 1,
+    threads: Annotated[
+        int, typer.Option(help="CPU threads; small models gain nothing from more.")
+    ] = 1,
     as_json: common.Json = False,
 ) -> None:
-    """Measure speed under load: tokens per second, latency, TPF and memory of each mode, in turn, on the same weights.
+    """Measure speed under load: tokens per second, latency, TPF and memory of each mode, in turn,
+    on the same weights.
 
-    Requests are greedy, with prompt and output lengths mixed from a fixed seed: the prompts of FILE, held-out problems
-    for the bundled models, or random tokens (then acceptance means nothing: simulate it).
+    Requests are greedy, with prompt and output lengths mixed from a fixed seed: the prompts of
+    FILE, held-out problems for the bundled models, or random tokens (then acceptance means nothing:
+    simulate it).
     """
     chosen = _modes(modes)
     in_flight = [_count("concurrency", text, 1024) for text in _split("concurrency", concurrency)]
@@ -70,7 +90,12 @@ def bench(
     runs = len(in_flight) * (repeats + 1) * len(ours)
     with common.progress("measuring in turn", runs) as advance:
         rows = run(ours, draw, in_flight, requests, repeats, advance)
-    settings: dict[str, object] = {"model": model, "adapter": adapter, "stride": stride, "weights": weights}
+    settings: dict[str, object] = {
+        "model": model,
+        "adapter": adapter,
+        "stride": stride,
+        "weights": weights,
+    }
     settings |= {"simulated_acceptance": shares} | _work(idlm, requests, repeats)
     report = {"rows": rows, "environment": environment() | settings}
     if as_json:
@@ -87,7 +112,9 @@ def _work(idlm: Idlm, requests: int, repeats: int) -> dict[str, object]:
 def _split(name: str, text: str) -> list[str]:
     parts = [part.strip() for part in text.split(",")]
     if not all(parts):
-        raise InputError(f"--{name} {text!r} has an empty entry; write one or more, joined by commas")
+        raise InputError(
+            f"--{name} {text!r} has an empty entry; write one or more, joined by commas"
+        )
     twice = [part for part in parts if parts.count(part) > 1]
     if twice:
         raise InputError(f"--{name} {text!r} names {twice[0]} twice; name it once")
@@ -98,7 +125,9 @@ def _modes(text: str) -> list[str]:
     chosen = _split("modes", text)
     unknown = [mode for mode in chosen if mode not in MODES]
     if unknown:
-        raise InputError(f"--modes: {unknown[0]!r} is unknown; use {', '.join(MODES)}, joined by commas")
+        raise InputError(
+            f"--modes: {unknown[0]!r} is unknown; use {', '.join(MODES)}, joined by commas"
+        )
     return chosen
 
 
@@ -115,7 +144,9 @@ def _shares(text: str) -> list[float]:
     except ValueError:
         shares = [-1.0]
     if not all(0 <= share <= 1 for share in shares):
-        raise InputError(f"--simulate-acceptance {text!r} is not by-depth acceptance; write for example 0.9,0.88,0.85")
+        raise InputError(
+            f"--simulate-acceptance {text!r} is not by-depth acceptance; write for example 0.9,0.88,0.85"
+        )
     return shares
 
 
@@ -125,7 +156,9 @@ def _check(stride: int, modes: Sequence[str], **counts: int) -> None:
     parse_branches("all", stride)
     drafting = [mode for mode in modes if mode != "ar"]
     if stride == 1 and drafting:
-        raise InputError(f"--stride 1 is AR; use 2 or more for {', '.join(drafting)}, or --modes ar")
+        raise InputError(
+            f"--stride 1 is AR; use 2 or more for {', '.join(drafting)}, or --modes ar"
+        )
     for name, value in counts.items():
         _count(name, str(value), 10_000)
 
@@ -161,7 +194,10 @@ def _number(value: Any, digits: int) -> str:
 
 
 def _pair(row: Row, name: str) -> str:
-    return "/".join(f"{ms:.0f}" if ms >= 10 else f"{ms:.1f}" for ms in (_float(row[name]), _float(row[f"{name}_p99"])))
+    return "/".join(
+        f"{ms:.0f}" if ms >= 10 else f"{ms:.1f}"
+        for ms in (_float(row[name]), _float(row[f"{name}_p99"]))
+    )
 
 
 def show(report: dict[str, Any]) -> None:
@@ -172,7 +208,9 @@ def show(report: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     rows: list[Row] = report["rows"]
-    table = Table(*COLUMNS, title=_title(report["environment"]), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        *COLUMNS, title=_title(report["environment"]), box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     table.columns[1].no_wrap = True
     for row in rows:
         table.add_row(*(column(row) for column in COLUMNS.values()))

@@ -24,7 +24,8 @@ def chat(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="A folder, a GGUF file, a hub id, or a bundled model: nano, nano-base, nano-full."
+            metavar="[MODEL]",
+            help="A folder, a GGUF file, a hub id, or a bundled model: nano, nano-base, nano-full.",
         ),
     ] = None,
     *,
@@ -36,11 +37,17 @@ def chat(
     weights: common.Weights = "auto",
     threads: common.Threads = None,
     url: Annotated[
-        str | None, typer.Option(metavar="URL", help="Talk to a server with OpenAI's API: http://host:port/v1.")
+        str | None,
+        typer.Option(
+            metavar="URL", help="Talk to a server with OpenAI's API: http://host:port/v1."
+        ),
     ] = None,
-    name: Annotated[str | None, typer.Option("--model", metavar="NAME", help="The model's name at the URL.")] = None,
+    name: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="The model's name at the URL.")
+    ] = None,
     api_key: Annotated[
-        str | None, typer.Option(help=f"The server's key. Or ${KEY_VARIABLES[0]}, ${KEY_VARIABLES[1]}.")
+        str | None,
+        typer.Option(help=f"The server's key. Or ${KEY_VARIABLES[0]}, ${KEY_VARIABLES[1]}."),
     ] = None,
     colors: Annotated[bool, typer.Option(help="Colour tokens by where they came from.")] = False,
     sampling: SamplingParams,
@@ -51,7 +58,9 @@ def chat(
     if url is None and name is not None:
         raise InputError(f"--model {name!r} is for --url; a model of this machine needs no option")
     if url is not None and adapter is not None:
-        raise InputError(f"--adapter {adapter!r} with --url; a server's adapters are models: --model NAME")
+        raise InputError(
+            f"--adapter {adapter!r} with --url; a server's adapters are models: --model NAME"
+        )
     if sampling.n != 1:
         raise InputError(f"--n {sampling.n}: a chat has one answer; leave the option out")
 
@@ -71,7 +80,9 @@ def chat(
 
         plans_for(stride, branches)  # before the model is loaded, which can take minutes
         idlm = load(str(model), adapter=adapter, dtype=dtype, device=device)
-        llm = LLM(idlm, stride=stride, branches=branches, max_num_seqs=1, weights=weights, threads=threads)
+        llm = LLM(
+            idlm, stride=stride, branches=branches, max_num_seqs=1, weights=weights, threads=threads
+        )
         partner = LocalPartner(llm, sampling)
     Chat(partner, colors).run(reader())
 

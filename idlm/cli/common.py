@@ -19,7 +19,8 @@ Model = Annotated[
     ),
 ]
 Adapter = Annotated[
-    str | None, typer.Option(metavar="FOLDER", help="A gated LoRA for the model.", rich_help_panel="Model")
+    str | None,
+    typer.Option(metavar="FOLDER", help="A gated LoRA for the model.", rich_help_panel="Model"),
 ]
 Dtype = Annotated[
     Literal["auto", "float64", "float32", "bfloat16"],
@@ -28,7 +29,9 @@ Dtype = Annotated[
         rich_help_panel="Model",
     ),
 ]
-Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1.", rich_help_panel="Model")]
+Device = Annotated[
+    str, typer.Option(help="Where to run: cpu, cuda, cuda:1.", rich_help_panel="Model")
+]
 Weights = Annotated[
     Literal["auto", "float32", "bfloat16", "int8"],
     typer.Option(
@@ -41,7 +44,12 @@ Threads = Annotated[
     typer.Option(help="CPU threads; measured if not given.", rich_help_panel="Decoding"),
 ]
 Stride = Annotated[
-    int, typer.Option(metavar="N", help="The most tokens a forward commits; 1 is plain AR.", rich_help_panel="Decoding")
+    int,
+    typer.Option(
+        metavar="N",
+        help="The most tokens a forward commits; 1 is plain AR.",
+        rich_help_panel="Decoding",
+    ),
 ]
 BranchesOption = Annotated[
     Literal["all", "chain", "planner"],
@@ -50,7 +58,9 @@ BranchesOption = Annotated[
         rich_help_panel="Decoding",
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")
+]
 
 
 def keep_what_is_loaded() -> None:
@@ -67,12 +77,26 @@ def print_json(value: Mapping[str, object]) -> None:
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr while the block runs (none where stderr is no terminal); call what it gives after each step."""
+    """A bar on stderr while the block runs (none where stderr is no terminal); call what it gives
+    after each step."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task(label, total=total)
         yield lambda: bar.advance(task)

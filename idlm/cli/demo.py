@@ -21,11 +21,16 @@ def demo(
     stride: common.Stride = 8,
     branches: common.BranchesOption = "planner",
     questions: Annotated[int, typer.Option(help="Held-out problems to answer.")] = 4,
-    rounds: Annotated[int, typer.Option(help="Times each decoder runs, in turn; medians are reported.")] = 5,
-    threads: Annotated[int, typer.Option(help="CPU threads; small models gain nothing from more.")] = 1,
+    rounds: Annotated[
+        int, typer.Option(help="Times each decoder runs, in turn; medians are reported.")
+    ] = 5,
+    threads: Annotated[
+        int, typer.Option(help="CPU threads; small models gain nothing from more.")
+    ] = 1,
     as_json: common.Json = False,
 ) -> None:
-    """Decode with AR and with ISD on the bundled model: same bytes, fewer forward passes, less time."""
+    """Decode with AR and with ISD on the bundled model: same bytes, fewer forward passes, less
+    time."""
     _check(stride, branches, questions=questions, rounds=rounds, threads=threads)
 
     import torch
@@ -105,15 +110,25 @@ def _show(idlm: Idlm, questions: list[str], results: list[Result], report: dict[
         console.print(f"[{COLOURS[source]}]{source}[/] {meaning}")
     table = Table("", "AR", "ISD")
     table.add_row("forward passes", str(report["ar_forwards"]), str(report["forwards"]))
-    table.add_row("tokens per forward", f"{report['tokens'] / report['ar_forwards']:.2f}", f"{report['tpf']:.2f}")
-    table.add_row("tokens per second", *(f"{report[f'{side}_tokens_per_second']:.0f}" for side in ("ar", "isd")))
+    table.add_row(
+        "tokens per forward",
+        f"{report['tokens'] / report['ar_forwards']:.2f}",
+        f"{report['tpf']:.2f}",
+    )
+    table.add_row(
+        "tokens per second",
+        *(f"{report[f'{side}_tokens_per_second']:.0f}" for side in ("ar", "isd")),
+    )
     console.print(table)
     depths = ", ".join("-" if a is None else f"{a:.3f}" for a in report["acceptance"])
     console.print(f"acceptance by depth: {depths}")
     ran = ", ".join(f"{name} {count}" for name, count in report["plans"].items())
     console.print(f"plan: {report['plan']} (steps by plan: {ran})", markup=False)
     if "better" in report:
-        console.print(f"{report['branches']} is slower than AR here; the planner runs {report['better']}", markup=False)
+        console.print(
+            f"{report['branches']} is slower than AR here; the planner runs {report['better']}",
+            markup=False,
+        )
     same = "the same bytes" if report["identical"] else "[bold red]DIFFERENT bytes[/]"
     console.print(f"{same}, {report['speedup']:.2f} times as fast")
 
@@ -125,5 +140,7 @@ def _coloured(idlm: Idlm, result: Result) -> Text:
     text = Text()
     for token, source in zip(result.token_ids, result.sources, strict=True):
         assert idlm.tokenizer is not None  # the bundled model has one
-        text.append(str(idlm.tokenizer.decode([token], skip_special_tokens=True)), style=COLOURS[source])
+        text.append(
+            str(idlm.tokenizer.decode([token], skip_special_tokens=True)), style=COLOURS[source]
+        )
     return text

@@ -1,4 +1,5 @@
-"""What the command line does with an error: one line on stderr that names the value and the fix, and exit status 2."""
+"""What the command line does with an error: one line on stderr that names the value and the fix,
+and exit status 2."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ INTERRUPTED = 130
 
 
 class OneLineErrors(TyperGroup):
-    """The commands of the program; every other exception than bad input is a bug, and keeps its traceback."""
+    """The commands of the program; every other exception than bad input is a bug, and keeps its
+    traceback."""
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
         """Run the program and exit with its status."""
@@ -38,10 +40,13 @@ def _complain(message: str) -> int:
 
 
 def usage_message(error: TyperException) -> str:
-    """Typer's own message, the value it is about (Typer leaves out numbers it cannot read), and where to look."""
+    """Typer's own message, the value it is about (Typer leaves out numbers it cannot read), and
+    where to look."""
     message = error.format_message().removesuffix(".")
     validation = error.__cause__
-    if validation is not None and hasattr(validation, "errors"):  # pydantic's ValidationError, not imported: it is slow
+    if validation is not None and hasattr(
+        validation, "errors"
+    ):  # pydantic's ValidationError, not imported: it is slow
         value = repr(validation.errors()[0]["input"])
         if value not in message:
             message += f", got {value}"

@@ -20,15 +20,20 @@ if TYPE_CHECKING:
 @with_sampling
 def generate(
     model: common.Model,
-    prompt: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to complete.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to complete.")
+    ] = None,
     *,
     prompts_file: Annotated[
-        Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts: .txt one a line, or .jsonl.")
+        Path | None,
+        typer.Option("--prompts", metavar="FILE", help="Prompts: .txt one a line, or .jsonl."),
     ] = None,
     adapter: common.Adapter = None,
     stride: common.Stride = 4,
     branches: common.BranchesOption = "planner",
-    chat: Annotated[bool, typer.Option("--chat/--raw", help="Use the model's chat template, if it has one.")] = True,
+    chat: Annotated[
+        bool, typer.Option("--chat/--raw", help="Use the model's chat template, if it has one.")
+    ] = True,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
     weights: common.Weights = "auto",
@@ -39,7 +44,9 @@ def generate(
     """Complete prompts, several tokens per forward pass."""
     asked = prompts.given(prompt or [], prompts_file)
     if not asked:
-        raise InputError("no prompt given; write one after the model's name, or name a file with --prompts")
+        raise InputError(
+            "no prompt given; write one after the model's name, or name a file with --prompts"
+        )
 
     from idlm.engine.build import plans_for
     from idlm.engine.llm import LLM
@@ -56,7 +63,9 @@ def generate(
     report(model, stride, branches, results, perf_counter() - started, as_json)
 
 
-def report(model: str, stride: int, branches: str, results: list[Result], seconds: float, as_json: bool) -> None:
+def report(
+    model: str, stride: int, branches: str, results: list[Result], seconds: float, as_json: bool
+) -> None:
     """Texts on stdout and a summary on stderr, or everything as one object."""
     from idlm.evaluation.metrics import summary
 
@@ -78,4 +87,6 @@ def report(model: str, stride: int, branches: str, results: list[Result], second
         }
         for result in results
     ]
-    common.print_json({"model": model, "stride": stride, "branches": branches, **totals, "results": answers})
+    common.print_json(
+        {"model": model, "stride": stride, "branches": branches, **totals, "results": answers}
+    )

@@ -13,7 +13,10 @@ from idlm.cli import common
 def inspect(
     path: Annotated[
         str,
-        typer.Argument(metavar="PATH", help="A model or adapter: a folder, a GGUF file, a hub id, or a bundled name."),
+        typer.Argument(
+            metavar="PATH",
+            help="A model or adapter: a folder, a GGUF file, a hub id, or a bundled name.",
+        ),
     ],
     adapter: common.Adapter = None,
     weights: Annotated[
@@ -22,7 +25,8 @@ def inspect(
     ] = None,
     as_json: common.Json = False,
 ) -> None:
-    """Say what is in a checkpoint, and whether it can decode with ISD; without --weights none are read."""
+    """Say what is in a checkpoint, and whether it can decode with ISD; without --weights none are
+    read."""
     from idlm.models.checkpoint import inspect_checkpoint
 
     found = asdict(inspect_checkpoint(path, adapter))

@@ -56,10 +56,13 @@ def read(file: Path) -> list[Prompt]:
     """The prompts of a .txt file (one a line) or a .jsonl file (one object a line).
 
     Raises:
-        InputError: the file cannot be read, or a line is not a prompt; the message names the file and the line.
+        InputError: the file cannot be read, or a line is not a prompt; the message names the file
+            and the line.
     """
     if file.suffix not in (".txt", ".jsonl"):
-        raise InputError(f"prompts file '{file}' is neither .txt (one prompt a line) nor .jsonl; rename or convert it")
+        raise InputError(
+            f"prompts file '{file}' is neither .txt (one prompt a line) nor .jsonl; rename or convert it"
+        )
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -79,7 +82,9 @@ def _parse(line: str, place: str) -> Prompt:
     except json.JSONDecodeError as error:
         raise InputError(f"{place} is not JSON ({error.msg}); write one object a line") from None
     if isinstance(record, dict):
-        text, messages, ids = (record.get(key) for key in ("prompt", "messages", "prompt_token_ids"))
+        text, messages, ids = (
+            record.get(key) for key in ("prompt", "messages", "prompt_token_ids")
+        )
         if isinstance(text, str):
             return Prompt(text)
         if isinstance(messages, list) and messages and all(map(_is_message, messages)):
@@ -93,11 +98,14 @@ def _parse(line: str, place: str) -> Prompt:
 
 
 def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+    return isinstance(message, dict) and all(
+        isinstance(message.get(key), str) for key in ("role", "content")
+    )
 
 
 def defaults(idlm: Idlm) -> list[Prompt]:
-    """Prompts for a model about which none were given: problems for ours, a few openings, or the start token alone."""
+    """Prompts for a model about which none were given: problems for ours, a few openings, or the
+    start token alone."""
     if idlm.name in ("nano", "nano-base", "nano-full"):
         from idlm.nano.problems import held_out_problems
 

@@ -1,4 +1,5 @@
-"""The sampling options, written once: `@with_sampling` gives them to a command as one `SamplingParams`."""
+"""The sampling options, written once: `@with_sampling` gives them to a command as one
+`SamplingParams`."""
 
 from __future__ import annotations
 
@@ -21,23 +22,39 @@ def sampling_params(
     temperature: Annotated[float, _option("0 is greedy.")] = 1.0,
     top_k: Annotated[int, _option("Keep the k likeliest tokens; 0 keeps all.")] = 0,
     top_p: Annotated[float, _option("Keep the likeliest tokens that hold this probability.")] = 1.0,
-    min_p: Annotated[float, _option("Drop tokens less likely than this share of the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, _option("Divide the logits of tokens that were there; 1 is none.")] = 1.0,
-    presence_penalty: Annotated[float, _option("Subtract from the logits of tokens in the output.")] = 0.0,
+    min_p: Annotated[
+        float, _option("Drop tokens less likely than this share of the likeliest.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, _option("Divide the logits of tokens that were there; 1 is none.")
+    ] = 1.0,
+    presence_penalty: Annotated[
+        float, _option("Subtract from the logits of tokens in the output.")
+    ] = 0.0,
     frequency_penalty: Annotated[float, _option("The same, for each time they are in it.")] = 0.0,
     logit_bias: Annotated[
-        list[str] | None, _option("Add to a token's logit; can be repeated.", metavar="TOKEN_ID=BIAS")
+        list[str] | None,
+        _option("Add to a token's logit; can be repeated.", metavar="TOKEN_ID=BIAS"),
     ] = None,
-    stop: Annotated[list[str] | None, _option("End at this text, which is left out; can be repeated.")] = None,
+    stop: Annotated[
+        list[str] | None, _option("End at this text, which is left out; can be repeated.")
+    ] = None,
     min_tokens: Annotated[int, _option("No end before so many tokens.")] = 0,
     n: Annotated[int, _option("Samples of each prompt.")] = 1,
-    banned_token: Annotated[list[int] | None, _option("Never emit this token id; can be repeated.")] = None,
-    seed: Annotated[int | None, _option("Seed of the noise; drawn and reported if not given.")] = None,
+    banned_token: Annotated[
+        list[int] | None, _option("Never emit this token id; can be repeated.")
+    ] = None,
+    seed: Annotated[
+        int | None, _option("Seed of the noise; drawn and reported if not given.")
+    ] = None,
     ignore_eos: Annotated[bool, _option("Go on after the model's end token.")] = False,
     verification: Annotated[
-        Literal["coupled", "ratio", "relaxed"], _option("Which drafts stand; relaxed is approximate.")
+        Literal["coupled", "ratio", "relaxed"],
+        _option("Which drafts stand; relaxed is approximate."),
     ] = "coupled",
-    tau: Annotated[float | None, _option("Relaxed only: the share of the likeliest that is enough.")] = None,
+    tau: Annotated[
+        float | None, _option("Relaxed only: the share of the likeliest that is enough.")
+    ] = None,
 ) -> SamplingParams:
     """The options as `SamplingParams`, which checks them."""
     return SamplingParams(
@@ -66,7 +83,9 @@ def _bias(entry: str) -> tuple[int, float]:
     try:
         return int(token), float(bias)
     except ValueError:
-        raise InputError(f"--logit-bias {entry!r} is not TOKEN_ID=BIAS; write for example 42=-1.5") from None
+        raise InputError(
+            f"--logit-bias {entry!r} is not TOKEN_ID=BIAS; write for example 42=-1.5"
+        ) from None
 
 
 def with_sampling(command: Callable[..., None]) -> Callable[..., None]:

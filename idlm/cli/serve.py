@@ -25,35 +25,55 @@ def _option(panel: str, help: str, **settings: Any) -> Any:
 def serve(
     model: common.Model,
     adapter: Annotated[
-        list[str] | None, _option("Model", "A gated LoRA and its name; can be repeated.", metavar="NAME=PATH")
+        list[str] | None,
+        _option("Model", "A gated LoRA and its name; can be repeated.", metavar="NAME=PATH"),
     ] = None,
     host: Annotated[str, _option("Network", "The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, _option("Network", "The port; 0 takes a free one.")] = 8000,
     api_key: Annotated[
-        list[str] | None, _option("Network", f"A key that opens all routes; can be repeated. Or ${KEY_VARIABLE}.")
+        list[str] | None,
+        _option("Network", f"A key that opens all routes; can be repeated. Or ${KEY_VARIABLE}."),
     ] = None,
-    name: Annotated[str | None, _option("Model", "What requests call the model; MODEL if not given.")] = None,
+    name: Annotated[
+        str | None, _option("Model", "What requests call the model; MODEL if not given.")
+    ] = None,
     stride: common.Stride = 4,
     branches: common.BranchesOption = "planner",
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
     max_num_seqs: Annotated[int, _option("Engine", "The most samples at once; others wait.")] = 64,
-    kv_memory: Annotated[str | None, _option("Engine", "Memory of the KV cache: bytes, or such as 512MiB.")] = None,
-    threads: Annotated[int | None, _option("Engine", "Threads of the engine; measured if not given.")] = None,
+    kv_memory: Annotated[
+        str | None, _option("Engine", "Memory of the KV cache: bytes, or such as 512MiB.")
+    ] = None,
+    threads: Annotated[
+        int | None, _option("Engine", "Threads of the engine; measured if not given.")
+    ] = None,
     weights: common.Weights = "auto",
-    deterministic: Annotated[bool, _option("Engine", "Batch-invariant kernels: the same bytes, slower.")] = False,
-    salt_by_key: Annotated[bool, _option("Network", "Share cached prefixes only within a key.")] = False,
-    log_prompts: Annotated[bool, _option("Network", "Write prompts and outputs to the log.")] = False,
+    deterministic: Annotated[
+        bool, _option("Engine", "Batch-invariant kernels: the same bytes, slower.")
+    ] = False,
+    salt_by_key: Annotated[
+        bool, _option("Network", "Share cached prefixes only within a key.")
+    ] = False,
+    log_prompts: Annotated[
+        bool, _option("Network", "Write prompts and outputs to the log.")
+    ] = False,
     queue_requests: Annotated[
         int | None, _option("Limits", "Samples running or waiting.", show_default="max-num-seqs")
     ] = None,
-    queue_tokens: Annotated[int, _option("Limits", "Tokens that they may come to.")] = BOUNDS.queue_tokens,
-    max_tokens: Annotated[int | None, _option("Limits", "Tokens of a sample.", show_default="the context")] = None,
+    queue_tokens: Annotated[
+        int, _option("Limits", "Tokens that they may come to.")
+    ] = BOUNDS.queue_tokens,
+    max_tokens: Annotated[
+        int | None, _option("Limits", "Tokens of a sample.", show_default="the context")
+    ] = None,
     max_n: Annotated[int, _option("Limits", "Samples of a prompt.")] = BOUNDS.n,
     max_prompts: Annotated[int, _option("Limits", "Prompts of a request.")] = BOUNDS.prompts,
     max_body: Annotated[int, _option("Limits", "Bytes of a request.")] = BOUNDS.body_bytes,
     timeout: Annotated[float, _option("Limits", "Seconds of a request.")] = BOUNDS.timeout,
-    drain_seconds: Annotated[float, _option("Limits", "For what runs when the server ends.")] = BOUNDS.drain_seconds,
+    drain_seconds: Annotated[
+        float, _option("Limits", "For what runs when the server ends.")
+    ] = BOUNDS.drain_seconds,
 ) -> None:
     """Serve a model over an OpenAI-compatible API."""
     need("serve", "idlm serve")
@@ -62,14 +82,25 @@ def serve(
     limits = Limits(*bounds, timeout=timeout, drain_seconds=drain_seconds)
     _check(limits)
     engine = EngineConfig(
-        *(model, _adapters(adapter or []), stride, branches, dtype, device, max_num_seqs, kv_memory),
+        *(
+            model,
+            _adapters(adapter or []),
+            stride,
+            branches,
+            dtype,
+            device,
+            max_num_seqs,
+            kv_memory,
+        ),
         deterministic=deterministic,
         weights=weights,
         threads=threads,
     )
     _check_engine(engine)
     keys = _keys(api_key or [])
-    config = ServeConfig(engine, _name(name or model, engine), host, port, keys, salt_by_key, log_prompts, limits)
+    config = ServeConfig(
+        engine, _name(name or model, engine), host, port, keys, salt_by_key, log_prompts, limits
+    )
     _check_port(port)
 
     from idlm.serving.server import serve as run
@@ -80,7 +111,10 @@ def serve(
 def _announce(config: ServeConfig, url: str) -> None:
     """One line on stdout, and a warning where it is due."""
     if not config.api_keys and not _is_loopback(config.host):
-        typer.echo(f"warning: {config.host} can be reached by others, and there is no key; give --api-key", err=True)
+        typer.echo(
+            f"warning: {config.host} can be reached by others, and there is no key; give --api-key",
+            err=True,
+        )
     typer.echo(f"idlm serves {config.name} at {url}")
 
 
@@ -112,7 +146,10 @@ def _check(limits: Limits) -> None:
     }
     for option, count in counts.items():
         _at_least(option, count, 1)
-    for option, seconds in (("--timeout", limits.timeout), ("--drain-seconds", limits.drain_seconds)):
+    for option, seconds in (
+        ("--timeout", limits.timeout),
+        ("--drain-seconds", limits.drain_seconds),
+    ):
         if not 0 < seconds < float("inf"):
             raise InputError(f"{option} {seconds} is no length of time; give seconds above 0")
 
@@ -128,7 +165,9 @@ def _adapters(entries: list[str]) -> dict[str, str]:
     for entry in entries:
         name, _, path = entry.partition("=")
         if not name or not path:
-            raise InputError(f"--adapter {entry!r} is not NAME=PATH; write for example --adapter math=runs/math")
+            raise InputError(
+                f"--adapter {entry!r} is not NAME=PATH; write for example --adapter math=runs/math"
+            )
         if name in found:
             raise InputError(f"--adapter {name!r} is given twice; use two names")
         found[name] = path
@@ -141,7 +180,9 @@ def _name(name: str, engine: EngineConfig) -> str:
         raise InputError("--name is empty; give a name, or leave the option out")
     taken = {name, name + AR_SUFFIX, "default"} & set(engine.adapters)
     if taken:
-        raise InputError(f"--adapter {min(taken)!r} has a name that means something else; use another")
+        raise InputError(
+            f"--adapter {min(taken)!r} has a name that means something else; use another"
+        )
     return name
 
 

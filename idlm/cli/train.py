@@ -16,8 +16,12 @@ CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 def train(
     context: typer.Context,
-    config: Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="The run; configs/ has examples.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG.yaml", help="The run; configs/ has examples.")
+    ],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object on stdout.")
+    ] = False,
 ) -> None:
     """Train a base model, or convert a model to an I-DLM, as CONFIG.yaml says.
 
@@ -31,4 +35,8 @@ def train(
     result = run(load_config(config, context.args))
     if os.environ.get("RANK", "0") != "0":
         return  # under torchrun one process speaks for all
-    typer.echo(json.dumps(result) if as_json else "\n".join(f"{key}: {value}" for key, value in result.items()))
+    typer.echo(
+        json.dumps(result)
+        if as_json
+        else "\n".join(f"{key}: {value}" for key, value in result.items())
+    )

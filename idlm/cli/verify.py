@@ -21,12 +21,15 @@ def verify(
     model: common.Model,
     *,
     prompts_file: Annotated[
-        Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts: .txt one a line, or .jsonl.")
+        Path | None,
+        typer.Option("--prompts", metavar="FILE", help="Prompts: .txt one a line, or .jsonl."),
     ] = None,
     adapter: common.Adapter = None,
     stride: common.Stride = 4,
     branches: common.BranchesOption = "all",
-    chat: Annotated[bool, typer.Option("--chat/--raw", help="Use the model's chat template, if it has one.")] = True,
+    chat: Annotated[
+        bool, typer.Option("--chat/--raw", help="Use the model's chat template, if it has one.")
+    ] = True,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
     as_json: common.Json = False,
@@ -34,8 +37,9 @@ def verify(
 ) -> None:
     """Decode with AR and with ISD and compare token by token; exit status 1 when they differ.
 
-    The ratio rule keeps AR's law and not its sample path, so there the law is tested: each token's probability integral
-    transform under AR's law, by Kolmogorov-Smirnov with a false-alarm rate of one in a million.
+    The ratio rule keeps AR's law and not its sample path, so there the law is tested: each token's
+    probability integral transform under AR's law, by Kolmogorov-Smirnov with a false-alarm rate of
+    one in a million.
     """
     asked = prompts.given([], prompts_file)
 
@@ -48,8 +52,18 @@ def verify(
     check = _law if sampling.verification == "ratio" else _tokens
     with common.progress("verifying", len(ids)) as advance:
         passed, found = check(idlm, ids, sampling, stride, branches, advance)
-    settings = {"model": model, "stride": stride, "branches": branches, "verification": sampling.verification}
-    report: dict[str, Any] = {**settings, "dtype": str(idlm.dtype).removeprefix("torch."), "prompts": len(ids), **found}
+    settings = {
+        "model": model,
+        "stride": stride,
+        "branches": branches,
+        "verification": sampling.verification,
+    }
+    report: dict[str, Any] = {
+        **settings,
+        "dtype": str(idlm.dtype).removeprefix("torch."),
+        "prompts": len(ids),
+        **found,
+    }
     if as_json:
         common.print_json(report)
     else:
@@ -88,13 +102,17 @@ def _law(idlm: Idlm, ids: list[list[int]], *settings: Any) -> tuple[bool, dict[s
 
 def _show(idlm: Idlm, report: dict[str, Any]) -> None:
     """The verdict in words, and each difference on a line of its own."""
-    rule = report["verification"] + (" (approximate)" if report["verification"] == "relaxed" else "")
+    rule = report["verification"] + (
+        " (approximate)" if report["verification"] == "relaxed" else ""
+    )
     where = "stride {stride}, branches {branches}, {rule}, {dtype}, {prompts} prompts, TPF {tpf:.2f}".format(
         **report, rule=rule
     )
     if "same_law" in report:
         verdict = "the law is AR's" if report["same_law"] else "the law is NOT AR's"
-        line = "statistic {statistic:.3f}, bound {bound:.3f}, {tokens} tokens, {impossible} impossible".format(**report)
+        line = "statistic {statistic:.3f}, bound {bound:.3f}, {tokens} tokens, {impossible} impossible".format(
+            **report
+        )
     else:
         verdict = "identical" if report["identical"] else "DIFFERENT"
         line = "{compared_tokens} tokens compared".format(**report)
@@ -107,6 +125,14 @@ def _difference(idlm: Idlm, difference: dict[str, Any]) -> str:
     sides = []
     for side in ("ar", "isd"):
         token, margin = difference[f"{side}_token"], difference[f"{side}_margin"]
-        text = repr(idlm.tokenizer.decode([token])) if idlm.tokenizer is not None and token is not None else ""
-        sides.append(f"{side.upper()} ended" if token is None else f"{side.upper()} {token} {text} margin {margin:.3g}")
+        text = (
+            repr(idlm.tokenizer.decode([token]))
+            if idlm.tokenizer is not None and token is not None
+            else ""
+        )
+        sides.append(
+            f"{side.upper()} ended"
+            if token is None
+            else f"{side.upper()} {token} {text} margin {margin:.3g}"
+        )
     return f"  prompt {difference['prompt']}, token {difference['position']}: {'; '.join(sides)}"

@@ -49,8 +49,8 @@ class CostTable:
         return list(self._seconds)
 
     def cost(self, batch: int, plan: Plan) -> float:
-        """Seconds of a step: linear between the nearest measured batch sizes; below them the smallest
-        one's; beyond them what the further rows cost at the rate of `per_row`.
+        """Seconds of a step: linear between the nearest measured batch sizes; below them the
+        smallest one's; beyond them what the further rows cost at the rate of `per_row`.
 
         Raises:
             KeyError: the plan was never measured.
@@ -118,7 +118,9 @@ class RunningCosts:
         Raises:
             KeyError: the plan was never measured.
         """
-        return self.table.cost(batch, plan) * exp(self._drift + self._own.get(_key(plan, batch), 0.0))
+        return self.table.cost(batch, plan) * exp(
+            self._drift + self._own.get(_key(plan, batch), 0.0)
+        )
 
     def costs(self, batch: int) -> Mapping[Plan, float]:
         """`cost` of every plan."""

@@ -1,8 +1,9 @@
 """The planner: how many tokens a window is worth, what it costs, and which one to run next.
 
-With per-depth acceptance a_1 .. a_K of K = N - 1 drafts, r_k = a_1 * .. * a_k the chance that the first k stand, and P
-the chance that the outcome has masks (so that the next window has drafts), a window with drafts commits
-1 + r_1 + .. + r_K tokens; one without commits 1 and always leaves drafts. Windows with drafts are 1 / (2 - P) of all:
+With per-depth acceptance a_1 .. a_K of K = N - 1 drafts, r_k = a_1 * .. * a_k the chance that the
+first k stand, and P the chance that the outcome has masks (so that the next window has drafts), a
+window with drafts commits 1 + r_1 + .. + r_K tokens; one without commits 1 and always leaves
+drafts. Windows with drafts are 1 / (2 - P) of all:
 
     tokens per forward = (1 + r_1 + .. + r_K + 1 - P) / (2 - P)
 
@@ -21,7 +22,8 @@ from idlm.errors import InputError
 
 @dataclass(frozen=True)
 class Plan:
-    """A window to run: `stride` N and the outcomes that get masks. All plans with stride 1 are the same: AR.
+    """A window to run: `stride` N and the outcomes that get masks. All plans with stride 1 are the
+    same: AR.
 
     Raises:
         InputError: see `parse_branches`.
@@ -54,7 +56,9 @@ class Plan:
         """For people: "ar", "all-4", "chain-4"; "0+3-4" for the outcomes 0 and 3 at stride 4."""
         if self.stride == 1:
             return "ar"
-        branches = self.branches if isinstance(self.branches, str) else "+".join(map(str, self.branches))
+        branches = (
+            self.branches if isinstance(self.branches, str) else "+".join(map(str, self.branches))
+        )
         return f"{branches}-{self.stride}"
 
 
@@ -70,7 +74,9 @@ def expected_tokens(plan: Plan, acceptance: Sequence[float]) -> float:
         InputError: the plan drafts and `acceptance` is empty.
     """
     if plan.drafts and not acceptance:
-        raise InputError(f"acceptance=[] says nothing about {plan.name}; give at least the one of the first draft")
+        raise InputError(
+            f"acceptance=[] says nothing about {plan.name}; give at least the one of the first draft"
+        )
     reach = [1.0]
     for depth in range(plan.drafts):
         reach.append(reach[-1] * acceptance[min(depth, len(acceptance) - 1)])
@@ -84,7 +90,8 @@ class Choice:
     """What to run next, what it is expected to give *each* running request, and why.
 
     Attributes:
-        figures: of every candidate, the chosen one first, then the fastest first: plan, tokens a step, seconds a step.
+        figures: of every candidate, the chosen one first, then the fastest first: plan, tokens a
+            step, seconds a step.
     """
 
     plan: Plan
@@ -96,7 +103,9 @@ class Choice:
         """One line with all figures; made when it is read, not for every step."""
         plan, tokens, seconds = self.figures[0]
         first = f"{plan.name}: {tokens:.2f} tokens / {1e3 * seconds:.1f} ms = {tokens / seconds:.0f} tok/s"
-        others = (f"{p.name} {n:.2f} / {1e3 * t:.1f} ms = {n / t:.0f}" for p, n, t in self.figures[1:])
+        others = (
+            f"{p.name} {n:.2f} / {1e3 * t:.1f} ms = {n / t:.0f}" for p, n, t in self.figures[1:]
+        )
         return "; ".join([first, *others])
 
 
@@ -109,8 +118,8 @@ def choose(
 ) -> Choice:
     """The plan, AR included, with the most expected tokens per second; of equals the narrowest.
 
-    So that the plan does not flap, `current` stays until another is more than `margin` (a share) faster, or AR is
-    faster at all: the margin is never spent on being slower than AR.
+    So that the plan does not flap, `current` stays until another is more than `margin` (a share)
+    faster, or AR is faster at all: the margin is never spent on being slower than AR.
 
     Args:
         costs: seconds of a step at the present batch size, of every plan and of AR.
@@ -123,7 +132,11 @@ def choose(
     figures.sort(key=lambda figure: -figure[1] / figure[2])
     rates = {plan: tokens / seconds for plan, tokens, seconds in figures}
     best = figures[0][0]
-    if current in rates and rates[best] <= rates[current] * (1 + margin) and rates[current] >= rates[AR]:
+    if (
+        current in rates
+        and rates[best] <= rates[current] * (1 + margin)
+        and rates[current] >= rates[AR]
+    ):
         best = current
     figures.sort(key=lambda figure: figure[0] != best)
     return Choice(best, rates[best], figures)
@@ -139,26 +152,33 @@ class RunningAcceptance:
     trying drafts again has a price, which `engine.planner` pays in small looks.
     """
 
-    def __init__(self, depth: int, prior: float = 0.8, weight: float = 4.0, decay: float = 0.99) -> None:
+    def __init__(
+        self, depth: int, prior: float = 0.8, weight: float = 4.0, decay: float = 0.99
+    ) -> None:
         self.prior, self.weight, self.decay = prior, weight, decay
         self._reached = [0.0] * depth
         self._accepted = [0.0] * depth
 
     def update(self, reached: Sequence[int], accepted: Sequence[int]) -> None:
-        """Count one step: drafts looked at and drafts accepted, by depth, over all slots; missing depths are 0.
+        """Count one step: drafts looked at and drafts accepted, by depth, over all slots; missing
+        depths are 0.
 
         Raises:
             ValueError: more depths than there are, or more accepted than reached.
         """
         if len(reached) != len(accepted) or len(reached) > len(self._reached):
-            raise ValueError(f"{len(reached)} reached and {len(accepted)} accepted for {len(self._reached)} depths")
+            raise ValueError(
+                f"{len(reached)} reached and {len(accepted)} accepted for {len(self._reached)} depths"
+            )
         if not any(reached):
             return
         self._reached = [self.decay * count for count in self._reached]
         self._accepted = [self.decay * count for count in self._accepted]
         for depth, (looked, stood) in enumerate(zip(reached, accepted, strict=True)):
             if not 0 <= stood <= looked:
-                raise ValueError(f"accepted {stood} of {looked} reached drafts at depth {depth + 1}")
+                raise ValueError(
+                    f"accepted {stood} of {looked} reached drafts at depth {depth + 1}"
+                )
             self._reached[depth] += looked
             self._accepted[depth] += stood
 

@@ -1,7 +1,8 @@
 """`Settings`: what the requests of a batch ask for, as tensors with one row per slot.
 
-A request stays in its slot until it ends, and its row is written in place, so the tensors can be read by a recorded
-step. `Features` says, on the host, which parts of the law any live slot needs: a step runs those and no others.
+A request stays in its slot until it ends, and its row is written in place, so the tensors can be
+read by a recorded step. `Features` says, on the host, which parts of the law any live slot needs: a
+step runs those and no others.
 
 Shapes: B slots, V logit columns, N tokens committed by one step at most.
 """
@@ -33,9 +34,11 @@ INTEGERS = ("top_k", "rule", "hold_until", "prompt_length")
 
 @dataclass(frozen=True)
 class Features:
-    """What any of a batch's requests needs; without one, its tensor operations are left out of the step.
+    """What any of a batch's requests needs; without one, its tensor operations are left out of the
+    step.
 
-    A slot's tokens do not depend on it: what a slot does not ask for leaves its numbers as they are, to the bit.
+    A slot's tokens do not depend on it: what a slot does not ask for leaves its numbers as they
+    are, to the bit.
 
     Attributes:
         sampled: a temperature above 0.
@@ -73,7 +76,9 @@ class Features:
         )
 
     def __or__(self, other: Features) -> Features:
-        return Features(*(getattr(self, one.name) or getattr(other, one.name) for one in fields(self)))
+        return Features(
+            *(getattr(self, one.name) or getattr(other, one.name) for one in fields(self))
+        )
 
 
 @dataclass
@@ -89,7 +94,8 @@ class Settings:
         top_p: float64 [B]; inf keeps all.
         top_k: int64 [B]; V keeps all.
         log_tau: float64 [B], log of tau; inf outside the relaxed rule.
-        keys: int64 [B, 3], the streams' keys: where the noise of tokens, drafts and acceptances starts.
+        keys: int64 [B, 3], the streams' keys: where the noise of tokens, drafts and acceptances
+            starts.
         rule: int64 [B], COUPLED, RATIO or RELAXED.
         hold_until: int64 [B], the number of outputs before which the stop ids cannot come out.
         prompt_length: int64 [B].
@@ -124,7 +130,9 @@ class Settings:
     _together: Features | None = None
 
     @classmethod
-    def empty(cls, slots: int, vocab_size: int, mask_id: int, device: torch.device | str = "cpu") -> Settings:
+    def empty(
+        cls, slots: int, vocab_size: int, mask_id: int, device: torch.device | str = "cpu"
+    ) -> Settings:
         """All slots free."""
         # what a request brings is written at once: all slots' numbers are columns of two tables
         reals = torch.tensor(list(REALS.values()), dtype=torch.float64, device=device)
@@ -156,7 +164,8 @@ class Settings:
     ) -> None:
         """Write a request's row: new, or resumed with the `output` it already has.
 
-        `stop_ids` are all the ids that end it: its own, and the model's end token unless that is ignored.
+        `stop_ids` are all the ids that end it: its own, and the model's end token unless that is
+        ignored.
         """
         ends = sorted(set(stop_ids))
         needs = Features.of(params, ends)
@@ -173,7 +182,8 @@ class Settings:
         self._live[slot] = self._together = None
 
     def record(self, tokens: Tensor, number: Tensor) -> None:
-        """Count the tokens just committed, on the device: the first `number` [B] of each row of `tokens` [B, N].
+        """Count the tokens just committed, on the device: the first `number` [B] of each row of
+        `tokens` [B, N].
 
         Needed where `features.penalised`; nothing happens while no request ever was.
         """
@@ -183,7 +193,9 @@ class Settings:
         self.counts.scatter_add_(1, tokens.clamp(0, self.vocab_size - 1), fresh.to(torch.int32))
         self.seen.logical_or_(self.counts > 0)
 
-    def _put_numbers(self, slot: int, params: SamplingParams, needs: Features, seed: int, prompt_length: int) -> None:
+    def _put_numbers(
+        self, slot: int, params: SamplingParams, needs: Features, seed: int, prompt_length: int
+    ) -> None:
         reals, integers = self._numbers
         tau = torch.tensor(ALWAYS if params.tau is None else params.tau, dtype=torch.float64)
         reals[slot] = torch.tensor(
@@ -198,9 +210,15 @@ class Settings:
             ],
             dtype=torch.float64,
         )
-        top_k = min(params.top_k, self.vocab_size) if needs.filtered and params.top_k > 0 else self.vocab_size
+        top_k = (
+            min(params.top_k, self.vocab_size)
+            if needs.filtered and params.top_k > 0
+            else self.vocab_size
+        )
         rule = VERIFICATIONS.index(params.verification)
-        streams = torch.tensor([Stream.TOKEN, Stream.DRAFT if rule == RATIO else Stream.TOKEN, Stream.ACCEPT])
+        streams = torch.tensor(
+            [Stream.TOKEN, Stream.DRAFT if rule == RATIO else Stream.TOKEN, Stream.ACCEPT]
+        )
         keys = split_mix(torch.tensor(seed), streams)
         held = params.min_tokens if needs.held else 0
         integers[slot] = torch.cat([torch.tensor([top_k, rule, held, prompt_length]), keys])

@@ -1,4 +1,5 @@
-"""`build_engine`: from a model and a few wishes to an engine, with the reason for each automatic choice."""
+"""`build_engine`: from a model and a few wishes to an engine, with the reason for each automatic
+choice."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.85}
 GRAPHS_MEMORY = 3 * 2**29
 """What CUDA's graphs and libraries may take."""
 PANELS_SHARE, DRAFT_SHARE = 0.5, 0.25
-"""Of the free memory, what the kernels' copy of the weights may take, and what weights for MASK rows alone may."""
+"""Of the free memory, what the kernels' copy of the weights may take, and what weights for MASK
+rows alone may."""
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -56,7 +58,8 @@ def build_engine(
 ) -> Engine:
     """See `LLM` for the arguments; `late` and `record` as in `Engine` and `Runner`.
 
-    With `take_weights` the model is the engine's: weights of linear layers that nobody reads any more are freed.
+    With `take_weights` the model is the engine's: weights of linear layers that nobody reads any
+    more are freed.
 
     Raises:
         InputError: an argument cannot be used.
@@ -64,9 +67,13 @@ def build_engine(
     plans = plans_for(stride, branches)
     _check(idlm, stride, branches, max_num_seqs, page_size, prefill_tokens, simulate_acceptance)
     if branches == "planner" and not idlm.can_draft:
-        log.info("AR: model %r has no MASK row to draft with; an adapter would bring one", idlm.name)
+        log.info(
+            "AR: model %r has no MASK row to draft with; an adapter would bring one", idlm.name
+        )
         plans = [AR]
-    pages = _pages(idlm, max_num_seqs, kv_memory, page_size, max(plans, key=lambda plan: plan.width))
+    pages = _pages(
+        idlm, max_num_seqs, kv_memory, page_size, max(plans, key=lambda plan: plan.width)
+    )
     depth = max(plan.drafts for plan in plans)
     idlm.model.requires_grad_(False)
     linears = _linears(idlm, weights, deterministic)
@@ -79,8 +86,21 @@ def build_engine(
     floats = idlm.device.type == "cpu" and idlm.dtype == torch.float32
     fused = _fused(idlm) if floats else frozenset()
     simulated = simulate_acceptance
-    runner = Runner(idlm, max_num_seqs, depth, pages, page_size, record, simulated, deterministic, linears, fused)
-    if take_weights and linears is not None:  # before steps are recorded: a recording keeps what it reads
+    runner = Runner(
+        idlm,
+        max_num_seqs,
+        depth,
+        pages,
+        page_size,
+        record,
+        simulated,
+        deterministic,
+        linears,
+        fused,
+    )
+    if (
+        take_weights and linears is not None
+    ):  # before steps are recorded: a recording keeps what it reads
         linears.take(layer for _, layer in idlm.linear_layers())
         idlm.leave_file()
         give_back()
@@ -88,7 +108,9 @@ def build_engine(
     late = int(idlm.device.type == "cuda") if late is None else late
     root = f"{idlm.name} {idlm.dtype}".encode()
     planner = Planner(plans, costs)
-    return Engine(runner, planner, pages, page_size, max_num_seqs, late, prefill_tokens, adapters, root)
+    return Engine(
+        runner, planner, pages, page_size, max_num_seqs, late, prefill_tokens, adapters, root
+    )
 
 
 def plans_for(stride: int, branches: str | Iterable[int]) -> list[Plan]:
@@ -115,16 +137,28 @@ def _check(
     simulate_acceptance: Sequence[float] | None,
 ) -> None:
     if any(not layer.weight.numel() for _, layer in idlm.linear_layers()):
-        raise InputError(f"model {idlm.name!r}: its weights are an engine's, which freed them; load it again")
+        raise InputError(
+            f"model {idlm.name!r}: its weights are an engine's, which freed them; load it again"
+        )
     if stride > 1 and branches != "planner" and not idlm.can_draft:
-        raise InputError(f"model {idlm.name!r} has no MASK row to draft with; give an adapter, or use stride 1")
-    for name, value in (("max_num_seqs", max_num_seqs), ("page_size", page_size), ("prefill_tokens", prefill_tokens)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise InputError(
+            f"model {idlm.name!r} has no MASK row to draft with; give an adapter, or use stride 1"
+        )
+    for name, value in (
+        ("max_num_seqs", max_num_seqs),
+        ("page_size", page_size),
+        ("prefill_tokens", prefill_tokens),
+    ):
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, int) or value < 1
+        ):
             raise InputError(f"{name}={value!r} is not a whole number above 0; use for example 16")
     if simulate_acceptance is not None:
         wrong = [value for value in simulate_acceptance if not 0 <= value <= 1]
         if wrong or not simulate_acceptance:
-            raise InputError(f"simulate_acceptance={list(simulate_acceptance)} must be shares from 0 to 1, by depth")
+            raise InputError(
+                f"simulate_acceptance={list(simulate_acceptance)} must be shares from 0 to 1, by depth"
+            )
 
 
 def parse_memory(value: int | str) -> int:
@@ -135,20 +169,33 @@ def parse_memory(value: int | str) -> int:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|KiB|MiB|GiB)\s*", str(value))
     if isinstance(value, bool) or found is None or float(found[1]) == 0:
-        raise InputError(f"kv_memory={value!r} is no amount of memory; give bytes, or for example '512MiB' or '2GiB'")
+        raise InputError(
+            f"kv_memory={value!r} is no amount of memory; give bytes, or for example '512MiB' or '2GiB'"
+        )
     return int(float(found[1]) * UNITS[found[2]])
 
 
-def _pages(idlm: Idlm, slots: int, kv_memory: int | str | None, page_size: int, widest: Plan) -> int:
+def _pages(
+    idlm: Idlm, slots: int, kv_memory: int | str | None, page_size: int, widest: Plan
+) -> int:
     """How many pages the KV cache has, the trash page included; the reason goes to the log."""
-    page_bytes = sum(2 * page_size * groups * size for _, groups, size in attention_shapes(idlm)) * idlm.dtype.itemsize
+    page_bytes = (
+        sum(2 * page_size * groups * size for _, groups, size in attention_shapes(idlm))
+        * idlm.dtype.itemsize
+    )
     per_request = math.ceil(idlm.context / page_size)
     enough = 2 * slots * per_request + 1  # every slot full, and as much again for the prefix cache
     budget = _share(idlm, slots, widest) if kv_memory is None else parse_memory(kv_memory)
     pages = min(enough, budget // page_bytes) if kv_memory is None else budget // page_bytes
     if pages < 2:
-        raise InputError(f"kv_memory={kv_memory!r} holds {pages} pages of {page_bytes} bytes; give at least two")
-    why = "as many as the slots can use, twice" if pages == enough else f"what {budget / 2**20:.0f} MiB hold"
+        raise InputError(
+            f"kv_memory={kv_memory!r} holds {pages} pages of {page_bytes} bytes; give at least two"
+        )
+    why = (
+        "as many as the slots can use, twice"
+        if pages == enough
+        else f"what {budget / 2**20:.0f} MiB hold"
+    )
     log.info(
         "KV cache: %d pages of %d tokens (%s), %.0f MiB, %.1f requests of full length",
         *(pages, page_size, why, pages * page_bytes / 2**20, (pages - 1) / per_request),
@@ -157,7 +204,8 @@ def _pages(idlm: Idlm, slots: int, kv_memory: int | str | None, page_size: int, 
 
 
 def _linears(idlm: Idlm, weights: str, deterministic: bool) -> Linears | None:
-    """The kernels that multiply by the model's weights; None where PyTorch does. The reasons go to the log.
+    """The kernels that multiply by the model's weights; None where PyTorch does. The reasons go to
+    the log.
 
     Raises:
         InputError: `weights` cannot be used with this model or on this machine.
@@ -175,7 +223,9 @@ def _linears(idlm: Idlm, weights: str, deterministic: bool) -> Linears | None:
         size, free = 4 * idlm.model.num_parameters(), psutil.virtual_memory().available
         if format == "float32" and size > PANELS_SHARE * free:
             why = "a copy of the weights for the C kernels would take %.0f MiB, over half of what is free"
-            log.info(f"PyTorch multiplies: {why}; weights='bfloat16' or 'int8' need less", size / 2**20)
+            log.info(
+                f"PyTorch multiplies: {why}; weights='bfloat16' or 'int8' need less", size / 2**20
+            )
             return None
     return Linears(idlm.linear_groups(), format)
 
@@ -189,7 +239,9 @@ def _no_kernels(idlm: Idlm, deterministic: bool) -> str | None:
     if idlm.dtype != torch.float32:
         kind = str(idlm.dtype).removeprefix("torch.")
         return f"needs float32 activations, and the model is {kind} (dtype='float32' makes it that)"
-    return None if native.loaded() else "needs the C kernels, which are not there (the log says why)"
+    return (
+        None if native.loaded() else "needs the C kernels, which are not there (the log says why)"
+    )
 
 
 def _add_drafts(idlm: Idlm, linears: Linears) -> None:
@@ -212,7 +264,9 @@ def _fused(idlm: Idlm) -> frozenset[str]:
     heads, _, size = attention_shapes(idlm)[0]
     config = idlm.model.config
     hidden = int(config.hidden_size)
-    return faster_operators(hidden, int(getattr(config, "intermediate_size", None) or 4 * hidden), heads, size)
+    return faster_operators(
+        hidden, int(getattr(config, "intermediate_size", None) or 4 * hidden), heads, size
+    )
 
 
 def _share(idlm: Idlm, slots: int, widest: Plan) -> int:
@@ -224,5 +278,6 @@ def _share(idlm: Idlm, slots: int, widest: Plan) -> int:
 
 
 def gpu_share(free: int, work: int) -> int:
-    """Bytes of a GPU's free ones for the KV cache; `work` is what a step's forward takes, its verdict takes as much."""
+    """Bytes of a GPU's free ones for the KV cache; `work` is what a step's forward takes, its
+    verdict takes as much."""
     return max(0, min(int(MEMORY_SHARE["cuda"] * free), free - 2 * work - GRAPHS_MEMORY))

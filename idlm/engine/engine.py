@@ -3,15 +3,18 @@
 A request's life:
     1. `add` queues it; the intake refuses what cannot be done before it costs anything
     2. the scheduler gives it a slot and pages, those of the prefix cache first
-    3. its prompt is prefilled in chunks beside the others' windows; with the last chunk comes its own first window,
-       which brings its first token and drafts
+    3. its prompt is prefilled in chunks beside the others' windows; with the last chunk comes its
+       own first window, which brings its first token and drafts
     4. each step verifies its drafts, commits what stands and drafts again
-    5. the host reads the step's result (one step late on a GPU), finds stop strings, hands out the text
-    6. it ends: by a stop, its limit, `abort`, or its deadline; its slot is free, its full pages stay cached
+    5. the host reads the step's result (one step late on a GPU), finds stop strings, hands out the
+       text
+    6. it ends: by a stop, its limit, `abort`, or its deadline; its slot is free, its full pages
+       stay cached
     7. when pages run out, the last one in the order gives its own up, waits, and is prefilled again
     8. `check` finds every slot and page accounted for
 
-Nothing here looks at a tensor's value before `read`, but for steps with a guided request; see `GuidedRows`.
+Nothing here looks at a tensor's value before `read`, but for steps with a guided request; see
+`GuidedRows`.
 """
 
 from __future__ import annotations
@@ -38,11 +41,13 @@ from idlm.params import SamplingParams
 
 WARM_UP_SECONDS = 5.0
 MOST_STEPS = 4
-"""Decode steps' worth of prompts that a step may take where many wait for their first token and few decode."""
+"""Decode steps' worth of prompts that a step may take where many wait for their first token and few
+decode."""
 PREFILL_ALONE = 2048
 """Prompt tokens of one step while nobody decodes."""
 PREFILL_LATE = 512
-"""Prompt tokens beside running requests where results come late: a launch's time tells nothing of the device's."""
+"""Prompt tokens beside running requests where results come late: a launch's time tells nothing of
+the device's."""
 
 
 @dataclass
@@ -63,8 +68,10 @@ class Engine:
         planner: says which plan to run.
         pages, page_size: of the runner's cache.
         slots: the most requests at once.
-        late: steps launched before the results of one are read: 1 hides the host behind a GPU, 0 suits a CPU.
-        prefill_tokens: prompt tokens a step may add while others decode; None: about a step's worth.
+        late: steps launched before the results of one are read: 1 hides the host behind a GPU, 0
+            suits a CPU.
+        prefill_tokens: prompt tokens a step may add while others decode; None: about a step's
+            worth.
         adapters: names of the adapters, by index.
         root: see `Scheduler`.
     """
@@ -106,18 +113,22 @@ class Engine:
         timeout: float | None = None,
         salt: bytes = b"",
     ) -> str:
-        """Queue a request for one sample; returns its id. The arguments are those of `Intake.request`.
+        """Queue a request for one sample; returns its id. The arguments are those of
+        `Intake.request`.
 
         Raises:
             InputError: it could never run here.
         """
-        request = self.intake.request(prompt, params, seed, adapter, drafting, priority, timeout, salt)
+        request = self.intake.request(
+            prompt, params, seed, adapter, drafting, priority, timeout, salt
+        )
         self._requests[request.id] = request
         self.scheduler.wait(request)
         return request.id
 
     def result(self, request_id: str) -> Result:
-        """What a request that is still here has come to; it grows in place, and is the result in the end."""
+        """What a request that is still here has come to; it grows in place, and is the result in
+        the end."""
         return self._requests[request_id].result
 
     @torch.inference_mode()
@@ -151,7 +162,8 @@ class Engine:
             yield from self.step()
 
     def warm_up(self, seconds: float = WARM_UP_SECONDS) -> None:
-        """Prepare the steps that most requests need, in bounded time; a server does so before it is ready."""
+        """Prepare the steps that most requests need, in bounded time; a server does so before it is
+        ready."""
         self.runner.warm_up(self.planner.plans, seconds)
 
     @torch.inference_mode()
@@ -187,7 +199,8 @@ class Engine:
             )
 
     def _budget(self) -> int:
-        """Prompt tokens this step may prefill; more where most wait, or the first to decode would hold them all up."""
+        """Prompt tokens this step may prefill; more where most wait, or the first to decode would
+        hold them all up."""
         decoding, prefilling = len(self.scheduler.decoding), len(self.scheduler.prefilling)
         if not decoding:
             return PREFILL_ALONE
@@ -215,7 +228,10 @@ class Engine:
         matchers = [request.matcher for request in requests]
         chunks = [chunk for _, chunk in work]
         launched = self.runner.step(self._kind(plan), slots, tokens, chunks, matchers)
-        prompt_tokens, seconds = sum(len(chunk.tokens) for chunk in chunks), perf_counter() - started
+        prompt_tokens, seconds = (
+            sum(len(chunk.tokens) for chunk in chunks),
+            perf_counter() - started,
+        )
         self.metrics.count_launch(plan, len(slots), prompt_tokens, seconds)
         if not chunks and not any(matchers) and self.runner.steady:
             self.planner.observe_cost(len(slots), plan, seconds)
@@ -223,13 +239,16 @@ class Engine:
         return True
 
     def _ahead(self, plan: Plan) -> int:
-        """Tokens by which the device may be past what the host knows, and the drafts of the step to come."""
+        """Tokens by which the device may be past what the host knows, and the drafts of the step to
+        come."""
         return sum(flight.tokens for flight in self._flights) + plan.drafts
 
     def _grow(self, plan: Plan) -> None:
         """Pages for the step to come; where they run out, someone gives theirs up."""
         ahead, entries = self._ahead(plan), []
-        lacking = [one for one in self.scheduler.decoding if self.scheduler.lacks(one, one.length + ahead)]
+        lacking = [
+            one for one in self.scheduler.decoding if self.scheduler.lacks(one, one.length + ahead)
+        ]
         for request in sorted(lacking, key=lambda one: one.order):
             while request.slot is not None and not request.finished:
                 fresh = self.scheduler.grow(request, request.length + self._ahead(plan))
@@ -242,7 +261,8 @@ class Engine:
             self.runner.map_pages([entry for entry in entries if entry[0] in seated])
 
     def _preempt(self) -> None:
-        """Take the last one's pages; first what is under way is read: it may bring the end of somebody."""
+        """Take the last one's pages; first what is under way is read: it may bring the end of
+        somebody."""
         if self._flights:
             self.drain()
             return
@@ -252,7 +272,9 @@ class Engine:
         self.metrics.preemptions += 1
 
     def _kind(self, plan: Plan) -> Kind:
-        wanted = [r.params.logprobs for r in self.scheduler.running if r.params.logprobs is not None]
+        wanted = [
+            r.params.logprobs for r in self.scheduler.running if r.params.logprobs is not None
+        ]
         return Kind(plan, self.runner.settings.features, max(wanted) if wanted else None)
 
     def _absorb(self, flight: _Flight) -> None:
@@ -263,7 +285,9 @@ class Engine:
         if outcome.prompt is not None:
             add_prompt_logprobs(self.runner.idlm, flight.prompts, outcome.prompt)
         reached, accepted = [0] * self.runner.depth, [0] * self.runner.depth
-        for row, (request, packed) in enumerate(zip(flight.requests, outcome.packed.tolist(), strict=False)):
+        for row, (request, packed) in enumerate(
+            zip(flight.requests, outcome.packed.tolist(), strict=False)
+        ):
             *tokens, number, drafted, stood, _ = packed
             if number == 0 or request.finished or request.slot is None:
                 continue
@@ -275,7 +299,12 @@ class Engine:
         self.planner.observe(reached, accepted)
 
     def _deliver(
-        self, request: Request, tokens: list[int], drafted: int, accepted: int, chances: list[dict[int, Logprob]]
+        self,
+        request: Request,
+        tokens: list[int],
+        drafted: int,
+        accepted: int,
+        chances: list[dict[int, Logprob]],
     ) -> None:
         kept, text = request.extend(tokens, drafted, accepted)
         self.metrics.tokens += len(kept)
@@ -286,7 +315,9 @@ class Engine:
         else:
             self._report(request, kept, text)
 
-    def _end(self, request: Request, reason: str | None, tokens: Sequence[int] = (), text: str = "") -> None:
+    def _end(
+        self, request: Request, reason: str | None, tokens: Sequence[int] = (), text: str = ""
+    ) -> None:
         """Free what it holds and report it."""
         slot = self.scheduler.leave(request)
         if slot is not None:
@@ -295,6 +326,10 @@ class Engine:
         del self._requests[request.id]
         self._report(request, tokens, text + rest, request.result)
 
-    def _report(self, request: Request, tokens: Sequence[int], text: str, result: Result | None = None) -> None:
+    def _report(
+        self, request: Request, tokens: Sequence[int], text: str, result: Result | None = None
+    ) -> None:
         sources = request.result.sources
-        self._ended.append(Update(request.id, list(tokens), text, result, sources[len(sources) - len(tokens) :]))
+        self._ended.append(
+            Update(request.id, list(tokens), text, result, sources[len(sources) - len(tokens) :])
+        )

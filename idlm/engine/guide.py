@@ -2,9 +2,11 @@
 
     Guide      the text: a schema, a regular expression, a grammar
       | Guides.matcher, once a request; the same text is compiled once
-    Matcher    follows the committed tokens of one request, and says what may come after them and some drafts
+    Matcher    follows the committed tokens of one request, and says what may come after them and
+    some drafts
       | GuidedRows, once a step
-    bool [B, R, V], which the step folds into the logits: verification, drafts and logprobs see one law
+    bool [B, R, V], which the step folds into the logits: verification, drafts and logprobs see one
+    law
 
 Shapes: B slots, K drafts, R = 1 + K verify rows, V logit columns.
 """
@@ -29,11 +31,12 @@ from idlm.params import Guide
 COMPILED = 64
 """Guides that stay compiled."""
 LIMITS = LLParserLimits(max_grammar_size=100_000, max_lexer_states=50_000, verbose_errors=False)
-"""Half a second to compile and 100 MB at worst; the time of a mask is bounded by llguidance's defaults."""
+"""Half a second to compile and 100 MB at worst; the time of a mask is bounded by llguidance's
+defaults."""
 OBJECT = '{"type": "object"}'
 WHITESPACE = r" |\n( {0,20}|\t{0,10})"
-"""Between the parts of JSON: as it is usually printed, on one line or indented. A model that has lost its way would
-write blanks forever where any number is allowed."""
+"""Between the parts of JSON: as it is usually printed, on one line or indented. A model that has
+lost its way would write blanks forever where any number is allowed."""
 LONGEST_REASON = 300
 
 
@@ -48,7 +51,8 @@ class Guides:
         """A matcher at the start of an output in which `banned` tokens never come out.
 
         Raises:
-            InputError: the guide has an error, is too large, or cannot be followed with this model's tokens.
+            InputError: the guide has an error, is too large, or cannot be followed with this
+                model's tokens.
         """
         permitted = self._permitted.clone()
         permitted[list(banned)] = False
@@ -72,13 +76,17 @@ class Guides:
         """The model's tokens as llguidance wants them; takes a second for a large vocabulary."""
         tokenizer, name = self._idlm.tokenizer, self._idlm.name
         if not isinstance(tokenizer, PreTrainedTokenizerFast) or not self._ends:
-            raise InputError(f"guide needs a fast tokenizer and an end token, and model {name!r} lacks one; drop guide")
+            raise InputError(
+                f"guide needs a fast tokenizer and an end token, and model {name!r} lacks one; drop guide"
+            )
         try:
             size = max(self._idlm.vocab_size, len(tokenizer))
             return from_tokenizer(tokenizer, n_vocab=size, eos_token=sorted(self._ends))
         except ValueError as error:
             reason = _brief(str(error))
-            raise InputError(f"guide cannot be used with the tokenizer of {name!r} ({reason}); drop guide") from None
+            raise InputError(
+                f"guide cannot be used with the tokenizer of {name!r} ({reason}); drop guide"
+            ) from None
 
     @cached_property
     def _ends(self) -> frozenset[int]:
@@ -95,7 +103,8 @@ class Guides:
 
 
 class Matcher:
-    """Follows the output of one request. Sets of tokens are bits, uint8 [ceil(V / 8)], the lowest token lowest."""
+    """Follows the output of one request. Sets of tokens are bits, uint8 [ceil(V / 8)], the lowest
+    token lowest."""
 
     def __init__(self, compiled: LLMatcher, permitted: Tensor, ends: frozenset[int]) -> None:
         self._start, self._permitted, self._ends = compiled, permitted, ends
@@ -107,13 +116,17 @@ class Matcher:
     @property
     def error(self) -> str:
         """Why nothing is allowed, where nothing is."""
-        return self._failure or "the vocabulary and the request's bans leave no token that the guide allows"
+        return (
+            self._failure
+            or "the vocabulary and the request's bans leave no token that the guide allows"
+        )
 
     def allowed(self, ahead: Sequence[int] = ()) -> Tensor:
         """What may come after the committed tokens and those `ahead`.
 
-        All tokens past the guide's end, and after tokens ahead that it refuses: nothing there is ever committed.
-        The masks that drafts are drawn with verify them in the next step, so they are kept until then.
+        All tokens past the guide's end, and after tokens ahead that it refuses: nothing there is
+        ever committed. The masks that drafts are drawn with verify them in the next step, so they
+        are kept until then.
         """
         path = tuple(ahead)
         if path not in self._masks:
@@ -131,7 +144,9 @@ class Matcher:
         taken = tuple(tokens[:good])
         self._output += taken
         self._matcher.try_consume_tokens(self._text(taken))
-        self._masks = {path[good:]: mask for path, mask in self._masks.items() if path[:good] == taken}
+        self._masks = {
+            path[good:]: mask for path, mask in self._masks.items() if path[:good] == taken
+        }
         return good
 
     def _mask(self, path: list[int]) -> Tensor:
@@ -146,7 +161,8 @@ class Matcher:
         return mask[: len(self._permitted)] & self._permitted
 
     def _fail(self, reason: str) -> Tensor:
-        """llguidance gave up here and stays so: begin again for where the output may still go another way."""
+        """llguidance gave up here and stays so: begin again for where the output may still go
+        another way."""
         self._failure = _brief(reason)
         self._matcher = self._start.deep_copy()
         self._matcher.try_consume_tokens(self._text(self._output))
@@ -154,15 +170,17 @@ class Matcher:
 
     def _text(self, tokens: Sequence[int]) -> list[int]:
         """The tokens before the first end token."""
-        end = next((place for place, token in enumerate(tokens) if token in self._ends), len(tokens))
+        end = next(
+            (place for place, token in enumerate(tokens) if token in self._ends), len(tokens)
+        )
         return list(tokens[:end])
 
 
 class GuidedRows:
     """The matchers of a step's slots, None for those without a guide.
 
-    They look at tokens, so the host waits for the device within the step, and a step must not be launched before the
-    last one has been read. Only steps with a guided request pay for that.
+    They look at tokens, so the host waits for the device within the step, and a step must not be
+    launched before the last one has been read. Only steps with a guided request pay for that.
     """
 
     def __init__(self, matchers: Sequence[Matcher | None], vocab_size: int) -> None:
@@ -171,14 +189,18 @@ class GuidedRows:
         self._all = torch.full((-(-vocab_size // 8),), 255, dtype=torch.uint8)
 
     def restrict(self, logits: Tensor, drafts: Tensor, valid: Tensor) -> Tensor:
-        """Verify rows [B, 1 + K, V], row k after the first k of `drafts` [B, K], of which `valid` [B] count."""
+        """Verify rows [B, 1 + K, V], row k after the first k of `drafts` [B, K], of which `valid`
+        [B] count."""
         rows = zip(drafts.tolist(), valid.tolist(), strict=True)
         paths = [[row[: min(k, count)] for k in range(len(row) + 1)] for row, count in rows]
         return restrict(logits, self._allowed(paths, drafts.device))
 
     def allow(self, tokens: Tensor, number: Tensor) -> Allow:
-        """What the next drafts may be after this step has committed the first `number` [B] of `tokens` [B, R]."""
-        committed = [row[:count] for row, count in zip(tokens.tolist(), number.tolist(), strict=True)]
+        """What the next drafts may be after this step has committed the first `number` [B] of
+        `tokens` [B, R]."""
+        committed = [
+            row[:count] for row, count in zip(tokens.tolist(), number.tolist(), strict=True)
+        ]
 
         def allow(drafts: Tensor) -> Tensor:
             paths = [[before + row] for before, row in zip(committed, drafts.tolist(), strict=True)]
@@ -202,12 +224,16 @@ def _grammar(guide: Guide) -> str:
         ValueError: the text is not of its kind.
     """
     if guide.kind in ("json_object", "json_schema"):
-        return LLMatcher.grammar_from_json_schema(guide.text or OBJECT, overrides={"whitespace_pattern": WHITESPACE})
+        return LLMatcher.grammar_from_json_schema(
+            guide.text or OBJECT, overrides={"whitespace_pattern": WHITESPACE}
+        )
     return grammar_from("regex" if guide.kind == "regex" else "grammar", guide.text)
 
 
 def _refusal(guide: Guide, reason: str) -> InputError:
-    return InputError(f"guide {guide.kind!r} cannot be used: {_brief(reason)}; mend {guide.text[:40]!r}")
+    return InputError(
+        f"guide {guide.kind!r} cannot be used: {_brief(reason)}; mend {guide.text[:40]!r}"
+    )
 
 
 def _brief(reason: str) -> str:

@@ -83,7 +83,11 @@ class Intake:
         Raises:
             InputError: the guide cannot be used.
         """
-        return None if params.guide is None else self._guides.matcher(params.guide, params.banned_tokens)
+        return (
+            None
+            if params.guide is None
+            else self._guides.matcher(params.guide, params.banned_tokens)
+        )
 
     def check_size(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Refuse a request that the whole pool could not hold.
@@ -102,7 +106,8 @@ class Intake:
         return min(len(prompt) + params.max_tokens, self.idlm.context)
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
-        """A guide's end is the model's end token, which so ends the output even where it would be ignored."""
+        """A guide's end is the model's end token, which so ends the output even where it would be
+        ignored."""
         own = frozenset(params.stop_token_ids)
         return own if params.ignore_eos and params.guide is None else own | self.idlm.eos_ids
 
@@ -110,7 +115,9 @@ class Intake:
         if name is None:
             return 0
         if name not in self.adapters:
-            raise InputError(f"adapter {name!r} is not loaded; use one of {', '.join(self.adapters) or '(none)'}")
+            raise InputError(
+                f"adapter {name!r} is not loaded; use one of {', '.join(self.adapters) or '(none)'}"
+            )
         return self.adapters.index(name)
 
     def _stream(self, params: SamplingParams) -> TextStream | None:
@@ -118,7 +125,9 @@ class Intake:
             return None
         if self.idlm.tokenizer is None:
             if params.stop:
-                raise InputError(f"stop={params.stop!r} needs a tokenizer, which the model lacks; use stop_token_ids")
+                raise InputError(
+                    f"stop={params.stop!r} needs a tokenizer, which the model lacks; use stop_token_ids"
+                )
             return None
         return TextStream(
             self.idlm.tokenizer,

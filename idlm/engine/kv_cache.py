@@ -1,13 +1,14 @@
 """`KVCache`: the pages of all layers, and what the rows of the running forward see of them.
 
-Rows of one forward lie flat, [1, T]: the pieces of prompts, then the windows' real rows, slot by slot, then their MASK
-rows, so that the adapter's gate is one slice and the linear layers see plain matrices:
+Rows of one forward lie flat, [1, T]: the pieces of prompts, then the windows' real rows, slot by
+slot, then their MASK rows, so that the adapter's gate is one slice and the linear layers see plain
+matrices:
 
     piece 0 | piece 1 | ... | B slots x R real rows | B slots x M masks
 
-Pieces come first: the window of a slot whose prompt ends in this very forward sees what they have written. Real rows
-are written to the pages at their positions; the next window overwrites what was rejected, so there is nothing to trim.
-MASK rows never enter the pages.
+Pieces come first: the window of a slot whose prompt ends in this very forward sees what they have
+written. Real rows are written to the pages at their positions; the next window overwrites what was
+rejected, so there is nothing to trim. MASK rows never enter the pages.
 
 Shapes as in `idlm.attention.base`; P pieces.
 """
@@ -41,10 +42,12 @@ class KVCache:
         like: Tensor,
         deterministic: bool = False,
     ) -> None:
-        """`shapes` are (H, G, E) by layer; `like` has the type and the device of the keys; `deterministic` as in
-        `choose`."""
+        """`shapes` are (H, G, E) by layer; `like` has the type and the device of the keys;
+        `deterministic` as in `choose`."""
         if len(set(shapes)) > 1:
-            raise InputError(f"layers with attention of different shapes {sorted(set(shapes))} are not supported")
+            raise InputError(
+                f"layers with attention of different shapes {sorted(set(shapes))} are not supported"
+            )
         heads, groups, size = shapes[0]
         self.page_size = page_size
         self.pages = [like.new_zeros(2, pages, page_size, groups, size) for _ in shapes]
@@ -55,8 +58,11 @@ class KVCache:
         """Page-table columns that `tokens` tokens need."""
         return -(-tokens // self.page_size)
 
-    def windows(self, table: Tensor, lengths: Tensor, visible: Tensor, positions: Tensor, masks: int) -> Segment:
-        """The windows of slots whose real rows go to `positions` int64 [B, R]; the rest as in `Segment`.
+    def windows(
+        self, table: Tensor, lengths: Tensor, visible: Tensor, positions: Tensor, masks: int
+    ) -> Segment:
+        """The windows of slots whose real rows go to `positions` int64 [B, R]; the rest as in
+        `Segment`.
 
         Rows past the end of the table go to the trash page.
         """
@@ -67,7 +73,10 @@ class KVCache:
     def pieces(self, table: Tensor, batch: PrefillBatch) -> Segment:
         """The pieces of prompts, with the page tables `table` [P, C]."""
         column = batch.owner * table.shape[1] + batch.positions // self.page_size
-        rows = table.flatten().index_select(0, column) * self.page_size + batch.positions % self.page_size
+        rows = (
+            table.flatten().index_select(0, column) * self.page_size
+            + batch.positions % self.page_size
+        )
         return Segment(table, batch.starts, rows, ends=batch.ends, widths=batch.widths)
 
     def prepare(self, segments: Sequence[Segment]) -> None:
@@ -78,7 +87,10 @@ class KVCache:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """See `idlm.models.attention.Cache`."""
-        pages, qkv = self.pages[layer], QKV(*(rows[0].transpose(0, 1) for rows in (query, key, value)))
+        pages, qkv = (
+            self.pages[layer],
+            QKV(*(rows[0].transpose(0, 1) for rows in (query, key, value))),
+        )
         if len(self._prepared) == 1:
             return self.backend.attend(self._prepared[0][1], pages, qkv, scale)[None]
         mixed, start = [], 0

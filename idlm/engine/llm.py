@@ -32,30 +32,35 @@ class LLM:
     """A model that generates.
 
     Args:
-        model: a folder, a hub id, a bundled name ("nano", "nano-base", "nano-full"), or a loaded `Idlm`. What is loaded
-            here is freed where the engine holds it in a form of its own; a loaded model stays as it is.
+        model: a folder, a hub id, a bundled name ("nano", "nano-base", "nano-full"), or a loaded
+            `Idlm`. What is loaded here is freed where the engine holds it in a form of its own; a
+            loaded model stays as it is.
         adapter: a gated LoRA's folder.
-        adapters: more gated LoRAs of the same base, by the name that requests give: `generate(..., adapter=name)`. The
-            first one given is the default; `adapter` is called "default".
+        adapters: more gated LoRAs of the same base, by the name that requests give: `generate(...,
+            adapter=name)`. The first one given is the default; `adapter` is called "default".
         stride: N, the most tokens a forward commits; 1 is plain AR.
-        branches: "planner" picks stride (up to `stride`) and branches at each step from measured costs and running
-            acceptance, AR where nothing is faster; "all" drafts for every outcome of the verification, "chain" only
-            for the one where every draft stands; numbers of accepted drafts, for those.
+        branches: "planner" picks stride (up to `stride`) and branches at each step from measured
+            costs and running acceptance, AR where nothing is faster; "all" drafts for every outcome
+            of the verification, "chain" only for the one where every draft stands; numbers of
+            accepted drafts, for those.
         max_num_seqs: the most requests at once; others wait.
-        kv_memory: for the KV cache: bytes, or a string such as "512MiB"; None takes twice what `max_num_seqs` requests
-            of full length need, so that as much can stay cached, within a share of the memory there is.
+        kv_memory: for the KV cache: bytes, or a string such as "512MiB"; None takes twice what
+            `max_num_seqs` requests of full length need, so that as much can stay cached, within a
+            share of the memory there is.
         page_size: tokens a page of the KV cache holds.
-        prefill_tokens: prompt tokens that one step may prefill beside running requests; None: about as
-            many as take as long as the step; 512 on a GPU.
+        prefill_tokens: prompt tokens that one step may prefill beside running requests; None: about
+            as many as take as long as the step; 512 on a GPU.
         dtype: "auto" (the checkpoint's), or a torch dtype or its name.
         device: where to run.
-        deterministic: batch-invariant kernels: a token's logits do not depend on the rows beside it, also in float32
-            and bfloat16. Slower.
-        weights: on a CPU, what linear layers hold their weights in: "float32", "bfloat16" (half to read), "int8" (a
-            quarter; a quantised model, whose AR and ISD outputs are each other's). "auto" is what the checkpoint holds.
-        threads: on a CPU: how many the engine uses; None measures 1, 2 and 4, as far as the machine has them.
-        simulate_acceptance: by depth: accept drafts by chance, whatever the tokens. For measuring shapes without
-            trained weights; the output means nothing.
+        deterministic: batch-invariant kernels: a token's logits do not depend on the rows beside
+            it, also in float32 and bfloat16. Slower.
+        weights: on a CPU, what linear layers hold their weights in: "float32", "bfloat16" (half to
+            read), "int8" (a quarter; a quantised model, whose AR and ISD outputs are each other's).
+            "auto" is what the checkpoint holds.
+        threads: on a CPU: how many the engine uses; None measures 1, 2 and 4, as far as the machine
+            has them.
+        simulate_acceptance: by depth: accept drafts by chance, whatever the tokens. For measuring
+            shapes without trained weights; the output means nothing.
 
     Attributes:
         engine: what runs the requests; `engine.metrics` counts.
@@ -84,7 +89,9 @@ class LLM:
         threads: int | None = None,
     ) -> None:
         if isinstance(model, Idlm) and adapter is not None:
-            raise InputError(f"adapter={adapter!r} with a loaded model; give it to idlm.load instead")
+            raise InputError(
+                f"adapter={adapter!r} with a loaded model; give it to idlm.load instead"
+            )
         named = ({} if adapter is None else {"default": adapter}) | dict(adapters or {})
         own = isinstance(model, str)
         if isinstance(model, str):
@@ -131,8 +138,8 @@ class LLM:
             progress: show a bar, where stderr is a terminal.
 
         Raises:
-            InputError: a prompt is empty, longer than the context, or holds a MASK or ids the model does not have; or
-                the sampling_params cannot be used with this model.
+            InputError: a prompt is empty, longer than the context, or holds a MASK or ids the model
+                does not have; or the sampling_params cannot be used with this model.
         """
         ids = [self.encode(prompt) for prompt in _as_prompts(prompts)]
         params = _as_params(sampling_params, len(ids))
@@ -157,12 +164,18 @@ class LLM:
 
     @overload
     def chat(
-        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **options: Any
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        **options: Any,
     ) -> Result: ...
 
     @overload
     def chat(
-        self, messages: Sequence[Sequence[Message]], sampling_params: SamplingParams | None = None, **options: Any
+        self,
+        messages: Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | None = None,
+        **options: Any,
     ) -> list[Result]: ...
 
     def chat(
@@ -171,7 +184,8 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         **options: Any,
     ) -> Result | list[Result]:
-        """Answer a conversation of {"role", "content"} messages through the model's own chat template; or several.
+        """Answer a conversation of {"role", "content"} messages through the model's own chat
+        template; or several.
 
         `options` as for `generate`.
         """
@@ -179,7 +193,9 @@ class LLM:
             raise InputError("messages=[] holds no message; give at least one {'role', 'content'}")
         single = isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
-        results = self.generate([self.encode_chat(one) for one in conversations], sampling_params, **options)
+        results = self.generate(
+            [self.encode_chat(one) for one in conversations], sampling_params, **options
+        )
         return results[0] if single else results
 
     def stream(
@@ -218,7 +234,8 @@ class LLM:
 
     @contextmanager
     def _requests(self) -> Iterator[Callable[..., list[str]]]:
-        """Gives a function that adds all samples of a prompt; what has not finished at the end is aborted."""
+        """Gives a function that adds all samples of a prompt; what has not finished at the end is
+        aborted."""
         added: list[str] = []
 
         def add(prompt: list[int], params: SamplingParams, **options: Any) -> list[str]:
@@ -238,13 +255,15 @@ class LLM:
         """The token ids of a prompt, checked.
 
         Raises:
-            InputError: it is empty, longer than the context, or holds a MASK or ids the model does not have.
+            InputError: it is empty, longer than the context, or holds a MASK or ids the model does
+                not have.
         """
         ids = self.idlm.encoder.text(prompt, trusted=True) if isinstance(prompt, str) else prompt
         return check_ids(ids, self.idlm)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The token ids of a conversation, by the model's own chat template; their number is not checked.
+        """The token ids of a conversation, by the model's own chat template; their number is not
+        checked.
 
         Raises:
             InputError: the model has no chat template, or it refuses the messages.
@@ -264,9 +283,13 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     return prompts  # type: ignore[return-value]
 
 
-def _as_params(params: SamplingParams | Sequence[SamplingParams] | None, number: int) -> Sequence[SamplingParams]:
+def _as_params(
+    params: SamplingParams | Sequence[SamplingParams] | None, number: int
+) -> Sequence[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * number
     if len(params) != number:
-        raise InputError(f"{len(params)} sampling_params for {number} prompts; give one, or one for each")
+        raise InputError(
+            f"{len(params)} sampling_params for {number} prompts; give one, or one for each"
+        )
     return params

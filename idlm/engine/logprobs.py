@@ -42,10 +42,12 @@ def _entry(
 
 @torch.inference_mode()
 def add_prompt_logprobs(idlm: Idlm, work: Sequence[tuple[Request, Chunk]], hidden: Tensor) -> None:
-    """Give the requests of a prefill that asked for them the log-probabilities of their prompt tokens.
+    """Give the requests of a prefill that asked for them the log-probabilities of their prompt
+    tokens.
 
-    `hidden` [T, D] are the chunks' rows one after the other; row i gives the law of token i + 1. The law is the
-    request's own, at temperature 1 where it is greedy, without penalties: those are about what was generated.
+    `hidden` [T, D] are the chunks' rows one after the other; row i gives the law of token i + 1.
+    The law is the request's own, at temperature 1 where it is greedy, without penalties: those are
+    about what was generated.
     """
     start = 0
     for request, chunk in work:
@@ -54,7 +56,9 @@ def add_prompt_logprobs(idlm: Idlm, work: Sequence[tuple[Request, Chunk]], hidde
         top, known = request.params.prompt_logprobs, request.result.prompt_logprobs
         if top is None or known is None:
             continue
-        rows = rows[len(known) - chunk.start - 1 :]  # one that was pre-empted has some, or all of them, already
+        rows = rows[
+            len(known) - chunk.start - 1 :
+        ]  # one that was pre-empted has some, or all of them, already
         targets = request.prompt[len(known) : len(known) + len(rows)]
         if not targets:
             continue

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from idlm.decoding.plan import Plan
 
 GAP_SHARE = 1.0
-"""Decode steps that the prompt tokens beside running requests may take. Their wait then stays below three: the estimate
-comes from the chunks before, and this one sees a longer prefix."""
+"""Decode steps that the prompt tokens beside running requests may take. Their wait then stays below
+three: the estimate comes from the chunks before, and this one sees a longer prefix."""
 SMOOTHING = 0.2
 FIRST_BUDGET = 64
 SMALLEST_BUDGET, LARGEST_BUDGET = 16, 4096
@@ -62,12 +62,15 @@ class Metrics:
         self._estimate(plan, batch, prompt_tokens, seconds)
 
     def _estimate(self, plan: Plan, batch: int, prompt_tokens: int, seconds: float) -> None:
-        """Seconds of a prompt token, and of a decode step as this one; while prompts wait, no step is without them."""
+        """Seconds of a prompt token, and of a decode step as this one; while prompts wait, no step
+        is without them."""
         alone = self._decodes.get((plan, batch)) if batch else 0.0
         if prompt_tokens and alone is not None:
             average = max(0.0, seconds - alone) / prompt_tokens
             self._prefill_average = _smooth(self._prefill_average, average)
-        elif prompt_tokens and self._prefill_average is not None:  # not kept: each would confirm the other's error
+        elif (
+            prompt_tokens and self._prefill_average is not None
+        ):  # not kept: each would confirm the other's error
             alone = max(0.0, seconds - prompt_tokens * self._prefill_average)
         elif not prompt_tokens:
             alone = self._decodes[plan, batch] = _smooth(alone, seconds)

@@ -1,16 +1,18 @@
 """`PagePool`: who holds which page of the KV cache, and which committed pages can be found again.
 
-Page 0 is the trash page: rows that nobody wants are written there, and it is never handed out. Each other page is in
-exactly one region:
+Page 0 is the trash page: rows that nobody wants are written there, and it is never handed out. Each
+other page is in exactly one region:
 
-    free      never used, or forgotten     allocate -> live
-    live      1 or more requests hold it   release  -> cached where it was published, else free
-    cached    nobody holds it, findable    match    -> live; evicted, the longest unused first -> live under a new owner
+    free      never used, or forgotten     allocate -> live live      1 or more requests hold it
+    release  -> cached where it was published, else free cached    nobody holds it, findable
+    match    -> live; evicted, the longest unused first -> live under a new owner
 
-so free + cached + live == total, always. A page is published under the hash of its tokens and all tokens before them
-(`chain`), once it is full of committed tokens: what can still change is never found by others.
+so free + cached + live == total, always. A page is published under the hash of its tokens and all
+tokens before them (`chain`), once it is full of committed tokens: what can still change is never
+found by others.
 
-Pure bookkeeping: the keys and values themselves are elsewhere. Errors here are bugs of the caller, not of a user.
+Pure bookkeeping: the keys and values themselves are elsewhere. Errors here are bugs of the caller,
+not of a user.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ def chain(tokens: Sequence[int], page_size: int, root: bytes) -> list[bytes]:
     """The hash of each full page of `tokens`: of its tokens and the hash before it.
 
     Args:
-        root: stands for all that the keys and values depend on beside the tokens (the weights); or the hash of the page
-            before the first of these tokens, to go on from there.
+        root: stands for all that the keys and values depend on beside the tokens (the weights); or
+            the hash of the page before the first of these tokens, to go on from there.
     """
     hashes = [root]
     for start in range(0, len(tokens) - page_size + 1, page_size):
@@ -51,7 +53,9 @@ class PagePool:
 
     def __init__(self, pages: int, page_size: int) -> None:
         if pages < 2 or page_size < 1:
-            raise ValueError(f"{pages} pages of {page_size} tokens; a pool needs the trash page, another, and a token")
+            raise ValueError(
+                f"{pages} pages of {page_size} tokens; a pool needs the trash page, another, and a token"
+            )
         self.page_size = page_size
         self.total = pages - 1
         self.evictions = 0
@@ -85,13 +89,16 @@ class PagePool:
         return number <= self.free + self.cached
 
     def allocate(self, number: int) -> list[int]:
-        """`number` pages for one owner; cached pages are evicted where the free ones do not suffice.
+        """`number` pages for one owner; cached pages are evicted where the free ones do not
+        suffice.
 
         Raises:
             RuntimeError: there are not so many; nothing has changed.
         """
         if not self.can_allocate(number):
-            raise RuntimeError(f"{number} pages wanted; {self.free} are free and {self.cached} cached")
+            raise RuntimeError(
+                f"{number} pages wanted; {self.free} are free and {self.cached} cached"
+            )
         pages = [self._free.pop() if self._free else self._evict() for _ in range(number)]
         self._references.update(dict.fromkeys(pages, 1))
         return pages
@@ -101,21 +108,25 @@ class PagePool:
         self._references[self._live(page)] += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """Let go of a request's pages, given in the order of their tokens: the last of them is evicted first.
+        """Let go of a request's pages, given in the order of their tokens: the last of them is
+        evicted first.
 
         Raises:
             ValueError: nobody holds one of them (so often); nothing has changed.
         """
         for page, number in Counter(pages).items():
             if number > self.references(page):
-                raise ValueError(f"page {page} released {number} times and held {self.references(page)} times")
+                raise ValueError(
+                    f"page {page} released {number} times and held {self.references(page)} times"
+                )
         for page in reversed(pages):
             self._references[page] -= 1
             if not self._references[page]:
                 self._retire(page)
 
     def match(self, hashes: Sequence[bytes]) -> list[int]:
-        """The pages of the longest run of `hashes`, from the first on, that can be found; the caller now holds them."""
+        """The pages of the longest run of `hashes`, from the first on, that can be found; the
+        caller now holds them."""
         pages: list[int] = []
         for page in map(self._page.get, hashes):
             if page is None:
@@ -126,13 +137,16 @@ class PagePool:
         return pages
 
     def publish(self, page: int, key: bytes) -> None:
-        """Make a live page, full of committed tokens, findable; a page that has the hash already stays the one found.
+        """Make a live page, full of committed tokens, findable; a page that has the hash already
+        stays the one found.
 
         Raises:
             ValueError: nobody holds the page, or it is published under another hash.
         """
         if self._hash.get(self._live(page), key) != key:
-            raise ValueError(f"page {page} is published under another hash; a full page does not change")
+            raise ValueError(
+                f"page {page} is published under another hash; a full page does not change"
+            )
         if self._page.setdefault(key, page) == page:
             self._hash[page] = key
 
@@ -149,7 +163,9 @@ class PagePool:
             )
         if any(count < 1 for count in self._references.values()):
             raise RuntimeError(f"a live page is held by nobody: {self._references}")
-        if {page: key for key, page in self._page.items()} != self._hash or len(self._page) != len(self._hash):
+        if {page: key for key, page in self._page.items()} != self._hash or len(self._page) != len(
+            self._hash
+        ):
             raise RuntimeError("the pages found by hash are not those published under it")
         if not set(self._cached) <= set(self._hash) or set(self._hash) & set(self._free):
             raise RuntimeError("a cached page cannot be found, or a free one can")

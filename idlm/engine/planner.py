@@ -21,8 +21,8 @@ from idlm.kernels import native
 
 STRIDES = (2, 3, 4, 6, 8, 12, 16)
 MEASURE_SECONDS = 3.0
-"""Measuring stops after this long, on a GPU without the time that recording takes; costs of what is left are taken from
-the nearest batch size."""
+"""Measuring stops after this long, on a GPU without the time that recording takes; costs of what is
+left are taken from the nearest batch size."""
 MEASURE_ROUNDS, KEPT_ROUNDS = 5, 3
 """Times each plan is measured; the least counts, since noise only ever adds. With fewer than
 KEPT_ROUNDS the table is not kept for the next start."""
@@ -33,7 +33,8 @@ LOOK_SHARE = 0.01
 WORTH_A_LOOK = 0.5
 """A plan is looked at if it is expected to bring at least this share of the best one's tokens."""
 CHOOSE_EVERY = 8
-"""Steps between two looks at the costs, unless the batch changes: a look costs a fraction of a millisecond."""
+"""Steps between two looks at the costs, unless the batch changes: a look costs a fraction of a
+millisecond."""
 
 
 def candidates(stride: int) -> list[Plan]:
@@ -42,7 +43,11 @@ def candidates(stride: int) -> list[Plan]:
     plans = [Plan(n, branches) for n in strides for branches in ("chain", "all")]
     return [
         AR,
-        *(plan for plan in plans if plan.width <= MAX_WIDTH and not (plan.stride == 2 and plan.branches == "chain")),
+        *(
+            plan
+            for plan in plans
+            if plan.width <= MAX_WIDTH and not (plan.stride == 2 and plan.branches == "chain")
+        ),
     ]
 
 
@@ -146,7 +151,9 @@ def _price(choice: Choice, plan: Plan, tokens: float, seconds: float) -> tuple[i
     return steps, max(spent - gained / choice.tokens_per_second, 0.1 * seconds)
 
 
-def measured(runner: Runner, plans: Sequence[Plan], slots: int, seconds: float = MEASURE_SECONDS) -> CostTable:
+def measured(
+    runner: Runner, plans: Sequence[Plan], slots: int, seconds: float = MEASURE_SECONDS
+) -> CostTable:
     """Step costs of every plan at several batch sizes; read from the cache where this machine has
     measured them before, several times each.
 
@@ -178,16 +185,22 @@ def measured(runner: Runner, plans: Sequence[Plan], slots: int, seconds: float =
 
 
 def _batches(slots: int, cuda: bool = False) -> list[int]:
-    """1, the largest, and powers of four and two between them; fewer on a GPU, where each is a graph of its own."""
+    """1, the largest, and powers of four and two between them; fewer on a GPU, where each is a
+    graph of its own."""
     sizes = [1, slots, 8] if cuda else [1, slots, 8, 32, 4, 16, 2, 64]
     return list(dict.fromkeys(size for size in sizes if size <= slots))
 
 
 def _cache_file(runner: Runner, plans: Sequence[Plan], slots: int) -> Path:
-    """Where the costs of this model on this machine lie: one file for each combination of what they depend on."""
+    """Where the costs of this model on this machine lie: one file for each combination of what they
+    depend on."""
     idlm = runner.idlm
     config: dict[str, Any] = idlm.model.config.to_dict()
-    where = torch.cuda.get_device_name(idlm.device) if idlm.device.type == "cuda" else platform.processor()
+    where = (
+        torch.cuda.get_device_name(idlm.device)
+        if idlm.device.type == "cuda"
+        else platform.processor()
+    )
     node = None if idlm.device.type == "cuda" else platform.node()  # a container's is new each time
     facts = [config, str(idlm.dtype), idlm.gate is not None, where, node, torch.__version__]
     linears = runner.core.linears

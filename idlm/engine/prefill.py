@@ -28,7 +28,8 @@ class PrefillBatch(NamedTuple):
     Attributes:
         widths: how many tokens each chunk has, known to the host.
         tokens, positions, owner: int64 [T]: the tokens, where they stand, and in which chunk.
-        slots, starts, ends: int64 [P], by chunk: its slot, its first position, the row behind its last one.
+        slots, starts, ends: int64 [P], by chunk: its slot, its first position, the row behind its
+            last one.
         columns: int64 [C], the columns of the page table that they need.
     """
 
@@ -42,7 +43,9 @@ class PrefillBatch(NamedTuple):
     columns: Tensor
 
     @classmethod
-    def of(cls, chunks: Sequence[Chunk], page_size: int, on_device: Callable[[list[int]], Tensor]) -> PrefillBatch:
+    def of(
+        cls, chunks: Sequence[Chunk], page_size: int, on_device: Callable[[list[int]], Tensor]
+    ) -> PrefillBatch:
         """`on_device` makes tensors of numbers."""
         widths = tuple(len(chunk.tokens) for chunk in chunks)
         longest = max(chunk.start + width for chunk, width in zip(chunks, widths, strict=True))

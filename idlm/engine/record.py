@@ -1,12 +1,14 @@
 """`Recorder`: steps recorded once and replayed without Python.
 
-A step of a small model on a CPU spends about half its time in Python; one of a large model on a GPU waits for kernel
-launches. Both go away when the step's operations are recorded: by `torch.jit.trace` on a CPU, as a CUDA graph on a
-GPU. It is made on the spare slot, which changes nothing. A recording is bit-equal to the step it was made from, but for
-float32 on a CPU: there the small operations between the matrix products are fused (`idlm.kernels.fused`).
+A step of a small model on a CPU spends about half its time in Python; one of a large model on a GPU
+waits for kernel launches. Both go away when the step's operations are recorded: by
+`torch.jit.trace` on a CPU, as a CUDA graph on a GPU. It is made on the spare slot, which changes
+nothing. A recording is bit-equal to the step it was made from, but for float32 on a CPU: there the
+small operations between the matrix products are fused (`idlm.kernels.fused`).
 
-On a CPU one recording serves every batch size and prefix length; a CUDA graph serves one of each, so the runner rounds
-them up there. Graphs are replayed one at a time and their outputs copied, so they share their memory.
+On a CPU one recording serves every batch size and prefix length; a CUDA graph serves one of each,
+so the runner rounds them up there. Graphs are replayed one at a time and their outputs copied, so
+they share their memory.
 """
 
 from __future__ import annotations
@@ -49,14 +51,20 @@ class Recorder:
         self._eager: set[object] = set()  # for what there was no memory
         self._place: _Place | None = None
 
-    def step(self, kind: Kind, rows: Tensor, columns: Tensor, prompts: PrefillBatch | None) -> Outcome:
+    def step(
+        self, kind: Kind, rows: Tensor, columns: Tensor, prompts: PrefillBatch | None
+    ) -> Outcome:
         """`Core.step`.
 
-        With pieces of prompts it is recorded where the attention takes any number of them at once, which is the C
-        kernel's doing.
+        With pieces of prompts it is recorded where the attention takes any number of them at once,
+        which is the C kernel's doing.
         """
         core = self.core
-        key = (kind, len(rows), len(columns)) if self._device == "cuda" else (kind, prompts is not None)
+        key = (
+            (kind, len(rows), len(columns))
+            if self._device == "cuda"
+            else (kind, prompts is not None)
+        )
         recordable = prompts is None or core.cache.backend.takes_pieces
         self.steady = key in self._recordings or not self.on or not recordable
         if not recordable or not self._due(key) or not self._has(key, kind, rows, columns, prompts):
@@ -69,7 +77,9 @@ class Recorder:
 
     def prepare(self, kind: Kind) -> None:
         """On a CPU: let the next step of this kind be recorded, however new it is."""
-        self.core.layout(kind.plan)  # now: made while a step is recorded, it would be made in every step
+        self.core.layout(
+            kind.plan
+        )  # now: made while a step is recorded, it would be made in every step
         for prompts in (False, True):
             self._seen[kind, prompts] = max(self._seen[kind, prompts], WARM["cpu"])
 
@@ -78,7 +88,9 @@ class Recorder:
         self._seen[key] += 1
         return self.on and self._seen[key] > WARM[self._device] and key not in self._eager
 
-    def _has(self, key: object, kind: Kind, rows: Tensor, columns: Tensor, prompts: PrefillBatch | None) -> bool:
+    def _has(
+        self, key: object, kind: Kind, rows: Tensor, columns: Tensor, prompts: PrefillBatch | None
+    ) -> bool:
         """Whether there is a recording; it is made where there is none yet."""
         if key in self._recordings:
             self._recordings.move_to_end(key)
@@ -96,7 +108,11 @@ class Recorder:
         try:
             self._recordings[key] = _graph(self.core, kind, rows, columns, self._place)
         except torch.cuda.OutOfMemoryError:
-            log.warning("no memory to record %s for %d requests: these steps run eagerly", kind.plan.name, len(rows))
+            log.warning(
+                "no memory to record %s for %d requests: these steps run eagerly",
+                kind.plan.name,
+                len(rows),
+            )
             self._eager.add(key)
             torch.cuda.empty_cache()
 
@@ -104,8 +120,8 @@ class Recorder:
 def _trace(core: Core, step: Replay, *inputs: Tensor) -> Replay:
     """A recording of `step` for inputs of any length.
 
-    What a step writes to is an input of the recording, though it reaches it through `core`: writes to anything else
-    would count as dead code.
+    What a step writes to is an input of the recording, though it reaches it through `core`: writes
+    to anything else would count as dead code.
     """
     written = core.written()
 
@@ -114,8 +130,11 @@ def _trace(core: Core, step: Replay, *inputs: Tensor) -> Replay:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of sizes that are static by design
-        # what `torch.jit.trace` returns stays for ever in a unit of the whole process, the weights with it
-        graph, _ = torch._C._create_graph_by_tracing(given, (*inputs, *written), lambda _: "", True, False)
+        # what `torch.jit.trace` returns stays for ever in a unit of the whole process, the weights
+        # with it
+        graph, _ = torch._C._create_graph_by_tracing(
+            given, (*inputs, *written), lambda _: "", True, False
+        )
     fuse(graph, core.idlm.dtype, core.fused)
     traced = torch._C._create_function_from_graph("step", graph)
 
@@ -126,17 +145,27 @@ def _trace(core: Core, step: Replay, *inputs: Tensor) -> Replay:
     return replay
 
 
-def _recording(core: Core, kind: Kind, rows: Tensor, columns: Tensor, prompts: PrefillBatch | None) -> Replay:
+def _recording(
+    core: Core, kind: Kind, rows: Tensor, columns: Tensor, prompts: PrefillBatch | None
+) -> Replay:
     """Of three windows, and of two pieces if there are any, all on the spare slot."""
 
     def step(rows: Tensor, columns: Tensor, *pieces: Tensor) -> tuple[Tensor, ...]:
         outcome = core.step(kind, rows, columns, PrefillBatch((2, 3), *pieces) if pieces else None)
-        return outcome.packed, *(() if outcome.prompt is None else (outcome.prompt,)), *outcome.logprobs
+        return (
+            outcome.packed,
+            *(() if outcome.prompt is None else (outcome.prompt,)),
+            *outcome.logprobs,
+        )
 
     spare = torch.full((3,), core.slots.spare)
     if prompts is None:
         return _trace(core, step, spare, columns)
-    starts, ends, owner = torch.zeros(2, dtype=torch.int64), torch.tensor([2, 5]), torch.tensor([0, 0, 1, 1, 1])
+    starts, ends, owner = (
+        torch.zeros(2, dtype=torch.int64),
+        torch.tensor([2, 5]),
+        torch.tensor([0, 0, 1, 1, 1]),
+    )
     positions = torch.tensor([0, 1, 0, 1, 2])
     pieces = torch.zeros_like(owner), positions, owner, spare[:2], starts, ends, columns
     return _trace(core, step, spare, columns, *pieces)
@@ -159,7 +188,8 @@ class _Graph:
 
 
 class _Place:
-    """Where CUDA graphs are recorded: their common memory, and one stream, since memory and workspaces go by stream."""
+    """Where CUDA graphs are recorded: their common memory, and one stream, since memory and
+    workspaces go by stream."""
 
     def __init__(self) -> None:
         self.memory = torch.cuda.graph_pool_handle()
@@ -167,7 +197,8 @@ class _Place:
 
 
 def _graph(core: Core, kind: Kind, rows: Tensor, columns: Tensor, place: _Place) -> Replay:
-    """A CUDA graph for this number of rows and columns; recording runs nothing but the warm-up on the spare slot."""
+    """A CUDA graph for this number of rows and columns; recording runs nothing but the warm-up on
+    the spare slot."""
     spare = torch.full_like(rows, core.slots.spare)
     columns = columns.clone()
     place.stream.wait_stream(torch.cuda.current_stream())

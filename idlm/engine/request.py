@@ -14,7 +14,8 @@ from idlm.params import SamplingParams
 
 @dataclass
 class Timing:
-    """When things happened, in seconds of `time.perf_counter`; `worst_gap` is the longest wait between two outputs."""
+    """When things happened, in seconds of `time.perf_counter`; `worst_gap` is the longest wait
+    between two outputs."""
 
     arrival: float
     first_token: float | None = None
@@ -46,14 +47,17 @@ class Result:
     Attributes:
         prompt_token_ids, token_ids: the prompt and the output; the output keeps its stop token.
         text: the output as text; empty where the model has no tokenizer.
-        finish_reason: "stop", "length", "abort", "timeout", or "error" where its guide left no token to go on with.
-        stop_reason: the stop string or stop id that ended it; None for the model's own end token; after an error, why.
+        finish_reason: "stop", "length", "abort", "timeout", or "error" where its guide left no
+            token to go on with.
+        stop_reason: the stop string or stop id that ended it; None for the model's own end token;
+            after an error, why.
         seed: of the noise: the same seed gives the same tokens at any stride, in any batch.
         forwards: forward passes that committed tokens of it; the prefill counts as one.
         reached: by depth (index k - 1): drafts looked at, all before them having been accepted.
         accepted: by depth: drafts accepted.
         sources: for each token "first" (from the prefill), "accepted", "corrected" or "bonus".
-        logprobs: for each token a mapping of token ids, its own first, to `Logprob`; None unless asked for.
+        logprobs: for each token a mapping of token ids, its own first, to `Logprob`; None unless
+            asked for.
         prompt_logprobs: the same for the prompt; its first entry is None.
         cached_tokens: prompt tokens that were in the prefix cache.
         samples: with n > 1, the other samples of the same prompt.
@@ -154,14 +158,17 @@ class Request:
     def extend(self, tokens: Sequence[int], drafted: int, accepted: int) -> tuple[list[int], str]:
         """Take what one forward committed; returns the tokens kept and the text they add.
 
-        `drafted` drafts were looked at and `accepted` of them stood; those past the request's end are not counted.
+        `drafted` drafts were looked at and `accepted` of them stood; those past the request's end
+        are not counted.
         """
         result, start = self.result, len(self.result.token_ids)
         before = result.forwards
         result.forwards += 1
         result.timing.mark(perf_counter())
         stops = not self.stop_ids.isdisjoint(tokens)
-        ended = next(at for at, token in enumerate(tokens) if token in self.stop_ids) if stops else None
+        ended = (
+            next(at for at, token in enumerate(tokens) if token in self.stop_ids) if stops else None
+        )
         kept = list(tokens if ended is None else tokens[: ended + 1])
         if self.matcher is not None and (good := self.matcher.advance(kept)) < len(kept):
             kept, ended = kept[:good], None
@@ -171,7 +178,9 @@ class Request:
             kept = kept[: self.stream.stopped_at - start]
             result.finish_reason, result.stop_reason, ended = "stop", self.stream.stopped_by, None
         result.token_ids += kept
-        result.sources += ["first"] * len(kept) if before == 0 else _sources(len(kept), drafted, accepted)
+        result.sources += (
+            ["first"] * len(kept) if before == 0 else _sources(len(kept), drafted, accepted)
+        )
         for depth in range(min(len(kept), drafted)):
             result.reached[depth] += 1
             result.accepted[depth] += depth < accepted

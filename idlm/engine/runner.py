@@ -32,7 +32,8 @@ WARM_UP = 2
 MEASURE_PREFIX = 256
 """Cached tokens of the slots that step costs are measured on."""
 SHORT_CONTEXT = 512
-"""Tokens of the shortest requests that CUDA graphs tell apart; the next ones hold four times as many, and so on."""
+"""Tokens of the shortest requests that CUDA graphs tell apart; the next ones hold four times as
+many, and so on."""
 
 
 @dataclass
@@ -93,7 +94,9 @@ class Runner:
         # on a CPU one recording serves all batch sizes, but the number of fixed tiles is part of it
         tiled = deterministic and idlm.device.type == "cpu"
         self._graphs = idlm.device.type == "cuda"
-        self.core = Core(idlm, cache, self.slots, self.settings, simulated, deterministic, linears, fused)
+        self.core = Core(
+            idlm, cache, self.slots, self.settings, simulated, deterministic, linears, fused
+        )
         self._measured: set[tuple[Plan, int]] = set()
         self._steps = Recorder(self.core, record and not tiled)
 
@@ -136,19 +139,27 @@ class Runner:
         chunks: Sequence[Chunk] = (),
         matchers: Sequence[Matcher | None] = (),
     ) -> Launched:
-        """One window for each of `slots`, none of which has more than `tokens` tokens, drafts included; and `chunks`.
+        """One window for each of `slots`, none of which has more than `tokens` tokens, drafts
+        included; and `chunks`.
 
-        `matchers` are those of the slots; where there is one, the step is not recorded: its host takes part in it.
+        `matchers` are those of the slots; where there is one, the step is not recorded: its host
+        takes part in it.
         """
         with current(self.idlm.device):
-            prompts = PrefillBatch.of(chunks, self.core.cache.page_size, self._on_device) if chunks else None
+            prompts = (
+                PrefillBatch.of(chunks, self.core.cache.page_size, self._on_device)
+                if chunks
+                else None
+            )
             if prompts is None or not self._graphs:
                 return Launched.of(self._windows(kind, slots, tokens, prompts, matchers))
             hidden = self.core.prefill(prompts)  # by itself: graphs are of windows alone
             if not slots:
                 nothing = hidden.new_empty(0, kind.plan.stride + 4, dtype=torch.int64)
                 return Launched.of(Outcome(nothing, prompt=hidden))
-            return Launched.of(replace(self._windows(kind, slots, tokens, None, matchers), prompt=hidden))
+            return Launched.of(
+                replace(self._windows(kind, slots, tokens, None, matchers), prompt=hidden)
+            )
 
     def _windows(
         self,
@@ -160,12 +171,16 @@ class Runner:
     ) -> Outcome:
         """The windows, and the pieces of prompts in the same forward."""
         slots = slots or [self.slots.spare]
-        batch, tokens = (_round_up(len(slots)), _context(tokens)) if self._graphs else (len(slots), tokens)
+        batch, tokens = (
+            (_round_up(len(slots)), _context(tokens)) if self._graphs else (len(slots), tokens)
+        )
         columns = min(self.core.cache.columns(tokens), self.slots.state.table.shape[1])
         rows = self._on_device([*slots, *[self.slots.spare] * (batch - len(slots))])
         taken = torch.arange(columns, device=self.idlm.device)
         if any(matchers):
-            guided = GuidedRows([*matchers, *[None] * (batch - len(matchers))], self.idlm.vocab_size)
+            guided = GuidedRows(
+                [*matchers, *[None] * (batch - len(matchers))], self.idlm.vocab_size
+            )
             return self.core.step(kind, rows, taken, prompts, guided)
         return self._steps.step(kind, rows, taken, prompts)
 
@@ -174,7 +189,8 @@ class Runner:
 
     @torch.inference_mode()
     def measure(self, plan: Plan, batch: int, prefix: int = MEASURE_PREFIX) -> float:
-        """Seconds of one greedy decode step of `batch` requests with `prefix` cached tokens each, on the spare slot."""
+        """Seconds of one greedy decode step of `batch` requests with `prefix` cached tokens each,
+        on the spare slot."""
         prefix = min(prefix, self.idlm.context - self.depth - 1)
         self.slots.state.length[self.slots.spare] = prefix
         kind, slots = Kind(plan, Features()), [self.slots.spare] * batch
@@ -196,14 +212,17 @@ class Runner:
 
     @torch.inference_mode()
     def warm_up(self, plans: Iterable[Plan], seconds: float) -> None:
-        """Record the steps of greedy and of plainly sampled requests, so that no request waits for that later.
+        """Record the steps of greedy and of plainly sampled requests, so that no request waits for
+        that later.
 
         A CUDA graph is for one batch size, so there it is left to the first of each.
         """
         if self.idlm.device.type == "cuda":
             return
         started, spare = perf_counter(), self.slots.spare
-        for features, plan in product((Features(), Features(sampled=True)), dict.fromkeys([AR, *plans])):
+        for features, plan in product(
+            (Features(), Features(sampled=True)), dict.fromkeys([AR, *plans])
+        ):
             kind = Kind(plan, features)
             self._steps.prepare(kind)
             for chunks in ((), [Chunk(spare, [0, 0], 0)]):
@@ -218,7 +237,8 @@ def _round_up(number: int) -> int:
 
 
 def _context(tokens: int) -> int:
-    """The next of 512, 2048, 8192, ...: requests up to so many tokens have their CUDA graphs in common."""
+    """The next of 512, 2048, 8192, ...: requests up to so many tokens have their CUDA graphs in
+    common."""
     size = SHORT_CONTEXT
     while size < tokens:
         size *= 4
@@ -226,7 +246,8 @@ def _context(tokens: int) -> int:
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Within it a GPU is CUDA's current one: Triton, graphs, streams and events go by that, not by their tensors."""
+    """Within it a GPU is CUDA's current one: Triton, graphs, streams and events go by that, not by
+    their tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -243,7 +264,8 @@ class _Shapes:
 
 @torch.inference_mode()
 def working_memory(idlm: Idlm, rows: int, logits: int) -> int:
-    """Bytes that a GPU's largest forward takes beside weights and pages: of so many rows, with logits of some."""
+    """Bytes that a GPU's largest forward takes beside weights and pages: of so many rows, with
+    logits of some."""
     torch.cuda.reset_peak_memory_stats(idlm.device)
     before = torch.cuda.memory_allocated(idlm.device)
     tokens = torch.zeros(1, rows, dtype=torch.int64, device=idlm.device)

@@ -1,11 +1,12 @@
-"""`Scheduler`: who waits, who sits in which slot, who holds which pages. It decides; it launches nothing.
+"""`Scheduler`: who waits, who sits in which slot, who holds which pages. It decides; it launches
+nothing.
 
     waiting -> prefilling -> decoding -> gone
        ^____________|____________|
               pre-empted: its pages are taken, its text is prefilled again later
 
-First come, first served within a priority. A request keeps its place in the order when it is pre-empted, so it is the
-first to come back.
+First come, first served within a priority. A request keeps its place in the order when it is
+pre-empted, so it is the first to come back.
 """
 
 from __future__ import annotations
@@ -82,11 +83,13 @@ class Scheduler:
         return request
 
     def lacks(self, request: Request, tokens: int) -> bool:
-        """Whether a text of `tokens` tokens, or as long as it may become, needs more pages than it has."""
+        """Whether a text of `tokens` tokens, or as long as it may become, needs more pages than it
+        has."""
         return min(tokens, request.limit) > len(request.pages) * self.pool.page_size
 
     def grow(self, request: Request, tokens: int) -> list[tuple[int, int, int]] | None:
-        """The pages that it lacks for `tokens` tokens, as (slot, column, page); None where there are not enough.
+        """The pages that it lacks for `tokens` tokens, as (slot, column, page); None where there
+        are not enough.
 
         Where plenty are free it gets `AHEAD` at once, so that few steps have pages to map.
         """
@@ -106,7 +109,8 @@ class Scheduler:
         return max(self.running, key=lambda request: request.order)
 
     def chunks(self, budget: int) -> list[tuple[Request, Chunk]]:
-        """Prefill work of at most `budget` tokens; who lacks only its last token after it decodes from this step on."""
+        """Prefill work of at most `budget` tokens; who lacks only its last token after it decodes
+        from this step on."""
         work = []
         for request in list(self.prefilling):
             assert request.slot is not None  # noqa: S101
@@ -129,7 +133,8 @@ class Scheduler:
             self.pool.publish(page, key)
 
     def _keys(self, request: Request, tokens: int) -> list[bytes]:
-        """Of the full pages of its first `tokens` tokens; each is hashed once, however long the request waits."""
+        """Of the full pages of its first `tokens` tokens; each is hashed once, however long the
+        request waits."""
         size, known = self.pool.page_size, request.page_keys
         if tokens // size > len(known):
             root = known[-1] if known else self.root + request.salt
@@ -137,7 +142,8 @@ class Scheduler:
         return known[: tokens // size]
 
     def leave(self, request: Request) -> int | None:
-        """Take a request out, wherever it is; returns its slot. What it has computed stays in the prefix cache."""
+        """Take a request out, wherever it is; returns its slot. What it has computed stays in the
+        prefix cache."""
         if request.slot is None:
             self._waiting = [entry for entry in self._waiting if entry[1] is not request]
             heapq.heapify(self._waiting)

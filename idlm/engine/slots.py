@@ -1,11 +1,12 @@
-"""`Slots`: the state of the running requests, on the device, one row each; requests do not move while they run.
+"""`Slots`: the state of the running requests, on the device, one row each; requests do not move
+while they run.
 
-    x_0 ... x_{n-2}    in the KV pages that the slot's page table names
-    x_{n-1}            the pending token
-    d_1 .. d_valid     the drafts, claims of the tokens at n, n+1, ...; what lies past them is left over
+    x_0 ... x_{n-2}    in the KV pages that the slot's page table names x_{n-1}            the
+    pending token d_1 .. d_valid     the drafts, claims of the tokens at n, n+1, ...; what lies past
+    them is left over
 
-The last row is spare: it is never alive, its page table names the trash page alone, and it stands in where a step of
-fixed size has fewer requests.
+The last row is spare: it is never alive, its page table names the trash page alone, and it stands
+in where a step of fixed size has fewer requests.
 
 Shapes: B slots, K drafts, M page-table columns, V logit columns.
 """
@@ -52,10 +53,13 @@ class Slots:
 
     Attributes:
         stops: bool [B, V], the tokens that end each request.
-        log_q: [B, K, V], the laws the drafts were drawn from; kept only once a request asks for the ratio rule.
+        log_q: [B, K, V], the laws the drafts were drawn from; kept only once a request asks for the
+            ratio rule.
     """
 
-    def __init__(self, number: int, depth: int, columns: int, vocab_size: int, device: torch.device):
+    def __init__(
+        self, number: int, depth: int, columns: int, vocab_size: int, device: torch.device
+    ):
         rows = number + 1
 
         def whole(*shape: int) -> Tensor:
@@ -68,7 +72,17 @@ class Slots:
         alive, drafting = self._flags.unbind(1)
         self.spare = number
         self.log_q: Tensor | None = None
-        self.state = State(length, pending, limit, alive, drafting, whole(depth), valid, adapter, table=whole(columns))
+        self.state = State(
+            length,
+            pending,
+            limit,
+            alive,
+            drafting,
+            whole(depth),
+            valid,
+            adapter,
+            table=whole(columns),
+        )
         self.stops = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
 
     def put(
@@ -82,7 +96,8 @@ class Slots:
         drafting: bool,
         pages: Sequence[int],
     ) -> None:
-        """Seat a request with `length` committed tokens, `pending` the last; `limit` or one of `stops` ends it."""
+        """Seat a request with `length` committed tokens, `pending` the last; `limit` or one of
+        `stops` ends it."""
         table, device = self.state.table[slot], self.state.table.device
         self._numbers[slot] = staged([length, pending, limit, 0, adapter], device)
         self._flags[slot] = staged([True, drafting], device).bool()
@@ -97,13 +112,18 @@ class Slots:
     def map_pages(self, entries: Sequence[tuple[int, int, int]]) -> None:
         """Write (slot, column, page) entries into the page tables."""
         if entries:
-            numbers = staged([number for entry in entries for number in entry], self.state.table.device)
+            numbers = staged(
+                [number for entry in entries for number in entry], self.state.table.device
+            )
             slot, column, page = numbers.view(-1, 3).unbind(1)
             self.state.table[slot, column] = page
 
     def read(self, rows: Tensor, columns: Tensor) -> State:
         """Copies of the rows [B]; of their page tables only the columns [M]."""
-        taken = {field.name: getattr(self.state, field.name).index_select(0, rows) for field in fields(State)}
+        taken = {
+            field.name: getattr(self.state, field.name).index_select(0, rows)
+            for field in fields(State)
+        }
         return State(**taken | {"table": taken["table"].index_select(1, columns)})
 
     def write(self, rows: Tensor, **values: Tensor) -> None:
@@ -115,11 +135,14 @@ class Slots:
         """Remember what the drafts of the slots `rows` were drawn from, [B, K, V]."""
         assert self.log_q is not None  # noqa: S101
         depth = log_q.shape[1]
-        self.log_q.index_copy_(0, rows, torch.cat([log_q, self.log_q.index_select(0, rows)[:, depth:]], dim=1))
+        self.log_q.index_copy_(
+            0, rows, torch.cat([log_q, self.log_q.index_select(0, rows)[:, depth:]], dim=1)
+        )
 
 
 def staged(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """The numbers as int64 on the device; from pinned memory, so that a GPU's host does not wait for the copy."""
+    """The numbers as int64 on the device; from pinned memory, so that a GPU's host does not wait
+    for the copy."""
     tensor = torch.tensor(numbers, dtype=torch.int64)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
@@ -129,8 +152,17 @@ def select(settings: Settings, rows: Tensor, features: Features) -> Settings:
 
     Of what is as large as the logits, only what the `features` need.
     """
-    needed = {"bias": features.biased, "stop": features.held, "seen": features.penalised, "counts": features.penalised}
-    per_slot = {field.name: getattr(settings, field.name) for field in fields(Settings) if field.name != "steps"}
+    needed = {
+        "bias": features.biased,
+        "stop": features.held,
+        "seen": features.penalised,
+        "counts": features.penalised,
+    }
+    per_slot = {
+        field.name: getattr(settings, field.name)
+        for field in fields(Settings)
+        if field.name != "steps"
+    }
     taken: dict[str, Any] = {
         name: value.index_select(0, rows) if needed.get(name, True) else None
         for name, value in per_slot.items()

@@ -1,16 +1,19 @@
-"""One step, as tensor operations of static shape: forward, verification, state update. Nothing waits for the device.
+"""One step, as tensor operations of static shape: forward, verification, state update. Nothing
+waits for the device.
 
-    1. read the slots' rows; lay out their windows, and the pieces of prompts that this step prefills
+    1. read the slots' rows; lay out their windows, and the pieces of prompts that this step
+       prefills
     2. one forward over all these rows
     3. the head on the verify rows; the verdict: how many drafts stand, and the token after them
-    4. commit: cut at the request's limit and at its first stop token; the last token committed becomes pending
+    4. commit: cut at the request's limit and at its first stop token; the last token committed
+       becomes pending
     5. the head on the masks of that very outcome: the next drafts
 
-A prompt's last token is not prefilled: it is the pending token of its slot's first window, which has no drafts to
-verify. That window may be in the forward that prefills the rest.
+A prompt's last token is not prefilled: it is the pending token of its slot's first window, which
+has no drafts to verify. That window may be in the forward that prefills the rest.
 
-Shapes: B slots, K drafts, R = 1 + K verify rows, G groups of K masks, P pieces of T prompt tokens in all, D hidden
-size, V logit columns, M columns of the page table.
+Shapes: B slots, K drafts, R = 1 + K verify rows, G groups of K masks, P pieces of T prompt tokens
+in all, D hidden size, V logit columns, M columns of the page table.
 """
 
 from __future__ import annotations
@@ -45,7 +48,8 @@ Guided = GuidedRows | None  # the guides of a step's slots, if any has one
 
 @dataclass(frozen=True)
 class Kind:
-    """What is static about a step: the plan, which parts of the law its requests use, how many logprobs they want."""
+    """What is static about a step: the plan, which parts of the law its requests use, how many
+    logprobs they want."""
 
     plan: Plan
     features: Features
@@ -57,8 +61,8 @@ class Outcome:
     """What a step tells the host.
 
     Attributes:
-        packed: int64 [B, R + 4]: R tokens, how many of them are committed, the drafts looked at, those accepted, and
-            whether the request goes on.
+        packed: int64 [B, R + 4]: R tokens, how many of them are committed, the drafts looked at,
+            those accepted, and whether the request goes on.
         logprobs: of the R tokens, if asked for; see `idlm.decoding.verify.logprobs`.
         prompt: hidden states [T, D] of the pieces of prompts, for prompt logprobs.
     """
@@ -100,10 +104,12 @@ class Core:
     """The model, the pages and the slots: what every step works on.
 
     Attributes:
-        simulated: acceptance by depth that replaces the verification, for shapes without trained weights.
+        simulated: acceptance by depth that replaces the verification, for shapes without trained
+            weights.
         linears: the kernels that multiply by the linear layers' weights; None where PyTorch does.
         fused: the operators that recordings use the C kernels for.
-        kernels: a context for every step; batch-invariant kernels where results must not depend on the batch.
+        kernels: a context for every step; batch-invariant kernels where results must not depend on
+            the batch.
         chooser: what chooses tokens on the model's device.
     """
 
@@ -141,7 +147,12 @@ class Core:
         return nullcontext() if self.linears is None else self.linears.use()
 
     def step(
-        self, kind: Kind, rows: Tensor, columns: Tensor, prompts: PrefillBatch | None = None, guided: Guided = None
+        self,
+        kind: Kind,
+        rows: Tensor,
+        columns: Tensor,
+        prompts: PrefillBatch | None = None,
+        guided: Guided = None,
     ) -> Outcome:
         """One window for each of the slots `rows` [B], and the pieces of `prompts`.
 
@@ -157,7 +168,14 @@ class Core:
             tokens, positions = prompts.tokens[None], prompts.positions[None]
             return self.idlm.hidden(tokens, positions, None, NO_ROWS, self.cache)[0]
 
-    def _step(self, kind: Kind, rows: Tensor, columns: Tensor, prompts: PrefillBatch | None, guided: Guided) -> Outcome:
+    def _step(
+        self,
+        kind: Kind,
+        rows: Tensor,
+        columns: Tensor,
+        prompts: PrefillBatch | None,
+        guided: Guided,
+    ) -> Outcome:
         layout, state = self.layout(kind.plan), self.slots.read(rows, columns)
         valid, prefix = state.valid.clamp(max=layout.masks), state.length - 1
         positions = prefix[:, None] + layout.offsets.index_select(0, valid)
@@ -165,12 +183,20 @@ class Core:
         drafts = state.drafts[:, : layout.masks]
         visible = layout.visible.index_select(0, valid)
         segments = [self.cache.windows(state.table, prefix, visible, real, layout.mask_rows)]
-        tokens, places = torch.cat([state.pending[:, None], drafts], dim=1).flatten(), real.flatten()
+        tokens, places = (
+            torch.cat([state.pending[:, None], drafts], dim=1).flatten(),
+            real.flatten(),
+        )
         if prompts is not None:
             segments.insert(0, self._pieces(prompts))
-            tokens, places = torch.cat([prompts.tokens, tokens]), torch.cat([prompts.positions, places])
+            tokens, places = (
+                torch.cat([prompts.tokens, tokens]),
+                torch.cat([prompts.positions, places]),
+            )
         self.cache.prepare(segments)
-        hidden, masks = self._forward(tokens, places, positions[:, layout.stride :].flatten(), state.adapter)
+        hidden, masks = self._forward(
+            tokens, places, positions[:, layout.stride :].flatten(), state.adapter
+        )
         prompt = None
         if prompts is not None:
             first = prompts.tokens.shape[0]
@@ -181,18 +207,26 @@ class Core:
         return Outcome(packed, chances, prompt)
 
     def _pieces(self, prompts: PrefillBatch) -> Segment:
-        """What the rows of pieces see: the tokens before them, in their slots' pages and in the pieces themselves."""
-        table = self.slots.state.table.index_select(0, prompts.slots).index_select(1, prompts.columns)
+        """What the rows of pieces see: the tokens before them, in their slots' pages and in the
+        pieces themselves."""
+        table = self.slots.state.table.index_select(0, prompts.slots).index_select(
+            1, prompts.columns
+        )
         return self.cache.pieces(table, prompts)
 
-    def _forward(self, tokens: Tensor, real: Tensor, masks: Tensor, adapter: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states of real rows [., D] and of MASK rows [., D], the rows given as tokens and positions."""
+    def _forward(
+        self, tokens: Tensor, real: Tensor, masks: Tensor, adapter: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states of real rows [., D] and of MASK rows [., D], the rows given as tokens and
+        positions."""
         if not masks.shape[0]:
             return self.idlm.hidden(tokens[None], real[None], None, NO_ROWS, self.cache)[0], masks
         first = real.numel()
         tokens = torch.cat([tokens, torch.full_like(masks, self.idlm.mask_id)])
         positions = torch.cat([real, masks])
-        with self._drafting(adapter[:, None].expand(-1, masks.numel() // adapter.numel()).flatten()):
+        with self._drafting(
+            adapter[:, None].expand(-1, masks.numel() // adapter.numel()).flatten()
+        ):
             rows = slice(first, positions.numel())
             hidden = self.idlm.hidden(tokens[None], positions[None], None, rows, self.cache)[0]
         return hidden[:first], hidden[first:]
@@ -203,13 +237,24 @@ class Core:
         gate, own = self.idlm.gate or Gate(), self.linears is not None and self.linears.drafts
         gate.adapter, gate.merged = adapter, own
         try:
-            with self.linears.drafting(adapter) if self.linears is not None and own else nullcontext():
+            with (
+                self.linears.drafting(adapter)
+                if self.linears is not None and own
+                else nullcontext()
+            ):
                 yield
         finally:
             gate.merged = False
 
     def _judge(
-        self, kind: Kind, rows: Tensor, state: State, logits: Tensor, drafts: Tensor, valid: Tensor, guided: Guided
+        self,
+        kind: Kind,
+        rows: Tensor,
+        state: State,
+        logits: Tensor,
+        drafts: Tensor,
+        valid: Tensor,
+        guided: Guided,
     ) -> Slate:
         """The verdict on `drafts` [B, K], of which `valid` [B] count."""
         law = Law(select(self.settings, rows, kind.features), kind.features, self.chooser)
@@ -217,7 +262,9 @@ class Core:
         log_q = self.slots.log_q
         if log_q is not None:
             log_q = (
-                log_q.index_select(0, rows)[:, : drafts.shape[1]] if kind.features.ratio and drafts.shape[1] else None
+                log_q.index_select(0, rows)[:, : drafts.shape[1]]
+                if kind.features.ratio and drafts.shape[1]
+                else None
             )
         verdict = verify(law, logits, Drafts(drafts, valid, log_q), state.length)
         if self.simulated is not None:
@@ -227,24 +274,30 @@ class Core:
     def _commit(
         self, kind: Kind, slate: Slate, masks: Tensor | None, served: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Commit the verdict and draft from `masks` [B, K, D], which the slots `served` [B] have; see `Outcome`."""
+        """Commit the verdict and draft from `masks` [B, K, D], which the slots `served` [B] have;
+        see `Outcome`."""
         state, tokens = slate.state, slate.verdict.tokens
         keep, ended = self._cut(slate)
         number = keep.sum(dim=1)
         length = state.length + number
         alive = state.alive & ~ended & (length < state.limit)
-        pending = torch.where(number > 0, tokens.gather(1, (number - 1).clamp(min=0)[:, None])[:, 0], state.pending)
+        pending = torch.where(
+            number > 0, tokens.gather(1, (number - 1).clamp(min=0)[:, None])[:, 0], state.pending
+        )
         chances = self._logprobs(kind, slate)
         if kind.features.penalised:
             slate.law.settings.record(tokens, number)
             store(self.settings, slate.rows, slate.law.settings)
         self.slots.write(slate.rows, length=length, pending=pending, alive=alive)
         self._draft(kind, slate, masks, served, length)
-        columns = torch.stack([number, slate.valid, slate.verdict.accepted, alive.to(torch.int64)], dim=1)
+        columns = torch.stack(
+            [number, slate.valid, slate.verdict.accepted, alive.to(torch.int64)], dim=1
+        )
         return torch.cat([tokens, columns], dim=1), chances
 
     def _cut(self, slate: Slate) -> tuple[Tensor, Tensor]:
-        """Which tokens [B, R] are committed, up to the limit and the first stop token; and whether that came [B]."""
+        """Which tokens [B, R] are committed, up to the limit and the first stop token; and whether
+        that came [B]."""
         state, tokens = slate.state, slate.verdict.tokens
         index = torch.arange(tokens.shape[1], device=tokens.device)
         room = torch.minimum(slate.verdict.accepted + 1, state.limit - state.length)
@@ -253,7 +306,9 @@ class Core:
         before = stop.cumsum(dim=1) - stop.to(torch.int64)
         return keep & (before == 0), stop.any(dim=1)
 
-    def _draft(self, kind: Kind, slate: Slate, masks: Tensor | None, served: Tensor | None, first: Tensor) -> None:
+    def _draft(
+        self, kind: Kind, slate: Slate, masks: Tensor | None, served: Tensor | None, first: Tensor
+    ) -> None:
         """Write the drafts of the tokens from position `first` [B] on."""
         if masks is None or served is None:
             self.slots.write(slate.rows, valid=torch.zeros_like(slate.valid))
@@ -274,8 +329,11 @@ class Core:
         tokens, first, top = slate.verdict.tokens, slate.state.length, kind.logprobs
         return () if top is None else logprobs(slate.law, slate.logits, tokens, first, top)
 
-    def _simulate(self, verdict: Verdicts, drafts: Tensor, valid: Tensor, first: Tensor, keys: Tensor) -> Verdicts:
-        """Accept draft k with chance `simulated[k]` (its last entry from there on), whatever the tokens."""
+    def _simulate(
+        self, verdict: Verdicts, drafts: Tensor, valid: Tensor, first: Tensor, keys: Tensor
+    ) -> Verdicts:
+        """Accept draft k with chance `simulated[k]` (its last entry from there on), whatever the
+        tokens."""
         assert self.simulated is not None  # noqa: S101
         depth = torch.arange(drafts.shape[1], device=drafts.device)
         chance = uniform(keys[:, Stream.ACCEPT], first[:, None] + depth)

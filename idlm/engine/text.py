@@ -1,15 +1,16 @@
 """`TextStream`: the text of one request as its tokens come, and the stop strings that end it.
 
-A token may end in the middle of a character, and a stop string may begin in one token and end in another. So the text
-so far is
+A token may end in the middle of a character, and a stop string may begin in one token and end in
+another. So the text so far is
 
     returned | may become a stop string | characters whose bytes are not all there
     ---------+--------------------------+-----------------------------------------
      certain |         held: the next tokens tell what becomes of it
 
-Only a window of the last tokens is decoded each time, a *tail* long enough that what comes before does not matter.
-Together the pieces are `tokenizer.decode` of all tokens. (The exception: a run of byte tokens of a tokenizer with byte
-fallback, whose decoder shows valid characters as broken once a broken one follows them; what was returned stays.)
+Only a window of the last tokens is decoded each time, a *tail* long enough that what comes before
+does not matter. Together the pieces are `tokenizer.decode` of all tokens. (The exception: a run of
+byte tokens of a tokenizer with byte fallback, whose decoder shows valid characters as broken once a
+broken one follows them; what was returned stays.)
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class TextStream:
 
     Attributes:
         text: all that was returned so far.
-        stopped_at: how many tokens there are up to and including the one that completed a stop string; None before.
+        stopped_at: how many tokens there are up to and including the one that completed a stop
+            string; None before.
         stopped_by: that stop string.
     """
 
@@ -53,7 +55,9 @@ class TextStream:
         self.text = ""
         self.stopped_at: int | None = None
         self.stopped_by = ""
-        special = (token for token, added in tokenizer.added_tokens_decoder.items() if added.special)
+        special = (
+            token for token, added in tokenizer.added_tokens_decoder.items() if added.special
+        )
         left_out = frozenset(special if skip_special_tokens else ())
         self._decoder = _Decoder(_decode_function(tokenizer, skip_special_tokens), left_out)
         self._matchers = [_Matcher(text) for text in stop]
@@ -63,9 +67,11 @@ class TextStream:
         self._held = ""
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Take the next tokens, and return the text that is certain now. After a stop, tokens are ignored.
+        """Take the next tokens, and return the text that is certain now. After a stop, tokens are
+        ignored.
 
-        Without stop strings it is cheapest to push many tokens at once: nothing is decoded per token.
+        Without stop strings it is cheapest to push many tokens at once: nothing is decoded per
+        token.
         """
         if not self._matchers:
             return self._return(self._decoder.push(tokens))
@@ -78,7 +84,8 @@ class TextStream:
         return self._return(certain)
 
     def finish(self) -> str:
-        """No more tokens: the text that was held, half characters as the tokenizer decodes them; none after a stop."""
+        """No more tokens: the text that was held, half characters as the tokenizer decodes them;
+        none after a stop."""
         if self.stopped_at is not None:
             return ""
         rest, self._held = self._held + self._decoder.finish(), ""
@@ -106,8 +113,9 @@ class TextStream:
 class _Decoder:
     """Decodes tokens as they come; never returns the first bytes of a character without the rest.
 
-    `_window` holds tokens whose text was returned, `_open` those after them: they end within a character, which decodes
-    to a broken one, or to one for each of its bytes, or (byte fallback) makes the whole run of bytes look broken.
+    `_window` holds tokens whose text was returned, `_open` those after them: they end within a
+    character, which decodes to a broken one, or to one for each of its bytes, or (byte fallback)
+    makes the whole run of bytes look broken.
     """
 
     def __init__(self, decode: Decode, left_out: frozenset[int]) -> None:
@@ -134,9 +142,12 @@ class _Decoder:
         return rest
 
     def _settle(self, number: int, text: str) -> str:
-        """Move the first open tokens to the window, which then has this text; return what that adds."""
+        """Move the first open tokens to the window, which then has this text; return what that
+        adds."""
         new = text[len(self._text) :]
-        if new or not text:  # tokens without text are forgotten, or many of them would fill the window
+        if (
+            new or not text
+        ):  # tokens without text are forgotten, or many of them would fill the window
             self._window += self._open[:number]
             self._text = text
         del self._open[:number]
@@ -147,7 +158,8 @@ class _Decoder:
     def _give_up(self) -> str:
         """Settle what stays broken, for it is more than half a character.
 
-        That is all up to the last place where the text is that of both sides joined: no character spans it.
+        That is all up to the last place where the text is that of both sides joined: no character
+        spans it.
         """
         whole = self._decode(self._window + self._open)
         for number in range(len(self._open) - 1, len(self._open) - 1 - CHARACTER, -1):
@@ -169,7 +181,8 @@ class _Decoder:
 
 
 def _decode_function(tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> Decode:
-    """`tokenizer.decode`, without its own overhead (three times the work) where it adds nothing to the backend's."""
+    """`tokenizer.decode`, without its own overhead (three times the work) where it adds nothing to
+    the backend's."""
     stock = getattr(type(tokenizer), "_decode", None) is PreTrainedTokenizerFast._decode
     plain = stock and not tokenizer.clean_up_tokenization_spaces
     decode = tokenizer.backend_tokenizer.decode if plain else tokenizer.decode
@@ -195,7 +208,8 @@ class _Matcher:
         return True
 
     def _extend(self, matched: int, character: str) -> int:
-        """The longest beginning of the stop string that ends in `character`, given one that ended just before it."""
+        """The longest beginning of the stop string that ends in `character`, given one that ended
+        just before it."""
         while matched and self.stop[matched] != character:
             matched = self._shorter[matched - 1]
         return matched + (self.stop[matched] == character)

@@ -34,5 +34,8 @@ def evaluate(llm: LLM, problems: Sequence[Problem], params: SamplingParams) -> A
     started = perf_counter()
     asked = [[{"role": "user", "content": problem.question}] for problem in problems]
     results = llm.chat(asked, params)
-    right = [read_answer(one.text) == problem.answer for one, problem in zip(results, problems, strict=True)]
+    right = [
+        read_answer(one.text) == problem.answer
+        for one, problem in zip(results, problems, strict=True)
+    ]
     return Accuracy(sum(right), results, perf_counter() - started)

@@ -1,4 +1,5 @@
-"""A closed loop: a fixed number of requests in flight, each finished one replaced by the next; and what that run shows.
+"""A closed loop: a fixed number of requests in flight, each finished one replaced by the next; and
+what that run shows.
 
 A `Contestant` is any engine that can be run so: `Ours` here, others in `benchmarks/peers`.
 """
@@ -24,12 +25,14 @@ from idlm.evaluation.workload import Request
 from idlm.models.idlm_model import Idlm
 
 WARM_UP_SECONDS = 60.0
-"""More than a server takes: a plan's first steps, which are recorded, are no part of what is measured."""
+"""More than a server takes: a plan's first steps, which are recorded, are no part of what is
+measured."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """How one request was served: seconds to its first token, per token after it, and the worst wait between steps."""
+    """How one request was served: seconds to its first token, per token after it, and the worst
+    wait between steps."""
 
     token_ids: list[int]
     ttft: float
@@ -59,7 +62,8 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a contestant; `peak_memory_mb` is the process's on a CPU, the allocator's on a GPU."""
+    """One run of a contestant; `peak_memory_mb` is the process's on a CPU, the allocator's on a
+    GPU."""
 
     seconds: float
     cpu_seconds: float
@@ -112,8 +116,12 @@ class Ours:
         seconds, cpu_seconds = perf_counter() - started, process_time() - cpu
         reason = _reason(planner, concurrency)
         host_share = (metrics.host_seconds - host) / (metrics.step_seconds - steps)
-        decoding = Decoding(plan, results, metrics.window_rows - rows, metrics.plans - plans, host_share, reason)
-        return Run(seconds, cpu_seconds, _peak(device), [_served(result) for result in results], decoding)
+        decoding = Decoding(
+            plan, results, metrics.window_rows - rows, metrics.plans - plans, host_share, reason
+        )
+        return Run(
+            seconds, cpu_seconds, _peak(device), [_served(result) for result in results], decoding
+        )
 
 
 def contestants(
@@ -148,16 +156,21 @@ def contestants(
 
 
 def closed_loop(llm: LLM, requests: Sequence[Request], concurrency: int) -> list[Result]:
-    """Serve the requests, each finished one replaced by the next; results in the order of the requests."""
+    """Serve the requests, each finished one replaced by the next; results in the order of the
+    requests."""
     engine, waiting = llm.engine, iter(requests)
-    order = [engine.add(one.prompt_token_ids, one.params, seed=0) for one in islice(waiting, concurrency)]
+    order = [
+        engine.add(one.prompt_token_ids, one.params, seed=0) for one in islice(waiting, concurrency)
+    ]
     results: dict[str, Result] = {}
     while engine.busy:
         for update in engine.step():
             if update.result is None:
                 continue
             results[update.request_id] = update.result
-            order += [engine.add(one.prompt_token_ids, one.params, seed=0) for one in islice(waiting, 1)]
+            order += [
+                engine.add(one.prompt_token_ids, one.params, seed=0) for one in islice(waiting, 1)
+            ]
     return [results[name] for name in order]
 
 
@@ -176,7 +189,8 @@ def _served(result: Result) -> Served:
 
 
 def _forget_peak(device: torch.device) -> None:
-    """Start the high-water mark of memory anew; where Linux does not let us, it stays the process's."""
+    """Start the high-water mark of memory anew; where Linux does not let us, it stays the
+    process's."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:

@@ -12,11 +12,13 @@ import torch
 import idlm
 
 VECTORS = ("avx", "amx", "fma", "f16c", "asimd", "sve")
-"""How the names of instruction sets begin that kernels of a language model may use, on x86 and on ARM."""
+"""How the names of instruction sets begin that kernels of a language model may use, on x86 and on
+ARM."""
 
 
 def environment() -> dict[str, object]:
-    """CPU, its vector instructions, cores, threads, system, versions, and the GPU where there is one."""
+    """CPU, its vector instructions, cores, threads, system, versions, and the GPU where there is
+    one."""
     name, flags = _cpuinfo("model name"), _cpuinfo("flags") or _cpuinfo("Features")
     found: dict[str, object] = {
         "cpu": name or platform.processor(),

@@ -42,10 +42,14 @@ def summary(results: Sequence[Result]) -> Summary:
 
 
 def tpf_decode(results: Sequence[Result]) -> float | None:
-    """Tokens per whole window, prefills and windows cut short by a request's end left out; None where there is none.
+    """Tokens per whole window, prefills and windows cut short by a request's end left out; None
+    where there is none.
 
     A window ends with the first token that is no accepted draft.
     """
-    ends = [[at for at, source in enumerate(one.sources) if source in ("corrected", "bonus")] for one in results]
+    ends = [
+        [at for at, source in enumerate(one.sources) if source in ("corrected", "bonus")]
+        for one in results
+    ]
     windows = sum(map(len, ends))
     return sum(end[-1] for end in ends if end) / windows if windows else None

@@ -1,4 +1,5 @@
-"""Is the output of ISD the AR model's own? Token by token for the exact rules, as a test of the law for the ratio rule.
+"""Is the output of ISD the AR model's own? Token by token for the exact rules, as a test of the law
+for the ratio rule.
 
 Shapes: n tokens of one output, V tokens of the vocabulary.
 """
@@ -24,15 +25,17 @@ FALSE_ALARM = 1e-6
 
 @dataclass(frozen=True)
 class Difference:
-    """The first token at which AR and ISD part on one prompt; later ones have different texts before them.
+    """The first token at which AR and ISD part on one prompt; later ones have different texts
+    before them.
 
     Attributes:
         prompt: which prompt, from 0.
         position: of the token in the output, from 0.
         ar_token, isd_token: what came out; None where that output had ended.
-        ar_margin, isd_margin: how far the token's score lies above the best other one in a full recomputation,
-            where the score is what the argmax runs over (log p + noise, or the logit when greedy). The likelier of the
-            two has a positive margin, the other a negative one; a tiny pair is rounding.
+        ar_margin, isd_margin: how far the token's score lies above the best other one in a full
+            recomputation, where the score is what the argmax runs over (log p + noise, or the logit
+            when greedy). The likelier of the two has a positive margin, the other a negative one; a
+            tiny pair is rounding.
     """
 
     prompt: int
@@ -45,7 +48,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class Parity:
-    """AR against ISD on some prompts; `compared_tokens` counts each prompt's up to its first difference, inclusive."""
+    """AR against ISD on some prompts; `compared_tokens` counts each prompt's up to its first
+    difference, inclusive."""
 
     prompts: int
     compared_tokens: int
@@ -59,7 +63,8 @@ class Parity:
 
 
 def numbered_seeds(params: SamplingParams, number: int) -> list[SamplingParams]:
-    """`params` for each of `number` prompts, their seeds counting up from its own (0 if it has none).
+    """`params` for each of `number` prompts, their seeds counting up from its own (0 if it has
+    none).
 
     Two prompts with one seed would meet the same noise, and their tokens would not be independent.
     """
@@ -83,7 +88,9 @@ def compare(
     ar = LLM(idlm, stride=1, max_num_seqs=1)
     isd = LLM(idlm, stride=stride, branches=branches, max_num_seqs=1)
     compared, differences, results = 0, [], []
-    for number, (prompt, one) in enumerate(zip(prompts, numbered_seeds(params, len(prompts)), strict=True)):
+    for number, (prompt, one) in enumerate(
+        zip(prompts, numbered_seeds(params, len(prompts)), strict=True)
+    ):
         left, right = ar.generate([list(prompt)], one)[0], isd.generate([list(prompt)], one)[0]
         results.append(right)
         at = first_difference(left.token_ids, right.token_ids)
@@ -95,14 +102,17 @@ def compare(
 
 
 def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
-    """The first index at which two outputs differ, or at which one has ended; None where they are equal."""
+    """The first index at which two outputs differ, or at which one has ended; None where they are
+    equal."""
     for index, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:
             return index
     return None if len(left) == len(right) else min(len(left), len(right))
 
 
-def _difference(idlm: Idlm, prompt: int, at: int, ar: Result, isd: Result, params: SamplingParams) -> Difference:
+def _difference(
+    idlm: Idlm, prompt: int, at: int, ar: Result, isd: Result, params: SamplingParams
+) -> Difference:
     tokens = [result.token_ids[at] if at < len(result.token_ids) else None for result in (ar, isd)]
     scores = token_scores(idlm, ar.prompt_token_ids, ar.token_ids[:at], params)
     margins = [None if token is None else margin(scores, token) for token in tokens]
@@ -116,9 +126,14 @@ def margin(scores: Tensor, token: int) -> float:
     return float(scores[token] - others.max())
 
 
-def token_scores(idlm: Idlm, prompt: list[int], output: list[int], params: SamplingParams) -> Tensor:
-    """What the argmax runs over after `output`, [V], in float64 from logits of the model's own precision."""
-    soft = replace(params, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) if params.greedy else params
+def token_scores(
+    idlm: Idlm, prompt: list[int], output: list[int], params: SamplingParams
+) -> Tensor:
+    """What the argmax runs over after `output`, [V], in float64 from logits of the model's own
+    precision."""
+    soft = (
+        replace(params, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) if params.greedy else params
+    )
     log_p = _laws(idlm, prompt, output, soft, first=len(output))[0]
     if params.greedy:
         return log_p
@@ -128,8 +143,11 @@ def token_scores(idlm: Idlm, prompt: list[int], output: list[int], params: Sampl
 
 
 @torch.inference_mode()
-def _laws(idlm: Idlm, prompt: Sequence[int], output: Sequence[int], params: SamplingParams, first: int = 0) -> Tensor:
-    """AR's law of each token of `output` from index `first` on, and of the one after it: float64 [n + 1 - first, V].
+def _laws(
+    idlm: Idlm, prompt: Sequence[int], output: Sequence[int], params: SamplingParams, first: int = 0
+) -> Tensor:
+    """AR's law of each token of `output` from index `first` on, and of the one after it: float64 [n
+    + 1 - first, V].
 
     One causal forward over the whole text: no window, no cache, no mask.
     """
@@ -148,9 +166,11 @@ class LawTest:
 
     Attributes:
         tokens: n.
-        statistic: sqrt(n) times the largest distance between the empirical and the uniform distribution.
+        statistic: sqrt(n) times the largest distance between the empirical and the uniform
+            distribution.
         bound: what it exceeds with probability at most `FALSE_ALARM` if the law is right.
-        impossible: tokens to which AR's law gives probability 0; a right decoder has none but for rounding.
+        impossible: tokens to which AR's law gives probability 0; a right decoder has none but for
+            rounding.
     """
 
     tokens: int
@@ -174,8 +194,8 @@ def check_law(
 ) -> tuple[LawTest, list[Result]]:
     """Test whether ISD's tokens follow AR's law, given what stands before each.
 
-    The end token is ignored: with outputs of fixed length the number of tokens does not depend on what they are, so the
-    bound holds as it stands.
+    The end token is ignored: with outputs of fixed length the number of tokens does not depend on
+    what they are, so the bound holds as it stands.
 
     Raises:
         InputError: a prompt or a parameter cannot be used.
@@ -183,23 +203,30 @@ def check_law(
     llm = LLM(idlm, stride=stride, branches=branches, max_num_seqs=1)
     values, impossible, results = [], 0, []
     generator = torch.Generator().manual_seed(params.seed or 0)
-    for prompt, one in zip(prompts, numbered_seeds(replace(params, ignore_eos=True), len(prompts)), strict=True):
+    for prompt, one in zip(
+        prompts, numbered_seeds(replace(params, ignore_eos=True), len(prompts)), strict=True
+    ):
         result = llm.generate([list(prompt)], one)[0]
         results.append(result)
         log_p = _laws(idlm, prompt, result.token_ids, one)[:-1]
         tokens = torch.tensor(result.token_ids)
         impossible += int((log_p.gather(1, tokens[:, None]) == -math.inf).sum())
-        values.append(transform(log_p, tokens, torch.rand(len(tokens), generator=generator, dtype=torch.float64)))
+        values.append(
+            transform(
+                log_p, tokens, torch.rand(len(tokens), generator=generator, dtype=torch.float64)
+            )
+        )
         advance()
     return kolmogorov_smirnov(torch.cat(values), impossible), results
 
 
 def transform(log_p: Tensor, tokens: Tensor, uniform: Tensor) -> Tensor:
-    """Randomised probability integral transform of `tokens` [n] under the laws `log_p` [n, V]; in [0, 1], [n].
+    """Randomised probability integral transform of `tokens` [n] under the laws `log_p` [n, V]; in
+    [0, 1], [n].
 
-    With a row's tokens in the order of falling probability, the value is the probability before the token plus a
-    uniform share of its own. The values are independent and uniform if and only if each token follows its row's law
-    (Rosenblatt 1952, "Remarks on a multivariate transformation").
+    With a row's tokens in the order of falling probability, the value is the probability before the
+    token plus a uniform share of its own. The values are independent and uniform if and only if
+    each token follows its row's law (Rosenblatt 1952, "Remarks on a multivariate transformation").
     """
     probabilities, order = log_p.exp().sort(dim=-1, descending=True, stable=True)
     place = (order == tokens[:, None]).to(torch.int64).argmax(dim=-1, keepdim=True)
@@ -209,9 +236,12 @@ def transform(log_p: Tensor, tokens: Tensor, uniform: Tensor) -> Tensor:
 
 
 def kolmogorov_smirnov(values: Tensor, impossible: int = 0) -> LawTest:
-    """Test `values` [n] for uniformity, by the bound of Dvoretzky, Kiefer and Wolfowitz (Massart's constant, 1990)."""
+    """Test `values` [n] for uniformity, by the bound of Dvoretzky, Kiefer and Wolfowitz (Massart's
+    constant, 1990)."""
     n = len(values)
     ordered = values.sort().values
     steps = torch.arange(n + 1, dtype=torch.float64) / n
     distance = torch.maximum(steps[1:] - ordered, ordered - steps[:-1]).max()
-    return LawTest(n, math.sqrt(n) * float(distance), math.sqrt(math.log(2 / FALSE_ALARM) / 2), impossible)
+    return LawTest(
+        n, math.sqrt(n) * float(distance), math.sqrt(math.log(2 / FALSE_ALARM) / 2), impossible
+    )

@@ -1,7 +1,8 @@
 """Engines under load, in turn, and the figures of each.
 
-Contestants run A B A B ... within one call, so that what else the machine does hits them alike; ratios are taken round
-by round. Every round has new requests, the same for all contestants: no cache lives off the round before.
+Contestants run A B A B ... within one call, so that what else the machine does hits them alike;
+ratios are taken round by round. Every round has new requests, the same for all contestants: no
+cache lives off the round before.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def bench(
 ) -> list[Row]:
     """A row for every concurrency and contestant.
 
-    A round has `number` requests, but at least twice as many as are in flight. The first of `repeats` + 1 rounds warms
-    up and is not counted. `advance` is called after each run.
+    A round has `number` requests, but at least twice as many as are in flight. The first of
+    `repeats` + 1 rounds warms up and is not counted. `advance` is called after each run.
     """
     rows: list[Row] = []
     for concurrency in concurrencies:
@@ -41,8 +42,12 @@ def bench(
                 laps.append(contestant.run(requests, concurrency))
                 advance()
         counted = [laps[1:] for laps in runs]
-        ar = next((laps for one, laps in zip(contestants, counted, strict=True) if _is_ar(one)), None)
-        rows += [row(one, concurrency, laps, ar) for one, laps in zip(contestants, counted, strict=True)]
+        ar = next(
+            (laps for one, laps in zip(contestants, counted, strict=True) if _is_ar(one)), None
+        )
+        rows += [
+            row(one, concurrency, laps, ar) for one, laps in zip(contestants, counted, strict=True)
+        ]
     return rows
 
 
@@ -50,11 +55,14 @@ def _is_ar(contestant: Contestant) -> bool:
     return (contestant.engine, contestant.mode) == ("idlm", "ar")
 
 
-def row(contestant: Contestant, concurrency: int, runs: Sequence[Run], ar: Sequence[Run] | None) -> Row:
-    """The figures of one contestant: medians over rounds, or over all requests of all rounds; None where unknown.
+def row(
+    contestant: Contestant, concurrency: int, runs: Sequence[Run], ar: Sequence[Run] | None
+) -> Row:
+    """The figures of one contestant: medians over rounds, or over all requests of all rounds; None
+    where unknown.
 
-    `same_as_ar` is the share of requests with AR's tokens, which simulated acceptance cannot give. Ratios are of the
-    same round.
+    `same_as_ar` is the share of requests with AR's tokens, which simulated acceptance cannot give.
+    Ratios are of the same round.
     """
     rates = [run.tokens_per_second for run in runs]
     served = [one for run in runs for one in run.served]
@@ -82,8 +90,14 @@ def row(contestant: Contestant, concurrency: int, runs: Sequence[Run], ar: Seque
 def _against(runs: Sequence[Run], ar: Sequence[Run] | None) -> Row:
     if ar is None:
         return {"speedup_over_ar": None, "speedup_range": None, "same_as_ar": None}
-    ratios = [run.tokens_per_second / other.tokens_per_second for run, other in zip(runs, ar, strict=True)]
-    pairs = [pair for run, other in zip(runs, ar, strict=True) for pair in zip(run.served, other.served, strict=True)]
+    ratios = [
+        run.tokens_per_second / other.tokens_per_second for run, other in zip(runs, ar, strict=True)
+    ]
+    pairs = [
+        pair
+        for run, other in zip(runs, ar, strict=True)
+        for pair in zip(run.served, other.served, strict=True)
+    ]
     same = sum(mine.token_ids == theirs.token_ids for mine, theirs in pairs)
     return {
         "speedup_over_ar": median(ratios),
@@ -95,8 +109,9 @@ def _against(runs: Sequence[Run], ar: Sequence[Run] | None) -> Row:
 def _decoded(runs: Sequence[Decoding]) -> Row:
     """What our engine tells.
 
-    `tpf` counts prefills and windows cut short by a request's end; `tpf_decode` does not, and is what `tpf_expected`
-    predicts from the acceptance. FLOPs per token are window rows run for each token: AR runs one.
+    `tpf` counts prefills and windows cut short by a request's end; `tpf_decode` does not, and is
+    what `tpf_expected` predicts from the acceptance. FLOPs per token are window rows run for each
+    token: AR runs one.
     """
     if not runs:
         names = (
@@ -116,7 +131,9 @@ def _decoded(runs: Sequence[Decoding]) -> Row:
     return {
         "tpf": totals["tpf"],
         "tpf_decode": tpf_decode(results),
-        "tpf_expected": None if plan is None or (plan.drafts and not known) else expected_tokens(plan, known),
+        "tpf_expected": None
+        if plan is None or (plan.drafts and not known)
+        else expected_tokens(plan, known),
         "acceptance": totals["acceptance"],
         "flops_per_token_over_ar": sum(run.rows for run in runs) / totals["tokens"],
         "plans": dict(sum((run.plans for run in runs), Counter())),
@@ -127,4 +144,7 @@ def _decoded(runs: Sequence[Decoding]) -> Row:
 
 def _latency(name: str, seconds: Sequence[float]) -> Row:
     ordered = sorted(seconds)
-    return {name: 1e3 * median(ordered), f"{name}_p99": 1e3 * ordered[ceil(0.99 * len(ordered)) - 1]}
+    return {
+        name: 1e3 * median(ordered),
+        f"{name}_p99": 1e3 * ordered[ceil(0.99 * len(ordered)) - 1],
+    }

@@ -1,4 +1,5 @@
-"""Wall-clock comparison of decoders that take turns, so that what else the machine does hits them alike."""
+"""Wall-clock comparison of decoders that take turns, so that what else the machine does hits them
+alike."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ Run = Callable[[], list[Result]]
 
 @dataclass
 class Lap:
-    """What one contestant did: its results (of the last round; they are the same each time) and its rounds' seconds."""
+    """What one contestant did: its results (of the last round; they are the same each time) and its
+    rounds' seconds."""
 
     results: list[Result] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -31,8 +33,11 @@ class Lap:
         return median(self.rates)
 
 
-def race(contestants: Mapping[str, Run], rounds: int, advance: Callable[[], None] = lambda: None) -> dict[str, Lap]:
-    """Run every contestant once to warm up, then `rounds` times in turn; `advance` is called after each run."""
+def race(
+    contestants: Mapping[str, Run], rounds: int, advance: Callable[[], None] = lambda: None
+) -> dict[str, Lap]:
+    """Run every contestant once to warm up, then `rounds` times in turn; `advance` is called after
+    each run."""
     laps = {name: Lap() for name in contestants}
     for number in range(rounds + 1):
         for name, run in contestants.items():

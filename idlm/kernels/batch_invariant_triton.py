@@ -1,4 +1,5 @@
-"""The Triton kernels of the deterministic mode: tiles and orders of summation that no row count changes."""
+"""The Triton kernels of the deterministic mode: tiles and orders of summation that no row count
+changes."""
 
 from __future__ import annotations
 
@@ -17,19 +18,28 @@ def _linear(  # type: ignore[no-untyped-def]
     x, weight, bias, out, rows, inner, outer,
     BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One tile of `x` [rows, inner] times `weight` [outer, inner] transposed; the sum goes over inner in one order."""
+    """One tile of `x` [rows, inner] times `weight` [outer, inner] transposed; the sum goes over
+    inner in one order."""
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, inner, DEPTH):
         depth = start + tl.arange(0, DEPTH)
         inside = depth[None, :] < inner
-        a = tl.load(x + row[:, None] * inner + depth, mask=inside & (row < rows)[:, None], other=0.0)
-        b = tl.load(weight + column[:, None] * inner + depth, mask=inside & (column < outer)[:, None], other=0.0)
+        a = tl.load(
+            x + row[:, None] * inner + depth, mask=inside & (row < rows)[:, None], other=0.0
+        )
+        b = tl.load(
+            weight + column[:, None] * inner + depth,
+            mask=inside & (column < outer)[:, None],
+            other=0.0,
+        )
         total = tl.dot(a, tl.trans(b), total, input_precision="tf32x3")
     if BIASED:
         total += tl.load(bias + column, mask=column < outer, other=0.0).to(tl.float32)
-    tl.store(out + row[:, None] * outer + column, total, mask=(row < rows)[:, None] & (column < outer))
+    tl.store(
+        out + row[:, None] * outer + column, total, mask=(row < rows)[:, None] & (column < outer)
+    )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -52,7 +62,8 @@ def _attend(  # type: ignore[no-untyped-def]
     PAGE: tl.constexpr, G: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
     HEADS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """One row's heads of one group over all its keys, by position; `half` is where the values begin in `pages`."""
+    """One row's heads of one group over all its keys, by position; `half` is where the values begin
+    in `pages`."""
     slot = (tl.program_id(0) // G).to(tl.int64)
     group = tl.program_id(0) % G
     row = slot * width + tl.program_id(1)
@@ -76,7 +87,11 @@ def _attend(  # type: ignore[no-untyped-def]
         fresh = ((slot * width + other) * G + group)[:, None] * E + size
         old = cached[:, None] & (size < E)
         new = brought[:, None] & (size < E)
-        k = tl.where(old, tl.load(pages + stored, mask=old, other=0.0), tl.load(key + fresh, mask=new, other=0.0))
+        k = tl.where(
+            old,
+            tl.load(pages + stored, mask=old, other=0.0),
+            tl.load(key + fresh, mask=new, other=0.0),
+        )
         v = tl.load(pages + half + stored, mask=old, other=0.0)
         v = tl.where(old, v, tl.load(value + fresh, mask=new, other=0.0))
         top, total, mixed = absorb(q, k, v, (token < count)[None, :], top, total, mixed, scale)
@@ -94,7 +109,8 @@ def attend(
     counts: Tensor,
     scale: float,
 ) -> Tensor:
-    """Attention [B, W, H, E] in float16, bfloat16 or float32; `order` and `counts` of `seen_in_order`."""
+    """Attention [B, W, H, E] in float16, bfloat16 or float32; `order` and `counts` of
+    `seen_in_order`."""
     batch, width, heads, size = query.shape
     groups, fold = key.shape[2], heads // key.shape[2]
     keys = 16 if query.dtype == torch.float32 else 32  # what shared memory holds at head size 256

@@ -142,8 +142,13 @@ def _products(layer: Layer) -> int:
 def _recordings(layers: Sequence[Layer], choice: int) -> Iterator[Recorded]:
     """Endless recordings, which together have the products by all layers."""
     inner, number = layers[0].shape[0], _products(layers[0])
-    turn = cycle([partial(replace(layer, choice=choice).multiply, adapter=None) for layer in layers])
-    made = [recorded([next(turn) for _ in range(number)], inner) for _ in range(-(-len(layers) // number))]
+    turn = cycle(
+        [partial(replace(layer, choice=choice).multiply, adapter=None) for layer in layers]
+    )
+    made = [
+        recorded([next(turn) for _ in range(number)], inner)
+        for _ in range(-(-len(layers) // number))
+    ]
     return cycle(made)
 
 
@@ -151,7 +156,9 @@ def recorded(products: Sequence[Callable[[Tensor], Tensor]], inner: int) -> Reco
     """All products of the same rows [T, inner], as a step runs them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(lambda x: tuple(one(x) for one in products), noise(2, inner), check_trace=False)
+        traced = torch.jit.trace(
+            lambda x: tuple(one(x) for one in products), noise(2, inner), check_trace=False
+        )
 
     def call(x: Tensor) -> object:
         with torch.jit.optimized_execution(False):
@@ -179,7 +186,9 @@ def _line(name: str, timings: Sequence[Timing]) -> str:
         if one.wins != before:
             pair = (ours, one.ours, "torch", one.torch)
             winner, best, loser, other = pair if one.wins else (*pair[2:], *pair[:2])
-            parts.append(f"{one.rows}+ rows {winner} {1e3 * best:.3f} ms ({loser} {1e3 * other:.3f})")
+            parts.append(
+                f"{one.rows}+ rows {winner} {1e3 * best:.3f} ms ({loser} {1e3 * other:.3f})"
+            )
         before = one.wins
     return f"{name}: {', '.join(parts)}"
 
@@ -195,7 +204,11 @@ def drafts_pay(linears: Linears, ranks: Mapping[int, int]) -> bool:
     own = beside = 0.0
     seen: dict[object, tuple[float, float]] = {}
     for layer in linears.layers:
-        key = tuple(layer.widths), layer.shape, tuple(ranks.get(id(weight), 0) for weight in layer.group)
+        key = (
+            tuple(layer.widths),
+            layer.shape,
+            tuple(ranks.get(id(weight), 0) for weight in layer.group),
+        )
         if key not in seen:
             seen[key] = _time_drafts(layer, key[2])
         own, beside = own + seen[key][0], beside + seen[key][1]
@@ -211,7 +224,10 @@ def _time_drafts(layer: Layer, ranks: Sequence[int]) -> tuple[float, float]:
     inner, _ = layer.shape
     x, adapter = noise(2 * DRAFT_ROWS, inner), torch.zeros(DRAFT_ROWS, dtype=torch.int64)
     trial = replace(layer, drafts=stacked([layer.panels.matrix()], draft_format()))
-    low = [(noise(rank, inner), noise(out, rank)) for out, rank in zip(layer.widths, ranks, strict=True)]
+    low = [
+        (noise(rank, inner), noise(out, rank))
+        for out, rank in zip(layer.widths, ranks, strict=True)
+    ]
 
     def beside() -> None:
         parts = layer.multiply(x, None).split(layer.widths, dim=1)
@@ -253,14 +269,20 @@ def _read(place: Path) -> dict[str, list[Timing]]:
     """By shape; nothing where nothing was measured yet, or the file holds something else."""
     try:
         found = json.loads(place.read_text())
-        return {name: [Timing(int(rows), float(a), float(b)) for rows, a, b in one] for name, one in found.items()}
+        return {
+            name: [Timing(int(rows), float(a), float(b)) for rows, a, b in one]
+            for name, one in found.items()
+        }
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
 def _write(place: Path, found: Mapping[str, Sequence[Timing]]) -> None:
     """Best effort: without a place to write, the next start measures again."""
-    content = {name: [(one.rows, one.ours, one.torch) for one in timings] for name, timings in found.items()}
+    content = {
+        name: [(one.rows, one.ours, one.torch) for one in timings]
+        for name, timings in found.items()
+    }
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         draft = place.with_suffix(f".{os.getpid()}")

@@ -1,4 +1,5 @@
-"""How the C kernels (csrc/) are compiled: one library for each instruction set, all from one source.
+"""How the C kernels (csrc/) are compiled: one library for each instruction set, all from one
+source.
 
 It imports the standard library alone: the build of a wheel, which has neither torch nor idlm, loads
 this file by its path (setup.py).
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-std=c11", "-O3", "-fopenmp", "-fPIC")
 FAST = "-ffast-math"
-"""For compiling alone: where fast math is given for linking too, it changes the whole process's rounding."""
+"""For compiling alone: where fast math is given for linking too, it changes the whole process's
+rounding."""
 FUSED = "-ffp-contract=fast"
-"""Sums in the order that they are written in, with fused multiply-adds: a row's bits do not depend on its tile, and
-those of int8 not on the instruction set."""
+"""Sums in the order that they are written in, with fused multiply-adds: a row's bits do not depend
+on its tile, and those of int8 not on the instruction set."""
 UNITS = (
     ("window_attention.c", FAST, "-DREAL=float", "-DREAL_BYTES=4", "-DEXP=expf"),
     ("window_attention.c", FAST, "-DREAL=double", "-DREAL_BYTES=8", "-DEXP=exp"),
@@ -60,15 +62,17 @@ def fingerprint(target: InstructionSet) -> str:
 
 
 def file_name(target: InstructionSet) -> str:
-    """Of a library; one that was made from other sources has another name, so it is never taken for this one."""
+    """Of a library; one that was made from other sources has another name, so it is never taken for
+    this one."""
     return f"{target.name}-{fingerprint(target)}.so"
 
 
 def compile_library(command: str, target: InstructionSet, folder: Path) -> Path:
-    """Compile the library of an instruction set into `folder`; neither torch nor its headers are needed.
+    """Compile the library of an instruction set into `folder`; neither torch nor its headers are
+    needed.
 
-    On Linux it names torch's library as one it needs, so that the loader finds the operators' C interface there: a
-    stub of that name serves for linking.
+    On Linux it names torch's library as one it needs, so that the loader finds the operators' C
+    interface there: a stub of that name serves for linking.
 
     Raises:
         OSError: the compiler does not start.
@@ -85,9 +89,14 @@ def compile_library(command: str, target: InstructionSet, folder: Path) -> Path:
 
 
 def compile_units(
-    command: str, target: InstructionSet, folder: Path, units: Sequence[tuple[str, ...]] = UNITS, *flags: str
+    command: str,
+    target: InstructionSet,
+    folder: Path,
+    units: Sequence[tuple[str, ...]] = UNITS,
+    *flags: str,
 ) -> list[str]:
-    """Compile units for an instruction set into `folder`, with `flags` beside their own; returns the objects."""
+    """Compile units for an instruction set into `folder`, with `flags` beside their own; returns
+    the objects."""
     objects = [str(folder / f"{target.name}-{number}.o") for number in range(len(units))]
     for (source, *own), to in zip(units, objects, strict=True):
         _run(command, *FLAGS, *target.flags, *flags, *own, "-c", source, "-o", to)
@@ -103,4 +112,6 @@ def _run(command: str, *arguments: str) -> None:
 def reason(error: Exception) -> str:
     """What went wrong, in one line; a compiler's first complaint."""
     lines = str(getattr(error, "stderr", "") or error).strip().splitlines()
-    return next((line for line in lines if "error" in line), lines[0] if lines else type(error).__name__)
+    return next(
+        (line for line in lines if "error" in line), lines[0] if lines else type(error).__name__
+    )

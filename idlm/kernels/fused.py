@@ -1,9 +1,9 @@
 """The rewriting of a recorded step to use the C kernels: RMS norm, rotary embedding, SwiGLU.
 
-Stock model code spells the first three out in two to ten operations, each with a pass over memory and the cost of a
-call, which for a small model is most of the step. The recording is searched for those very operations; what does not
-match stays as it is. Only float32: there the sums' order differs from PyTorch's, as it does between matrix shapes
-anyway.
+Stock model code spells the first three out in two to ten operations, each with a pass over memory
+and the cost of a call, which for a small model is most of the step. The recording is searched for
+those very operations; what does not match stays as it is. Only float32: there the sums' order
+differs from PyTorch's, as it does between matrix shapes anyway.
 """
 
 from __future__ import annotations
@@ -79,9 +79,11 @@ OPERATORS = frozenset(("rms_norm", "rotate", "swiglu"))
 
 
 def fuse(graph: torch.Graph, dtype: torch.dtype, operators: Container[str] = OPERATORS) -> None:
-    """Put fused operations into a recording of a model in float32, in place; others stay as they were.
+    """Put fused operations into a recording of a model in float32, in place; others stay as they
+    were.
 
-    The log says how many were found: a release of transformers that spells one otherwise makes steps slower, not wrong.
+    The log says how many were found: a release of transformers that spells one otherwise makes
+    steps slower, not wrong.
     """
     if dtype != torch.float32 or not native.loaded():
         return
@@ -94,12 +96,17 @@ def fuse(graph: torch.Graph, dtype: torch.dtype, operators: Container[str] = OPE
         if node.kind() == "idlm::rms_norm":
             _constant_eps(graph, node)
         elif "swiglu" in operators and _is_swiglu(node):
-            # at the product's place: between it and silu an adapter adds to the other factor, in place
+            # at the product's place: between it and silu an adapter adds to the other factor, in
+            # place
             soft, up = node.inputs()
             _replace(graph, node, "idlm::swiglu", [next(soft.node().inputs()), up])
     torch._C._jit_pass_dce(graph)
     kinds = Counter(node.kind() for node in graph.nodes())
-    _say(", ".join(f"{kinds[f'idlm::{name}']} {name}" for name in sorted(OPERATORS) if name in operators))
+    _say(
+        ", ".join(
+            f"{kinds[f'idlm::{name}']} {name}" for name in sorted(OPERATORS) if name in operators
+        )
+    )
 
 
 @cache
@@ -117,7 +124,8 @@ def faster_operators(hidden: int, inner: int, heads: int, size: int) -> frozense
     """Those of `OPERATORS` that are faster here than what stock model code does; the log says.
 
     Args:
-        hidden, inner: sizes of a hidden state and between the two halves of an MLP; heads, size: of the queries.
+        hidden, inner: sizes of a hidden state and between the two halves of an MLP; heads, size: of
+            the queries.
     """
     if not native.loaded():
         return frozenset()
@@ -138,7 +146,9 @@ def faster_operators(hidden: int, inner: int, heads: int, size: int) -> frozense
         "rotate": (lambda: ops.rotate(query, cosine, sine), turn),
         "swiglu": (lambda: ops.swiglu(gate, up), lambda: F.silu(gate) * up),
     }
-    return frozenset(name for name, (ours, theirs) in candidates.items() if faster(name, ours, theirs))
+    return frozenset(
+        name for name, (ours, theirs) in candidates.items() if faster(name, ours, theirs)
+    )
 
 
 def _drop_casts(graph: torch.Graph) -> None:

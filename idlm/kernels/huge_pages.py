@@ -31,7 +31,9 @@ def in_huge_pages(tensors: list[Tensor]) -> list[Tensor]:
     memory.madvise(advice)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     first = -whole.data_ptr() % HUGE
-    return [_placed(one, whole[first + start :]) for one, start in zip(tensors, starts, strict=True)]
+    return [
+        _placed(one, whole[first + start :]) for one, start in zip(tensors, starts, strict=True)
+    ]
 
 
 def give_back() -> None:

@@ -38,9 +38,16 @@ class InstructionSet:
 
 _WIDE = "-mprefer-vector-width=512"
 _ALL = (
-    InstructionSet("avx512_vnni", "x86_64", ("-march=x86-64-v4", "-mavx512vnni", _WIDE), X86_64_V4 | {"avx512_vnni"}),
+    InstructionSet(
+        "avx512_vnni",
+        "x86_64",
+        ("-march=x86-64-v4", "-mavx512vnni", _WIDE),
+        X86_64_V4 | {"avx512_vnni"},
+    ),
     InstructionSet("avx512", "x86_64", ("-march=x86-64-v4", _WIDE), X86_64_V4),
-    InstructionSet("avx2_vnni", "x86_64", ("-march=x86-64-v3", "-mavxvnni"), X86_64_V3 | {"avx_vnni"}),
+    InstructionSet(
+        "avx2_vnni", "x86_64", ("-march=x86-64-v3", "-mavxvnni"), X86_64_V3 | {"avx_vnni"}
+    ),
     InstructionSet("avx2", "x86_64", ("-march=x86-64-v3",), X86_64_V3),
     InstructionSet("x86_64", "x86_64", ("-march=x86-64",)),
     InstructionSet("aarch64", "aarch64", ("-march=armv8-a",)),
@@ -57,7 +64,8 @@ def machine() -> str:
 
 @cache
 def processor_flags() -> frozenset[str]:
-    """What the processor has, by Linux's names; empty where nothing says so, which leaves the plainest build."""
+    """What the processor has, by Linux's names; empty where nothing says so, which leaves the
+    plainest build."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -33,7 +33,8 @@ ALWAYS = -1
 """A choice of panels for any number of rows; bit b stands for 2^(b-1) + 1 to 2^b rows."""
 
 Group = Sequence[Tensor]
-"""Weights [., K] of layers that multiply the same rows: one product, with their outputs side by side."""
+"""Weights [., K] of layers that multiply the same rows: one product, with their outputs side by
+side."""
 
 _made = WeakTensorKeyDictionary()
 """The panels that engines of this process use, by format, for each weight in them, and the versions
@@ -148,14 +149,19 @@ class Linears:
         """Serve further weights, such as adapters'."""
         groups = list(groups)
         for group, panels in zip(groups, _shared(groups, self.format), strict=True):
-            layer = Layer(panels.scales.new_empty(0), panels, group=group, widths=[len(one) for one in group])
+            layer = Layer(
+                panels.scales.new_empty(0), panels, group=group, widths=[len(one) for one in group]
+            )
             self.layers.append(layer)
             self._by_weight |= {id(weight): layer for weight in group}
 
     def add_drafts(self, merged: Callable[[Tensor], Sequence[Tensor]]) -> None:
         """Give MASK rows int8 weights: `merged` says what each adapter makes of a layer's weight."""
         format = draft_format()
-        made = [stacked(_side_by_side([merged(weight) for weight in layer.group]), format) for layer in self.layers]
+        made = [
+            stacked(_side_by_side([merged(weight) for weight in layer.group]), format)
+            for layer in self.layers
+        ]
         memory = in_huge_pages([codes for codes, _ in made])
         for layer, codes, (_, scales) in zip(self.layers, memory, made, strict=True):
             layer.drafts = codes, scales
@@ -179,8 +185,8 @@ class Linears:
             self._adapter = None
 
     def take(self, layers: Iterable[nn.Linear]) -> None:
-        """Free the layers' own weights. What is left in their place has no numbers: only `use` multiplies by it, and
-        whoever else tries gets an error.
+        """Free the layers' own weights. What is left in their place has no numbers: only `use`
+        multiplies by it, and whoever else tries gets an error.
         """
         for one in layers:
             if (layer := self._by_weight.pop(id(one.weight), None)) is not None:
@@ -211,7 +217,8 @@ class Linears:
 
 
 def _side_by_side(weights: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """By adapter [N, K], from the weights of each layer by adapter; a layer that none changes has one."""
+    """By adapter [N, K], from the weights of each layer by adapter; a layer that none changes has
+    one."""
     adapters = max(map(len, weights))
     return [torch.cat([one[number % len(one)] for one in weights]) for number in range(adapters)]
 
@@ -230,7 +237,12 @@ class _Products(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is F.linear and len(args) > 1 and self.linears.serves(args[1]) and _is_served(args[0]):
+        if (
+            func is F.linear
+            and len(args) > 1
+            and self.linears.serves(args[1])
+            and _is_served(args[0])
+        ):
             return self.linears.multiply(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

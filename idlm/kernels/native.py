@@ -1,10 +1,12 @@
 """Loading the C kernels for a CPU (csrc/), which registers the operators `torch.ops.idlm.*`.
 
-A wheel brings a library for every instruction set of its platform, and the best one that the processor has is taken.
-From a source checkout, or where the wheel's does not load, the machine's C compiler builds it at its first use, into
-the user's cache. Where there is neither, PyTorch's operators serve; the log says once what that costs.
+A wheel brings a library for every instruction set of its platform, and the best one that the
+processor has is taken. From a source checkout, or where the wheel's does not load, the machine's C
+compiler builds it at its first use, into the user's cache. Where there is neither, PyTorch's
+operators serve; the log says once what that costs.
 
-`IDLM_NATIVE` is `auto` (the best the processor has; the default), `0` (none), or the name of an instruction set.
+`IDLM_NATIVE` is `auto` (the best the processor has; the default), `0` (none), or the name of an
+instruction set.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ def loaded() -> bool:
     """Whether the operators are there; the first call loads them, or says once why there are none.
 
     Raises:
-        InputError: IDLM_NATIVE names an instruction set that is unknown, or that this processor does not have.
+        InputError: IDLM_NATIVE names an instruction set that is unknown, or that this processor
+            does not have.
     """
     if os.environ.get("IDLM_NATIVE") == "0":
         return False
@@ -46,13 +49,16 @@ def loaded() -> bool:
         if load(wanted).idlm_register():
             raise OSError(f"torch {torch.__version__} does not take them")
     except OSError as error:
-        log.warning("no C kernels: PyTorch's operators serve, at a third to half the speed (%s)", error)
+        log.warning(
+            "no C kernels: PyTorch's operators serve, at a third to half the speed (%s)", error
+        )
         return False
     return True
 
 
 def load(target: InstructionSet) -> ctypes.CDLL:
-    """The library for an instruction set: the wheel's, else from the cache, else built now; the log says which.
+    """The library for an instruction set: the wheel's, else from the cache, else built now; the log
+    says which.
 
     Raises:
         OSError: there is none, and why.
@@ -61,7 +67,11 @@ def load(target: InstructionSet) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(shipped))
     except OSError as error:
-        missing = str(error) if shipped.exists() else f"none for {target.name} came with this installation"
+        missing = (
+            str(error)
+            if shipped.exists()
+            else f"none for {target.name} came with this installation"
+        )
     else:
         log.info("C kernels: %s, from the wheel", target.name)
         return library
@@ -93,10 +103,12 @@ def built(target: InstructionSet) -> Path:
 
 
 def instruction_set() -> InstructionSet | None:
-    """The one whose library is used, by IDLM_NATIVE and the processor; None where there is to be none.
+    """The one whose library is used, by IDLM_NATIVE and the processor; None where there is to be
+    none.
 
     Raises:
-        InputError: IDLM_NATIVE names an instruction set that is unknown, or that this processor does not have.
+        InputError: IDLM_NATIVE names an instruction set that is unknown, or that this processor
+            does not have.
     """
     wanted = os.environ.get("IDLM_NATIVE", "auto")
     if wanted == "0":
@@ -104,7 +116,9 @@ def instruction_set() -> InstructionSet | None:
     if wanted in ("auto", "1", ""):
         return best()
     if wanted not in INSTRUCTION_SETS:
-        raise InputError(f"IDLM_NATIVE={wanted!r} is unknown; use auto, 0, or one of {', '.join(INSTRUCTION_SETS)}")
+        raise InputError(
+            f"IDLM_NATIVE={wanted!r} is unknown; use auto, 0, or one of {', '.join(INSTRUCTION_SETS)}"
+        )
     if not runs_here(INSTRUCTION_SETS[wanted]):
         raise InputError(f"IDLM_NATIVE={wanted!r}: this processor does not have it; use auto")
     return INSTRUCTION_SETS[wanted]
@@ -113,7 +127,9 @@ def instruction_set() -> InstructionSet | None:
 def facts() -> tuple[str, ...]:
     """What measurements of the kernels depend on, beside the machine."""
     target = instruction_set()
-    return torch.__version__, *(() if target is None else (target.name, compiling.fingerprint(target)))
+    return torch.__version__, *(
+        () if target is None else (target.name, compiling.fingerprint(target))
+    )
 
 
 def user_cache(name: str) -> Path:

@@ -35,7 +35,8 @@ class Panels(NamedTuple):
 
     Attributes:
         weights: [P, T, 32, g]; what lies past N or K is 0.
-        scales: float32 [P, C, 32] for int8 and uint8: 128 inputs of an output share one; else empty.
+        scales: float32 [P, C, 32] for int8 and uint8: 128 inputs of an output share one; else
+            empty.
         out: N; inner: K.
     """
 

@@ -1,9 +1,10 @@
 """The kernel of `idlm.attention.triton`; shapes are explained in `idlm.attention.base`.
 
-One program holds a tile of the W * F query rows of one slot's key/value head, so that a prefix key is read once for all
-rows of the window, and walks over a share of the paged prefix with an online softmax in float32. The last share takes
-the window's own rows too. Where slots and heads are too few to fill the device the prefix is split over several
-programs (split-K), and a second kernel joins their results.
+One program holds a tile of the W * F query rows of one slot's key/value head, so that a prefix key
+is read once for all rows of the window, and walks over a share of the paged prefix with an online
+softmax in float32. The last share takes the window's own rows too. Where slots and heads are too
+few to fill the device the prefix is split over several programs (split-K), and a second kernel
+joins their results.
 
     token t of the prefix:  0 ........ share ........ 2 share ........ length | window rows 0 .. W-1
     program (split)         [    0    ][      1      ][          splits - 1                        ]
@@ -24,22 +25,28 @@ from torch import Tensor
 def absorb(query, keys, values, seen, top, total, mixed, scale):  # type: ignore[no-untyped-def]
     """Take one block of keys into the running softmax.
 
-    `top` is the largest score so far, `total` the sum of the weights relative to it, `mixed` their sum of values.
+    `top` is the largest score so far, `total` the sum of the weights relative to it, `mixed` their
+    sum of values.
     """
     scores = tl.dot(query, tl.trans(keys), input_precision="tf32x3") * scale
     scores = tl.where(seen, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # nothing seen yet: exp2(-inf - -inf) would be NaN
+    base = tl.where(
+        new_top == float("-inf"), 0.0, new_top
+    )  # nothing seen yet: exp2(-inf - -inf) would be NaN
     weights = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(top - base)
     total = total * shrink + tl.sum(weights, 1)
-    mixed = mixed * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="tf32x3")
+    mixed = mixed * shrink[:, None] + tl.dot(
+        weights.to(values.dtype), values, input_precision="tf32x3"
+    )
     return new_top, total, mixed
 
 
 # compiled once for all batches: not anew where a number is 1 or a multiple of 16
 @triton.jit(
-    do_not_specialize=["columns", "width", "splits"], do_not_specialize_on_alignment=["table", "lengths", "visible"]
+    do_not_specialize=["columns", "width", "splits"],
+    do_not_specialize_on_alignment=["table", "lengths", "visible"],
 )
 def _attend(  # type: ignore[no-untyped-def]
     query, key, value, pages, table, lengths, visible, partial, weights, scale,
@@ -88,11 +95,19 @@ def _attend(  # type: ignore[no-untyped-def]
             else:
                 words = tl.load(visible + slot * width + window_row, mask=alive, other=0)
                 seen = ((words[:, None] >> other[None, :]) & 1) != 0
-            top, total, mixed = absorb(q, k, v, seen & (other < width)[None, :], top, total, mixed, scale)
+            top, total, mixed = absorb(
+                q, k, v, seen & (other < width)[None, :], top, total, mixed, scale
+            )
 
     place += split * (tl.num_programs(0) // G).to(tl.int64) * width * G * F
-    total = tl.where(total > 0, total, 1.0)  # nothing seen: zeros, with a weight of nothing, since `top` is -inf
-    tl.store(partial + place[:, None] * E + size, mixed / total[:, None], mask=alive[:, None] & (size < E))
+    total = tl.where(
+        total > 0, total, 1.0
+    )  # nothing seen: zeros, with a weight of nothing, since `top` is -inf
+    tl.store(
+        partial + place[:, None] * E + size,
+        mixed / total[:, None],
+        mask=alive[:, None] & (size < E),
+    )
     tl.store(weights + place, top + tl.log2(total), mask=alive)
 
 
@@ -100,7 +115,8 @@ def _attend(  # type: ignore[no-untyped-def]
 def _join(  # type: ignore[no-untyped-def]
     partial, weights, out, rows, splits, E: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr
 ):
-    """The splits' results of a tile of rows, weighted by their shares of the softmax's sum (log2, in `weights`)."""
+    """The splits' results of a tile of rows, weighted by their shares of the softmax's sum (log2,
+    in `weights`)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     size = tl.arange(0, SIZE)
     alive = row < rows
@@ -108,14 +124,20 @@ def _join(  # type: ignore[no-untyped-def]
     stored = alive[:, None] & (size < E)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     for split in range(splits):
-        top = tl.maximum(top, tl.load(weights + split * rows + row, mask=alive, other=float("-inf")))
+        top = tl.maximum(
+            top, tl.load(weights + split * rows + row, mask=alive, other=float("-inf"))
+        )
     top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, SIZE], tl.float32)
     for split in range(splits):
-        weight = tl.exp2(tl.load(weights + split * rows + row, mask=alive, other=float("-inf")) - top)
+        weight = tl.exp2(
+            tl.load(weights + split * rows + row, mask=alive, other=float("-inf")) - top
+        )
         total += weight
-        mixed += weight[:, None] * tl.load(partial + split * rows * E + place, mask=stored, other=0.0)
+        mixed += weight[:, None] * tl.load(
+            partial + split * rows * E + place, mask=stored, other=0.0
+        )
     tl.store(out + place, mixed / tl.where(total > 0, total, 1.0)[:, None], mask=stored)
 
 
@@ -130,13 +152,16 @@ def attend(
     scale: float,
     splits: int | None = None,
 ) -> Tensor:
-    """Attention [B, W, H, E] in float16, bfloat16 or float32; `splits` None: as many as fill the device."""
+    """Attention [B, W, H, E] in float16, bfloat16 or float32; `splits` None: as many as fill the
+    device."""
     batch, width, heads, size = query.shape
     groups, rows = key.shape[2], batch * width * heads
     tile, keys = _tile(width * heads // groups, size, query.dtype)
     tiles = triton.cdiv(width * heads // groups, tile)
     if splits is None:
-        splits = split_number(batch * groups * tiles, table.shape[1] * pages.shape[2], keys, processors(query.device))
+        splits = split_number(
+            batch * groups * tiles, table.shape[1] * pages.shape[2], keys, processors(query.device)
+        )
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     partial = out if splits == 1 else query.new_empty(splits, rows, size, dtype=torch.float32)
     weights = query.new_empty(splits, rows, dtype=torch.float32)
@@ -149,21 +174,27 @@ def attend(
         ROWS=tile, KEYS=keys, SIZE=padded, num_warps=4, num_stages=2,
     )  # fmt: skip
     if splits > 1:
-        _join[(triton.cdiv(rows, 16),)](partial, weights, out, rows, splits, E=size, ROWS=16, SIZE=padded)
+        _join[(triton.cdiv(rows, 16),)](
+            partial, weights, out, rows, splits, E=size, ROWS=16, SIZE=padded
+        )
     return out
 
 
 def _tile(rows: int, size: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Query rows and keys of one tile; float32 takes twice the shared memory, and three products for each one."""
+    """Query rows and keys of one tile; float32 takes twice the shared memory, and three products
+    for each one."""
     wide = 2 if dtype == torch.float32 else 1
-    return min(64 // wide, max(16, triton.next_power_of_2(rows))), (64 if size <= 128 else 32) // wide
+    return min(64 // wide, max(16, triton.next_power_of_2(rows))), (
+        64 if size <= 128 else 32
+    ) // wide
 
 
 def split_number(programs: int, prefix: int, keys: int, processors: int) -> int:
-    """How many programs share one prefix: enough for two on every processor, but each with two blocks of keys or more.
+    """How many programs share one prefix: enough for two on every processor, but each with two
+    blocks of keys or more.
 
-    Depends on shapes alone (`prefix` is what the page table can hold), never on the lengths of the moment, so that a
-    recorded graph stays valid.
+    Depends on shapes alone (`prefix` is what the page table can hold), never on the lengths of the
+    moment, so that a recorded graph stays valid.
     """
     return max(1, min(2 * processors // programs, prefix // (2 * keys)))
 
@@ -171,4 +202,8 @@ def split_number(programs: int, prefix: int, keys: int, processors: int) -> int:
 @cache
 def processors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; 1 for Triton's interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 1
+    )

@@ -1,1 +1,2 @@
-"""From a folder to a model that can be asked for rows: loading, the gated LoRA, the attention function."""
+"""From a folder to a model that can be asked for rows: loading, the gated LoRA, the attention
+function."""

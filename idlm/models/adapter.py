@@ -1,11 +1,12 @@
 """Gated LoRA on disk: PEFT's two files, and beside them what PEFT has no field for.
 
-    adapter_config.json         PEFT's: rank, alpha, targets
-    adapter_model.safetensors   PEFT's names: base_model.model.<module>.lora_A.weight [r, in], lora_B.weight [out, r]
-    idlm.json                   format, gating, MASK id, block size, fingerprint of the base
-    mask_row.safetensors        mask_row [D]
+    adapter_config.json         PEFT's: rank, alpha, targets adapter_model.safetensors   PEFT's
+    names: base_model.model.<module>.lora_A.weight [r, in], lora_B.weight [out, r] idlm.json
+    format, gating, MASK id, block size, fingerprint of the base mask_row.safetensors
+    mask_row [D]
 
-A PEFT folder without the last two is read as a gated LoRA too; its MASK row is then the base's own embedding row.
+A PEFT folder without the last two is read as a gated LoRA too; its MASK row is then the base's own
+embedding row.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ PREFIX = "base_model.model."
 TENSOR_NAME = re.compile(re.escape(PREFIX) + r"(.+)\.(lora_[AB])\.weight")
 
 PUBLISHED_MASKS = {"qwen3": 151669}
-"""The unused embedding row that published I-DLM adapters took for MASK, for bases that name none."""
+"""The unused embedding row that published I-DLM adapters took for MASK, for bases that name none.
+"""
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,17 @@ def read(folder: Path) -> AdapterInfo:
     """Read an adapter folder's JSON; no tensors.
 
     Raises:
-        InputError: no adapter there, or a PEFT feature that is not implemented: it names the key and the value.
+        InputError: no adapter there, or a PEFT feature that is not implemented: it names the key
+            and the value.
     """
     if folder.is_file():
         raise InputError(f"adapter {str(folder)!r} is a file; give the folder of a gated LoRA")
     config = read_json(folder / CONFIG)
     refuse_features(config, f"{str(folder / CONFIG)!r}")
     if not (folder / TENSORS).exists():
-        raise InputError(f"no {TENSORS} in {str(folder)!r}; save the adapter as safetensors (pickle is never read)")
+        raise InputError(
+            f"no {TENSORS} in {str(folder)!r}; save the adapter as safetensors (pickle is never read)"
+        )
     targets = sorted({module.rpartition(".")[2] for module, _ in _modules(folder)})
     spec = LoraSpec(*_rank_alpha(config, folder), tuple(targets))
     base = config.get("base_model_name_or_path")
@@ -85,7 +90,8 @@ def read(folder: Path) -> AdapterInfo:
 
 
 def _rank_alpha(config: dict[str, Any], folder: Path) -> tuple[int, float]:
-    """Rank and alpha; rank-stabilised LoRA scales by alpha / sqrt(r), which is plain LoRA with another alpha."""
+    """Rank and alpha; rank-stabilised LoRA scales by alpha / sqrt(r), which is plain LoRA with
+    another alpha."""
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
         raise InputError(
@@ -98,16 +104,24 @@ def _read_extra(folder: Path) -> tuple[int, int | None, str]:
     """MASK id, block size and the base's fingerprint of idlm.json."""
     extra, where = read_json(folder / EXTRA), f"{str(folder / EXTRA)!r}"
     if extra.get("format") != FORMAT:
-        raise InputError(f"{where} has format {extra.get('format')!r}, not {FORMAT}; use the idlm that wrote it")
+        raise InputError(
+            f"{where} has format {extra.get('format')!r}, not {FORMAT}; use the idlm that wrote it"
+        )
     if extra.get("gated") is not True:
-        raise InputError(f"{where} has gated {extra.get('gated')!r}; only gated adapters are supported")
-    mask, block, base = (extra.get(key) for key in ("mask_token_id", "block_size", "base_fingerprint"))
+        raise InputError(
+            f"{where} has gated {extra.get('gated')!r}; only gated adapters are supported"
+        )
+    mask, block, base = (
+        extra.get(key) for key in ("mask_token_id", "block_size", "base_fingerprint")
+    )
     if type(mask) is not int or mask < 0:
         raise InputError(f"{where} has mask_token_id {mask!r}; it must be a token id")
     if block is not None and (type(block) is not int or block < 1):
         raise InputError(f"{where} has block_size {block!r}; it must be a positive integer or null")
     if not isinstance(base, str):
-        raise InputError(f"{where} has base_fingerprint {base!r}; it must be a sha256 in hexadecimal")
+        raise InputError(
+            f"{where} has base_fingerprint {base!r}; it must be a sha256 in hexadecimal"
+        )
     return mask, block, base
 
 
@@ -135,12 +149,16 @@ def save(
     block_size: int | None,
 ) -> None:
     """Write the adapter attached to `model` into `folder`, which is made if need be."""
-    name, inner = (model.name, model.model) if isinstance(model, Idlm) else (model.name_or_path, model)
+    name, inner = (
+        (model.name, model.model) if isinstance(model, Idlm) else (model.name_or_path, model)
+    )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: p.detach().cpu().contiguous() for key, p in adapter_parameters(inner).items()}
     row = next(t for key, t in tensors.items() if key.endswith("mask_row"))
-    loras = {f"{PREFIX}{key}.weight": t for key, t in tensors.items() if not key.endswith("mask_row")}
+    loras = {
+        f"{PREFIX}{key}.weight": t for key, t in tensors.items() if not key.endswith("mask_row")
+    }
     save_file(loras, folder / TENSORS, metadata={"format": "pt"})
     save_file({"mask_row": row}, folder / MASK_ROW, metadata={"format": "pt"})
     _write_json(folder / CONFIG, _peft_config(spec, name or ""))
@@ -167,19 +185,23 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def load_into(model: PreTrainedModel, folder: str | Path, mask_id: int | None = None) -> tuple[Gate, int, int | None]:
+def load_into(
+    model: PreTrainedModel, folder: str | Path, mask_id: int | None = None
+) -> tuple[Gate, int, int | None]:
     """Attach the adapter in `folder` to `model`, in place; nothing is changed when it is refused.
 
     Args:
         model: a model without an adapter.
         folder: ours, or PEFT's.
-        mask_id: the base's own MASK id, for a folder that names none; else the config's `mask_token_id`.
+        mask_id: the base's own MASK id, for a folder that names none; else the config's
+            `mask_token_id`.
 
     Returns:
         the gate, the MASK id, the block size trained (None where the folder does not say).
 
     Raises:
-        InputError: an adapter for another base, a feature that is not implemented, or tensors that do not fit.
+        InputError: an adapter for another base, a feature that is not implemented, or tensors that
+            do not fit.
     """
     info = _checked(model, Path(folder))
     mask, row = _mask_row(model, info, mask_id)
@@ -215,7 +237,10 @@ def load_more(idlm: Idlm, folder: Path) -> int:
             f"adapter {str(folder)!r} has mask_token_id {mask}, the first one {idlm.mask_id}; serve it apart"
         )
     stored = load_file(folder / TENSORS)
-    tensors = {(module, kind): stored[f"{PREFIX}{module}.{kind}.weight"] for module, kind in _modules(folder)}
+    tensors = {
+        (module, kind): stored[f"{PREFIX}{module}.{kind}.weight"]
+        for module, kind in _modules(folder)
+    }
     return attach_more(idlm.model, idlm.gate, info.spec, tensors, row)
 
 
@@ -232,9 +257,14 @@ def _checked(model: PreTrainedModel, folder: Path) -> AdapterInfo:
 
 
 def _check_modules(model: PreTrainedModel, info: AdapterInfo) -> None:
-    """Every tensor has its linear layer, and every linear layer that `attach` will wrap has its tensors."""
+    """Every tensor has its linear layer, and every linear layer that `attach` will wrap has its
+    tensors."""
     named = model.named_modules()
-    linear = {name.removesuffix(".base"): module for name, module in named if isinstance(module, nn.Linear)}
+    linear = {
+        name.removesuffix(".base"): module
+        for name, module in named
+        if isinstance(module, nn.Linear)
+    }
     tensors, rank, where = _modules(info.folder), info.spec.rank, f"adapter {str(info.folder)!r}"
     for (module, kind), tensor in tensors.items():
         if module not in linear:
@@ -242,28 +272,39 @@ def _check_modules(model: PreTrainedModel, info: AdapterInfo) -> None:
                 f"{where} targets {module!r}, no linear layer of {model.name_or_path!r}; give its own base"
             )
         if linear[module] is output_head(model):
-            raise InputError(f"{where} targets the output head {module!r}, which is not supported; train it without")
+            raise InputError(
+                f"{where} targets the output head {module!r}, which is not supported; train it without"
+            )
         layer = linear[module]
         shape = (rank, layer.in_features) if kind == "lora_A" else (layer.out_features, rank)
         if tensor.shape != shape:
             raise InputError(
                 f"{where}: {module}.{kind} has shape {list(tensor.shape)}, not {list(shape)}; give its own base"
             )
-    wanted = {(m, kind) for m in linear for kind in ("lora_A", "lora_B") if m.rpartition(".")[2] in info.spec.targets}
+    wanted = {
+        (m, kind)
+        for m in linear
+        for kind in ("lora_A", "lora_B")
+        if m.rpartition(".")[2] in info.spec.targets
+    }
     if missing := sorted(wanted - set(tensors)):
         raise InputError(
             f"{where} lacks {len(missing)} tensors, {'.'.join(missing[0])} first; all layers must be adapted"
         )
 
 
-def _mask_row(model: PreTrainedModel, info: AdapterInfo, base_mask: int | None) -> tuple[int, Tensor]:
+def _mask_row(
+    model: PreTrainedModel, info: AdapterInfo, base_mask: int | None
+) -> tuple[int, Tensor]:
     """The MASK id and its row [D]: the adapter's own, else the base's row of the base's MASK id."""
     weight = embedding_rows(model)
     rows, width = weight.shape
     mask, where = info.mask_id, f"adapter {str(info.folder)!r}"
     if mask is not None:
         if mask > rows:
-            raise InputError(f"{where}: mask_token_id {mask} is outside the vocabulary of {rows}; give its own base")
+            raise InputError(
+                f"{where}: mask_token_id {mask} is outside the vocabulary of {rows}; give its own base"
+            )
         return mask, _own_row(info.folder, width)
     mask = getattr(model.config, "mask_token_id", None) if base_mask is None else base_mask
     mask = PUBLISHED_MASKS.get(model.config.model_type) if mask is None else mask

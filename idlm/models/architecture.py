@@ -1,4 +1,5 @@
-"""What a checkpoint's config says: the architecture, refused where a window cannot express it, and the MASK token."""
+"""What a checkpoint's config says: the architecture, refused where a window cannot express it, and
+the MASK token."""
 
 from __future__ import annotations
 
@@ -17,26 +18,32 @@ from idlm.models.gguf_header import is_gguf
 from idlm.models.sources import first_line, read_json
 
 SDAR = "sdar"
-"""The model_type of published I-DLM checkpoints: Qwen3 in all but name, whose own code is not needed."""
+"""The model_type of published I-DLM checkpoints: Qwen3 in all but name, whose own code is not
+needed."""
 
 FULL_ATTENTION = {"full_attention", "attention", "global"}
 LAYER_KEYS = ("layer_types", "layers_block_type", "block_types", "attention_layers")
 SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 MOVING_ROPE = ("dynamic", "longrope")
-"""Rotary embeddings whose frequencies change with the longest position of a forward, so with the drafts in it."""
+"""Rotary embeddings whose frequencies change with the longest position of a forward, so with the
+drafts in it."""
 
 EXPERTS = re.compile(r"num_(\w+_)?experts|n_routed_experts|moe_num_experts")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The transformers config of a model folder or a GGUF file, built without running any code from it.
+    """The transformers config of a model folder or a GGUF file, built without running any code from
+    it.
 
     Raises:
-        InputError: no valid config.json, or an architecture that is refused; the message says which and why.
+        InputError: no valid config.json, or an architecture that is refused; the message says which
+            and why.
     """
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-        raise InputError(f"{str(folder)!r} is an adapter; give its base as the model and this folder as the adapter")
+        raise InputError(
+            f"{str(folder)!r} is an adapter; give its base as the model and this folder as the adapter"
+        )
     where = folder if is_gguf(folder) else folder / "config.json"
     raw = gguf_config(where) if is_gguf(where) else read_json(where)
     if raw.get("model_type") == SDAR:
@@ -51,7 +58,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
         reason = _experts(config.to_dict()) or _layers(config) or _attention(config)
     except Exception as error:  # each config class has its own checks and its own kinds of error
         text = " ".join(str(error).split())
-        raise InputError(f"{str(where)!r} is not a valid {raw['model_type']} config: {text}") from error
+        raise InputError(
+            f"{str(where)!r} is not a valid {raw['model_type']} config: {text}"
+        ) from error
     if reason is None and is_gguf(folder):
         reason = passed_over(folder, config)
     if reason is not None:
@@ -62,8 +71,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
 def _was_gguf(raw: dict[str, Any]) -> bool:
     """Whether the folder was saved from a model that transformers had loaded from a GGUF file.
 
-    Its config.json may say that it is quantised. But its tensors are floats: blocks have other shapes, and would be
-    refused as misshapen when they are loaded.
+    Its config.json may say that it is quantised. But its tensors are floats: blocks have other
+    shapes, and would be refused as misshapen when they are loaded.
     """
     quantised = raw.get("quantization_config")
     return isinstance(quantised, dict) and quantised.get("quant_method") == "gguf"
@@ -75,17 +84,24 @@ def _refuse_family(raw: dict[str, Any], folder: Path) -> None:
     where = f"{str(folder)!r} (model_type {family!r})"
     if family not in CONFIG_MAPPING:
         if "auto_map" in raw:
-            raise InputError(f"{where} needs its own code, which is never run; use a model that transformers has")
-        raise InputError(f"{where} is unknown to this transformers; upgrade transformers or use another model")
+            raise InputError(
+                f"{where} needs its own code, which is never run; use a model that transformers has"
+            )
+        raise InputError(
+            f"{where} is unknown to this transformers; upgrade transformers or use another model"
+        )
     if raw.get("is_encoder_decoder", getattr(CONFIG_MAPPING[family], "is_encoder_decoder", False)):
         raise InputError(f"{where} is an encoder-decoder model; use a decoder-only one")
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family)
     if known is None or (classes and known not in classes):
-        raise InputError(f"{where}, architecture {classes}, is no causal language model; use a decoder-only one")
+        raise InputError(
+            f"{where}, architecture {classes}, is no causal language model; use a decoder-only one"
+        )
 
 
 def _experts(keys: Mapping[Any, Any]) -> str | None:
-    """Look in the config's JSON, nested parts too: every family has its own name for the number of experts."""
+    """Look in the config's JSON, nested parts too: every family has its own name for the number of
+    experts."""
     for key, value in keys.items():
         if EXPERTS.fullmatch(str(key)) and isinstance(value, int) and value > 1:
             return f"is a mixture of experts ({key} {value}); only dense models are supported"
@@ -99,7 +115,11 @@ def _layers(config: PreTrainedConfig) -> str | None:
         return "has no attention heads (a linear-attention or state-space model); use a model with full attention"
     window = getattr(config, "sliding_window", None)
     # a window at least as long as the context never hides anything
-    slides = window is not None and getattr(config, "use_sliding_window", True) and window < _context(config)
+    slides = (
+        window is not None
+        and getattr(config, "use_sliding_window", True)
+        and window < _context(config)
+    )
     if slides:
         return f"has sliding_window {window}, which is not supported yet; use a model with full attention"
     allowed = FULL_ATTENTION if window is None else FULL_ATTENTION | {"sliding_attention"}
@@ -113,7 +133,9 @@ def _layers(config: PreTrainedConfig) -> str | None:
 def _attention(config: PreTrainedConfig) -> str | None:
     for key in SOFTCAPS:
         if getattr(config, key, None) is not None:
-            return f"has {key} {getattr(config, key)}, which is not supported; use a model without it"
+            return (
+                f"has {key} {getattr(config, key)}, which is not supported; use a model without it"
+            )
     if not _context(config):
         return "has no max_position_embeddings in its config; use a model that names its context"
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
@@ -129,7 +151,8 @@ def _context(config: PreTrainedConfig) -> int:
 
 
 def read_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a folder or a GGUF file, or None where it has none; none of the folder's code runs.
+    """The tokenizer of a folder or a GGUF file, or None where it has none; none of the folder's
+    code runs.
 
     Raises:
         InputError: the tokenizer's files are broken.
@@ -145,12 +168,17 @@ def read_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenize
     except InputError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise InputError(f"the tokenizer in {str(folder)!r} cannot be read: {first_line(error)}") from error
+        raise InputError(
+            f"the tokenizer in {str(folder)!r} cannot be read: {first_line(error)}"
+        ) from error
     return tokenizer
 
 
-def mask_token(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, str]:
-    """The MASK id and its source: "config.json", "tokenizer", or "added" (the row after the vocabulary's last).
+def mask_token(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[int, str]:
+    """The MASK id and its source: "config.json", "tokenizer", or "added" (the row after the
+    vocabulary's last).
 
     Raises:
         InputError: the id is neither a row of the embedding nor the one after its last.
@@ -162,7 +190,9 @@ def mask_token(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | No
     if mask is None:
         return rows, "added"
     if isinstance(mask, bool) or not isinstance(mask, int) or not 0 <= mask <= rows:
-        raise InputError(f"mask_token_id {mask!r} ({source}) is outside the vocabulary of {rows}; name one of its rows")
+        raise InputError(
+            f"mask_token_id {mask!r} ({source}) is outside the vocabulary of {rows}; name one of its rows"
+        )
     return mask, source
 
 
@@ -178,5 +208,7 @@ def trained_block_size(config: PreTrainedConfig) -> int | None:
     if block is None or getattr(config, "mask_token_id", None) is None:
         return None
     if isinstance(block, bool) or not isinstance(block, int) or block < 1:
-        raise InputError(f"block_size {block!r} in config.json is not a positive integer; correct it")
+        raise InputError(
+            f"block_size {block!r} in config.json is not a positive integer; correct it"
+        )
     return block

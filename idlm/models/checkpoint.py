@@ -30,9 +30,11 @@ class Inspection:
         dtype: of most elements; for a GGUF file what dtype "auto" makes of it.
         quantisation: of a GGUF file: its tensors' types, that of most elements first.
         context: the most positions of a sequence.
-        mask_source: "config.json", "tokenizer", "adapter", or "added" (a row after the vocabulary's last).
+        mask_source: "config.json", "tokenizer", "adapter", or "added" (a row after the vocabulary's
+            last).
         base_fingerprint: of the base that the adapter was trained on.
-        can_decode_isd: whether it was trained to draft and can be loaded; `reason` says why or why not.
+        can_decode_isd: whether it was trained to draft and can be loaded; `reason` says why or why
+            not.
         max_stride: the largest stride whose drafts were all trained, block size + 1.
     """
 
@@ -65,11 +67,16 @@ def inspect_checkpoint(path: str | Path, adapter: str | Path | None = None) -> I
     """Inspect a model folder, a GGUF file, an adapter folder, a hub id or a bundled name.
 
     Raises:
-        InputError: there is nothing readable at `path`. A model that is refused is no error here: `reason` says why.
+        InputError: there is nothing readable at `path`. A model that is refused is no error here:
+            `reason` says why.
     """
     folder, bundled = resolve(path)
     extra = bundled if adapter is None else resolve(adapter)[0]
-    if extra is None and (folder / adapters.CONFIG).exists() and not (folder / "config.json").exists():
+    if (
+        extra is None
+        and (folder / adapters.CONFIG).exists()
+        and not (folder / "config.json").exists()
+    ):
         return _adapter(Inspection(str(path), "adapter"), folder)
     found = _model(Inspection(str(path), "model"), folder)
     if extra is None or found.reason.startswith("refused"):
@@ -79,7 +86,9 @@ def inspect_checkpoint(path: str | Path, adapter: str | Path | None = None) -> I
 
 def _model(found: Inspection, folder: Path) -> Inspection:
     family = (
-        read_header(folder).architecture if is_gguf(folder) else read_json(folder / "config.json").get("model_type")
+        read_header(folder).architecture
+        if is_gguf(folder)
+        else read_json(folder / "config.json").get("model_type")
     )
     found = replace(found, family=family)
     try:
@@ -89,17 +98,27 @@ def _model(found: Inspection, folder: Path) -> Inspection:
             dtype = str(auto_dtype(tensors)).removeprefix("torch.")
             found = replace(found, quantisation=quantisation(tensors), dtype=dtype)
         mask, source = mask_token(config, read_tokenizer(folder, config))
-        found = replace(found, mask_id=mask, mask_source=source, block_size=trained_block_size(config))
+        found = replace(
+            found, mask_id=mask, mask_source=source, block_size=trained_block_size(config)
+        )
     except InputError as error:
         return replace(found, reason=f"refused: {error}")
     if found.block_size is None:
-        return replace(found, reason="an AR model, never trained to fill MASK tokens; convert it with idlm train")
+        return replace(
+            found,
+            reason="an AR model, never trained to fill MASK tokens; convert it with idlm train",
+        )
     if mask >= config.vocab_size:
-        return replace(found, reason=f"refused: mask_token_id {mask} is outside the vocabulary of {config.vocab_size}")
+        return replace(
+            found,
+            reason=f"refused: mask_token_id {mask} is outside the vocabulary of {config.vocab_size}",
+        )
     return _trained(found, "trained to fill MASK tokens")
 
 
-def _facts(found: Inspection, config: PreTrainedConfig, tensors: dict[str, TensorInfo]) -> Inspection:
+def _facts(
+    found: Inspection, config: PreTrainedConfig, tensors: dict[str, TensorInfo]
+) -> Inspection:
     sizes: Counter[str] = Counter()
     for name, info in tensors.items():
         if not (config.tie_word_embeddings and name == "lm_head.weight"):
@@ -138,7 +157,8 @@ def _adapter(found: Inspection, folder: Path) -> Inspection:
         return _trained(found, "a gated LoRA with its MASK row")
     if found.mask_source == "added":
         return replace(
-            found, reason="neither the adapter nor the base has a MASK row; set mask_token_id in the base's config.json"
+            found,
+            reason="neither the adapter nor the base has a MASK row; set mask_token_id in the base's config.json",
         )
     return _trained(found, "a PEFT adapter, used as a gated LoRA with the base's own MASK row")
 
@@ -147,4 +167,9 @@ def _trained(found: Inspection, why: str) -> Inspection:
     if found.block_size is None:
         return replace(found, can_decode_isd=True, reason=f"{why}; it does not name its block size")
     stride = found.block_size + 1
-    return replace(found, can_decode_isd=True, reason=f"{why}; strides up to {stride} were trained", max_stride=stride)
+    return replace(
+        found,
+        can_decode_isd=True,
+        reason=f"{why}; strides up to {stride} were trained",
+        max_stride=stride,
+    )

@@ -1,7 +1,8 @@
 """Gated LoRA: `y = W x + g (alpha / r) B A x` with g = 1 on MASK rows and 0 on every other row.
 
-The MASK rows of every layout are one run of rows (training puts them first, a window last), so the gate is a slice:
-rows outside it are computed by the base's own kernels alone and stay bit-equal to the base model's.
+The MASK rows of every layout are one run of rows (training puts them first, a window last), so the
+gate is a slice: rows outside it are computed by the base's own kernels alone and stay bit-equal to
+the base model's.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ NO_ROWS = slice(0, 0)
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """What is adapted: the rank r, alpha, and the names of the linear layers (their last path component)."""
+    """What is adapted: the rank r, alpha, and the names of the linear layers (their last path
+    component)."""
 
     rank: int
     alpha: float
@@ -34,7 +36,9 @@ class LoraSpec:
         if self.rank < 1:
             raise InputError(f"LoRA rank {self.rank} is not positive; use 8 to 128")
         if not self.targets:
-            raise InputError("LoRA targets are empty; name linear layers such as q_proj, v_proj, down_proj")
+            raise InputError(
+                "LoRA targets are empty; name linear layers such as q_proj, v_proj, down_proj"
+            )
 
     @property
     def scale(self) -> float:
@@ -43,12 +47,14 @@ class LoraSpec:
 
 
 class Gate:
-    """Which rows of the running forward are MASK rows, and whose; shared by all gated layers of one model.
+    """Which rows of the running forward are MASK rows, and whose; shared by all gated layers of one
+    model.
 
     Attributes:
         rows: a slice along the row dimension.
         adapters: how many adapters the model has.
-        adapter: int64 [MASK rows], which of them each MASK row uses; looked at where there are several.
+        adapter: int64 [MASK rows], which of them each MASK row uses; looked at where there are
+            several.
         merged: the linear layers' products have the update in them (`merged_weights`).
     """
 
@@ -69,7 +75,8 @@ class Gate:
 
 
 class LowRank(NamedTuple):
-    """A further adapter's update of one layer: A [r, in], B [out, r], alpha / r; `number` is the adapter's."""
+    """A further adapter's update of one layer: A [r, in], B [out, r], alpha / r; `number` is the
+    adapter's."""
 
     number: int
     a: Tensor
@@ -80,8 +87,9 @@ class LowRank(NamedTuple):
 class GatedLinear(nn.Module):
     """A frozen linear layer with a low-rank update on the MASK rows only.
 
-    `more` holds other adapters' updates. All are computed for all MASK rows, and each row takes its own: the shapes do
-    not depend on who is in the batch, and the cost grows with the number of adapters loaded.
+    `more` holds other adapters' updates. All are computed for all MASK rows, and each row takes its
+    own: the shapes do not depend on who is in the batch, and the cost grows with the number of
+    adapters loaded.
     """
 
     def __init__(self, base: nn.Linear, spec: LoraSpec, gate: Gate) -> None:
@@ -107,7 +115,10 @@ class GatedLinear(nn.Module):
             return y
         assert self.gate.adapter is not None  # noqa: S101
         updates = [(0, update * self.scale)]
-        updates += [(more.number, F.linear(F.linear(masks, more.a), more.b) * more.scale) for more in self.more]
+        updates += [
+            (more.number, F.linear(F.linear(masks, more.a), more.b) * more.scale)
+            for more in self.more
+        ]
         for index, one in updates:
             y[:, rows].add_(one * self.gate.adapter.eq(index)[:, None])
         return y
@@ -118,18 +129,25 @@ class GatedLinear(nn.Module):
         weight = self.base.weight
         updates = {0: self.scale * self.lora_B @ self.lora_A}
         updates |= {more.number: more.scale * more.b @ more.a for more in self.more}
-        return [weight + updates[number] if number in updates else weight for number in range(self.gate.adapters)]
+        return [
+            weight + updates[number] if number in updates else weight
+            for number in range(self.gate.adapters)
+        ]
 
     def low_rank(self) -> list[Tensor]:
         """A [r, in] and B [out, r] of every adapter."""
-        return [self.lora_A, self.lora_B, *(matrix for more in self.more for matrix in (more.a, more.b))]
+        return [
+            self.lora_A,
+            self.lora_B,
+            *(matrix for more in self.more for matrix in (more.a, more.b)),
+        ]
 
 
 class MaskEmbedding(nn.Module):
     """The base's embedding, with the MASK row kept beside it.
 
-    `mask_id` may equal the number of rows: the base then never grows, and MASK exists only here. `more` holds the MASK
-    rows of further adapters.
+    `mask_id` may equal the number of rows: the base then never grows, and MASK exists only here.
+    `more` holds the MASK rows of further adapters.
     """
 
     def __init__(self, base: nn.Embedding, mask_id: int, gate: Gate) -> None:
@@ -162,15 +180,17 @@ def attach(model: PreTrainedModel, spec: LoraSpec, mask_id: int) -> Gate:
     """Freeze `model` and give it a gated LoRA, in place; a refused one leaves it as it was.
 
     Raises:
-        InputError: a target names no linear layer inside the model, or the MASK id is neither a row of the embedding
-            nor the one after its last.
+        InputError: a target names no linear layer inside the model, or the MASK id is neither a row
+            of the embedding nor the one after its last.
     """
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding):
         raise InputError("the model has an adapter already; load the base model again")
     rows = embedding.num_embeddings
     if not 0 <= mask_id <= rows:
-        raise InputError(f"mask_token_id {mask_id} is outside 0..{rows}, the embedding's rows and one more")
+        raise InputError(
+            f"mask_token_id {mask_id} is outside 0..{rows}, the embedding's rows and one more"
+        )
     places = [place for target in spec.targets for place in _places(model, target)]
     model.requires_grad_(False)
     gate = Gate()
@@ -181,7 +201,8 @@ def attach(model: PreTrainedModel, spec: LoraSpec, mask_id: int) -> Gate:
 
 
 def _places(model: PreTrainedModel, target: str) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """The backbone's linear layers whose last name is `target`; the head is outside: it runs on chosen rows."""
+    """The backbone's linear layers whose last name is `target`; the head is outside: it runs on
+    chosen rows."""
     backbone: nn.Module = model.base_model
     found = [
         (parent, name, child)
@@ -191,18 +212,24 @@ def _places(model: PreTrainedModel, target: str) -> list[tuple[nn.Module, str, n
     ]
     if not found:
         what = type(backbone).__name__
-        raise InputError(f"LoRA target {target!r} names no linear layer inside {what}; name others, such as q_proj")
+        raise InputError(
+            f"LoRA target {target!r} names no linear layer inside {what}; name others, such as q_proj"
+        )
     return found
 
 
 @torch.no_grad()
 def attach_more(
-    model: PreTrainedModel, gate: Gate, spec: LoraSpec, tensors: Mapping[tuple[str, str], Tensor], mask_row: Tensor
+    model: PreTrainedModel,
+    gate: Gate,
+    spec: LoraSpec,
+    tensors: Mapping[tuple[str, str], Tensor],
+    mask_row: Tensor,
 ) -> int:
     """Give a model that has an adapter another one; returns its number.
 
-    `tensors` maps (module, "lora_A" or "lora_B") to its update. A layer that only the new one adapts is gated with an
-    update of zero for the others.
+    `tensors` maps (module, "lora_A" or "lora_B") to its update. A layer that only the new one
+    adapts is gated with an update of zero for the others.
     """
     index = gate.adapters
     embedding = model.get_input_embeddings()

@@ -1,7 +1,8 @@
-"""GGUF files as checkpoints, by transformers' own `gguf_file`: weights are de-quantised as they are loaded.
+"""GGUF files as checkpoints, by transformers' own `gguf_file`: weights are de-quantised as they are
+loaded.
 
-transformers reads the metadata it knows and passes over the rest in silence, tensors too. What would change the model
-is therefore looked for here, and refused.
+transformers reads the metadata it knows and passes over the rest in silence, tensors too. What
+would change the model is therefore looked for here, and refused.
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ SAME: dict[str, tuple[str, ...]] = {
     "rope.dimension_count": ("head_dim",),
     "rope.freq_base": ("rope_theta",),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps"),
-    "attention.layer_norm_epsilon": ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps"),
+    "attention.layer_norm_epsilon": (
+        "layer_norm_epsilon",
+        "layer_norm_eps",
+        "norm_epsilon",
+        "norm_eps",
+    ),
 }
 """Metadata of a family, and the config's names for it: both must have the same value."""
 
@@ -41,40 +47,57 @@ OFF: tuple[Any, ...] = (0, 0.0, False, "", "none", [])
 
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-"""End of text, of turn, of message: llama.cpp stops at each, and instruct models may end their turns with any."""
+"""End of text, of turn, of message: llama.cpp stops at each, and instruct models may end their
+turns with any."""
 
 SPLITS = {
-    *("default", "gpt-2", "phi-2", "mpt", "olmo"),  # GPT-2's, which transformers takes where it knows no better
+    *(
+        "default",
+        "gpt-2",
+        "phi-2",
+        "mpt",
+        "olmo",
+    ),  # GPT-2's, which transformers takes where it knows no better
     *("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "dbrx", "smaug-bpe", "tekken"),
     *("qwen2", "deepseek-r1-qwen", "megrez", "gpt-4o", "llama4"),
 }
-"""Ways of splitting text (tokenizer.ggml.pre) that transformers knows, so that words get the tokens they had."""
+"""Ways of splitting text (tokenizer.ggml.pre) that transformers knows, so that words get the tokens
+they had."""
 
 DIGIT_SPLITS = {"smollm", "starcoder", "refact"}
-"""GPT-2's, after each digit has been set apart. transformers takes GPT-2's alone, which reads "  7" otherwise."""
+"""GPT-2's, after each digit has been set apart. transformers takes GPT-2's alone, which reads "  7"
+otherwise."""
 
 
 def gguf_config(path: Path) -> dict[str, Any]:
     """The keys of a transformers config, from a GGUF file's metadata.
 
     Raises:
-        InputError: the file cannot be read; transformers has no such architecture; one part of several; a tensor type
-            that cannot be de-quantised; experts or rotary factors, which transformers would pass over.
+        InputError: the file cannot be read; transformers has no such architecture; one part of
+            several; a tensor type that cannot be de-quantised; experts or rotary factors, which
+            transformers would pass over.
     """
     header = read_header(path)
     if reason := _parts(header) or _experts(header) or _rotary(header) or _quantisation(header):
         raise InputError(f"{str(path)!r} ({header.architecture}) {reason}")
     try:
         with origin(path) as (folder, more):
-            raw: dict[str, Any] = PreTrainedConfig.get_config_dict(folder, gguf_file=more["gguf_file"])[0]
-    except Exception as error:  # transformers has no common kind of error for what it does not support
+            raw: dict[str, Any] = PreTrainedConfig.get_config_dict(
+                folder, gguf_file=more["gguf_file"]
+            )[0]
+    except (
+        Exception
+    ) as error:  # transformers has no common kind of error for what it does not support
         raise InputError(
             f"{str(path)!r}: transformers reads no GGUF file of architecture {header.architecture!r} "
             f"({' '.join(str(error).split())}); use the model's original folder"
         ) from error
     raw.pop("_model_name_or_path", None)  # a title, not a place
     if width := header.metadata.get(f"{header.architecture}.attention.key_length"):
-        raw["head_dim"] = width  # transformers reads it for few families; the others keep the default of their config
+        raw["head_dim"] = (
+            # transformers reads it for few families; the others keep the default of their config
+            width
+        )
     found = (header.metadata.get(f"tokenizer.ggml.{key}") for key in END_KEYS)
     ends = sorted({end for end in found if end is not None})
     return raw | {"eos_token_id": ends[0] if len(ends) == 1 else ends or None}
@@ -84,9 +107,9 @@ def gguf_config(path: Path) -> dict[str, Any]:
 def origin(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """What to call `from_pretrained` with: a folder, and further arguments.
 
-    The folder is an empty one: tokenizers and configs that lie beside the file are not the file's own. The file's path
-    is absolute, because transformers also looks for a relative one in the working directory. Its progress bar, which
-    no setting turns off, is kept from the terminal.
+    The folder is an empty one: tokenizers and configs that lie beside the file are not the file's
+    own. The file's path is absolute, because transformers also looks for a relative one in the
+    working directory. Its progress bar, which no setting turns off, is kept from the terminal.
     """
     with TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
         yield Path(folder), {"gguf_file": str(path.absolute())}
@@ -101,14 +124,18 @@ def dequantised() -> Any:
     try:
         from transformers import GgufConfig
     except ImportError:
-        raise InputError("GGUF files need a newer transformers; install it with pip install 'idlm[gguf]'") from None
+        raise InputError(
+            "GGUF files need a newer transformers; install it with pip install 'idlm[gguf]'"
+        ) from None
     return GgufConfig(dequantize=True)
 
 
 def _parts(header: GgufHeader) -> str | None:
     count = header.metadata.get("split.count", 1)
     if count > 1:
-        return f"is one of {count} parts; merge them with llama-gguf-split --merge and give the result"
+        return (
+            f"is one of {count} parts; merge them with llama-gguf-split --merge and give the result"
+        )
     return None
 
 
@@ -149,13 +176,16 @@ def passed_over(path: Path, config: PreTrainedConfig) -> str | None:
             continue
         if name.endswith("sliding_window") and value >= config.max_position_embeddings:
             continue  # it never hides anything
-        if (name in SAME and not _same(value, config, SAME[name])) or (name not in SAME and value not in OFF):
+        if (name in SAME and not _same(value, config, SAME[name])) or (
+            name not in SAME and value not in OFF
+        ):
             return f"has {key} {value}, which transformers does not read from GGUF; use the model's original folder"
     return None
 
 
 def _same(value: Any, config: PreTrainedConfig, names: tuple[str, ...]) -> bool:
-    """Whether the config has the value by any of the names; floats were rounded to 32 bits in the file."""
+    """Whether the config has the value by any of the names; floats were rounded to 32 bits in the
+    file."""
     rope = getattr(config, "rope_parameters", None) or {}
     found = [rope[name] if name in rope else getattr(config, name, None) for name in names]
     if names == ("head_dim",) and found == [None]:
@@ -167,21 +197,27 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer in a GGUF file, with its chat template; None where it has none.
 
     Raises:
-        InputError: text would be split in a way that is not known; the tokens would not be those of training.
+        InputError: text would be split in a way that is not known; the tokens would not be those of
+            training.
     """
     metadata = read_header(path).metadata
     if metadata.get("tokenizer.ggml.model", "none") in ("none", "no_vocab"):
         return None
     split = metadata.get("tokenizer.ggml.pre", "default")
     if metadata["tokenizer.ggml.model"] == "gpt2" and split not in SPLITS | DIGIT_SPLITS:
-        raise InputError(f"{str(path)!r} splits text by {split!r} (tokenizer.ggml.pre), which is unknown; use a folder")
+        raise InputError(
+            f"{str(path)!r} splits text by {split!r} (tokenizer.ggml.pre), which is unknown; use a folder"
+        )
     with origin(path) as (folder, more):
         tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
             folder, local_files_only=True, **more
         )
     tokenizer.name_or_path = str(path)
     if metadata["tokenizer.ggml.model"] == "gpt2" and split in DIGIT_SPLITS:
-        digits, rest = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        digits, rest = (
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        )
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
     return tokenizer
 

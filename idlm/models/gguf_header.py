@@ -1,11 +1,11 @@
 """The header of a GGUF file: its metadata and where its tensors lie. No tensor is read.
 
-    "GGUF", version u32, number of tensors u64, number of metadata entries u64
-    a metadata entry    name, type u32, value
-    a tensor            name, number of dimensions u32, sizes u64 (the fastest first), type u32, offset u64
-    padding up to the alignment, then the tensors' bytes
+    "GGUF", version u32, number of tensors u64, number of metadata entries u64 a metadata entry
+    name, type u32, value a tensor            name, number of dimensions u32, sizes u64 (the fastest
+    first), type u32, offset u64 padding up to the alignment, then the tensors' bytes
 
-All numbers are little-endian; a string is its length (u64) and its bytes; an array is type u32, length u64, values.
+All numbers are little-endian; a string is its length (u64) and its bytes; an array is type u32,
+length u64, values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,19 @@ from idlm.models.tensor_info import TensorInfo
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 STRING, ARRAY = 8, 9
 ALIGNMENT = 32
 DAMAGE = (struct.error, UnicodeDecodeError, KeyError, TypeError, ZeroDivisionError, RecursionError)
@@ -55,8 +67,8 @@ def read_header(path: Path) -> GgufHeader:
     """Read the header of a GGUF file.
 
     Raises:
-        InputError: the packages for GGUF are missing; it is no GGUF file, of another version, or truncated; or it has
-            tensors of a type that the package `gguf` does not know.
+        InputError: the packages for GGUF are missing; it is no GGUF file, of another version, or
+            truncated; or it has tensors of a type that the package `gguf` does not know.
     """
     need("gguf", repr(str(path)))
     with path.open("rb") as file:
@@ -64,10 +76,17 @@ def read_header(path: Path) -> GgufHeader:
         try:
             header = _Parser(file, path).header()
         except DAMAGE:
-            raise InputError(f"{str(path)!r} is truncated or damaged in its header; download it again") from None
-    size, expected = path.stat().st_size, max((info.stop for info in header.tensors.values()), default=0)
+            raise InputError(
+                f"{str(path)!r} is truncated or damaged in its header; download it again"
+            ) from None
+    size, expected = (
+        path.stat().st_size,
+        max((info.stop for info in header.tensors.values()), default=0),
+    )
     if size < expected:
-        raise InputError(f"{str(path)!r} is truncated: {size} bytes, not the {expected} it names; download it again")
+        raise InputError(
+            f"{str(path)!r} is truncated: {size} bytes, not the {expected} it names; download it again"
+        )
     return header
 
 
@@ -76,7 +95,9 @@ def _check_version(path: Path, start: bytes) -> None:
         raise InputError(f"{str(path)!r} is no GGUF file; give a GGUF file or a model folder")
     version = int.from_bytes(start[4:], "little")
     if version not in VERSIONS:
-        raise InputError(f"{str(path)!r} has GGUF version {version}, not 2 or 3; convert it with a current llama.cpp")
+        raise InputError(
+            f"{str(path)!r} has GGUF version {version}, not 2 or 3; convert it with a current llama.cpp"
+        )
 
 
 class _Parser:
@@ -143,7 +164,8 @@ class _Parser:
         return struct.unpack(layout, self.bytes(struct.calcsize(layout)))
 
     def bytes(self, count: int) -> bytes:
-        """The next bytes; a length beyond the file's, which damage can leave, must not be allocated."""
+        """The next bytes; a length beyond the file's, which damage can leave, must not be
+        allocated."""
         if count > self.size - self.file.tell():
             raise struct.error("the file ends too early")
         return self.file.read(count)

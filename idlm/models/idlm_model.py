@@ -1,6 +1,8 @@
-"""`Idlm`: a stock transformers model, its MASK token and its gate, as one thing that can be asked for rows.
+"""`Idlm`: a stock transformers model, its MASK token and its gate, as one thing that can be asked
+for rows.
 
-Shapes: B batch, Q rows of this forward, S rows they may look at, D hidden size, V logit columns, T rows of one text.
+Shapes: B batch, Q rows of this forward, S rows they may look at, D hidden size, V logit columns, T
+rows of one text.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class Idlm:
         tokenizer: its tokenizer, or None where the folder has none.
         mask_id: the MASK token; equals `vocab_size` where only the adapter has a row for it.
         gate: the adapter's gate; None for a plain or fully fine-tuned model.
-        block_size: the largest block trained, b; strides up to b + 1 draft as trained. None: never trained to draft.
+        block_size: the largest block trained, b; strides up to b + 1 draft as trained. None: never
+            trained to draft.
         name: what the user called it.
         stored: the type that the checkpoint holds the weights in, if it came from one.
     """
@@ -91,8 +94,9 @@ class Idlm:
     ) -> Tensor:
         """Hidden states [B, Q, D] of the rows `tokens` [B, Q] at `positions` [B, Q].
 
-        `visible` is bool, broadcastable to [B, 1, Q, S]; None where a cache knows. Positions past the context are
-        clamped: only masks and drafts that no sequence can hold have them; learned positions would fail on them.
+        `visible` is bool, broadcastable to [B, 1, Q, S]; None where a cache knows. Positions past
+        the context are clamped: only masks and drafts that no sequence can hold have them; learned
+        positions would fail on them.
         """
         gate = self.gate or Gate()
         with gate.open(mask_rows):
@@ -119,27 +123,38 @@ class Idlm:
     def linear_layers(self) -> list[tuple[str, nn.Linear]]:
         """The backbone's linear layers and their names."""
         backbone: nn.Module = self.model.base_model
-        return [(name, layer) for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear)]
+        return [
+            (name, layer)
+            for name, layer in backbone.named_modules()
+            if isinstance(layer, nn.Linear)
+        ]
 
     def linear_groups(self) -> list[list[Tensor]]:
-        """The weights [N, K] of the linear layers, the head's too, once each; adapters' matrices are not among them.
+        """The weights [N, K] of the linear layers, the head's too, once each; adapters' matrices
+        are not among them.
 
         Layers of `SAME_ROWS` are one group, the others have one each.
         """
         groups: dict[object, dict[int, Tensor]] = {}
         for name, layer in self.linear_layers():
             parent, _, last = name.removesuffix(".base").rpartition(".")
-            key = parent, next((names for names in SAME_ROWS if last in names), last), layer.in_features
+            key = (
+                parent,
+                next((names for names in SAME_ROWS if last in names), last),
+                layer.in_features,
+            )
             groups.setdefault(key, {})[id(layer.weight)] = layer.weight
         return [*(list(group.values()) for group in groups.values()), [self._output.weight]]
 
     def leave_file(self) -> None:
-        """Copy the weights that are there: one that still lies in a mapped file keeps the whole file in memory."""
+        """Copy the weights that are there: one that still lies in a mapped file keeps the whole
+        file in memory."""
         for weight in self.model.parameters():
             weight.data = weight.data.clone()
 
     def mask_weights(self) -> Callable[[Tensor], list[Tensor]]:
-        """Says what MASK rows have in the place of a linear layer's weight, by adapter; one where none changes it."""
+        """Says what MASK rows have in the place of a linear layer's weight, by adapter; one where
+        none changes it."""
         gated = {id(layer.base.weight): layer for layer in gated_layers(self.model)}
         return lambda weight: gated[id(weight)].merged() if id(weight) in gated else [weight]
 
@@ -149,7 +164,8 @@ class Idlm:
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
-        """Logits [T, V] of one sequence's rows [T] under `visible` [T, T]; the form `decoding.reference` asks for.
+        """Logits [T, V] of one sequence's rows [T] under `visible` [T, T]; the form
+        `decoding.reference` asks for.
 
         They come back to the device that `tokens` are on.
 
@@ -161,4 +177,6 @@ class Idlm:
         if rows.stop - rows.start != len(masks):
             raise InputError(f"the MASK rows {masks} are not one run; put them side by side")
         place, seen = positions[None].to(self.device), visible[None, None].to(self.device)
-        return self.head(self.hidden(tokens[None].to(self.device), place, seen, rows))[0].to(tokens.device)
+        return self.head(self.hidden(tokens[None].to(self.device), place, seen, rows))[0].to(
+            tokens.device
+        )

@@ -1,4 +1,5 @@
-"""`load`: a folder, a GGUF file, a hub id or a bundled name becomes an `Idlm`, with an adapter or without; and back."""
+"""`load`: a folder, a GGUF file, a hub id or a bundled name becomes an `Idlm`, with an adapter or
+without; and back."""
 
 from __future__ import annotations
 
@@ -24,14 +25,26 @@ from idlm.models.sources import first_line, resolve
 from idlm.models.tensor_info import TensorInfo
 from idlm.models.weights import embedding_rows, model_tensors, output_head
 
-FLOATS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOATS = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 PROBE_POSITIONS = (0, 1, 2, 1)
 PROBE_VISIBLE = ((1, 0, 0, 0), (1, 1, 0, 0), (1, 1, 1, 0), (1, 0, 0, 1))
-"""Four rows with two continuations of the first: rows 0, 1, 2 are one text and rows 0, 3 another."""
+"""Four rows with two continuations of the first: rows 0, 1, 2 are one text and rows 0, 3 another.
+"""
 
-PROBE_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
-"""Largest relative difference (2-norm of the logits) due to rounding; eager softmax is float32 even in float64."""
+PROBE_TOLERANCE = {
+    torch.float64: 1e-5,
+    torch.float32: 1e-4,
+    torch.float16: 2e-2,
+    torch.bfloat16: 6e-2,
+}
+"""Largest relative difference (2-norm of the logits) due to rounding; eager softmax is float32 even
+in float64."""
 
 
 def load(
@@ -45,9 +58,10 @@ def load(
     Args:
         path_or_hub_id: a folder, a GGUF file, a hub id, or "nano", "nano-base", "nano-full".
         adapter: a gated LoRA's folder or hub id; "nano" brings its own.
-        dtype: of the model: "auto", "float64", "float32", "bfloat16", "float16". "auto" is as stored; on a CPU, where
-            PyTorch is slow in 16 bits, float32, which holds 16-bit weights as they are (an engine's linear layers
-            then hold bfloat16 again: see `weights` of `LLM`). A GGUF file's quantised weights become float32.
+        dtype: of the model: "auto", "float64", "float32", "bfloat16", "float16". "auto" is as
+            stored; on a CPU, where PyTorch is slow in 16 bits, float32, which holds 16-bit weights
+            as they are (an engine's linear layers then hold bfloat16 again: see `weights` of
+            `LLM`). A GGUF file's quantised weights become float32.
         device: where to put the weights.
 
     Raises:
@@ -56,7 +70,9 @@ def load(
     kind, place = _dtype(dtype), _device(device)
     folder, bundled = resolve(path_or_hub_id)
     if bundled is not None and adapter is not None:
-        raise InputError(f"{path_or_hub_id!r} brings its own adapter; name nano-base to give adapter={str(adapter)!r}")
+        raise InputError(
+            f"{path_or_hub_id!r} brings its own adapter; name nano-base to give adapter={str(adapter)!r}"
+        )
     extra = bundled if adapter is None else resolve(adapter)[0]
     config = read_config(folder)
     tokenizer = read_tokenizer(folder, config)
@@ -97,7 +113,9 @@ def _device(device: str | torch.device) -> torch.device:
     return place
 
 
-def _read_model(folder: Path, config: PreTrainedConfig, dtype: str | torch.dtype) -> PreTrainedModel:
+def _read_model(
+    folder: Path, config: PreTrainedConfig, dtype: str | torch.dtype
+) -> PreTrainedModel:
     """transformers' own model with its weights, complete and of the right shapes."""
     tensors = model_tensors(folder)  # refuses pickles and truncated files by name
     if is_gguf(folder) and dtype == "auto":
@@ -121,7 +139,10 @@ def _read_model(folder: Path, config: PreTrainedConfig, dtype: str | torch.dtype
         ) from error
     model: PreTrainedModel = loaded[0]
     report: dict[str, set[Any]] = loaded[1]
-    misshapen = [f"{name} {list(stored)} not {list(wanted)}" for name, stored, wanted in report["mismatched_keys"]]
+    misshapen = [
+        f"{name} {list(stored)} not {list(wanted)}"
+        for name, stored, wanted in report["mismatched_keys"]
+    ]
     for problem, found in (
         ("misshapen", misshapen),
         ("missing", report["missing_keys"]),
@@ -148,8 +169,12 @@ def _origin(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _check_all_used(path: Path, model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> None:
-    """transformers passes over tensors of a GGUF file that it has no place for: biases, say, or scales of rotations."""
-    stored, loaded = sum(info.count for info in tensors.values()), sum(p.numel() for p in model.parameters())
+    """transformers passes over tensors of a GGUF file that it has no place for: biases, say, or
+    scales of rotations."""
+    stored, loaded = (
+        sum(info.count for info in tensors.values()),
+        sum(p.numel() for p in model.parameters()),
+    )
     if stored != loaded:
         raise InputError(
             f"{str(path)!r} holds {stored} weights, but a {model.config.model_type} of its sizes has {loaded}; "
@@ -175,7 +200,8 @@ def _kind(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' bar and its multi-line warnings away: what they warn of becomes one error here."""
+    """Keep transformers' bar and its multi-line warnings away: what they warn of becomes one error
+    here."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(ERROR)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -188,10 +214,11 @@ def _quiet() -> Iterator[None]:
 
 
 def check_architecture(idlm: Idlm) -> None:
-    """Run four rows through the model's stock path and through ours; they must agree, and each layer must write once.
+    """Run four rows through the model's stock path and through ours; they must agree, and each
+    layer must write once.
 
-    This finds what configs have no common word for: scaled logits, ALiBi, attention sinks, layers that drop `visible`
-    or share their keys.
+    This finds what configs have no common word for: scaled logits, ALiBi, attention sinks, layers
+    that drop `visible` or share their keys.
 
     Raises:
         InputError: they disagree, or the model cannot run this way at all.
@@ -208,7 +235,9 @@ def check_architecture(idlm: Idlm) -> None:
     except Exception as error:  # whatever a foreign forward raises
         raise InputError(f"{what} ({_kind(error)}); use another model") from error
     if cache.layers != list(range(idlm.model.config.num_hidden_layers)):
-        raise InputError(f"{what}: its layers write keys in the order {cache.layers}; use another model")
+        raise InputError(
+            f"{what}: its layers write keys in the order {cache.layers}; use another model"
+        )
     apart, size = float((ours - stock).norm()), float(stock.norm())
     if not apart <= PROBE_TOLERANCE[idlm.dtype] * size:
         raise InputError(
@@ -236,13 +265,16 @@ def _stock_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def ensure_mask_row(idlm: Idlm) -> None:
-    """Give the embedding (and the head) a row for MASK where it has none: the mean of the others. For full fine-tuning.
+    """Give the embedding (and the head) a row for MASK where it has none: the mean of the others.
+    For full fine-tuning.
 
     Raises:
         InputError: the model has an adapter.
     """
     if idlm.gate is not None:
-        raise InputError(f"{idlm.name!r} has an adapter, which holds its own MASK row; load the base without it")
+        raise InputError(
+            f"{idlm.name!r} has an adapter, which holds its own MASK row; load the base without it"
+        )
     model, rows = idlm.model, embedding_rows(idlm.model).shape[0]
     if idlm.mask_id >= rows:
         model.resize_token_embeddings(idlm.mask_id + 1, mean_resizing=False)
@@ -252,7 +284,8 @@ def ensure_mask_row(idlm: Idlm) -> None:
 
 
 def save_full(idlm: Idlm, folder: str | Path, block_size: int | None) -> None:
-    """Write a fully trained model with its tokenizer; its config names the MASK id and the block size.
+    """Write a fully trained model with its tokenizer; its config names the MASK id and the block
+    size.
 
     Raises:
         InputError: the model has an adapter, or no MASK row although it was trained to draft.

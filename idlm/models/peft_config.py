@@ -1,4 +1,5 @@
-"""What is understood of PEFT's adapter_config.json; anything else that is switched on is refused by name."""
+"""What is understood of PEFT's adapter_config.json; anything else that is switched on is refused by
+name."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ HARMLESS = frozenset(
 )
 OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Ways to start a LoRA that leave the base's weights alone; others (pissa, olora, corda, loftq) change them."""
+"""Ways to start a LoRA that leave the base's weights alone; others (pissa, olora, corda, loftq)
+change them."""
 
 
 def refuse_features(config: dict[str, Any], where: str) -> None:
@@ -32,7 +34,9 @@ def refuse_features(config: dict[str, Any], where: str) -> None:
         InputError: it uses a PEFT feature that is not implemented: it names the key and the value.
     """
     if config.get("peft_type") != "LORA":
-        raise InputError(f"{where} has peft_type {config.get('peft_type')!r}; only LORA is supported")
+        raise InputError(
+            f"{where} has peft_type {config.get('peft_type')!r}; only LORA is supported"
+        )
     start = config.get("init_lora_weights", True)
     if start not in PLAIN_STARTS:
         raise InputError(
@@ -40,4 +44,6 @@ def refuse_features(config: dict[str, Any], where: str) -> None:
         )
     for key, value in config.items():
         if key not in UNDERSTOOD | HARMLESS and value not in OFF:
-            raise InputError(f"{where} has {key} {value!r}, which is not supported; train the adapter without it")
+            raise InputError(
+                f"{where} has {key} {value!r}, which is not supported; train the adapter without it"
+            )

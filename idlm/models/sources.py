@@ -1,4 +1,5 @@
-"""Where checkpoints come from: bundled names, folders, GGUF files, ids on the Hugging Face hub; and their JSON."""
+"""Where checkpoints come from: bundled names, folders, GGUF files, ids on the Hugging Face hub; and
+their JSON."""
 
 from __future__ import annotations
 
@@ -26,11 +27,12 @@ HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
 def resolve(name: str | Path) -> tuple[Path, Path | None]:
-    """The folder or GGUF file that `name` stands for, and the adapter that belongs to the name (only for "nano").
+    """The folder or GGUF file that `name` stands for, and the adapter that belongs to the name
+    (only for "nano").
 
     Raises:
-        InputError: there is no such folder or file, and the hub has none either or cannot be reached; it is a file of
-            another kind, or a folder that has weights in GGUF files only.
+        InputError: there is no such folder or file, and the hub has none either or cannot be
+            reached; it is a file of another kind, or a folder that has weights in GGUF files only.
     """
     if str(name) in BUNDLED:
         return BUNDLED[str(name)]
@@ -52,17 +54,22 @@ def resolve(name: str | Path) -> tuple[Path, Path | None]:
 
 
 def _refuse_only_gguf(folder: Path) -> None:
-    """Refuse a folder whose weights are GGUF files: which of them is meant, often of several, is not ours to guess."""
+    """Refuse a folder whose weights are GGUF files: which of them is meant, often of several, is
+    not ours to guess."""
     files = sorted(folder.glob("*.gguf"))
     if files and not any(folder.glob("*.safetensors")):
-        raise InputError(f"{str(folder)!r} has GGUF weights only; give a file of it, such as {str(files[0])!r}")
+        raise InputError(
+            f"{str(folder)!r} has GGUF weights only; give a file of it, such as {str(files[0])!r}"
+        )
 
 
 def _download(hub_id: str) -> Path:
     """Fetch a repository of the hub into its usual cache."""
     try:
         return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
-    except Exception as error:  # the hub's client and the network libraries under it each raise their own kinds
+    except (
+        Exception
+    ) as error:  # the hub's client and the network libraries under it each raise their own kinds
         raise InputError(
             f"no folder {hub_id!r}, and the hub gave none ({first_line(error)}); check the name"
         ) from error
@@ -77,11 +84,17 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"no {path.name} in {str(path.parent)!r}; give a folder that holds one") from None
+        raise InputError(
+            f"no {path.name} in {str(path.parent)!r}; give a folder that holds one"
+        ) from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{str(path)!r} is not valid JSON ({first_line(error)}); download it again") from None
+        raise InputError(
+            f"{str(path)!r} is not valid JSON ({first_line(error)}); download it again"
+        ) from None
     if not isinstance(value, dict):
-        raise InputError(f"{str(path)!r} holds a JSON {type(value).__name__}, not an object; download it again")
+        raise InputError(
+            f"{str(path)!r} holds a JSON {type(value).__name__}, not an object; download it again"
+        )
     return value
 
 

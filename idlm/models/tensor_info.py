@@ -9,7 +9,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor on disk: its type by the name its format has for it, its shape, and its bytes' place in `file`."""
+    """One tensor on disk: its type by the name its format has for it, its shape, and its bytes'
+    place in `file`."""
 
     file: Path
     dtype: str

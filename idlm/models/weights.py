@@ -37,11 +37,14 @@ def model_tensors(folder: Path) -> dict[str, TensorInfo]:
     """The tensors of a model folder, or of a GGUF file, by name.
 
     Raises:
-        InputError: no safetensors weights (pickle is never read), a missing shard, a truncated file.
+        InputError: no safetensors weights (pickle is never read), a missing shard, a truncated
+            file.
     """
     if is_gguf(folder):
         return read_header(folder).tensors
-    return {name: info for file in _weight_files(folder) for name, info in file_tensors(file).items()}
+    return {
+        name: info for file in _weight_files(folder) for name, info in file_tensors(file).items()
+    }
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -52,14 +55,19 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / Path(str(name)).name for name in sorted(set(shards.values()))]
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
-    pickles = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern) if p.name != "training_args.bin")
+    pickles = sorted(
+        p.name for pattern in PICKLES for p in folder.glob(pattern) if p.name != "training_args.bin"
+    )
     if pickles:
-        raise InputError(f"{str(folder)!r} has pickle weights only ({pickles[0]}); save it as safetensors first")
+        raise InputError(
+            f"{str(folder)!r} has pickle weights only ({pickles[0]}); save it as safetensors first"
+        )
     raise InputError(f"no {SINGLE} in {str(folder)!r}; give a folder with safetensors weights")
 
 
 def file_tensors(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, from its header: 8 bytes of length n, n bytes of JSON, the tensors' bytes.
+    """The tensors of one safetensors file, from its header: 8 bytes of length n, n bytes of JSON,
+    the tensors' bytes.
 
     Raises:
         InputError: there is no such file, or it is shorter or longer than its header says.
@@ -74,10 +82,14 @@ def file_tensors(path: Path) -> dict[str, TensorInfo]:
         header.pop("__metadata__", None)
         tensors = {name: _info(path, entry, 8 + length) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{str(path)!r} is truncated or no safetensors file; download it again") from None
+        raise InputError(
+            f"{str(path)!r} is truncated or no safetensors file; download it again"
+        ) from None
     expected = max((info.stop for info in tensors.values()), default=8 + length)
     if size != expected:
-        raise InputError(f"{str(path)!r} has {size} bytes, not the {expected} its header names; download it again")
+        raise InputError(
+            f"{str(path)!r} has {size} bytes, not the {expected} its header names; download it again"
+        )
     return tensors
 
 
@@ -87,17 +99,22 @@ def _info(path: Path, entry: dict[str, list[int]], data: int) -> TensorInfo:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """sha256 of a model's weights: the same with and without an adapter, and in whatever dtype they were loaded.
+    """sha256 of a model's weights: the same with and without an adapter, and in whatever dtype they
+    were loaded.
 
-    It covers name, dtype, shape and all bytes of each tensor as stored: of the folder, or the GGUF file, that the model
-    came from (so a GGUF file and a folder made from it are two bases). A model that came from neither is hashed in
-    memory. Tensors are hashed apart and in parallel: about a second per GB on two cores.
+    It covers name, dtype, shape and all bytes of each tensor as stored: of the folder, or the GGUF
+    file, that the model came from (so a GGUF file and a folder made from it are two bases). A model
+    that came from neither is hashed in memory. Tensors are hashed apart and in parallel: about a
+    second per GB on two cores.
     """
     folder = Path(model.name_or_path or "")
-    if model.name_or_path and (is_gguf(folder) or any((folder / name).exists() for name in (SINGLE, INDEX))):
+    if model.name_or_path and (
+        is_gguf(folder) or any((folder / name).exists() for name in (SINGLE, INDEX))
+    ):
         return folder_fingerprint(folder)
     return _digest(
-        (name, _dtype_name(t), tuple(t.shape), _hash_tensor(t)) for name, t in _base_parameters(model).items()
+        (name, _dtype_name(t), tuple(t.shape), _hash_tensor(t))
+        for name, t in _base_parameters(model).items()
     )
 
 
@@ -106,7 +123,9 @@ def folder_fingerprint(folder: Path) -> str:
     tensors = model_tensors(folder)
     with ThreadPoolExecutor() as pool:
         hashes = list(pool.map(_hash_stored, tensors.values()))
-    return _digest((n, t.dtype, t.shape, h) for (n, t), h in zip(tensors.items(), hashes, strict=True))
+    return _digest(
+        (n, t.dtype, t.shape, h) for (n, t), h in zip(tensors.items(), hashes, strict=True)
+    )
 
 
 def _digest(parts: Iterable[tuple[str, str, tuple[int, ...], str]]) -> str:
@@ -134,8 +153,13 @@ def _dtype_name(tensor: Tensor) -> str:
 
 
 def _base_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The base's parameters by the names they have without an adapter; tied ones once, as transformers stores them."""
-    wrapped = {name for name, module in model.named_modules() if isinstance(module, (GatedLinear, MaskEmbedding))}
+    """The base's parameters by the names they have without an adapter; tied ones once, as
+    transformers stores them."""
+    wrapped = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (GatedLinear, MaskEmbedding))
+    }
     own = adapter_parameters(model)
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():

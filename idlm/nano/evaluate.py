@@ -1,7 +1,8 @@
 """Held-out accuracy and TPF of the bundled models, one JSON object: `python -m idlm.nano.evaluate`.
 
-The base and the full fine-tune are asked through transformers' own batched `generate`, which shares no decoding code
-with ours; every other run reports in how many problems it gave the very tokens of that.
+The base and the full fine-tune are asked through transformers' own batched `generate`, which shares
+no decoding code with ours; every other run reports in how many problems it gave the very tokens of
+that.
 """
 
 from __future__ import annotations
@@ -42,12 +43,17 @@ def stock_outputs(folder: Path, problems: Sequence[Problem], batch: int = 100) -
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     outputs = []
     for first in range(0, len(problems), batch):
-        chats = [[{"role": "user", "content": problem.question}] for problem in problems[first : first + batch]]
+        chats = [
+            [{"role": "user", "content": problem.question}]
+            for problem in problems[first : first + batch]
+        ]
         prompts: Any = tokenizer.pad({"input_ids": encoder.chats(chats)}, return_tensors="pt")
         with torch.inference_mode():
             rows = model.generate(**prompts, max_new_tokens=LIMIT, do_sample=False)
         for row in rows[:, prompts["input_ids"].shape[1] :].tolist():
-            end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+            end = (
+                row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+            )
             outputs.append(row[:end])
     return outputs
 
@@ -56,13 +62,17 @@ def share_right(problems: Sequence[Problem], outputs: list[list[int]]) -> float:
     """The share of exact answers."""
     tokenizer = AutoTokenizer.from_pretrained(FOLDERS["nano"])
     texts = (str(tokenizer.decode(output, skip_special_tokens=True)) for output in outputs)
-    right = [read_answer(text) == problem.answer for text, problem in zip(texts, problems, strict=True)]
+    right = [
+        read_answer(text) == problem.answer for text, problem in zip(texts, problems, strict=True)
+    ]
     return sum(right) / len(right)
 
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--problems", type=int, default=2000)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--threads", type=int, default=1)
@@ -71,7 +81,10 @@ def main() -> None:
 
     problems = held_out_problems(options.problems)
     chosen = [RUNS[name] for name in options.runs]
-    stock = {model: stock_outputs(FOLDERS[model], problems) for model in dict.fromkeys(run[0] for run in chosen)}
+    stock = {
+        model: stock_outputs(FOLDERS[model], problems)
+        for model in dict.fromkeys(run[0] for run in chosen)
+    }
     report: dict[str, dict[str, object]] = {
         f"{FOLDERS[model].name}, transformers": {"accuracy": share_right(problems, outputs)}
         for model, outputs in stock.items()
@@ -79,7 +92,10 @@ def main() -> None:
     for name, (model, stride, branches) in zip(options.runs, chosen, strict=True):
         params = SamplingParams(max_tokens=LIMIT, temperature=0.0)
         found = evaluate(LLM(load(model), stride=stride, branches=branches), problems, params)
-        same = sum(result.token_ids == output for result, output in zip(found.results, stock[model], strict=True))
+        same = sum(
+            result.token_ids == output
+            for result, output in zip(found.results, stock[model], strict=True)
+        )
         report[name] = {
             "accuracy": found.share,
             "same_tokens_as_transformers": same / len(problems),
@@ -88,7 +104,11 @@ def main() -> None:
         }
         print(name, json.dumps(report[name]), file=sys.stderr)
     environment = {"torch": torch.__version__, "threads": options.threads}
-    print(json.dumps({"problems": len(problems), "environment": environment, "runs": report}, indent=1))
+    print(
+        json.dumps(
+            {"problems": len(problems), "environment": environment, "runs": report}, indent=1
+        )
+    )
 
 
 if __name__ == "__main__":

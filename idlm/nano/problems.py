@@ -1,8 +1,9 @@
 """Word problems with worked solutions: the data of the bundled model.
 
-A problem is a story of two or three steps after its start. Every step needs the running total, so one wrong token early
-ruins the answer. `problem(seed, index)` is a pure function; the question's own hash decides whether it is held out, so
-the training stream and the held-out set share no question whatever their seeds.
+A problem is a story of two or three steps after its start. Every step needs the running total, so
+one wrong token early ruins the answer. `problem(seed, index)` is a pure function; the question's
+own hash decides whether it is held out, so the training stream and the held-out set share no
+question whatever their seeds.
 """
 
 from __future__ import annotations
@@ -26,7 +27,14 @@ ITEMS = (
     "cookies", "buttons", "beads", "stones", "flowers", "balloons", "candles", "tickets", "toys", "eggs",
 )  # fmt: skip
 BOXES = ("boxes", "bags", "jars", "baskets", "trays", "crates")
-PLACES = ("at the market", "in the garden", "at school", "in the park", "at the fair", "on the beach")
+PLACES = (
+    "at the market",
+    "in the garden",
+    "at school",
+    "in the park",
+    "at the fair",
+    "on the beach",
+)
 GAINS = ("buys", "finds", "gets", "picks up", "collects")
 LOSSES = ("gives away", "loses", "sells", "breaks", "throws away")
 
@@ -79,12 +87,19 @@ def _start_boxes(story: _Story) -> None:
     box = story.rng.choice(BOXES)
     story.told.append(f"{story.name} has {boxes} {box} with {each} {story.item} in each of them.")
     story.work(
-        f"At the start {story.name} has {boxes} {box} with {each} {story.item} in each of them", boxes, "*", each
+        f"At the start {story.name} has {boxes} {box} with {each} {story.item} in each of them",
+        boxes,
+        "*",
+        each,
     )
 
 
 def _gain(story: _Story) -> None:
-    number, verb, place = story.rng.randint(2, 40), story.rng.choice(GAINS), story.rng.choice(PLACES)
+    number, verb, place = (
+        story.rng.randint(2, 40),
+        story.rng.choice(GAINS),
+        story.rng.choice(PLACES),
+    )
     told = f"Then {story.pronoun} {verb} {number} more {story.item} {place}"
     story.told.append(f"{told}.")
     story.work(told, story.total, "+", number)

@@ -1,4 +1,5 @@
-"""The project's word problems as training data: importing this module makes `nano` known to training."""
+"""The project's word problems as training data: importing this module makes `nano` known to
+training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The bundled model's tokenizer: byte-level BPE trained on the project's own problems, digits kept apart."""
+"""The bundled model's tokenizer: byte-level BPE trained on the project's own problems, digits kept
+apart."""
 
 from __future__ import annotations
 
@@ -20,8 +21,12 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(vocab_size: int = 768, problems: int = 20_000) -> PreTrainedTokenizerFast:
-    """Train on the first problems of the training stream; any text can be encoded, byte by byte if need be."""
-    texts = (f"user\n{p.question}\nassistant\n{p.solution}" for p in islice(training_problems(0), problems))
+    """Train on the first problems of the training stream; any text can be encoded, byte by byte if
+    need be."""
+    texts = (
+        f"user\n{p.question}\nassistant\n{p.solution}"
+        for p in islice(training_problems(0), problems)
+    )
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [

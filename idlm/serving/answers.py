@@ -1,4 +1,5 @@
-"""From a `Job` to an HTTP response: whole, or as server-sent events; a client that leaves ends its samples."""
+"""From a `Job` to an HTTP response: whole, or as server-sent events; a client that leaves ends its
+samples."""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ class Answer(ABC):
 
     @abstractmethod
     def chunks(self, index: int, event: Delta | Finished) -> list[msgspec.Struct]:
-        """What an event adds to a stream, in one write; the last chunk of a sample has its reason to end."""
+        """What an event adds to a stream, in one write; the last chunk of a sample has its reason
+        to end."""
 
     @abstractmethod
     def chunk(self, choices: list[Any], usage: Usage | None = None) -> msgspec.Struct:
@@ -81,7 +83,8 @@ class Answer(ABC):
         return usage if self.include_usage else UNSET
 
     def trace(self, index: int, *events: Delta | Finished) -> Trace | UnsetType:
-        """Where the tokens of some events came from, and the tokens per forward once the sample has ended."""
+        """Where the tokens of some events came from, and the tokens per forward once the sample has
+        ended."""
         if not self._traced:
             return UNSET
         trace = Trace([])
@@ -92,14 +95,18 @@ class Answer(ABC):
             self._forwards[index] += bool(event.tokens)
             for token, source in zip(event.tokens, event.sources or (), strict=True):
                 text: Any = source
-                trace.trace.append(TraceEntry(self.prompts.token(token), token, text, self._forwards[index]))
+                trace.trace.append(
+                    TraceEntry(self.prompts.token(token), token, text, self._forwards[index])
+                )
         return trace
 
 
 class ChatAnswer(Answer):
     """The answer to one chat request."""
 
-    def __init__(self, job: Job, body: ChatRequest, prompts: Prompts, family: Family | None) -> None:
+    def __init__(
+        self, job: Job, body: ChatRequest, prompts: Prompts, family: Family | None
+    ) -> None:
         super().__init__(job, body, prompts)
         self._body = body
         self._parsers = [self._parser(family) for _ in job.tickets]
@@ -135,7 +142,9 @@ class ChatAnswer(Answer):
     def chunks(self, index: int, event: Delta | Finished) -> list[msgspec.Struct]:
         """The role first, then what is new."""
         choices = [ChunkChoice(index, ChoiceDelta("assistant", ""))] if self.begins(index) else []
-        choices += self._delta(index, event) if isinstance(event, Delta) else self._end(index, event)
+        choices += (
+            self._delta(index, event) if isinstance(event, Delta) else self._end(index, event)
+        )
         return [self.chunk([choice]) for choice in choices]
 
     def _delta(self, index: int, event: Delta) -> list[ChunkChoice]:
@@ -160,11 +169,18 @@ class ChatAnswer(Answer):
         return ChatChunk(**self.job.head, choices=choices, usage=self.shown(usage))
 
     def _logprobs(self, entries: Sequence[Entry]) -> ChatLogprobs | None:
-        return ChatLogprobs([self._logprob(entry) for entry in entries]) if self._body.logprobs and entries else None
+        return (
+            ChatLogprobs([self._logprob(entry) for entry in entries])
+            if self._body.logprobs and entries
+            else None
+        )
 
     def _logprob(self, entry: Entry) -> ChatLogprob:
-        """An entry's first is the token itself; it is among the likeliest only if it is one of them."""
-        likeliest = sorted(entry, key=lambda token: -entry[token].logprob)[: self._body.top_logprobs or 0]
+        """An entry's first is the token itself; it is among the likeliest only if it is one of
+        them."""
+        likeliest = sorted(entry, key=lambda token: -entry[token].logprob)[
+            : self._body.top_logprobs or 0
+        ]
         own, *others = [self._top(token, entry[token]) for token in (next(iter(entry)), *likeliest)]
         return ChatLogprob(own.token, own.logprob, own.bytes, others)
 
@@ -191,7 +207,9 @@ def _reason(end: Finished, calls: bool = False) -> FinishReason:
 class CompletionAnswer(Answer):
     """The answer to one completions request. Choice i * n + k is sample k of prompt i."""
 
-    def __init__(self, job: Job, body: CompletionRequest, prompts: Prompts, ids: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, job: Job, body: CompletionRequest, prompts: Prompts, ids: Sequence[Sequence[int]]
+    ) -> None:
         super().__init__(job, body, prompts)
         self._body, self._ids = body, ids
         self._written = [0] * len(job.tickets)  # characters, for the offsets of a stream
@@ -206,7 +224,10 @@ class CompletionAnswer(Answer):
 
     def _choice(self, index: int, deltas: Sequence[Delta]) -> CompletionChoice:
         end = self.job.ends[index]
-        entries = [*(end.prompt_logprobs or ()), *(entry for delta in deltas for entry in delta.logprobs or ())]
+        entries = [
+            *(end.prompt_logprobs or ()),
+            *(entry for delta in deltas for entry in delta.logprobs or ()),
+        ]
         first = self.prompts.decode(self._ids[index // self.job.samples][:1])
         return CompletionChoice(
             index,
@@ -241,7 +262,9 @@ class CompletionAnswer(Answer):
         """One event of a stream."""
         return Completion(**self.job.head, choices=choices, usage=self.shown(usage))
 
-    def _logprobs(self, entries: Sequence[Entry | None], first: str = "", offset: int = 0) -> CompletionLogprobs:
+    def _logprobs(
+        self, entries: Sequence[Entry | None], first: str = "", offset: int = 0
+    ) -> CompletionLogprobs:
         """OpenAI's four lists; `first` is the text of a token without a law, the first of a prompt.
 
         Offsets count the tokens' own texts.
@@ -260,7 +283,9 @@ class CompletionAnswer(Answer):
     def _by_text(self, entry: Entry) -> dict[str, float]:
         """Where two tokens have the same text, the likelier one's number is shown."""
         rising = sorted(entry.items(), key=lambda pair: pair[1].logprob)
-        return {self.prompts.token(token): max(one.logprob, LOWEST_LOGPROB) for token, one in rising}
+        return {
+            self.prompts.token(token): max(one.logprob, LOWEST_LOGPROB) for token, one in rising
+        }
 
 
 async def respond(request: Request, answer: Answer, stream: bool) -> Response:
@@ -274,7 +299,9 @@ async def respond(request: Request, answer: Answer, stream: bool) -> Response:
         if not stream:
             return as_json(await _unless_gone(request, _collect(answer)))
         events = job.events()
-        first = await _unless_gone(request, anext(events))  # an early refusal is a status, and no event in a stream
+        first = await _unless_gone(
+            request, anext(events)
+        )  # an early refusal is a status, and no event in a stream
     except BaseException:
         job.cancel()
         raise
@@ -340,7 +367,9 @@ class _EventStream(StreamingResponse):
     """Ends its job in any case, also if the client left before the first byte."""
 
     def __init__(self, job: Job, content: AsyncIterator[bytes]) -> None:
-        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        super().__init__(
+            content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
         self._job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,4 +1,5 @@
-"""The routes and what they do; `create_app` adds limits, keys and the log, and makes every failure an error body."""
+"""The routes and what they do; `create_app` adds limits, keys and the log, and makes every failure
+an error body."""
 
 from __future__ import annotations
 
@@ -50,7 +51,13 @@ ALWAYS = (401, 405, 431, 500)
 READS = (400, 408, 413, 415)
 RUNS = (404, 429, 503)
 SHAPES = (
-    *(responses.ChatCompletion, responses.ChatChunk, responses.Completion, responses.ModelCard, responses.ModelList),
+    *(
+        responses.ChatCompletion,
+        responses.ChatChunk,
+        responses.Completion,
+        responses.ModelCard,
+        responses.ModelList,
+    ),
     *(responses.Tokenized, responses.Detokenized, responses.Status, responses.Version, ErrorBody),
 )
 """Everything that can be a whole body."""
@@ -61,11 +68,15 @@ def ref(shape: type) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{shape.__name__}"}
 
 
-def answers(shape: type, *errors: int, chunk: type | None = None) -> dict[int | str, dict[str, Any]]:
+def answers(
+    shape: type, *errors: int, chunk: type | None = None
+) -> dict[int | str, dict[str, Any]]:
     """How a route may answer; `chunk` is what the events of its stream hold."""
     content = {JSON: {"schema": ref(shape)}}
     if chunk is not None:
-        said = f"A {chunk.__name__} as JSON; an ErrorBody where the engine fails; [DONE] in the end."
+        said = (
+            f"A {chunk.__name__} as JSON; an ErrorBody where the engine fails; [DONE] in the end."
+        )
         event = {
             "type": "object",
             "properties": {"data": {"type": "string", "description": said}},
@@ -74,7 +85,8 @@ def answers(shape: type, *errors: int, chunk: type | None = None) -> dict[int | 
         content[EVENTS] = {"schema": event}
     body = {JSON: {"schema": ref(ErrorBody)}}
     described: dict[int | str, dict[str, Any]] = {
-        status: {"description": ERRORS[status], "content": body} for status in sorted({*ALWAYS, *errors})
+        status: {"description": ERRORS[status], "content": body}
+        for status in sorted({*ALWAYS, *errors})
     }
     return {200: {"description": "Done.", "content": content}, **described}
 
@@ -96,7 +108,8 @@ router = APIRouter(route_class=StrictRoute)
 
 
 @router.post(
-    "/v1/chat/completions", responses=answers(responses.ChatCompletion, *READS, *RUNS, chunk=responses.ChatChunk)
+    "/v1/chat/completions",
+    responses=answers(responses.ChatCompletion, *READS, *RUNS, chunk=responses.ChatChunk),
 )
 async def create_chat_completion(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation."""
@@ -110,7 +123,10 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     return await respond(request, ChatAnswer(job, body, server.prompts, family), bool(body.stream))
 
 
-@router.post("/v1/completions", responses=answers(responses.Completion, *READS, *RUNS, chunk=responses.Completion))
+@router.post(
+    "/v1/completions",
+    responses=answers(responses.Completion, *READS, *RUNS, chunk=responses.Completion),
+)
 async def create_completion(request: Request, body: CompletionRequest) -> Response:
     """Complete one prompt or several."""
     server = the_server(request)
@@ -120,7 +136,9 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
         lambda: [text(one) if isinstance(one, str) else one for one in body.prompts]
     )
     job = admit(request, body, prompts)
-    return await respond(request, CompletionAnswer(job, body, server.prompts, prompts), bool(body.stream))
+    return await respond(
+        request, CompletionAnswer(job, body, server.prompts, prompts), bool(body.stream)
+    )
 
 
 @router.get("/v1/models", responses=answers(responses.ModelList))
@@ -144,7 +162,9 @@ def _card(server: Server, name: str) -> responses.ModelCard:
 
 Tokenizable = Annotated[
     Annotated[TokenizeText, Tag("[text]")] | Annotated[TokenizeMessages, Tag("[messages]")],
-    Discriminator(lambda body: "[messages]" if isinstance(body, dict) and "messages" in body else "[text]"),
+    Discriminator(
+        lambda body: "[messages]" if isinstance(body, dict) and "messages" in body else "[text]"
+    ),
 ]
 
 
@@ -188,7 +208,9 @@ async def ready(request: Request) -> Response:
 
 
 @router.get(
-    "/metrics", responses=answers(responses.Status) | {200: {"description": "Done.", "content": {"text/plain": {}}}}
+    "/metrics",
+    responses=answers(responses.Status)
+    | {200: {"description": "Done.", "content": {"text/plain": {}}}},
 )
 async def metrics(request: Request) -> Response:
     """For Prometheus."""
@@ -211,7 +233,8 @@ class App(FastAPI):
     """FastAPI, with our bodies in its document."""
 
     def openapi(self) -> dict[str, Any]:
-        """The OpenAPI document, with the models there are, and without FastAPI's 422, which is never sent."""
+        """The OpenAPI document, with the models there are, and without FastAPI's 422, which is
+        never sent."""
         if not self.openapi_schema:
             document = get_openapi(title=self.title, version=self.version, routes=self.routes)
             for path in document["paths"].values():
@@ -229,7 +252,9 @@ class App(FastAPI):
 
 def create_app(config: ServeConfig, client: EngineClient, prompts: Prompts) -> FastAPI:
     """The server's application; the engine is started, stopped and drained by the caller."""
-    app = App(title="idlm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = App(
+        title="idlm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
     meters = Meters(client)
     app.state.server = Server(config, client, prompts, meters)
     app.include_router(router)
@@ -248,5 +273,7 @@ async def _expected(request: Request, error: Exception) -> Response:
 async def _invalid(request: Request, error: RequestValidationError) -> Response:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
-        return ApiError(415, "the body is not application/json; send the header Content-Type").response()
+        return ApiError(
+            415, "the body is not application/json; send the header Content-Type"
+        ).response()
     return validation_error(error.errors()).response()

@@ -1,7 +1,8 @@
 """`EngineClient`: the server's side of the engine process; `Ticket`: one sample that is with it.
 
-The socket is always read, and what comes goes to the tickets at once: a slow reader of one ticket holds up neither the
-engine nor another ticket. What gathers in a ticket is bounded by its sample's max_tokens.
+The socket is always read, and what comes goes to the tickets at once: a slow reader of one ticket
+holds up neither the engine nor another ticket. What gathers in a ticket is bounded by its sample's
+max_tokens.
 """
 
 from __future__ import annotations
@@ -17,10 +18,22 @@ from idlm.serving.config import EngineConfig, Limits
 from idlm.serving.errors import EngineDown
 from idlm.serving.limits import Quota
 from idlm.serving.supervisor import Supervisor
-from idlm.serving.wire import Abort, Delta, Finished, FrameError, FromEngine, Ready, Refused, Stats, Submit, frame
+from idlm.serving.wire import (
+    Abort,
+    Delta,
+    Finished,
+    FrameError,
+    FromEngine,
+    Ready,
+    Refused,
+    Stats,
+    Submit,
+    frame,
+)
 
 GUARD_SECONDS = 5.0
-"""What a sample's own timeout, which the engine keeps, may be overdrawn by before its reader is told."""
+"""What a sample's own timeout, which the engine keeps, may be overdrawn by before its reader is
+told."""
 
 
 class Ticket:
@@ -55,7 +68,8 @@ class Ticket:
         return item
 
     def cancel(self) -> None:
-        """End it; any number of times, also after its end. Its share of the queue is free once the engine is done."""
+        """End it; any number of times, also after its end. Its share of the queue is free once the
+        engine is done."""
         if self._abort is not None:
             self._abort(self.id)
         self._abort = None
@@ -106,7 +120,9 @@ class EngineClient:
             raise RuntimeError("wait_ready before start")
         up = asyncio.ensure_future(self._up.wait())
         try:
-            await asyncio.wait({up, self._supervising}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {up, self._supervising}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+            )
         finally:
             up.cancel()
         if self._supervising.done() and not self._supervising.cancelled():
@@ -116,7 +132,8 @@ class EngineClient:
         return self.info
 
     async def drain(self, seconds: float) -> None:
-        """Take no more samples and wait for those there are; after so many seconds the rest raise `EngineDown`."""
+        """Take no more samples and wait for those there are; after so many seconds the rest raise
+        `EngineDown`."""
         self._draining = True
         deadline = asyncio.get_running_loop().time() + seconds
         while self._tickets and asyncio.get_running_loop().time() < deadline:
@@ -135,11 +152,14 @@ class EngineClient:
     def submit(self, submits: Sequence[Submit]) -> list[Ticket]:
         """Give the engine all samples of one request, or none; a ticket for each, in order.
 
-        Each runs for `limits.timeout` at most. Prompts and token ids are checked here, for the engine too.
+        Each runs for `limits.timeout` at most. Prompts and token ids are checked here, for the
+        engine too.
 
         Raises:
-            Busy: the queue has no room for them. EngineDown: there is no engine. Neither is waited for.
-            InputError: they are more than the queue ever takes, or hold what the model does not take.
+            Busy: the queue has no room for them. EngineDown: there is no engine. Neither is waited
+                for.
+            InputError: they are more than the queue ever takes, or hold what the model does not
+                take.
         """
         if not self.ready or self.info is None:
             raise self._down()

@@ -33,16 +33,18 @@ class Limits:
     """Bounds on what one request and all requests together may take; see docs/security.md.
 
     Attributes:
-        queue_requests, queue_tokens: samples, and prompt tokens plus max_tokens of them, that may be with the engine at
-            once, running or waiting; more are answered 429. As many samples as the engine has slots: none waits for
-            one, so whatever the load, those that are accepted are as quick as with all slots busy. Room to wait in
-            delays the first token of all that come later.
+        queue_requests, queue_tokens: samples, and prompt tokens plus max_tokens of them, that may
+            be with the engine at once, running or waiting; more are answered 429. As many samples
+            as the engine has slots: none waits for one, so whatever the load, those that are
+            accepted are as quick as with all slots busy. Room to wait in delays the first token of
+            all that come later.
         max_tokens: of one sample; None: what the context leaves.
         n: samples of one request; prompts: of one completions request.
         body_bytes: of a request; body_seconds: to send it in, and to read what waits of an answer.
         header_seconds: to send the first line and the headers in.
         timeout: seconds a request may take; its own `timeout` may only be lower.
-        schema_bytes: of a JSON schema, regular expression or grammar; llguidance's own limits bound its compilation.
+        schema_bytes: of a JSON schema, regular expression or grammar; llguidance's own limits bound
+            its compilation.
         drain_seconds: what running requests get after SIGTERM.
     """
 

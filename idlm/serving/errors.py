@@ -39,7 +39,8 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 
 class Busy(Exception):
-    """The queue is full; `retry_after` says in how many whole seconds (at least 1) it may have room."""
+    """The queue is full; `retry_after` says in how many whole seconds (at least 1) it may have
+    room."""
 
     def __init__(self, retry_after: int) -> None:
         super().__init__(f"the server is busy; try again in {retry_after} s")
@@ -87,7 +88,9 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, AnyHTTPException):
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
     if isinstance(error, Busy):
-        return ApiError(429, str(error), code="queue_full", headers={"Retry-After": str(error.retry_after)})
+        return ApiError(
+            429, str(error), code="queue_full", headers={"Retry-After": str(error.retry_after)}
+        )
     if isinstance(error, EngineDown):
         return ApiError(503, str(error), code="engine_down", headers={"Retry-After": "1"})
     return ApiError(400, str(error))

@@ -1,4 +1,5 @@
-"""`Server`: what every route needs. `Job`: the samples of one HTTP request, from their admission to their end."""
+"""`Server`: what every route needs. `Job`: the samples of one HTTP request, from their admission to
+their end."""
 
 from __future__ import annotations
 
@@ -74,15 +75,20 @@ class Server:
         """
         if model not in self.targets:
             names = ", ".join(self.targets)
-            raise ApiError(404, f"model {model[:80]!r} is not served here; use {names}", "model", "model_not_found")
+            raise ApiError(
+                404,
+                f"model {model[:80]!r} is not served here; use {names}",
+                "model",
+                "model_not_found",
+            )
         return self.targets[model]
 
     def accept(self, body: Body) -> None:
         """Look at what a request asks for before anything is done for it.
 
         Raises:
-            ApiError: nobody answers for its model, or it is out of bounds. EngineDown, Busy: there is no engine, or no
-                room.
+            ApiError: nobody answers for its model, or it is out of bounds. EngineDown, Busy: there
+                is no engine, or no room.
         """
         self.target(body.model)
         body.check(self.config.limits)
@@ -98,7 +104,9 @@ class Server:
         if self.client.info is None:
             raise EngineDown("the engine is starting; try again soon")
         if not self.client.ready:
-            raise EngineDown("the engine is being started again, or the server is shutting down; try again soon")
+            raise EngineDown(
+                "the engine is being started again, or the server is shutting down; try again soon"
+            )
         return self.client.info
 
 
@@ -151,7 +159,11 @@ class Job:
         self._facts.setdefault("finish_reasons", []).append(event.reason)
         self._facts["completion_tokens"] = sum(end.completion_tokens for end in self.ends.values())
         if event.reason == "timeout":
-            raise ApiError(408, "the request took longer than its timeout; raise it or ask for less", code="timeout")
+            raise ApiError(
+                408,
+                "the request took longer than its timeout; raise it or ask for less",
+                code="timeout",
+            )
         if event.reason == "error":  # the guide leaves nothing, or has become too costly
             raise ApiError(400, f"the output cannot go on: {event.stop}")
         if event.reason not in ("stop", "length"):
@@ -168,7 +180,10 @@ class Job:
         """Over all samples; call it when all have ended."""
         ends = [self.ends[index] for index in range(len(self.tickets))]
         prompts = ends[:: self.samples]
-        prompt, completion = sum(end.prompt_tokens for end in prompts), sum(end.completion_tokens for end in ends)
+        prompt, completion = (
+            sum(end.prompt_tokens for end in prompts),
+            sum(end.completion_tokens for end in ends),
+        )
         accepted, drafted = sum(end.accepted for end in ends), sum(end.drafted for end in ends)
         return Usage(
             prompt,
@@ -221,14 +236,21 @@ def admit(request: Request, body: Body, prompts: Sequence[list[int]]) -> Job:
     context, limits = server.engine().context, server.config.limits
     job = Job(server, request, body)
     facts, guide = request.scope["state"]["facts"], body.guide(limits)
-    facts |= {"model": body.model, "prompt_tokens": sum(map(len, prompts)), "samples": len(prompts) * body.samples}
+    facts |= {
+        "model": body.model,
+        "prompt_tokens": sum(map(len, prompts)),
+        "samples": len(prompts) * body.samples,
+    }
     submits = []
     for ids in prompts:
         params = body.sampling(room(body.asked_tokens, len(ids), context, limits), guide)
         submits += [_submit(server, request, body, ids, one) for one in _samples(params)]
     job.tickets = server.client.submit(submits)
     if server.config.log_prompts:
-        facts |= {"prompts": [server.prompts.decode(ids) for ids in prompts], "outputs": [""] * len(submits)}
+        facts |= {
+            "prompts": [server.prompts.decode(ids) for ids in prompts],
+            "outputs": [""] * len(submits),
+        }
     return job
 
 
@@ -238,7 +260,9 @@ def _samples(params: SamplingParams) -> list[SamplingParams]:
     return [replace(params, n=1, seed=(seed + sample) % SEED_LIMIT) for sample in range(params.n)]
 
 
-def _submit(server: Server, request: Request, body: Body, prompt: list[int], params: SamplingParams) -> Submit:
+def _submit(
+    server: Server, request: Request, body: Body, prompt: list[int], params: SamplingParams
+) -> Submit:
     target = server.target(body.model)
     return Submit(
         id=secrets.token_hex(8),
@@ -254,7 +278,8 @@ def _submit(server: Server, request: Request, body: Body, prompt: list[int], par
 
 
 def room(asked: int | None, prompt_tokens: int, context: int, limits: Limits) -> int:
-    """max_tokens of a sample: what is asked for, or all that the context and the server's bound leave.
+    """max_tokens of a sample: what is asked for, or all that the context and the server's bound
+    leave.
 
     More than the context leaves is not refused: the output then ends at the context, as in `LLM`.
 
@@ -263,5 +288,9 @@ def room(asked: int | None, prompt_tokens: int, context: int, limits: Limits) ->
     """
     bound = MOST_TOKENS if limits.max_tokens is None else limits.max_tokens
     if asked is not None and asked > bound:
-        raise ApiError(400, f"max_tokens={asked} is more than the {bound} of this server; lower it", "max_tokens")
+        raise ApiError(
+            400,
+            f"max_tokens={asked} is more than the {bound} of this server; lower it",
+            "max_tokens",
+        )
     return min(bound if asked is None else asked, max(1, context - prompt_tokens))

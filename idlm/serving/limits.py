@@ -1,4 +1,5 @@
-"""Bounds on what clients may take: connections and headers, keys and bodies, room in the engine's queue."""
+"""Bounds on what clients may take: connections and headers, keys and bodies, room in the engine's
+queue."""
 
 from __future__ import annotations
 
@@ -20,12 +21,17 @@ from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError, Busy
 
 HEADER_BYTES = 64 * 1024
-STATUS = {400: b"400 Bad Request", 408: b"408 Request Timeout", 431: b"431 Request Header Fields Too Large"}
+STATUS = {
+    400: b"400 Bad Request",
+    408: b"408 Request Timeout",
+    431: b"431 Request Header Fields Too Large",
+}
 OPEN_PATH = "/health"
 CLOSE = {"Connection": "close"}
 """For answers given before the whole body was read."""
 WINDOW = 30.0
-"""Seconds of which the pace of ended samples is taken; what was longer ago says nothing of the load now."""
+"""Seconds of which the pace of ended samples is taken; what was longer ago says nothing of the load
+now."""
 LONGEST_WAIT = 60
 
 
@@ -36,7 +42,8 @@ def _headers_too_large() -> ApiError:
 
 
 class Connection(HttpToolsProtocol):
-    """Closed when there are too many connections, when headers take too long or are too large, and when nobody reads.
+    """Closed when there are too many connections, when headers take too long or are too large, and
+    when nobody reads.
 
     Args:
         header_seconds: to send the headers in.
@@ -44,7 +51,9 @@ class Connection(HttpToolsProtocol):
         most: connections at once.
     """
 
-    def __init__(self, *, header_seconds: float, stall_seconds: float, most: int, **uvicorn: Any) -> None:
+    def __init__(
+        self, *, header_seconds: float, stall_seconds: float, most: int, **uvicorn: Any
+    ) -> None:
         super().__init__(**uvicorn)
         self._header_seconds, self._stall_seconds, self._most = header_seconds, stall_seconds, most
         self._stall: asyncio.TimerHandle | None = None
@@ -66,7 +75,8 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes came: of headers that are awaited, of the next request on a kept connection, or of a body."""
+        """Bytes came: of headers that are awaited, of the next request on a kept connection, or of
+        a body."""
         if self._timer is None and (self.cycle is None or self.cycle.response_complete):
             self._expect_headers()
         self._header_bytes += len(data)
@@ -102,7 +112,9 @@ class Connection(HttpToolsProtocol):
 
     def _expect_headers(self) -> None:
         self._header_bytes = 0
-        late = ApiError(408, f"the headers took more than {self._header_seconds:g} s; send them faster")
+        late = ApiError(
+            408, f"the headers took more than {self._header_seconds:g} s; send them faster"
+        )
         self._timer = self.loop.call_later(self._header_seconds, self._refuse, late)
 
     def _headers_done(self) -> None:
@@ -122,7 +134,8 @@ class Connection(HttpToolsProtocol):
 
 
 class Guard:
-    """ASGI middleware; every path but /health needs a key where there are keys, also paths that nobody has.
+    """ASGI middleware; every path but /health needs a key where there are keys, also paths that
+    nobody has.
 
     A request's `scope["state"]["salt"]` is a digest of its key: empty without keys.
     """
@@ -156,7 +169,9 @@ class Guard:
             return b""
         scheme, _, key = _header(scope, b"authorization").partition(b" ")
         given = hashlib.sha256(key.strip()).digest()
-        known = [hmac.compare_digest(given, one) for one in self._keys]  # all of them, whichever it is
+        known = [
+            hmac.compare_digest(given, one) for one in self._keys
+        ]  # all of them, whichever it is
         if scheme.lower() == b"bearer" and any(known):
             return given
         raise ApiError(
@@ -168,7 +183,9 @@ class Guard:
 
     def _check_declared_length(self, scope: Scope) -> None:
         text = _header(scope, b"content-length")
-        if text.isdigit() and int(text[:20]) > self.limits.body_bytes:  # what is no number the parser refuses
+        if (
+            text.isdigit() and int(text[:20]) > self.limits.body_bytes
+        ):  # what is no number the parser refuses
             raise _too_large(self.limits)
 
 
@@ -183,7 +200,9 @@ def _check_headers(scope: Scope) -> None:
 
 
 def _too_large(limits: Limits) -> ApiError:
-    return ApiError(413, f"the body is larger than {limits.body_bytes} bytes; send less", headers=CLOSE)
+    return ApiError(
+        413, f"the body is larger than {limits.body_bytes} bytes; send less", headers=CLOSE
+    )
 
 
 class _Body:
@@ -208,7 +227,9 @@ class _Body:
                 message = await self._receive()
         except TimeoutError:
             seconds = self._limits.body_seconds
-            raise ApiError(408, f"the body took more than {seconds:g} s; send it faster", headers=CLOSE) from None
+            raise ApiError(
+                408, f"the body took more than {seconds:g} s; send it faster", headers=CLOSE
+            ) from None
         if message["type"] == "http.disconnect":
             raise ApiError(499, "the client has left")
         self._bytes += len(message.get("body", b""))
@@ -265,7 +286,8 @@ class Quota:
         self._returned.append((monotonic(), tokens))
 
     def _wait(self, samples: int, tokens: int) -> int:
-        """Seconds in which so many samples and tokens come back, at the pace of late; 1 where it is not known."""
+        """Seconds in which so many samples and tokens come back, at the pace of late; 1 where it is
+        not known."""
         now = monotonic()
         while self._returned and now - self._returned[0][0] > WINDOW:
             self._returned.popleft()

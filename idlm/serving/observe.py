@@ -15,7 +15,13 @@ from time import perf_counter
 from typing import Any
 
 import msgspec
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -47,7 +53,10 @@ COUNTERS = {
     "tokens": ("idlm_generated_tokens", "Tokens committed."),
     "prefill_tokens": ("idlm_prefill_tokens", "Prompt tokens computed."),
     "cached_tokens": ("idlm_prefix_cached_tokens", "Prompt tokens found in the prefix cache."),
-    "forwards": ("idlm_forwards", "Forwards that committed tokens, summed over samples; tokens by it is TPF."),
+    "forwards": (
+        "idlm_forwards",
+        "Forwards that committed tokens, summed over samples; tokens by it is TPF.",
+    ),
     "preemptions": ("idlm_preemptions", "Samples put back to wait for want of pages."),
     "evictions": ("idlm_evictions", "Cached pages given up for new ones."),
 }
@@ -86,7 +95,8 @@ def configure() -> None:
 
 
 class AccessLog:
-    """ASGI middleware, the outermost: names every request, answers what failed without an answer, and counts.
+    """ASGI middleware, the outermost: names every request, answers what failed without an answer,
+    and counts.
 
     What routes put into `scope["state"]["facts"]` comes into the request's line.
     """
@@ -115,8 +125,12 @@ class AccessLog:
         finally:
             self._write(scope, id, answer.status or 499, perf_counter() - started, facts)
 
-    def _write(self, scope: Scope, id: str, status: int, seconds: float, facts: dict[str, Any]) -> None:
-        route = getattr(scope.get("route"), "path", "none")  # the pattern, or scanners would make endless labels
+    def _write(
+        self, scope: Scope, id: str, status: int, seconds: float, facts: dict[str, Any]
+    ) -> None:
+        route = getattr(
+            scope.get("route"), "path", "none"
+        )  # the pattern, or scanners would make endless labels
         self.meters.requests.labels(route, str(status)).inc()
         self.meters.request_seconds.labels(route).observe(seconds)
         if status < 400 and scope["path"] in QUIET:
@@ -160,21 +174,33 @@ class Meters:
         self._registry = CollectorRegistry()
         self._registry.register(EngineCollector(client))
         self.requests = Counter(
-            "idlm_http_requests", "Requests by route and status.", ("route", "status"), registry=self._registry
+            "idlm_http_requests",
+            "Requests by route and status.",
+            ("route", "status"),
+            registry=self._registry,
         )
         self.request_seconds = self._histogram(
-            "idlm_http_request_seconds", "From a request's first byte to its answer's last.", SECONDS, ("route",)
+            "idlm_http_request_seconds",
+            "From a request's first byte to its answer's last.",
+            SECONDS,
+            ("route",),
         )
         self.first_token_seconds = self._histogram(
-            "idlm_time_to_first_token_seconds", "From a request to the first token of a sample.", SECONDS
+            "idlm_time_to_first_token_seconds",
+            "From a request to the first token of a sample.",
+            SECONDS,
         )
         self.token_seconds = self._histogram(
-            "idlm_time_per_token_seconds", "Between tokens of a sample, the first not counted.", TOKEN_SECONDS
+            "idlm_time_per_token_seconds",
+            "Between tokens of a sample, the first not counted.",
+            TOKEN_SECONDS,
         )
         self.prompt_tokens = self._histogram("idlm_prompt_tokens", "Of a sample.", TOKENS)
         self.completion_tokens = self._histogram("idlm_completion_tokens", "Of a sample.", TOKENS)
 
-    def _histogram(self, name: str, text: str, buckets: Iterable[float], labels: Iterable[str] = ()) -> Histogram:
+    def _histogram(
+        self, name: str, text: str, buckets: Iterable[float], labels: Iterable[str] = ()
+    ) -> Histogram:
         return Histogram(name, text, labels, buckets=tuple(buckets), registry=self._registry)
 
     def render(self) -> bytes:
@@ -201,13 +227,16 @@ class Timing:
         self._meters.prompt_tokens.observe(event.prompt_tokens)
         self._meters.completion_tokens.observe(event.completion_tokens)
         if self._first is not None and event.completion_tokens > 1:
-            self._meters.token_seconds.observe((perf_counter() - self._first) / (event.completion_tokens - 1))
+            self._meters.token_seconds.observe(
+                (perf_counter() - self._first) / (event.completion_tokens - 1)
+            )
 
 
 class EngineCollector(Collector):
     """The engine's own counters, read when somebody asks.
 
-    An engine that starts again counts from zero; what the one before had counted is added, so nothing goes backwards.
+    An engine that starts again counts from zero; what the one before had counted is added, so
+    nothing goes backwards.
     """
 
     def __init__(self, client: EngineClient) -> None:
@@ -227,12 +256,22 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Everything, as families."""
         stats = self._stats()
-        yield GaugeMetricFamily("idlm_engine_ready", "Whether the engine takes samples.", float(self._client.ready))
-        yield CounterMetricFamily("idlm_engine_restarts", "Engines started again.", self._client.restarts)
-        yield GaugeMetricFamily("idlm_queue_samples", "Samples with the engine.", self._client.quota.samples)
-        yield GaugeMetricFamily("idlm_queue_tokens", "Tokens that they may come to.", self._client.quota.tokens)
         yield GaugeMetricFamily(
-            "idlm_tokens_per_forward", "TPF since the server's start.", stats.tokens / max(1, stats.forwards)
+            "idlm_engine_ready", "Whether the engine takes samples.", float(self._client.ready)
+        )
+        yield CounterMetricFamily(
+            "idlm_engine_restarts", "Engines started again.", self._client.restarts
+        )
+        yield GaugeMetricFamily(
+            "idlm_queue_samples", "Samples with the engine.", self._client.quota.samples
+        )
+        yield GaugeMetricFamily(
+            "idlm_queue_tokens", "Tokens that they may come to.", self._client.quota.tokens
+        )
+        yield GaugeMetricFamily(
+            "idlm_tokens_per_forward",
+            "TPF since the server's start.",
+            stats.tokens / max(1, stats.forwards),
         )
         for field, (name, text) in GAUGES.items():
             yield GaugeMetricFamily(name, text, getattr(stats, field))
@@ -240,11 +279,15 @@ class EngineCollector(Collector):
             yield CounterMetricFamily(name, text, getattr(stats, field))
         yield _labelled("idlm_plan_steps", "Steps by plan.", "plan", stats.plans.items())
         for field, text in (("reached", "Drafts looked at."), ("accepted", "Drafts accepted.")):
-            depths = ((str(depth), number) for depth, number in enumerate(getattr(stats, field), start=1))
+            depths = (
+                (str(depth), number) for depth, number in enumerate(getattr(stats, field), start=1)
+            )
             yield _labelled(f"idlm_drafts_{field}", text, "depth", depths)
 
 
-def _labelled(name: str, text: str, label: str, values: Iterable[tuple[str, int]]) -> CounterMetricFamily:
+def _labelled(
+    name: str, text: str, label: str, values: Iterable[tuple[str, int]]
+) -> CounterMetricFamily:
     family = CounterMetricFamily(name, text, labels=[label])
     for value, number in values:
         family.add_metric([value], number)
@@ -255,9 +298,13 @@ def add_totals(before: Stats, now: Stats) -> Stats:
     """`now` with its totals raised by those of `before`."""
     totals = {field: getattr(before, field) + getattr(now, field) for field in COUNTERS}
     plans = {
-        plan: before.plans.get(plan, 0) + now.plans.get(plan, 0) for plan in dict.fromkeys([*before.plans, *now.plans])
+        plan: before.plans.get(plan, 0) + now.plans.get(plan, 0)
+        for plan in dict.fromkeys([*before.plans, *now.plans])
     }
-    depths = {field: _sum(getattr(before, field), getattr(now, field)) for field in ("reached", "accepted")}
+    depths = {
+        field: _sum(getattr(before, field), getattr(now, field))
+        for field in ("reached", "accepted")
+    }
     return msgspec.structs.replace(now, **totals, **depths, plans=plans)
 
 

@@ -18,7 +18,8 @@ T = TypeVar("T")
 
 
 class Prompts(PromptEncoder):
-    """Encodes and decodes for a server, in a thread: the loop stays free, and the other cores are the engine's."""
+    """Encodes and decodes for a server, in a thread: the loop stays free, and the other cores are
+    the engine's."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, name: str, context: int) -> None:
         super().__init__(tokenizer, name, context)
@@ -26,7 +27,11 @@ class Prompts(PromptEncoder):
         self._tokens: dict[int, str] = {}
         self._thread = ThreadPoolExecutor(1, "prompts")
         if tokenizer is not None:
-            _ = self._specials, self._plain, self._longest  # now, and not in the first request that needs them
+            _ = (
+                self._specials,
+                self._plain,
+                self._longest,
+            )  # now, and not in the first request that needs them
 
     @classmethod
     def load(cls, model: str) -> Prompts:
@@ -45,7 +50,11 @@ class Prompts(PromptEncoder):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a prompt's ids, special tokens included; empty without a tokenizer."""
-        return "" if self._tokenizer is None else str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
+        return (
+            ""
+            if self._tokenizer is None
+            else str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
+        )
 
     def token(self, token: int) -> str:
         """The text of one token."""
@@ -62,5 +71,7 @@ class Prompts(PromptEncoder):
         size = len(self.tokenizer)
         for token in ids:
             if not 0 <= token < size:
-                raise InputError(f"tokens holds an id outside the vocabulary 0..{size - 1}; take it out")
+                raise InputError(
+                    f"tokens holds an id outside the vocabulary 0..{size - 1}; take it out"
+                )
         return self.decode(ids)

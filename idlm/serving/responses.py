@@ -1,4 +1,5 @@
-"""What the server answers, in OpenAI's shapes; msgspec, since a chunk of a stream has to cost microseconds."""
+"""What the server answers, in OpenAI's shapes; msgspec, since a chunk of a stream has to cost
+microseconds."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Bodies of requests, read strictly: what is not JSON, too deep, of a wrong type or unknown is a 400 that says so.
+"""Bodies of requests, read strictly: what is not JSON, too deep, of a wrong type or unknown is a
+400 that says so.
 
-OpenAI's fields that say nothing here, or whose default is all we do, are taken at that value and refused at any other:
+OpenAI's fields that say nothing here, or whose default is all we do, are taken at that value and
+refused at any other:
 
     field                                                   taken
     user, safety_identifier, prompt_cache_key, metadata     any value; never used, never logged
@@ -44,7 +46,18 @@ LONGEST_KEY = 10
 Ids = Annotated[list[int], Field(fail_fast=True)]
 Stop = Annotated[str, Field(max_length=LONGEST_STOP)]
 SHARED = (
-    *("n", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "stop_token_ids", "ignore_eos"),
+    *(
+        "n",
+        "min_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "seed",
+        "stop",
+        "stop_token_ids",
+        "ignore_eos",
+    ),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "verification"),
     *("include_stop_str_in_output", "skip_special_tokens"),
 )
@@ -52,9 +65,12 @@ SHARED = (
 
 
 class Strict(BaseModel):
-    """A part of a request: no unknown fields, no conversions ("1" is no number, true is no integer), no NaN."""
+    """A part of a request: no unknown fields, no conversions ("1" is no number, true is no
+    integer), no NaN."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        strict=True, extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=()
+    )
 
 
 def _boolean(value: object) -> object:
@@ -84,7 +100,8 @@ def decode(text: bytes | str, what: str) -> Any:
 
 
 def check_shape(value: object, what: str) -> None:
-    """Refuse what is nested too deep, or has an object with too many keys: both cost more than their bytes.
+    """Refuse what is nested too deep, or has an object with too many keys: both cost more than
+    their bytes.
 
     Raises:
         ApiError: 400.
@@ -93,7 +110,11 @@ def check_shape(value: object, what: str) -> None:
     for _ in range(DEEPEST):
         if any(isinstance(one, dict) and len(one) > MOST_KEYS for one in level):
             raise ApiError(400, f"{what} has an object of more than {MOST_KEYS} keys; send fewer")
-        children = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        children = (
+            one.values() if isinstance(one, dict) else one
+            for one in level
+            if isinstance(one, dict | list)
+        )
         level = [child for group in children for child in group if isinstance(child, dict | list)]
         if not level:
             return
@@ -114,9 +135,19 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     field = ".".join(str(part) for part in first["loc"][1:] if not _is_type(part))
     where, kind = field or "the request body", first["type"]
     if kind == "extra_forbidden":
-        return ApiError(400, f"{where!r} is not supported by this server; leave it out", field, "unsupported_parameter")
+        return ApiError(
+            400,
+            f"{where!r} is not supported by this server; leave it out",
+            field,
+            "unsupported_parameter",
+        )
     if kind == "missing":
-        return ApiError(400, f"{where!r} is missing; it is required", field or None, "missing_required_parameter")
+        return ApiError(
+            400,
+            f"{where!r} is missing; it is required",
+            field or None,
+            "missing_required_parameter",
+        )
     message = f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}"
     value = repr(first.get("input"))
     shown = value if len(value) <= SHOWN else value[:SHOWN] + "..."
@@ -211,14 +242,18 @@ class Generation(Neutral):
         if not 1 <= self.samples <= limits.n:
             raise ApiError(400, f"n={self.n} is out of range; use 1 <= n <= {limits.n}", "n")
         if self.stream_options is not None and not self.stream:
-            raise ApiError(400, "stream_options without stream; set stream to true", "stream_options")
+            raise ApiError(
+                400, "stream_options without stream; set stream to true", "stream_options"
+            )
 
     def sampling(self, max_tokens: int, guide: Guide | None = None) -> SamplingParams:
         """As `SamplingParams`, whose errors it raises."""
         given = {name: getattr(self, name) for name in SHARED}
         fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         fields |= {"logprobs": self.top, "prompt_logprobs": self.prompt_top, "guide": guide}
-        return SamplingParams(max_tokens=max_tokens, logit_bias=_token_biases(self.logit_bias or {}), **fields)
+        return SamplingParams(
+            max_tokens=max_tokens, logit_bias=_token_biases(self.logit_bias or {}), **fields
+        )
 
     def guide(self, limits: Limits) -> Guide | None:
         """The one guide of a request, if it has any.
@@ -228,10 +263,14 @@ class Generation(Neutral):
         """
         given = self.guides()
         if len(given) > 1:
-            raise ApiError(400, "more than one of response_format, guided_* and a forced tool_choice; use one")
+            raise ApiError(
+                400, "more than one of response_format, guided_* and a forced tool_choice; use one"
+            )
         for kind, text in given:
             if len(text.encode()) > limits.schema_bytes:
-                raise ApiError(400, f"a {kind} of more than {limits.schema_bytes} bytes; give a shorter one")
+                raise ApiError(
+                    400, f"a {kind} of more than {limits.schema_bytes} bytes; give a shorter one"
+                )
             return Guide(kind, text)
         return None
 
@@ -250,7 +289,9 @@ class Generation(Neutral):
 def _token_biases(biases: Mapping[str, float]) -> dict[int, float]:
     for key in biases:
         if not (key.isascii() and key.isdigit() and len(key) <= LONGEST_KEY):
-            raise InputError(f"logit_bias key {key[:40]!r} is not a token id; use for example {{'42': -1.5}}")
+            raise InputError(
+                f"logit_bias key {key[:40]!r} is not a token id; use for example {{'42': -1.5}}"
+            )
     return {int(key): bias for key, bias in biases.items()}
 
 
@@ -268,7 +309,12 @@ class CompletionRequest(Generation):
 
     kind: ClassVar = "cmpl"
     """What the answer's id begins with."""
-    prompt: str | Ids | Annotated[list[str], Field(fail_fast=True)] | Annotated[list[Ids], Field(fail_fast=True)]
+    prompt: (
+        str
+        | Ids
+        | Annotated[list[str], Field(fail_fast=True)]
+        | Annotated[list[Ids], Field(fail_fast=True)]
+    )
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     best_of: int | None = None
@@ -286,13 +332,20 @@ class CompletionRequest(Generation):
 
     @property
     def prompt_only(self) -> bool:
-        """Whether nothing but the prompt is asked for; the engine then makes one token, which is dropped."""
+        """Whether nothing but the prompt is asked for; the engine then makes one token, which is
+        dropped."""
         return bool(self.echo) and self.max_tokens == 0
 
     @property
     def asked_tokens(self) -> int:
         """How many tokens the engine is to make."""
-        return 1 if self.prompt_only else DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        return (
+            1
+            if self.prompt_only
+            else DEFAULT_MAX_TOKENS
+            if self.max_tokens is None
+            else self.max_tokens
+        )
 
     @property
     def top(self) -> int | None:
@@ -312,13 +365,21 @@ class CompletionRequest(Generation):
         """
         super().check(limits)
         if not 1 <= len(self.prompts) <= limits.prompts:
-            raise ApiError(400, f"{len(self.prompts)} prompts; send 1 to {limits.prompts}", "prompt")
+            raise ApiError(
+                400, f"{len(self.prompts)} prompts; send 1 to {limits.prompts}", "prompt"
+            )
         if self.best_of not in (None, self.samples):
             raise ApiError(
-                400, f"best_of={self.best_of} with n={self.samples}; only best_of = n is supported", "best_of"
+                400,
+                f"best_of={self.best_of} with n={self.samples}; only best_of = n is supported",
+                "best_of",
             )
         if self.echo and self.stream and (self.logprobs is not None or self.max_tokens == 0):
-            raise ApiError(400, "echo with logprobs or max_tokens=0 cannot be streamed; set stream to false", "echo")
+            raise ApiError(
+                400,
+                "echo with logprobs or max_tokens=0 cannot be streamed; set stream to false",
+                "echo",
+            )
 
 
 class TokenizeText(Strict):

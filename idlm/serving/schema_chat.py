@@ -34,7 +34,8 @@ class AnyMessage(Strict):
 
 
 class PlainMessage(AnyMessage):
-    """Instructions (the developer's are the system's, by OpenAI's newer word), or what the user says."""
+    """Instructions (the developer's are the system's, by OpenAI's newer word), or what the user
+    says."""
 
     role: Literal["system", "developer", "user"]
     content: Content
@@ -148,10 +149,13 @@ class Conversation(Strict):
             ApiError: 400: the arguments of a call are not a JSON object.
         """
         messages, tools = self.template_messages(), self.template_tools()
-        return lambda: prompts.chat(messages, tools, self.add_generation_prompt, self.chat_template_kwargs)
+        return lambda: prompts.chat(
+            messages, tools, self.add_generation_prompt, self.chat_template_kwargs
+        )
 
     def template_messages(self) -> list[dict[str, Any]]:
-        """The messages as templates know them: contents are text, "developer" is "system", arguments are objects.
+        """The messages as templates know them: contents are text, "developer" is "system",
+        arguments are objects.
 
         Raises:
             ApiError: 400: the arguments of a call are not a JSON object.
@@ -167,11 +171,17 @@ def _as_template_has_it(message: Message) -> dict[str, Any]:
     fields = message.model_dump(exclude_none=True)
     fields["role"] = "system" if message.role == "developer" else message.role
     content = message.content or ""
-    fields["content"] = content if isinstance(content, str) else "\n".join(part.text for part in content)
+    fields["content"] = (
+        content if isinstance(content, str) else "\n".join(part.text for part in content)
+    )
     for call in fields.get("tool_calls", ()):
         arguments = decode(call["function"]["arguments"], "tool_calls arguments")
         if not isinstance(arguments, dict):
-            raise ApiError(400, "tool_calls arguments are not a JSON object; send them as they came", "messages")
+            raise ApiError(
+                400,
+                "tool_calls arguments are not a JSON object; send them as they came",
+                "messages",
+            )
         call["function"]["arguments"] = arguments
     return fields
 
@@ -224,11 +234,19 @@ class ChatRequest(Conversation, Generation):
         """
         super().check(limits)
         if self.top_logprobs is not None and not self.logprobs:
-            raise ApiError(400, "top_logprobs without logprobs; set logprobs to true", "top_logprobs")
+            raise ApiError(
+                400, "top_logprobs without logprobs; set logprobs to true", "top_logprobs"
+            )
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
-            raise ApiError(400, "tool_choice asks for a tool, and tools names none; add one", "tool_choice")
-        if self.forced_tool and self.forced_tool not in {tool.function.name for tool in self.tools or ()}:
-            raise ApiError(400, f"tool_choice names {self.forced_tool!r}, which is not in tools", "tool_choice")
+            raise ApiError(
+                400, "tool_choice asks for a tool, and tools names none; add one", "tool_choice"
+            )
+        if self.forced_tool and self.forced_tool not in {
+            tool.function.name for tool in self.tools or ()
+        }:
+            raise ApiError(
+                400, f"tool_choice names {self.forced_tool!r}, which is not in tools", "tool_choice"
+            )
 
     def guides(self) -> list[tuple[str, str]]:
         """Also those of `response_format` and of a forced `tool_choice`."""
@@ -243,7 +261,10 @@ class ChatRequest(Conversation, Generation):
 
     def _calls_schema(self) -> dict[str, Any]:
         """The arguments of the named function, or a list of calls of any."""
-        parameters = {tool.function.name: tool.function.parameters or {"type": "object"} for tool in self.tools or ()}
+        parameters = {
+            tool.function.name: tool.function.parameters or {"type": "object"}
+            for tool in self.tools or ()
+        }
         if self.forced_tool:
             return parameters[self.forced_tool]
         calls = [

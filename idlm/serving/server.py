@@ -38,7 +38,10 @@ def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
     Raises:
         InputError: the address cannot be had, or the model cannot be served as configured.
     """
-    with bind(config.host, config.port) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with (
+        bind(config.host, config.port) as listener,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
         runner.run(_serve(config, listener, announce))
 
 
@@ -53,15 +56,21 @@ def bind(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"cannot listen on {host} port {port}: {reason}; give another --host or --port") from None
+        raise InputError(
+            f"cannot listen on {host} port {port}: {reason}; give another --host or --port"
+        ) from None
 
 
-async def _serve(config: ServeConfig, listener: socket.socket, announce: Callable[[str], None]) -> None:
+async def _serve(
+    config: ServeConfig, listener: socket.socket, announce: Callable[[str], None]
+) -> None:
     prompts = Prompts.load(config.engine.model)
     observe.configure()
     client = EngineClient(config.engine, config.limits)
     server = HttpServer(config, client, prompts)
-    starting = asyncio.create_task(_start(client, server, lambda: announce(url(config.host, listener))))
+    starting = asyncio.create_task(
+        _start(client, server, lambda: announce(url(config.host, listener)))
+    )
     try:
         await server.serve(sockets=[listener])
         if starting.done():

@@ -24,8 +24,9 @@ from idlm.serving.wire import Failed, FromEngine, Ready, read
 log = logging.getLogger("idlm.serving")
 
 STALL_SECONDS = 120.0
-"""A ready engine speaks once a second, but not within a step. The longest step is a prefill of 2048 tokens alone, on a
-CPU and of a large model up to a minute; one that is silent for twice that hangs."""
+"""A ready engine speaks once a second, but not within a step. The longest step is a prefill of 2048
+tokens alone, on a CPU and of a large model up to a minute; one that is silent for twice that
+hangs."""
 END_SECONDS = 1.0
 FIRST_DELAY, LONGEST_DELAY = 0.5, 10.0
 
@@ -38,14 +39,17 @@ class Supervisor:
         lost: called as soon as a process is gone, or given up.
     """
 
-    def __init__(self, config: EngineConfig, receive: Callable[[FromEngine], None], lost: Callable[[], None]) -> None:
+    def __init__(
+        self, config: EngineConfig, receive: Callable[[FromEngine], None], lost: Callable[[], None]
+    ) -> None:
         self.config = config
         self._receive, self._lost = receive, lost
         self._writer: asyncio.StreamWriter | None = None
         self._ready = self._ever_ready = False
 
     def send(self, framed: bytes) -> None:
-        """Send frames to the process, which has to be ready; never waits: what is under way is bounded by the quota."""
+        """Send frames to the process, which has to be ready; never waits: what is under way is
+        bounded by the quota."""
         if self._writer is not None:
             self._writer.write(framed)
 
@@ -72,7 +76,9 @@ class Supervisor:
         except (EOFError, ConnectionError):
             log.error("the engine's process has ended")
         except TimeoutError:
-            log.error("the engine's process has said nothing for %g s and was killed", STALL_SECONDS)
+            log.error(
+                "the engine's process has said nothing for %g s and was killed", STALL_SECONDS
+            )
         except InputError as error:
             if not self._ever_ready:
                 raise
@@ -107,7 +113,9 @@ class Supervisor:
             with theirs:
                 arguments = str(theirs.fileno()), msgspec.json.encode(self.config).decode()
                 command = sys.executable, "-m", "idlm.serving.worker", *arguments
-                process = await asyncio.create_subprocess_exec(*command, pass_fds=[theirs.fileno()], stdin=DEVNULL)
+                process = await asyncio.create_subprocess_exec(
+                    *command, pass_fds=[theirs.fileno()], stdin=DEVNULL
+                )
             yield reader
         finally:
             self._writer.close()

@@ -4,8 +4,8 @@
     llama    {"name": .., "parameters": {..}}, all of the text               Llama 3.1 and later
     mistral  [TOOL_CALLS][{"name": .., "arguments": {..}}, ..]               Mistral up to 0.3
 
-Text is passed on until a call may begin; from there it is held until the call ends. What is no call in the end (broken
-JSON, a tool nobody offered) is text.
+Text is passed on until a call may begin; from there it is held until the call ends. What is no call
+in the end (broken JSON, a tool nobody offered) is text.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Family:
     """A form of tool calls.
 
     Attributes:
-        marker: in the chat template of those who use it; without: not in it (newer forms that we do not read).
+        marker: in the chat template of those who use it; without: not in it (newer forms that we do
+            not read).
         opening: begins a call, `closing` ends it (None: the end of the text does).
         bare: the opening may be missing if the text begins with a brace.
         special: the opening is a special token, which has to be kept in the text.
@@ -59,7 +60,9 @@ def family_of(template: str) -> Family:
     for family in FAMILIES:
         if family.marker in template and family.without not in template:
             return family
-    raise InputError("tools: this model's chat template has no form of tool calls that is known here; leave tools out")
+    raise InputError(
+        "tools: this model's chat template has no form of tool calls that is known here; leave tools out"
+    )
 
 
 class CallParser:
@@ -71,9 +74,13 @@ class CallParser:
         specials: special tokens that are no content, for families that keep them in the text.
     """
 
-    def __init__(self, family: Family, names: Collection[str], specials: Collection[str] = ()) -> None:
+    def __init__(
+        self, family: Family, names: Collection[str], specials: Collection[str] = ()
+    ) -> None:
         self._family, self._names = family, names
-        self._specials = [one for one in specials if one != family.opening] if family.special else []
+        self._specials = (
+            [one for one in specials if one != family.opening] if family.special else []
+        )
         self._held = ""
         self._inside = False
         self._started = False
@@ -123,7 +130,9 @@ class CallParser:
         at = self._held.find(opening)
         if at >= 0:
             return at, True
-        length = next((n for n in range(len(opening) - 1, 0, -1) if self._held.endswith(opening[:n])), 0)
+        length = next(
+            (n for n in range(len(opening) - 1, 0, -1) if self._held.endswith(opening[:n])), 0
+        )
         return len(self._held) - length, False
 
     def _content(self, text: str) -> list[str | ToolCall]:
@@ -134,17 +143,22 @@ class CallParser:
         return [text]
 
     def _parse(self, raw: str) -> list[str | ToolCall]:
-        body = raw.strip().removeprefix(self._family.opening).removesuffix(self._family.closing or "")
+        body = (
+            raw.strip().removeprefix(self._family.opening).removesuffix(self._family.closing or "")
+        )
         calls = read_calls(body, self._names)
         if calls is None:
             return self._content(raw)
-        numbered: list[str | ToolCall] = [tool_call(*call, self.calls + at) for at, call in enumerate(calls)]
+        numbered: list[str | ToolCall] = [
+            tool_call(*call, self.calls + at) for at, call in enumerate(calls)
+        ]
         self.calls += len(numbered)
         return numbered
 
 
 class ForcedParser:
-    """For a `tool_choice` that forces a call: all of the text is the arguments of `name`, or a list of calls."""
+    """For a `tool_choice` that forces a call: all of the text is the arguments of `name`, or a list
+    of calls."""
 
     def __init__(self, name: str | None, names: Collection[str]) -> None:
         self._name, self._names = name, names

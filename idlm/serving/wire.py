@@ -1,7 +1,8 @@
 """What the server and the engine's process say to each other, and the frames it travels in.
 
-A frame is 4 bytes of length and that much msgpack of a list of messages: whatever a step brings costs one write and one
-read, however many samples run. Every message is checked against its type when it is read; nothing in it is executed.
+A frame is 4 bytes of length and that much msgpack of a list of messages: whatever a step brings
+costs one write and one read, however many samples run. Every message is checked against its type
+when it is read; nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from idlm.params import SamplingParams
 T = TypeVar("T")
 HEADER = 4
 MAX_FRAME = 64 * 2**20
-"""Bytes of a message list. A prompt of a million tokens takes 5 MB; what a step brings, far less."""
+"""Bytes of a message list. A prompt of a million tokens takes 5 MB; what a step brings, far less.
+"""
 
 
 class Message(msgspec.Struct, tag=True, omit_defaults=True):
@@ -111,7 +113,8 @@ class Failed(Message):
 
 
 class Stats(Message):
-    """Counters of the engine, sent at least once a second while it lives; totals since its start unless said otherwise.
+    """Counters of the engine, sent at least once a second while it lives; totals since its start
+    unless said otherwise.
 
     Attributes:
         running, waiting: samples now. pages_total, pages_live, pages_cached: now.

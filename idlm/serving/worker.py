@@ -2,9 +2,11 @@
 
 SOCKET is the number of an inherited file descriptor, CONFIG an `EngineConfig` as JSON.
 
-    reader thread: socket -> inbox        loop: inbox -> engine.step() -> one frame for all that the step brought
+    reader thread: socket -> inbox        loop: inbox -> engine.step() -> one frame for all that the
+    step brought
 
-It lives as long as its socket. Whatever the engine raises ends the process; the server starts another.
+It lives as long as its socket. Whatever the engine raises ends the process; the server starts
+another.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ log = logging.getLogger("idlm.serving")
 
 STATS_SECONDS, STATS_AFTER_END_SECONDS = 1.0, 0.2
 MOST_PROMPT_LOGPROBS = 500_000
-"""Entries of one sample's prompt log-probabilities: they come in one frame, of about 30 bytes an entry."""
+"""Entries of one sample's prompt log-probabilities: they come in one frame, of about 30 bytes an
+entry."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ class Link:
 
 @dataclass
 class Sample:
-    """A sample in the engine: what was asked, its result as it grows, and how much of it has been reported."""
+    """A sample in the engine: what was asked, its result as it grows, and how much of it has been
+    reported."""
 
     submit: Submit
     result: Result
@@ -242,11 +246,13 @@ class Worker:
         return []
 
     def _compile(self, submit: Submit) -> None:
-        """Beside the loop, since it takes up to a second; `Engine.add` then finds the guide compiled."""
+        """Beside the loop, since it takes up to a second; `Engine.add` then finds the guide
+        compiled."""
         try:
             self.engine.intake.matcher(submit.params)
             self.link.inbox.put([Compiled(submit)])
-        except Exception as error:  # the loop refuses or fails with it: a sample must not wait for what never comes
+        # the loop refuses or fails with it: a sample must not wait for what never comes
+        except Exception as error:
             self.link.inbox.put([Compiled(submit, error)])
 
     def _add_compiled(self, compiled: Compiled) -> None:
@@ -264,7 +270,10 @@ class Worker:
             InputError: it cannot be run.
         """
         prompt, params = submit.prompt, submit.params
-        if params.prompt_logprobs is not None and len(prompt) * (params.prompt_logprobs + 1) > MOST_PROMPT_LOGPROBS:
+        if (
+            params.prompt_logprobs is not None
+            and len(prompt) * (params.prompt_logprobs + 1) > MOST_PROMPT_LOGPROBS
+        ):
             raise InputError(
                 f"prompt_logprobs={params.prompt_logprobs} of {len(prompt)} prompt tokens are more than "
                 f"{MOST_PROMPT_LOGPROBS} entries; ask for fewer"
@@ -274,7 +283,9 @@ class Worker:
 
     def _step(self) -> list[Message]:
         updates = self.engine.step()
-        if any(update.result is not None for update in updates):  # the server is to see soon what has become free
+        if any(
+            update.result is not None for update in updates
+        ):  # the server is to see soon what has become free
             self._next_stats = min(self._next_stats, self._sent_stats + STATS_AFTER_END_SECONDS)
         return [message for update in updates for message in self._reports.of(update)]
 
@@ -286,7 +297,10 @@ class Worker:
 
 def main(file_descriptor: int, config: EngineConfig) -> int:
     """Load the model, say so, and run; returns the exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the server drains, then closes
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # they reach the whole group; the server drains, then closes
         signal.signal(number, signal.SIG_IGN)
     link = Link(file_descriptor)
     try:

@@ -28,7 +28,8 @@ STAGING = ".writing"
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
 FREE_KEYS = ("resume", "device", "threads", "log_steps", "eval_steps", "save_steps")
-"""Keys that a resumed run may change: they do not touch the weights (threads may, in the last bits)."""
+"""Keys that a resumed run may change: they do not touch the weights (threads may, in the last
+bits)."""
 
 
 @contextmanager
@@ -47,7 +48,9 @@ def save_optimizers(model: nn.Module, optimizers: Iterable[Optimizer], folder: P
     """Write the optimizers' tensors under their parameters' names."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     states = [(names[p], state) for each in optimizers for p, state in each.state.items()]
-    tensors = {f"{name}.{key}": t.contiguous() for name, state in states for key, t in state.items()}
+    tensors = {
+        f"{name}.{key}": t.contiguous() for name, state in states for key, t in state.items()
+    }
     save_file(tensors, folder / OPTIMIZER)
 
 
@@ -85,7 +88,9 @@ def prepare_folder(config: TrainConfig) -> Path | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"output_dir {config.output_dir!r} cannot be made: {error}; name another folder") from None
+        raise InputError(
+            f"output_dir {config.output_dir!r} cannot be made: {error}; name another folder"
+        ) from None
     _keep_config(config, folder / "config.yaml", resumes=newest is not None)
     return newest
 

@@ -1,7 +1,8 @@
 """The training config: YAML read strictly into dataclasses.
 
-Every key is checked: an unknown one is refused with the nearest known key, a value of another type with the type
-expected. `--a.b=c` on the command line overrides the key b of section a; list items go by number: `--stages.0.steps=5`.
+Every key is checked: an unknown one is refused with the nearest known key, a value of another type
+with the type expected. `--a.b=c` on the command line overrides the key b of section a; list items
+go by number: `--stages.0.steps=5`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ __all__ = ["TrainConfig", "as_tree", "load_config", "parse_config"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model trained: a checkpoint (`path`: folder, hub id or bundled name), or an `architecture` from scratch."""
+    """The model trained: a checkpoint (`path`: folder, hub id or bundled name), or an
+    `architecture` from scratch."""
 
     path: str | None = None
     architecture: dict[str, Any] | None = None
@@ -32,17 +34,26 @@ class LoraConfig:
 
     rank: int = 32
     alpha: float = 64.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: tuple[str, ...] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """What is trained on.
 
-    `jsonl`: rows {prompt | messages, response} of the file `path`. `self`: responses that the model generates, before
-    training, to `prompts`: `bos` (the empty prompt), a registered source, or a jsonl file of {prompt | messages}. Else
-    the name of a registered source, such as `nano`, the project's own problems. `examples` limits the rows; of `jsonl`
-    and `self` the last `held_out` rows are held out.
+    `jsonl`: rows {prompt | messages, response} of the file `path`. `self`: responses that the model
+    generates, before training, to `prompts`: `bos` (the empty prompt), a registered source, or a
+    jsonl file of {prompt | messages}. Else the name of a registered source, such as `nano`, the
+    project's own problems. `examples` limits the rows; of `jsonl` and `self` the last `held_out`
+    rows are held out.
     """
 
     source: str = "nano"
@@ -61,9 +72,9 @@ class DataConfig:
 class StageConfig:
     """A stretch of the curriculum: the block size b and the weights of the loss for `steps` steps.
 
-    The loss is `hard` CE_noisy + `lambda` CE_clean + `soft_weight` times the soft term. `lambda` is a number or `auto`
-    (CE_noisy / CE_clean of the step before, 1 at first); left out, it is 0.2 for a full fine-tune and 0 for a gated
-    LoRA, whose clean rows are frozen.
+    The loss is `hard` CE_noisy + `lambda` CE_clean + `soft_weight` times the soft term. `lambda` is
+    a number or `auto` (CE_noisy / CE_clean of the step before, 1 at first); left out, it is 0.2 for
+    a full fine-tune and 0 for a gated LoRA, whose clean rows are frozen.
     """
 
     steps: int
@@ -95,8 +106,9 @@ class OptimizerConfig:
 class TrainConfig:
     """One training run.
 
-    `batch_size` counts sequences per forward, `accumulation` forwards per step (and rank). `resume` continues from the
-    newest checkpoint in `output_dir` and starts from the beginning where there is none.
+    `batch_size` counts sequences per forward, `accumulation` forwards per step (and rank). `resume`
+    continues from the newest checkpoint in `output_dir` and starts from the beginning where there
+    is none.
     """
 
     output_dir: str
@@ -143,15 +155,20 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """Read a YAML file and apply `--a.b=c` overrides.
 
     Raises:
-        InputError: the file is missing or not YAML, or a key or value in it or in an override is wrong.
+        InputError: the file is missing or not YAML, or a key or value in it or in an override is
+            wrong.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the config {str(path)!r} ({error}); give the path of a YAML file") from None
+        raise InputError(
+            f"cannot read the config {str(path)!r} ({error}); give the path of a YAML file"
+        ) from None
     tree = read_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise InputError(f"the config {str(path)!r} is a {type(tree).__name__}, not a mapping of keys; see configs/")
+        raise InputError(
+            f"the config {str(path)!r} is a {type(tree).__name__}, not a mapping of keys; see configs/"
+        )
     for override in overrides:
         override_key(tree, override)
     return parse_config(tree)
@@ -178,7 +195,9 @@ def _check(config: TrainConfig) -> None:
     }  # fmt: skip
     for key, value in positive.items():
         if value < 1:
-            raise InputError(f"{key} is too small; it must be at least {2 if key == 'data.max_length' else 1}")
+            raise InputError(
+                f"{key} is too small; it must be at least {2 if key == 'data.max_length' else 1}"
+            )
     if not (config.optimizer.lr > 0 and config.optimizer.lr < float("inf")):
         raise InputError(f"optimizer.lr is {config.optimizer.lr}; it must be a positive number")
     if not 0 < config.optimizer.decay <= 1:
@@ -194,4 +213,6 @@ def _check(config: TrainConfig) -> None:
     if config.objective == "ar" and config.method == "lora":
         raise InputError("method is 'lora'; objective: ar trains all weights, set method: full")
     if config.method == "lora" and any(stage.lambda_ for stage in config.stages):
-        raise InputError("lambda has no effect with method: lora, whose clean rows are the frozen base; leave it out")
+        raise InputError(
+            "lambda has no effect with method: lora, whose clean rows are the frozen base; leave it out"
+        )

@@ -45,7 +45,9 @@ def corpus(config: DataConfig, idlm: Idlm, draws: int, folder: Path) -> Corpus:
     else:
         rows = _rows(config, idlm, folder)
         if len(rows) <= config.held_out:
-            raise InputError(f"data.held_out is {config.held_out} but there are {len(rows)} rows; lower it or add rows")
+            raise InputError(
+                f"data.held_out is {config.held_out} but there are {len(rows)} rows; lower it or add rows"
+            )
         training, held_out = rows[: -config.held_out], rows[-config.held_out :]
     cut = sum(e.length > limit for e in training)
     return Corpus([fit(e, limit) for e in training], [fit(e, limit) for e in held_out], cut)

@@ -1,7 +1,7 @@
 """What is trained on: examples, their order, and batches.
 
-The order and every random number are functions of (seed, number of the draw) alone, so a resumed run, or one that
-splits its batches otherwise, sees the same texts with the same phases.
+The order and every random number are functions of (seed, number of the draw) alone, so a resumed
+run, or one that splits its batches otherwise, sees the same texts with the same phases.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from idlm.training.config import DataConfig
 from idlm.training.objective import Texts
 
 WINDOW = 16
-"""Batches among which texts are sorted by length: long enough to save padding, short enough to stay shuffled."""
+"""Batches among which texts are sorted by length: long enough to save padding, short enough to stay
+shuffled."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,16 @@ A package adds its own when it is imported, as `idlm.nano.source` does; training
 
 
 def fit(example: Example, limit: int) -> Example:
-    """The rule for long texts: a prompt must leave room for one token; a response is cut at `limit` tokens in all.
+    """The rule for long texts: a prompt must leave room for one token; a response is cut at `limit`
+    tokens in all.
 
     Raises:
         InputError: a prompt or response is empty, or the prompt leaves no room.
     """
     if not example.prompt:
-        raise InputError(f"{example.row}: the prompt has no tokens; give one, or a model with a BOS token")
+        raise InputError(
+            f"{example.row}: the prompt has no tokens; give one, or a model with a BOS token"
+        )
     if not example.response:
         raise InputError(f"{example.row}: the response has no tokens; remove the row or fill it")
     if len(example.prompt) >= limit:
@@ -81,10 +85,14 @@ def fit(example: Example, limit: int) -> Example:
     return Example(example.prompt, example.response[: limit - len(example.prompt)], example.row)
 
 
-def chat_examples(pairs: Iterable[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+def chat_examples(
+    pairs: Iterable[tuple[str, str]], tokenizer: PreTrainedTokenizerBase
+) -> list[Example]:
     """Chat prompt, answer and end token of each (question, answer)."""
     chosen = list(pairs)
-    prompts = PromptEncoder(tokenizer, "data").chats([{"role": "user", "content": q}] for q, _ in chosen)
+    prompts = PromptEncoder(tokenizer, "data").chats(
+        [{"role": "user", "content": q}] for q, _ in chosen
+    )
     answers = tokenizer([answer for _, answer in chosen], add_special_tokens=False)["input_ids"]
     end = [tokenizer.eos_token_id]
     rows = zip(prompts, answers, strict=True)
@@ -96,21 +104,28 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {str(path)!r} ({error}); give the path of a jsonl file") from None
+        raise InputError(
+            f"cannot read {str(path)!r} ({error}); give the path of a jsonl file"
+        ) from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise InputError(f"{path} line {number} is not JSON ({error}); write one object per line") from None
+            raise InputError(
+                f"{path} line {number} is not JSON ({error}); write one object per line"
+            ) from None
         if not isinstance(row, dict):
-            raise InputError(f'{path} line {number} is not an object; write {{"prompt": ..., "response": ...}}')
+            raise InputError(
+                f'{path} line {number} is not an object; write {{"prompt": ..., "response": ...}}'
+            )
         yield f"{path} line {number}", row
 
 
 def prompt_ids(row: dict[str, Any], name: str, idlm: Idlm) -> list[int]:
-    """Token ids of a row's prompt: {"prompt": text or token ids} or {"messages": [...]} under the chat template."""
+    """Token ids of a row's prompt: {"prompt": text or token ids} or {"messages": [...]} under the
+    chat template."""
     if "messages" not in row and "prompt" not in row:
         raise InputError(f'{name} has no prompt; give it a "prompt" or "messages"')
     return _ids(row, "messages" if "messages" in row else "prompt", name, idlm)
@@ -140,12 +155,15 @@ def jsonl_examples(config: DataConfig, idlm: Idlm) -> list[Example]:
             raise InputError(f'{name} has no response; give it a non-empty "response"')
         response = _ids(row, "response", name, idlm)
         is_text = isinstance(row["response"], str)
-        examples.append(Example(prompt_ids(row, name, idlm), response + (end if is_text else []), name))
+        examples.append(
+            Example(prompt_ids(row, name, idlm), response + (end if is_text else []), name)
+        )
     return examples
 
 
 def draw_order(lengths: Sequence[int], draws: int, batch: int, seed: int) -> list[int]:
-    """Which example each draw takes: shuffled passes over all, sorted by length within windows of batches.
+    """Which example each draw takes: shuffled passes over all, sorted by length within windows of
+    batches.
 
     Args:
         lengths: of the examples.
@@ -186,7 +204,9 @@ class Batch(NamedTuple):
 class Draws:
     """The run as one list: draw k is example `order[k]` with the phase of k."""
 
-    def __init__(self, examples: list[Example], order: list[int], seed: int, random_phase: bool) -> None:
+    def __init__(
+        self, examples: list[Example], order: list[int], seed: int, random_phase: bool
+    ) -> None:
         self.examples = examples
         self.order = order
         self.seed = seed
@@ -210,7 +230,9 @@ class Draws:
 def collate(draws: list[Draw]) -> Batch:
     """The draws as one batch."""
     examples = [draw.example for draw in draws]
-    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(e.prompt + e.response) for e in examples], batch_first=True)
+    tokens = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(e.prompt + e.response) for e in examples], batch_first=True
+    )
     prompt = torch.tensor([len(e.prompt) for e in examples])
     length = torch.tensor([e.length for e in examples])
     phase = torch.tensor([draw.phase for draw in draws])

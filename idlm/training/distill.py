@@ -1,7 +1,8 @@
-"""Self-distillation: responses written by the model that is being converted, so that conversion needs only prompts.
+"""Self-distillation: responses written by the model that is being converted, so that conversion
+needs only prompts.
 
-They are sampled with transformers' own `generate` in batches of equal settings; batch i is a function of (seed, i), so
-a generation cut off half-way continues to the same file.
+They are sampled with transformers' own `generate` in batches of equal settings; batch i is a
+function of (seed, i), so a generation cut off half-way continues to the same file.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from idlm.training.data import SOURCES, Example, fit, prompt_ids, read_jsonl
 
 
 def distill(config: DataConfig, idlm: Idlm, file: Path) -> list[Example]:
-    """The examples of `data.source: self`: read from `file`, after writing there what is still missing.
+    """The examples of `data.source: self`: read from `file`, after writing there what is still
+    missing.
 
     The file's first line holds the settings, every other one {"prompt": ids, "response": ids}.
 
@@ -46,17 +48,24 @@ def distill(config: DataConfig, idlm: Idlm, file: Path) -> list[Example]:
             new = [{"prompt": p, "response": r} for p, r in zip(batch, responses, strict=True)]
             _write(file, new, "a")
             rows += new
-    return [Example(row["prompt"], row["response"], f"{file} row {i}") for i, row in enumerate(rows, start=1)]
+    return [
+        Example(row["prompt"], row["response"], f"{file} row {i}")
+        for i, row in enumerate(rows, start=1)
+    ]
 
 
 def prompts_of(config: DataConfig, idlm: Idlm) -> list[tuple[list[int], str]]:
     """Token ids and name of each prompt that `data.prompts` and `data.examples` ask for."""
     if config.prompts in ("bos", *SOURCES) and config.examples is None:
-        raise InputError(f"data.examples is missing; data.prompts: {config.prompts} needs to know how many to generate")
+        raise InputError(
+            f"data.examples is missing; data.prompts: {config.prompts} needs to know how many to generate"
+        )
     if config.prompts == "bos":
         bos = idlm.model.config.bos_token_id
         if bos is None:
-            raise InputError(f"the model {idlm.name!r} has no BOS token; give data.prompts a jsonl file of prompts")
+            raise InputError(
+                f"the model {idlm.name!r} has no BOS token; give data.prompts a jsonl file of prompts"
+            )
         return [([bos], "the BOS prompt")] * int(config.examples or 0)
     if config.prompts in SOURCES:
         pairs = islice(SOURCES[config.prompts].training(config.seed), config.examples)
@@ -68,11 +77,15 @@ def prompts_of(config: DataConfig, idlm: Idlm) -> list[tuple[list[int], str]]:
 
 def _checked(prompt: list[int], row: str, config: DataConfig, idlm: Idlm) -> list[int]:
     """The prompt, if it is one and leaves room for a response."""
-    return fit(Example(prompt, [0], row), min(config.max_length or idlm.context, idlm.context)).prompt
+    return fit(
+        Example(prompt, [0], row), min(config.max_length or idlm.context, idlm.context)
+    ).prompt
 
 
 @torch.no_grad()
-def generate(idlm: Idlm, prompts: list[list[int]], config: DataConfig, seed: int) -> list[list[int]]:
+def generate(
+    idlm: Idlm, prompts: list[list[int]], config: DataConfig, seed: int
+) -> list[list[int]]:
     """One sampled response (greedy at temperature 0) to each prompt, its end token included."""
     limit = min(config.max_length or idlm.context, idlm.context)
     longest = max(len(p) for p in prompts)

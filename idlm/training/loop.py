@@ -44,7 +44,9 @@ class NotFinite(InputError):
 class Trainer:
     """A run: the model, its data, and how far it has come."""
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, student: Trainee, data: Corpus) -> None:
+    def __init__(
+        self, config: TrainConfig, accelerator: Accelerator, student: Trainee, data: Corpus
+    ) -> None:
         self.config, self.accelerator, self.student, self.data = config, accelerator, student, data
         self.folder = Path(config.output_dir)
         self.log = Log(self.folder, accelerator.is_main_process)
@@ -89,8 +91,8 @@ class Trainer:
         batches = self.micro_batches()
         rows = self.count(batches)
 
-        # forward and backward; the losses of micro-batches and ranks are shares of one sum, but data
-        # parallelism averages gradients over ranks
+        # forward and backward; the losses of micro-batches and ranks are shares of one sum, but
+        # data parallelism averages gradients over ranks
         losses, parts = [], []
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1

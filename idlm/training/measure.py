@@ -15,11 +15,14 @@ from idlm.training.objective import Objective, Texts, Wanted, clean_rows
 
 
 @torch.no_grad()
-def measure(objective: Objective, examples: list[Example], config: TrainConfig, step: int) -> dict[str, Any]:
-    """Per draft depth alpha and argmax acceptance, and the TPF they imply; for plain AR the cross-entropy per token.
+def measure(
+    objective: Objective, examples: list[Example], config: TrainConfig, step: int
+) -> dict[str, Any]:
+    """Per draft depth alpha and argmax acceptance, and the TPF they imply; for plain AR the
+    cross-entropy per token.
 
-    Measured on the true text (teacher forced): acceptance at depth k does not know that the drafts before were
-    accepted. The block size is that of the stage of step `step`.
+    Measured on the true text (teacher forced): acceptance at depth k does not know that the drafts
+    before were accepted. The block size is that of the stage of step `step`.
     """
     was_training = objective.training
     objective.eval()
@@ -49,8 +52,16 @@ def summary(sums: Tensor, objective: str, block_size: int) -> dict[str, Any]:
     if objective == "ar":
         return {"held_out_ce": float(sums[1] / sums[0])}
     rows, alpha, agree = sums
-    shares = {"alpha": (alpha / rows.clamp(min=1)).tolist(), "acceptance": (agree / rows.clamp(min=1)).tolist()}
-    return {"block_size": block_size, **shares, "tpf": tpf(shares["acceptance"]), "tpf_sampled": tpf(shares["alpha"])}
+    shares = {
+        "alpha": (alpha / rows.clamp(min=1)).tolist(),
+        "acceptance": (agree / rows.clamp(min=1)).tolist(),
+    }
+    return {
+        "block_size": block_size,
+        **shares,
+        "tpf": tpf(shares["acceptance"]),
+        "tpf_sampled": tpf(shares["alpha"]),
+    }
 
 
 def tpf(acceptance: list[float]) -> float:

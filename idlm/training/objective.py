@@ -1,15 +1,17 @@
 """The training objective: layout, masks and loss of one batch.
 
-Shapes: B batch, L padded length of the clean text x_0, R padded number of MASK rows, D hidden size, V logit columns,
-n supervised rows. P is the prompt's length, b the block size.
+Shapes: B batch, L padded length of the clean text x_0, R padded number of MASK rows, D hidden size,
+V logit columns, n supervised rows. P is the prompt's length, b the block size.
 
-The layout written down in the design is `[x_t | x_0]`, with x_t as long as x_0. Here x_t holds its MASK rows alone:
+The layout written down in the design is `[x_t | x_0]`, with x_t as long as x_0. Here x_t holds its
+MASK rows alone:
 
-* the clean prompt rows of x_t see what the same rows of x_0 see and compute the same, so a MASK row whose block begins
-  in the prompt looks at the prompt in x_0 instead;
-* the MASK row of the last response token predicts nothing and no other row sees it, so it is left out;
-* x_0 never sees x_t, so the halves run one after the other, the MASK rows over the stored keys and values of x_0. With
-  a frozen base the first half then needs no gradient.
+* the clean prompt rows of x_t see what the same rows of x_0 see and compute the same, so a MASK row
+  whose block begins in the prompt looks at the prompt in x_0 instead;
+* the MASK row of the last response token predicts nothing and no other row sees it, so it is left
+  out;
+* x_0 never sees x_t, so the halves run one after the other, the MASK rows over the stored keys and
+  values of x_0. With a frozen base the first half then needs no gradient.
 
 What is computed is the same (the tests compare it with the full layout in float64).
 """
@@ -27,13 +29,15 @@ from idlm.models.attention import attend
 from idlm.models.idlm_model import Idlm
 
 EXCLUDED = -1e30
-"""The logit of MASK, which is never emitted; finite, because 0 * infinity would spoil the soft terms."""
+"""The logit of MASK, which is never emitted; finite, because 0 * infinity would spoil the soft
+terms."""
 
 
 class Texts(NamedTuple):
     """A batch of clean texts, padded on the right.
 
-    tokens [B, L]; prompt, length [B] (P >= 1 and P < length); phase [B], any number >= 0: taken modulo b.
+    tokens [B, L]; prompt, length [B] (P >= 1 and P < length); phase [B], any number >= 0: taken
+    modulo b.
     """
 
     tokens: Tensor
@@ -44,7 +48,8 @@ class Texts(NamedTuple):
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which terms a step needs: MASK rows in blocks of `block_size` (0: none, plain AR), CE_clean, the soft term."""
+    """Which terms a step needs: MASK rows in blocks of `block_size` (0: none, plain AR), CE_clean,
+    the soft term."""
 
     block_size: int
     clean: bool
@@ -52,7 +57,8 @@ class Wanted:
 
 
 class Terms(NamedTuple):
-    """Sums over the supervised rows of a batch, in nats (soft: nats for kl, probability for tv); 0 where not wanted."""
+    """Sums over the supervised rows of a batch, in nats (soft: nats for kl, probability for tv); 0
+    where not wanted."""
 
     noisy: Tensor
     clean: Tensor
@@ -71,7 +77,8 @@ class CleanHalf:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """First forward: keep x_0's rows. Second: put the MASK rows' in front of them, [B, G, R + L, E]."""
+        """First forward: keep x_0's rows. Second: put the MASK rows' in front of them, [B, G, R +
+        L, E]."""
         if layer in self.layers:
             clean_key, clean_value = self.layers[layer]
             key, value = torch.cat([key, clean_key], dim=2), torch.cat([value, clean_value], dim=2)
@@ -81,7 +88,8 @@ class CleanHalf:
 
 
 def mask_rows(prompt: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions [B, R] of the MASK rows (P .. length-2, then padding); which of them are no padding [B, R] (bool)."""
+    """Positions [B, R] of the MASK rows (P .. length-2, then padding); which of them are no padding
+    [B, R] (bool)."""
     count = length - prompt - 1
     row = torch.arange(max(int(count.max()), 1), device=prompt.device)
     return prompt[:, None] + row, row < count[:, None]
@@ -93,19 +101,27 @@ def clean_rows(prompt: Tensor, length: Tensor, width: int) -> Tensor:
     return (position >= prompt[:, None] - 1) & (position < length[:, None] - 1)
 
 
-def visible(positions: Tensor, prompt: Tensor, phase: Tensor, block_size: int, width: int) -> Tensor:
+def visible(
+    positions: Tensor, prompt: Tensor, phase: Tensor, block_size: int, width: int
+) -> Tensor:
     """What the MASK rows at `positions` [B, R] see of `[x_t | x_0]`: bool [B, 1, R, R + width]."""
     start = (positions + phase[:, None]) // block_size * block_size - phase[:, None]
-    own = (start[:, :, None] == start[:, None, :]) & (positions[:, :, None] >= positions[:, None, :])
-    text = torch.arange(width, device=positions.device) < torch.maximum(start, prompt[:, None])[:, :, None]
+    own = (start[:, :, None] == start[:, None, :]) & (
+        positions[:, :, None] >= positions[:, None, :]
+    )
+    text = (
+        torch.arange(width, device=positions.device)
+        < torch.maximum(start, prompt[:, None])[:, :, None]
+    )
     return torch.cat([own, text], dim=2)[:, None]
 
 
 def soft_term(noisy: Tensor, clean: Tensor, kind: str) -> Tensor:
-    """Sum over the rows of the distance of q = softmax(noisy) from its teacher p = softmax(clean), both [n, V].
+    """Sum over the rows of the distance of q = softmax(noisy) from its teacher p = softmax(clean),
+    both [n, V].
 
-    "kl" is KL(p || q); "tv" the total variation, which is one minus the acceptance rate sum min(p, q). p has no
-    gradient.
+    "kl" is KL(p || q); "tv" the total variation, which is one minus the acceptance rate sum min(p,
+    q). p has no gradient.
     """
     teacher = clean.detach().log_softmax(-1)
     student = noisy.log_softmax(-1)
@@ -132,28 +148,37 @@ class Objective(nn.Module):
 
     def forward(self, texts: Texts, wanted: Wanted) -> Terms:
         """The sums of the wanted terms over the batch."""
-        noisy_logits, clean_logits = self.logits(texts, wanted.block_size, wanted.clean or wanted.soft != "none")
+        noisy_logits, clean_logits = self.logits(
+            texts, wanted.block_size, wanted.clean or wanted.soft != "none"
+        )
         zero = texts.tokens.new_zeros((), dtype=torch.float32)
         noisy = clean = soft = zero
         positions, is_row = mask_rows(texts.prompt, texts.length)
         if wanted.block_size:
-            noisy = F.cross_entropy(noisy_logits, _next(texts.tokens, positions)[is_row], reduction="sum")
+            noisy = F.cross_entropy(
+                noisy_logits, _next(texts.tokens, positions)[is_row], reduction="sum"
+            )
         if wanted.clean:
-            is_target = F.pad(clean_rows(texts.prompt, texts.length, texts.tokens.shape[1]), (1, 0))[:, :-1]
+            is_target = F.pad(
+                clean_rows(texts.prompt, texts.length, texts.tokens.shape[1]), (1, 0)
+            )[:, :-1]
             clean = F.cross_entropy(clean_logits, texts.tokens[is_target], reduction="sum")
         if wanted.soft != "none":
             soft = soft_term(noisy_logits, clean_logits[self.teachers(texts)], wanted.soft)
         return Terms(noisy, clean, soft)
 
     def logits(self, texts: Texts, block_size: int, clean: bool) -> tuple[Tensor, Tensor]:
-        """Logits of the supervised MASK rows [n, V] and supervised clean rows [n', V]; empty where not asked for."""
+        """Logits of the supervised MASK rows [n, V] and supervised clean rows [n', V]; empty where
+        not asked for."""
         width = texts.tokens.shape[1]
         none = texts.tokens.new_zeros((0, self.idlm.vocab_size), dtype=torch.float32)
         with torch.set_grad_enabled(self.trains_clean and torch.is_grad_enabled()):
             place = torch.arange(width, device=texts.tokens.device).expand_as(texts.tokens)
             half = CleanHalf(_causal(place))
             hidden = self.idlm.hidden(texts.tokens, place, None, cache=half)
-            clean_logits = self._head(hidden[clean_rows(texts.prompt, texts.length, width)]) if clean else none
+            clean_logits = (
+                self._head(hidden[clean_rows(texts.prompt, texts.length, width)]) if clean else none
+            )
         if not block_size:
             return none, clean_logits
         positions, is_row = mask_rows(texts.prompt, texts.length)
@@ -164,16 +189,19 @@ class Objective(nn.Module):
 
     @staticmethod
     def teachers(texts: Texts) -> Tensor:
-        """Which of the n' supervised clean rows predict the token of a MASK row: all but each text's first, [n']."""
+        """Which of the n' supervised clean rows predict the token of a MASK row: all but each
+        text's first, [n']."""
         width = texts.tokens.shape[1]
         first = torch.arange(width, device=texts.tokens.device) == texts.prompt[:, None] - 1
         return ~first[clean_rows(texts.prompt, texts.length, width)]
 
     @torch.no_grad()
     def measure(self, texts: Texts, block_size: int) -> Tensor:
-        """Sums per draft depth 1..b: rows, sum_v min(p, q), and rows whose argmax agrees; [3, b] in float64.
+        """Sums per draft depth 1..b: rows, sum_v min(p, q), and rows whose argmax agrees; [3, b] in
+        float64.
 
-        The MASK row at the k-th place of its block knows everything before the block, and so is a draft of depth k.
+        The MASK row at the k-th place of its block knows everything before the block, and so is a
+        draft of depth k.
         """
         noisy, clean = self.logits(texts, block_size, clean=True)
         teacher, student = clean[self.teachers(texts)].softmax(-1), noisy.softmax(-1)
@@ -182,7 +210,9 @@ class Objective(nn.Module):
         start = torch.maximum(start - texts.phase[:, None] % block_size, texts.prompt[:, None])
         depth = (positions - start)[is_row]
         agree = teacher.argmax(-1) == student.argmax(-1)
-        rows = torch.stack([torch.ones_like(depth), torch.minimum(teacher, student).sum(-1), agree]).double()
+        rows = torch.stack(
+            [torch.ones_like(depth), torch.minimum(teacher, student).sum(-1), agree]
+        ).double()
         return rows.new_zeros(3, block_size).index_add_(1, depth, rows)
 
     def _head(self, hidden: Tensor) -> Tensor:
@@ -190,7 +220,9 @@ class Objective(nn.Module):
         logits = self.idlm.head(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if not self.emits_mask and self.idlm.mask_id < logits.shape[-1]:
-            logits = logits.index_fill(-1, torch.tensor(self.idlm.mask_id, device=logits.device), EXCLUDED)
+            logits = logits.index_fill(
+                -1, torch.tensor(self.idlm.mask_id, device=logits.device), EXCLUDED
+            )
         return logits
 
 

@@ -19,10 +19,14 @@ from idlm.training.setup import base_model, trainee
 
 def processes(config: TrainConfig) -> Accelerator:
     """Join the other processes of the run, if a launcher started several."""
-    accelerator = Accelerator(cpu=config.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no")
+    accelerator = Accelerator(
+        cpu=config.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no"
+    )
     gpus = torch.cuda.device_count() if accelerator.device.type == "cuda" else 0
     if gpus > 1 and accelerator.num_processes == 1:
-        raise InputError(f"{gpus} GPUs for one process; start with torchrun, or set CUDA_VISIBLE_DEVICES")
+        raise InputError(
+            f"{gpus} GPUs for one process; start with torchrun, or set CUDA_VISIBLE_DEVICES"
+        )
     return accelerator
 
 

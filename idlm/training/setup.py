@@ -39,7 +39,9 @@ class Trainee:
         """Write the adapter, or the whole model with its tokenizer, so that `idlm.load` reads it."""
         self.idlm.block_size = block_size
         if self.spec is not None:
-            adapter.save(self.idlm, self.spec, folder, self.fingerprint, self.idlm.mask_id, block_size)
+            adapter.save(
+                self.idlm, self.spec, folder, self.fingerprint, self.idlm.mask_id, block_size
+            )
         else:
             save_full(self.idlm, folder, block_size)
 
@@ -60,7 +62,8 @@ class Trainee:
 
 
 def base_model(config: ModelConfig) -> Idlm:
-    """The model as it is before training: loaded, or built from its architecture with fresh weights."""
+    """The model as it is before training: loaded, or built from its architecture with fresh
+    weights."""
     if config.architecture is not None:
         return _from_scratch(config)
     return load(str(config.path), dtype=getattr(torch, config.dtype))
@@ -86,15 +89,21 @@ def _from_scratch(config: ModelConfig) -> Idlm:
     keys.setdefault("vocab_size", len(tokenizer))
     if keys["vocab_size"] < len(tokenizer):
         size = keys["vocab_size"]
-        raise InputError(f"model.architecture.vocab_size is {size}; the tokenizer has {len(tokenizer)} tokens")
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        raise InputError(
+            f"model.architecture.vocab_size is {size}; the tokenizer has {len(tokenizer)} tokens"
+        )
+    special = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
     try:
         full = AutoConfig.for_model(**special, **keys, mask_token_id=tokenizer.mask_token_id)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             full, attn_implementation=NAME, dtype=getattr(torch, config.dtype)
         )
     except Exception as error:  # each family has its own checks
-        raise InputError(f"model.architecture is refused: {first_line(error)}; see configs/nano-base.yaml") from error
+        raise InputError(
+            f"model.architecture is refused: {first_line(error)}; see configs/nano-base.yaml"
+        ) from error
     return Idlm(model, tokenizer, tokenizer.mask_token_id, name="from scratch")
 
 
@@ -102,23 +111,35 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
     """The keys of `model.architecture`, each known to its model_type."""
     keys = dict(config.architecture or {})
     try:
-        known = [*AutoConfig.for_model(str(keys.get("model_type"))).to_dict(), "model_type", "rope_theta"]
+        known = [
+            *AutoConfig.for_model(str(keys.get("model_type"))).to_dict(),
+            "model_type",
+            "rope_theta",
+        ]
     except ValueError:
         name = keys.get("model_type")
-        raise InputError(f"model.architecture.model_type is {name!r}; name one of transformers', as qwen3") from None
+        raise InputError(
+            f"model.architecture.model_type is {name!r}; name one of transformers', as qwen3"
+        ) from None
     for key in keys:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise InputError(f"unknown key model.architecture.{key}; the nearest known key of it is {nearest}")
+            raise InputError(
+                f"unknown key model.architecture.{key}; the nearest known key of it is {nearest}"
+            )
     return keys
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     """That of a registered source, else the one in a folder; it must have a mask token."""
     try:
-        tokenizer = SOURCES[name].tokenizer() if name in SOURCES else AutoTokenizer.from_pretrained(name)
+        tokenizer = (
+            SOURCES[name].tokenizer() if name in SOURCES else AutoTokenizer.from_pretrained(name)
+        )
     except (OSError, ValueError) as error:
-        raise InputError(f"model.tokenizer {name!r} cannot be loaded: {first_line(error)}; try nano") from None
+        raise InputError(
+            f"model.tokenizer {name!r} cannot be loaded: {first_line(error)}; try nano"
+        ) from None
     if tokenizer.mask_token_id is None:
         raise InputError(f"model.tokenizer {name!r} has no mask token; add one to it")
     return tokenizer

@@ -1,6 +1,7 @@
 """Strict reading of plain values (YAML, JSON) into dataclasses, with overrides from a command line.
 
-Nothing here knows what is configured: a dataclass's fields are the keys and its annotations the types.
+Nothing here knows what is configured: a dataclass's fields are the keys and its annotations the
+types.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def override_key(tree: dict[str, Any], override: str) -> None:
     """Write one `--a.b=c` into the tree."""
     path, equals, value = override.removeprefix("--").partition("=")
     if not override.startswith("--") or not equals or not path:
-        raise InputError(f"{override!r} is not an override; write --key=value, such as --optimizer.lr=0.001")
+        raise InputError(
+            f"{override!r} is not an override; write --key=value, such as --optimizer.lr=0.001"
+        )
     node: Any = tree
     *parents, last = path.split(".")
     for parent in parents:
@@ -48,9 +51,13 @@ def _child(node: Any, name: str, path: str) -> Any:
             child = node[name] = {}
         return child
     if not isinstance(node, list):
-        raise InputError(f"--{path}: {name!r} is inside a value, not a section; see configs/ for the keys")
+        raise InputError(
+            f"--{path}: {name!r} is inside a value, not a section; see configs/ for the keys"
+        )
     if not name.isdecimal() or int(name) >= len(node):
-        raise InputError(f"--{path}: {name!r} is not the number of one of its {len(node)} items; count from 0")
+        raise InputError(
+            f"--{path}: {name!r} is not the number of one of its {len(node)} items; count from 0"
+        )
     return node[int(name)]
 
 
@@ -69,12 +76,23 @@ def build(cls: type, tree: Any, where: str) -> Any:
     for key in tree:
         if key not in fields:
             nearest = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)[0]
-            raise InputError(f"unknown key {prefix}{key}; the nearest known key is {prefix}{nearest}")
+            raise InputError(
+                f"unknown key {prefix}{key}; the nearest known key is {prefix}{nearest}"
+            )
     for key, f in fields.items():
-        if key not in tree and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+        if (
+            key not in tree
+            and f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        ):
             raise InputError(f"the key {prefix}{key} is missing; add it to the config")
     names = {key: f.name for key, f in fields.items()}
-    return cls(**{names[key]: _convert(value, hints[names[key]], prefix + key) for key, value in tree.items()})
+    return cls(
+        **{
+            names[key]: _convert(value, hints[names[key]], prefix + key)
+            for key, value in tree.items()
+        }
+    )
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
@@ -95,17 +113,25 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     elif hint is float:
         if (number := _number(value)) is not None:
             return number
-    elif isinstance(value, get_origin(hint) or hint) and not (hint is int and isinstance(value, bool)):
+    elif isinstance(value, get_origin(hint) or hint) and not (
+        hint is int and isinstance(value, bool)
+    ):
         return value
     raise InputError(f"{key} is {value!r}; expected {_name(hint)}")
 
 
 def _convert_list(value: Any, options: tuple[Any, ...], key: str) -> tuple[Any, ...]:
-    """A list as a tuple: of any length where the hint is `tuple[T, ...]`, else of the hint's length."""
+    """A list as a tuple: of any length where the hint is `tuple[T, ...]`, else of the hint's
+    length."""
     any_length = options[-1] is Ellipsis
     if not isinstance(value, list | tuple) or not (any_length or len(value) == len(options)):
-        raise InputError(f"{key} is {value!r}; expected a list" + ("" if any_length else f" of {len(options)}"))
-    return tuple(_convert(item, options[0] if any_length else options[i], f"{key}.{i}") for i, item in enumerate(value))
+        raise InputError(
+            f"{key} is {value!r}; expected a list" + ("" if any_length else f" of {len(options)}")
+        )
+    return tuple(
+        _convert(item, options[0] if any_length else options[i], f"{key}.{i}")
+        for i, item in enumerate(value)
+    )
 
 
 def _number(value: Any) -> float | None:

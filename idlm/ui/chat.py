@@ -1,4 +1,5 @@
-"""`Chat`: a conversation in a terminal, or over pipes; answers go to stdout, everything else to stderr."""
+"""`Chat`: a conversation in a terminal, or over pipes; answers go to stdout, everything else to
+stderr."""
 
 from __future__ import annotations
 
@@ -37,7 +38,10 @@ class Chat:
 
     def __init__(self, partner: Partner, colours: bool = False) -> None:
         self._partner = partner
-        self._out, self._notes = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+        self._out, self._notes = (
+            Console(highlight=False, soft_wrap=True),
+            Console(stderr=True, highlight=False),
+        )
         self._instructions: list[Message] = []
         self._turns: list[Message] = []
         self._drafting, self._colours = True, False
@@ -57,7 +61,12 @@ class Chat:
             except KeyboardInterrupt:
                 self._note("/exit or ctrl-D ends the chat")
             except InputError as error:
-                self._notes.print(f"error: {' '.join(str(error).split())}", style="red", markup=False, soft_wrap=True)
+                self._notes.print(
+                    f"error: {' '.join(str(error).split())}",
+                    style="red",
+                    markup=False,
+                    soft_wrap=True,
+                )
 
     def take(self, line: str) -> bool:
         """Act on a line of input; False: it ends the chat.
@@ -79,7 +88,11 @@ class Chat:
         if command == "/system":
             self._instruct(rest)
             return
-        actions = {"/reset": self._reset, "/ar": self._switch_drafting, "/colors": self._switch_colours}
+        actions = {
+            "/reset": self._reset,
+            "/ar": self._switch_drafting,
+            "/colors": self._switch_colours,
+        }
         action = (actions | {"/help": self._help}).get(command)
         if action is None:
             raise InputError(f"{command!r} is no command; /help lists them")
@@ -107,19 +120,24 @@ class Chat:
 
     def _switch_colours(self) -> None:
         if not self._partner.traced:
-            raise InputError(f"{self._partner.name} does not say where tokens come from; only an idlm server does")
+            raise InputError(
+                f"{self._partner.name} does not say where tokens come from; only an idlm server does"
+            )
         self._colours = not self._colours
         self._note("colours are on" if self._colours else "colours are off")
         for source in LEGEND if self._colours else ():
             self._notes.print(f"[{COLOURS[source]}]{source}[/] {LEGEND[source]}")
 
     def _say(self, text: str) -> None:
-        """One turn; without an answer it is as if nothing had been said. Where it is too long, the oldest turns go."""
+        """One turn; without an answer it is as if nothing had been said. Where it is too long, the
+        oldest turns go."""
         turns = [*self._turns, {"role": "user", "content": text}]
         answer = None
         while answer is None:
             try:
-                answer = self._show(self._partner.answer([*self._instructions, *turns], self._drafting))
+                answer = self._show(
+                    self._partner.answer([*self._instructions, *turns], self._drafting)
+                )
             except ContextFull:
                 if len(turns) == 1:
                     raise

@@ -24,7 +24,9 @@ class LocalPartner:
         tokenizer = llm.idlm.tokenizer
         if tokenizer is None or not tokenizer.chat_template:
             name = llm.idlm.name
-            raise InputError(f"model {name!r} has no chat template; use 'idlm generate {name}', which completes text")
+            raise InputError(
+                f"model {name!r} has no chat template; use 'idlm generate {name}', which completes text"
+            )
         self.name = llm.idlm.name
         self.drafts = self.traced = llm.stride > 1
         self._llm, self._params, self._tokenizer = llm, params, tokenizer
@@ -44,7 +46,10 @@ class LocalPartner:
         yield from self._llm.stream(prompt, self._params, drafting=drafting)
 
     def _piece(self, update: Update) -> Piece:
-        texts = [str(self._tokenizer.decode([token], skip_special_tokens=True)) for token in update.tokens]
+        texts = [
+            str(self._tokenizer.decode([token], skip_special_tokens=True))
+            for token in update.tokens
+        ]
         return Piece(update.text, list(zip(texts, update.sources, strict=True)))
 
 
@@ -54,7 +59,8 @@ def _end(result: Result) -> End:
 
 @contextmanager
 def interrupts_held() -> Iterator[Callable[[], None]]:
-    """Hold ctrl-C until the function that this gives is called: it must not cut a step of the engine in two."""
+    """Hold ctrl-C until the function that this gives is called: it must not cut a step of the
+    engine in two."""
     came: list[bool] = []
 
     def check() -> None:

@@ -30,7 +30,8 @@ TOO_LONG = re.compile(r"context|a prompt (has|of) [0-9]+", re.IGNORECASE)
 """How servers say that a conversation is too long; there is no code for it that all of them use."""
 STANDARD = ("stop", "presence_penalty", "frequency_penalty", "seed", "logit_bias")
 EXTENSIONS = ("top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "verification")
-"""Fields sent only where they differ from the defaults: the first are OpenAI's, the second vLLM's and ours."""
+"""Fields sent only where they differ from the defaults: the first are OpenAI's, the second vLLM's
+and ours."""
 SHOWN = 10
 
 
@@ -46,9 +47,13 @@ class RemotePartner:
         InputError: it cannot be reached, does not take the key, or has no such model.
     """
 
-    def __init__(self, url: str, key: str | None, model: str | None, params: SamplingParams) -> None:
+    def __init__(
+        self, url: str, key: str | None, model: str | None, params: SamplingParams
+    ) -> None:
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
-            raise InputError(f"--url {url!r} is no URL of a server; write for example http://127.0.0.1:8000/v1")
+            raise InputError(
+                f"--url {url!r} is no URL of a server; write for example http://127.0.0.1:8000/v1"
+            )
         self._url, self._params = url, params
         self._client = OpenAI(base_url=url, api_key=key or "none")
         self._fields = request_fields(params)
@@ -56,7 +61,9 @@ class RemotePartner:
         self.name = _choose(model, cards, url)
         card = cards.get(self.name)
         self.traced = card is not None and card.owned_by == OWNER
-        self._ar = next((id for id in cards if id.endswith(AR_SUFFIX)), None) if self.traced else None
+        self._ar = (
+            next((id for id in cards if id.endswith(AR_SUFFIX)), None) if self.traced else None
+        )
         self.drafts = self._ar is not None
         self._context: int | None = getattr(card, "max_model_len", None) if self.traced else None
 
@@ -81,7 +88,9 @@ class RemotePartner:
         """Tokens of a conversation; only our own server is asked."""
         root = str(self._client.base_url).rstrip("/").removesuffix("/v1")
         body = {"messages": list(messages)}
-        return int(self._client.post(f"{root}/tokenize", body=body, cast_to=dict[str, Any])["count"])
+        return int(
+            self._client.post(f"{root}/tokenize", body=body, cast_to=dict[str, Any])["count"]
+        )
 
     def _stream(self, messages: Sequence[Message], model: str) -> Iterator[Piece | End]:
         fields: dict[str, Any] = {"model": model, "messages": list(messages), **self._fields}
@@ -89,7 +98,9 @@ class RemotePartner:
             fields["extra_body"] = fields["extra_body"] | {"idlm": {"trace": True}}
         reason = tokens = tpf = None
         options: Any = {"include_usage": True}
-        with self._client.chat.completions.create(stream=True, stream_options=options, **fields) as chunks:
+        with self._client.chat.completions.create(
+            stream=True, stream_options=options, **fields
+        ) as chunks:
             for chunk in chunks:
                 tokens = chunk.usage.completion_tokens if chunk.usage else tokens
                 for choice in chunk.choices:
@@ -107,14 +118,15 @@ class RemotePartner:
             raise _refused(error, self._url) from error
         except APIConnectionError as error:
             reason = error.__cause__ or error
-            raise InputError(f"{self._url} cannot be reached ({reason}); is a server running there?") from error
+            raise InputError(
+                f"{self._url} cannot be reached ({reason}); is a server running there?"
+            ) from error
         except APIError as error:
             raise InputError(f"{self._url} broke the answer off: {error.message}") from error
         except InputError:
             raise
-        except (
-            Exception
-        ) as error:  # the HTTP library under the client raises its own kinds, and what came may be no JSON
+        # the HTTP library under the client raises its own kinds, and what came may be no JSON
+        except Exception as error:
             raise InputError(
                 f"{self._url} gave no answer of OpenAI's API ({first_line(error)}); check the URL"
             ) from error
@@ -127,13 +139,23 @@ def request_fields(params: SamplingParams) -> dict[str, Any]:
         InputError: there is no field for one that was given.
     """
     if params.banned_tokens:
-        raise InputError("--banned-token cannot be sent to a server; use --logit-bias TOKEN_ID=-100")
+        raise InputError(
+            "--banned-token cannot be sent to a server; use --logit-bias TOKEN_ID=-100"
+        )
     default = SamplingParams()
 
     def given(names: Sequence[str]) -> dict[str, Any]:
-        return {name: getattr(params, name) for name in names if getattr(params, name) != getattr(default, name)}
+        return {
+            name: getattr(params, name)
+            for name in names
+            if getattr(params, name) != getattr(default, name)
+        }
 
-    always = {"max_tokens": params.max_tokens, "temperature": params.temperature, "top_p": params.top_p}
+    always = {
+        "max_tokens": params.max_tokens,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+    }
     return {**always, **given(STANDARD), "extra_body": given(EXTENSIONS)}
 
 
@@ -156,8 +178,12 @@ def _refused(error: APIStatusError, url: str) -> InputError:
     body = error.body
     message = str(body.get("message") or body) if isinstance(body, dict) else error.message
     if isinstance(error, AuthenticationError | PermissionDeniedError):
-        return InputError(f"{url} does not take this API key ({message}); give another with --api-key")
-    kind = ContextFull if error.status_code in (400, 413) and TOO_LONG.search(message) else InputError
+        return InputError(
+            f"{url} does not take this API key ({message}); give another with --api-key"
+        )
+    kind = (
+        ContextFull if error.status_code in (400, 413) and TOO_LONG.search(message) else InputError
+    )
     return kind(f"{url} answers {error.status_code}: {message}")
 
 

@@ -22,8 +22,9 @@ Token = tuple[str, str]
 class Painter:
     """Colours a text that comes in pieces by the tokens it is made of.
 
-    A token's text alone can differ from what it adds to the whole: a part of a character, a space that the tokenizer
-    leaves out, text held back for a stop string. What cannot be told apart has the colour of the last token it is of.
+    A token's text alone can differ from what it adds to the whole: a part of a character, a space
+    that the tokenizer leaves out, text held back for a stop string. What cannot be told apart has
+    the colour of the last token it is of.
     """
 
     def __init__(self) -> None:
@@ -54,4 +55,7 @@ class Painter:
 
 def harmless(text: str) -> str:
     """The text without control characters, which could rewrite the terminal."""
-    return "".join(one if one in "\n\t" or category(one) != "Cc" else "\N{REPLACEMENT CHARACTER}" for one in text)
+    return "".join(
+        one if one in "\n\t" or category(one) != "Cc" else "\N{REPLACEMENT CHARACTER}"
+        for one in text
+    )

@@ -12,7 +12,8 @@ from idlm.ui.colours import Token
 Message = dict[str, str]
 """A message: "role" and "content"."""
 ANSWER_SHARE = 4
-"""At least one part in so many of the context is kept for an answer, if `max_tokens` asks for that much."""
+"""At least one part in so many of the context is kept for an answer, if `max_tokens` asks for that
+much."""
 
 
 class ContextFull(InputError):
@@ -65,4 +66,6 @@ def check_room(tokens: int, max_tokens: int, context: int) -> None:
     """
     most = context - min(max_tokens, context // ANSWER_SHARE)
     if tokens > most:
-        raise ContextFull(f"the conversation has {tokens} tokens of {most} that leave room for an answer; say less")
+        raise ContextFull(
+            f"the conversation has {tokens} tokens of {most} that leave room for an answer; say less"
+        )

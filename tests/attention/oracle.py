@@ -44,13 +44,23 @@ class Case:
 
     def to(self, dtype: torch.dtype) -> Case:
         rows = (self.query, self.key, self.value, self.pages)
-        return Case(*(rows_.to(dtype) for rows_ in rows), self.table, self.lengths, self.visible, self.scale)  # type: ignore[call-arg]
+        return Case(
+            *(rows_.to(dtype) for rows_ in rows), self.table, self.lengths, self.visible, self.scale
+        )  # type: ignore[call-arg]
 
 
 def case(
-    lengths: list[int], width: int, heads: int, groups: int, size: int, page: int, causal: bool, seed: int = 0
+    lengths: list[int],
+    width: int,
+    heads: int,
+    groups: int,
+    size: int,
+    page: int,
+    causal: bool,
+    seed: int = 0,
 ) -> Case:
-    """Random values in float64; every page row that no token stands behind, the trash page's too, is NaN."""
+    """Random values in float64; every page row that no token stands behind, the trash page's too,
+    is NaN."""
     torch.manual_seed(seed)
     batch, columns = len(lengths), max(1, max(-(-length // page) for length in lengths)) + 1
     number = 1 + batch * columns
@@ -58,7 +68,9 @@ def case(
     table = (torch.randperm(number - 1) + 1).view(batch, columns)
     for slot, length in enumerate(lengths):
         for token in range(length):
-            pages[:, table[slot, token // page], token % page] = torch.randn(2, groups, size, dtype=torch.float64)
+            pages[:, table[slot, token // page], token % page] = torch.randn(
+                2, groups, size, dtype=torch.float64
+            )
         table[slot, -(-length // page) :] = torch.randint(number, (columns - -(-length // page),))
     return Case(
         query=torch.randn(batch, width, heads, size, dtype=torch.float64).to(DEVICE),
@@ -73,7 +85,8 @@ def case(
 
 
 def random_visible(batch: int, width: int) -> Tensor:
-    """Random visibility int64 [batch, width]; a row sees itself and about half of the rows before it."""
+    """Random visibility int64 [batch, width]; a row sees itself and about half of the rows before
+    it."""
     bits = (torch.rand(batch, width, width) < 0.5).tril() | torch.eye(width, dtype=torch.bool)
     return (bits.long() << torch.arange(width)).sum(-1)
 
@@ -82,7 +95,9 @@ def attend(backend: Backend[Any], case: Case) -> Tensor:
     """As an engine step calls a back-end: [B, W, H, E]. The real rows go to the trash page."""
     segment = Segment(case.table, case.lengths, trash(case), case.visible)
     qkv = QKV(*(rows.flatten(0, 1) for rows in (case.query, case.key, case.value)))
-    return backend.attend(backend.prepare(segment), case.pages, qkv, case.scale).view(case.query.shape)
+    return backend.attend(backend.prepare(segment), case.pages, qkv, case.scale).view(
+        case.query.shape
+    )
 
 
 def trash(case: Case) -> Tensor:
@@ -107,9 +122,17 @@ def slow_attention(case: Case) -> Tensor:
 def seen_rows(case: Case, slot: int, row: int) -> tuple[Tensor, Tensor]:
     """The keys and values that one window row sees, in their order: each [seen, G, E]."""
     page = case.pages.shape[2]
-    prefix = [case.pages[:, case.table[slot, t // page], t % page] for t in range(int(case.lengths[slot]))]
+    prefix = [
+        case.pages[:, case.table[slot, t // page], t % page] for t in range(int(case.lengths[slot]))
+    ]
     word = (1 << row + 1) - 1 if case.visible is None else int(case.visible[slot, row])
     width = case.query.shape[1]
-    window = [torch.stack([case.key[slot, s], case.value[slot, s]]) for s in range(width) if word >> s & 1]
-    rows = torch.stack(prefix + window, 1) if prefix or window else case.pages.new_zeros(2, 0, *case.key.shape[2:])
+    window = [
+        torch.stack([case.key[slot, s], case.value[slot, s]]) for s in range(width) if word >> s & 1
+    ]
+    rows = (
+        torch.stack(prefix + window, 1)
+        if prefix or window
+        else case.pages.new_zeros(2, 0, *case.key.shape[2:])
+    )
     return rows[0], rows[1]

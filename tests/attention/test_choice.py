@@ -29,7 +29,9 @@ def test_triton_serves_where_there_is_a_gpu_and_a_type_it_has(dtype: torch.dtype
 
 @pytest.mark.parametrize("faster", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_on_a_cpu_the_faster_serves(faster: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cpu_the_faster_serves(
+    faster: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cpu, "faster", lambda *calls: faster)
     chosen = choose(pages(dtype, torch.device("cpu")), 2)
     assert isinstance(chosen, CpuAttention if faster and native.loaded() else TorchAttention)
@@ -43,6 +45,9 @@ def test_the_log_says_what_was_timed(caplog: pytest.LogCaptureFixture) -> None:
     winner = "C" if isinstance(chosen, CpuAttention) else "torch"
     assert f"window attention 2x32: {winner}; C " in caplog.text
     caplog.clear()
-    for other in (pages(torch.bfloat16, torch.device("cpu")), pages(torch.float16, torch.device("cpu"))):
+    for other in (
+        pages(torch.bfloat16, torch.device("cpu")),
+        pages(torch.float16, torch.device("cpu")),
+    ):
         assert isinstance(choose(other, 2), TorchAttention)
     assert "window attention" not in caplog.text

@@ -24,7 +24,9 @@ def attend(case: Case) -> Tensor:
 
 
 def triton_attend(case: Case) -> Tensor:
-    pytest.importorskip("triton", reason="triton is not installed: only the PyTorch twin can be tested")
+    pytest.importorskip(
+        "triton", reason="triton is not installed: only the PyTorch twin can be tested"
+    )
     return run(InvariantTritonAttention(), case)
 
 
@@ -44,10 +46,16 @@ def test_attention_is_the_double_loop(
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("shape", [([0, 3], 1, 1, 1, 32, 4), ([40, 31], 3, 6, 2, 80, 16), ([9], 5, 8, 1, 128, 8)])
-def test_triton_attention_is_the_twin(shape: tuple[list[int], int, int, int, int, int], causal: bool) -> None:
+@pytest.mark.parametrize(
+    "shape", [([0, 3], 1, 1, 1, 32, 4), ([40, 31], 3, 6, 2, 80, 16), ([9], 5, 8, 1, 128, 8)]
+)
+def test_triton_attention_is_the_twin(
+    shape: tuple[list[int], int, int, int, int, int], causal: bool
+) -> None:
     one = case(*shape, causal=causal)
-    torch.testing.assert_close(triton_attend(one.to(torch.float32)), attend(one).float(), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        triton_attend(one.to(torch.float32)), attend(one).float(), atol=2e-5, rtol=1e-4
+    )
 
 
 def test_a_row_that_sees_nothing_gets_zeros() -> None:
@@ -57,9 +65,14 @@ def test_a_row_that_sees_nothing_gets_zeros() -> None:
     assert triton_attend(blind.to(torch.float32))[0].eq(0).all()
 
 
-@pytest.mark.parametrize(("kernel", "length"), [(attend, 0), (attend, 60), (attend, 70), (triton_attend, 30)])
-def test_attention_of_a_row_is_the_same_in_every_window(kernel: Callable[[Case], Tensor], length: int) -> None:
-    """One text, cached up to `length`; later rows brought by windows of every shape, with strangers beside it."""
+@pytest.mark.parametrize(
+    ("kernel", "length"), [(attend, 0), (attend, 60), (attend, 70), (triton_attend, 30)]
+)
+def test_attention_of_a_row_is_the_same_in_every_window(
+    kernel: Callable[[Case], Tensor], length: int
+) -> None:
+    """One text, cached up to `length`; later rows brought by windows of every shape, with strangers
+    beside it."""
     text = case([length], 9, 6, 2, 32, 4, causal=True).to(torch.float32)
     whole = kernel(text)
     for width in (1, 4):
@@ -71,7 +84,9 @@ def test_attention_of_a_row_is_the_same_in_every_window(kernel: Callable[[Case],
 
 def cut(one: Case, width: int) -> Case:
     """The first rows of its window."""
-    return replace(one, query=one.query[:, :width], key=one.key[:, :width], value=one.value[:, :width])
+    return replace(
+        one, query=one.query[:, :width], key=one.key[:, :width], value=one.value[:, :width]
+    )
 
 
 def beside(one: Case, others: Case, slot: int) -> Case:
@@ -99,7 +114,8 @@ def beside(one: Case, others: Case, slot: int) -> Case:
 
 
 class InvariantCache:
-    """One layer set of pages for the bundled model; every forward brings the same number of rows for each slot."""
+    """One layer set of pages for the bundled model; every forward brings the same number of rows
+    for each slot."""
 
     def __init__(self, model: Idlm, slots: int) -> None:
         config = model.model.config
@@ -111,9 +127,14 @@ class InvariantCache:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         batch, _, width, _ = query.shape
         rows = cache_rows(self.table, self.lengths[:, None] + torch.arange(width), 16)
-        backend, segment = InvariantAttention(self.pages[layer]), Segment(self.table, self.lengths, rows)
+        backend, segment = (
+            InvariantAttention(self.pages[layer]),
+            Segment(self.table, self.lengths, rows),
+        )
         qkv = QKV(*(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)))
-        return backend.attend(backend.prepare(segment), self.pages[layer], qkv, scale).unflatten(0, (batch, width))
+        return backend.attend(backend.prepare(segment), self.pages[layer], qkv, scale).unflatten(
+            0, (batch, width)
+        )
 
 
 def logits(model: Idlm, texts: Tensor, widths: list[int]) -> Tensor:
@@ -130,7 +151,8 @@ def logits(model: Idlm, texts: Tensor, widths: list[int]) -> Tensor:
 
 @torch.inference_mode()
 def test_logits_of_the_bundled_model_do_not_depend_on_batch_or_width() -> None:
-    """Bit-equal float32 logits for 1, 3 and 8 texts side by side and for windows of 1, 7 and 16 rows."""
+    """Bit-equal float32 logits for 1, 3 and 8 texts side by side and for windows of 1, 7 and 16
+    rows."""
     model = idlm.load("nano")
     torch.manual_seed(0)
     texts = torch.randint(10, model.vocab_size, (8, 80))

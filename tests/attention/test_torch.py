@@ -49,7 +49,9 @@ def test_the_twin_takes_64_rows_and_more(causal: bool) -> None:
 def test_a_trace_follows_the_width_of_the_table() -> None:
     """What the engine records once must hold for longer prefixes, whose tables have more columns."""
 
-    def step(query: Tensor, key: Tensor, value: Tensor, pages: Tensor, table: Tensor, lengths: Tensor) -> Tensor:
+    def step(
+        query: Tensor, key: Tensor, value: Tensor, pages: Tensor, table: Tensor, lengths: Tensor
+    ) -> Tensor:
         return attend(Case(query, key, value, pages, table, lengths, None, 0.5))
 
     def arguments(one: Case) -> tuple[Tensor, ...]:
@@ -62,7 +64,12 @@ def test_a_trace_follows_the_width_of_the_table() -> None:
 
 
 @settings(max_examples=30)
-@given(page=st.sampled_from([1, 3, 16]), start=st.integers(0, 20), rows=st.integers(1, 9), seed=st.integers(0, 2**20))
+@given(
+    page=st.sampled_from([1, 3, 16]),
+    start=st.integers(0, 20),
+    rows=st.integers(1, 9),
+    seed=st.integers(0, 2**20),
+)
 def test_what_is_written_is_read_as_prefix(page: int, start: int, rows: int, seed: int) -> None:
     """A window over rows just written equals one that brought them along."""
     both = case([start, start], rows + 2, 2, 1, 8, page, causal=True, seed=seed)

@@ -10,7 +10,9 @@ from idlm.attention.torch import TorchAttention
 from idlm.attention.triton import TritonAttention
 from tests.attention.oracle import SHAPES, Case, attend, case
 
-kernel = pytest.importorskip("idlm.kernels.window_attention_triton", reason="triton is not installed")
+kernel = pytest.importorskip(
+    "idlm.kernels.window_attention_triton", reason="triton is not installed"
+)
 
 
 def twin(case: Case) -> Tensor:
@@ -19,16 +21,22 @@ def twin(case: Case) -> Tensor:
 
 def triton_attend(case: Case, splits: int) -> Tensor:
     c = case
-    found: Tensor = kernel.attend(c.query, c.key, c.value, c.pages, c.table, c.lengths, c.visible, c.scale, splits)
+    found: Tensor = kernel.attend(
+        c.query, c.key, c.value, c.pages, c.table, c.lengths, c.visible, c.scale, splits
+    )
     return found
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_triton_is_the_twin(shape: tuple[list[int], int, int, int, int, int], splits: int, causal: bool) -> None:
+def test_triton_is_the_twin(
+    shape: tuple[list[int], int, int, int, int, int], splits: int, causal: bool
+) -> None:
     one = case(*shape, causal=causal)
-    torch.testing.assert_close(triton_attend(one.to(torch.float32), splits), twin(one).float(), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        triton_attend(one.to(torch.float32), splits), twin(one).float(), atol=2e-5, rtol=1e-4
+    )
 
 
 def test_triton_chooses_its_splits() -> None:
@@ -55,7 +63,8 @@ def test_a_row_that_sees_nothing_gets_zeros(splits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("programs", "prefix", "splits"), [(1, 64, 1), (8, 4096, 32), (8, 40960, 33), (300, 4096, 1), (100, 4096, 2)]
+    ("programs", "prefix", "splits"),
+    [(1, 64, 1), (8, 4096, 32), (8, 40960, 33), (300, 4096, 1), (100, 4096, 2)],
 )
 def test_splits_fill_the_device_and_no_more(programs: int, prefix: int, splits: int) -> None:
     assert kernel.split_number(programs, prefix, keys=64, processors=132) == splits

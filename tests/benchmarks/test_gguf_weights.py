@@ -36,11 +36,18 @@ def source(tmp_path: Path) -> Path:
 def tensors(path: Path) -> dict[str, tuple[str, np.ndarray]]:
     """Format and values by name."""
     read = gguf.GGUFReader(path).tensors
-    return {one.name: (one.tensor_type.name, gguf.quants.dequantize(one.data, one.tensor_type)) for one in read}
+    return {
+        one.name: (one.tensor_type.name, gguf.quants.dequantize(one.data, one.tensor_type))
+        for one in read
+    }
 
 
-@pytest.mark.parametrize(("kind", "error"), [("F32", 0), ("F16", 1e-3), ("BF16", 8e-3), ("Q8_0", 8e-3)])
-def test_a_format_holds_the_same_numbers_as_far_as_it_can(source: Path, kind: str, error: float) -> None:
+@pytest.mark.parametrize(
+    ("kind", "error"), [("F32", 0), ("F16", 1e-3), ("BF16", 8e-3), ("Q8_0", 8e-3)]
+)
+def test_a_format_holds_the_same_numbers_as_far_as_it_can(
+    source: Path, kind: str, error: float
+) -> None:
     found, expected = tensors(ensure(source, [kind], source.parent)[kind]), tensors(source)
     assert {name: form for name, (form, _) in found.items()} == {
         "blk.0.ffn_up.weight": kind,

@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from benchmarks import gpu_smoke
-from benchmarks.gpu_check import SUMMARY, attempt, failures, main, run_part, said, start_part, summary
+from benchmarks.gpu_check import (
+    SUMMARY,
+    attempt,
+    failures,
+    main,
+    run_part,
+    said,
+    start_part,
+    summary,
+)
 from benchmarks.gpu_costs import weight_bytes
 from idlm import SamplingParams, load
 from idlm.models.idlm_model import Idlm
@@ -22,13 +31,18 @@ def test_the_weights_of_a_step_leave_out_an_embedding_that_is_no_head() -> None:
     tied, untied = tiny_model("qwen3"), tiny_model("qwen2")
     assert weight_bytes(Idlm(tied, None, 24)) == 8 * sum(p.numel() for p in tied.parameters())
     table = untied.get_input_embeddings().weight
-    assert weight_bytes(Idlm(untied, None, 24)) == 8 * (sum(p.numel() for p in untied.parameters()) - table.numel())
+    assert weight_bytes(Idlm(untied, None, 24)) == 8 * (
+        sum(p.numel() for p in untied.parameters()) - table.numel()
+    )
 
 
 def test_every_bound_that_does_not_hold_is_named() -> None:
     report = {
         "tests": {"passed": False},
-        "shape": {"costs": {"bounds": {"fast": [1.3, False], "small": [1.0, True]}}, "rows": [{"bounds": 3}]},
+        "shape": {
+            "costs": {"bounds": {"fast": [1.3, False], "small": [1.0, True]}},
+            "rows": [{"bounds": 3}],
+        },
         "nano": {"passed": True, "bounds": {"faster than AR": [0.9, False]}},
     }
     found = failures(report)
@@ -61,7 +75,9 @@ def test_the_bundled_model_gives_the_same_tokens_whatever_the_plan_and_the_batch
     assert gpu_smoke.same([[1, 2], [3]], [[1, 2], [4]]) == 0.5
 
 
-def test_a_part_writes_each_figure_and_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_part_writes_each_figure_and_goes_on_after_a_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def figures(until: float):  # type: ignore[no-untyped-def]
         yield "wrong", lambda: {"figure": 1 / 0}
         yield "right", lambda: {"figure": 3}
@@ -79,9 +95,15 @@ def test_a_part_that_takes_too_long_is_ended_and_named(tmp_path: Path) -> None:
 
 
 def test_summaries_are_short() -> None:
-    found = {f"figure {number}": {"seconds": 0.123456789, "bounds": {}, "name": "x" * 50} for number in range(99)}
+    found = {
+        f"figure {number}": {"seconds": 0.123456789, "bounds": {}, "name": "x" * 50}
+        for number in range(99)
+    }
     assert len(summary("costs", found)) == SUMMARY
-    assert summary("costs", {"a": found["figure 0"]}) == f"## costs\na: {{seconds:0.1235,name:{'x' * 50}}}"
+    assert (
+        summary("costs", {"a": found["figure 0"]})
+        == f"## costs\na: {{seconds:0.1235,name:{'x' * 50}}}"
+    )
 
 
 def test_what_pytest_said() -> None:
@@ -92,5 +114,9 @@ def test_what_pytest_said() -> None:
         "end",
     ]
     found = said(lines)
-    assert (found["counts"], found["failed"], found["errors"]) == (1, ["a.py::two[1] "], ["E   assert 1 == 2"])
+    assert (found["counts"], found["failed"], found["errors"]) == (
+        1,
+        ["a.py::two[1] "],
+        ["E   assert 1 == 2"],
+    )
     assert found["last"] == ["end"]

@@ -1,4 +1,5 @@
-"""The peer's client against a stand-in for llama.cpp's server, which needs neither the program nor a model."""
+"""The peer's client against a stand-in for llama.cpp's server, which needs neither the program nor
+a model."""
 
 from __future__ import annotations
 
@@ -64,13 +65,17 @@ def requests(*tokens: int) -> list[dict[str, Any]]:
     return [{"prompt_token_ids": [token, 1], "max_tokens": 3} for token in tokens]
 
 
-def test_a_closed_loop_keeps_the_order_and_no_more_in_flight_than_asked(llamacpp: ModuleType, address: str) -> None:
+def test_a_closed_loop_keeps_the_order_and_no_more_in_flight_than_asked(
+    llamacpp: ModuleType, address: str
+) -> None:
     answers = llamacpp.closed_loop(address, requests(5, 6, 7, 8, 4), 2)
     assert [answer.token_ids for answer in answers] == [[token] * 3 for token in (5, 6, 7, 8, 4)]
     assert StandIn.running == [0, 2]
 
 
-def test_requests_are_greedy_run_to_their_limit_and_live_off_no_cache(llamacpp: ModuleType, address: str) -> None:
+def test_requests_are_greedy_run_to_their_limit_and_live_off_no_cache(
+    llamacpp: ModuleType, address: str
+) -> None:
     llamacpp.ask(address, requests(5)[0])
     (asked,) = StandIn.asked
     assert asked["prompt"] == [5, 1] and asked["n_predict"] == 3

@@ -34,17 +34,24 @@ def recomputed(model: PreTrainedModel, request: Request) -> list[int]:
     return text[len(request.prompt_token_ids) :]
 
 
-def test_transformers_gives_the_models_own_tokens_alone_and_in_padded_batches(peer: Peer, checkpoint: Path) -> None:
+def test_transformers_gives_the_models_own_tokens_alone_and_in_padded_batches(
+    peer: Peer, checkpoint: Path
+) -> None:
     idlm = load(checkpoint / "base")
     requests = workload(idlm)(5, 1)
     stock = AutoModelForCausalLM.from_pretrained(checkpoint / "base", dtype=torch.float32)
     expected = [recomputed(stock, request) for request in requests]
     alone, batched = peer.run(requests, 1), peer.run(requests, 3)
-    assert [one.token_ids for one in alone.served] == [one.token_ids for one in batched.served] == expected
+    assert (
+        [one.token_ids for one in alone.served]
+        == [one.token_ids for one in batched.served]
+        == expected
+    )
 
 
 def test_times_add_up(peer: Peer, checkpoint: Path) -> None:
-    """Of all rounds: what else the machine does may fall between the requests of one, and not of every one."""
+    """Of all rounds: what else the machine does may fall between the requests of one, and not of
+    every one."""
     requests = workload(load(checkpoint / "base"))(4, 1)
     shares = []
     for _ in range(ROUNDS):
@@ -55,7 +62,10 @@ def test_times_add_up(peer: Peer, checkpoint: Path) -> None:
         assert run.peak_memory_mb > 50 and run.cpu_seconds > 0
         shares.append(spent / run.seconds)
     assert max(shares) > 0.5
-    assert (peer.engine, peer.mode) == ("transformers", "static") and set(peer.versions) == {"transformers", "torch"}
+    assert (peer.engine, peer.mode) == ("transformers", "static") and set(peer.versions) == {
+        "transformers",
+        "torch",
+    }
 
 
 def test_a_peer_that_does_not_start_is_reported(tmp_path: Path) -> None:

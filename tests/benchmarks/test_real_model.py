@@ -31,7 +31,9 @@ def test_what_follows_an_end_token_is_not_compared() -> None:
 
 
 def test_the_decoding_rate_counts_all_requests_in_flight() -> None:
-    assert real_model.decoding_rate(run([1, 2], [3, 4], tpot=0.02), concurrency=2) == pytest.approx(100)
+    assert real_model.decoding_rate(run([1, 2], [3, 4], tpot=0.02), concurrency=2) == pytest.approx(
+        100
+    )
 
 
 def test_a_peer_without_environment_is_named(
@@ -45,18 +47,33 @@ def test_a_peer_without_environment_is_named(
 def test_no_two_prompts_begin_alike(checkpoint: Path) -> None:
     llm = LLM(str(checkpoint / "base"), stride=1)
     asked = [request for seed in (0, 1) for request in draw(llm, 4, seed, 8)]
-    beginnings = {tuple(request.prompt_token_ids[:16]) for request in asked}  # a page of the KV cache
+    beginnings = {
+        tuple(request.prompt_token_ids[:16]) for request in asked
+    }  # a page of the KV cache
     assert len(beginnings) == len(asked) == 8
 
 
 def test_a_short_run(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "model"
     shutil.copytree(checkpoint / "base", folder)
-    config = json.loads((folder / "config.json").read_text())  # the prompts are long for the small tokenizer
+    config = json.loads(
+        (folder / "config.json").read_text()
+    )  # the prompts are long for the small tokenizer
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
     output = tmp_path / "results" / "real_model.json"
     command = f"x --model {folder} --threads 1 --concurrency 2 --precisions float32 --modes all --peers transformers"
-    short = ["--requests", "2", "--tokens", "4", "--repeats", "1", "--cost-repeats", "1", "--output", str(output)]
+    short = [
+        "--requests",
+        "2",
+        "--tokens",
+        "4",
+        "--repeats",
+        "1",
+        "--cost-repeats",
+        "1",
+        "--output",
+        str(output),
+    ]
     monkeypatch.setattr(sys, "argv", [*command.split(), *short])
     real_model.main()
     report = json.loads(output.read_text())

@@ -15,7 +15,8 @@ from benchmarks.harness.results import percentile
 from benchmarks.harness.workload import COMPLETIONS, bodies
 from benchmarks.server_faults import holds
 
-# the benchmark's own bounds in seconds are for a machine that does nothing else; here it counts what comes before what
+# the benchmark's own bounds in seconds are for a machine that does nothing else; here it counts
+# what comes before what
 COMMAND = idlm_serve("nano", "--threads", "1", "--branches", "all")
 
 
@@ -26,7 +27,10 @@ def test_faults() -> None:
             assert holds(found), found
             assert found["left"]["in the answer"] > 0
             found = await overload(server, "nano", 2, 3.0)
-            assert found["overload"]["hanging"] == 0 and sum(found["overload"]["statuses"].values()) >= 8, found
+            assert (
+                found["overload"]["hanging"] == 0
+                and sum(found["overload"]["statuses"].values()) >= 8
+            ), found
             found = await kill(server, "nano", 1, 8, HANG_SECONDS)
             assert holds(found), found
 
@@ -40,7 +44,9 @@ def test_an_overload_in_no_time_has_requests_all_the_same() -> None:
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         await reader.readexactly(int(head.partition(b"Content-Length: ")[2].split()[0]))
-        writer.write(b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        writer.write(
+            b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        )
         writer.close()
 
     async def main() -> None:
@@ -58,15 +64,26 @@ def test_drain() -> None:
 
 
 def test_a_server_that_does_not_start_is_reported_with_its_log() -> None:
-    with pytest.raises(RuntimeError, match="no/such/model"), ServerProcess(idlm_serve("no/such/model")):
+    with (
+        pytest.raises(RuntimeError, match="no/such/model"),
+        ServerProcess(idlm_serve("no/such/model")),
+    ):
         pass
 
 
 def test_what_an_answer_was() -> None:
     stream = {"content-type": "text/event-stream; charset=utf-8"}
-    told = Answer(0.0, 9, 200, stream, [(1.0, b'data: {"choices": []}\n\n'), (2.0, b'data: {"error": {"a": 1}}\n\n')])
+    told = Answer(
+        0.0,
+        9,
+        200,
+        stream,
+        [(1.0, b'data: {"choices": []}\n\n'), (2.0, b'data: {"error": {"a": 1}}\n\n')],
+    )
     assert told.error == {"a": 1} and not told.finished and (told.first, told.last) == (1.0, 2.0)
-    assert Answer(0.0, 9, 200, stream, [(1.0, b"data: {}\n\ndata: [DONE]\n\n")], complete=True).finished
+    assert Answer(
+        0.0, 9, 200, stream, [(1.0, b"data: {}\n\ndata: [DONE]\n\n")], complete=True
+    ).finished
     assert not Answer(0.0, 9, 503, {}, [(1.0, b'{"error": {"b": 2}}')], complete=True).finished
     assert not Answer(0.0).finished
 

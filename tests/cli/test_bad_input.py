@@ -1,4 +1,5 @@
-"""Bad input: one line that names the value and the fix, exit status 2, no traceback; nothing else is printed."""
+"""Bad input: one line that names the value and the fix, exit status 2, no traceback; nothing else
+is printed."""
 
 from __future__ import annotations
 
@@ -32,34 +33,76 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "generate, unknown branches": (["generate", "{base}", "hi", "--branches", "some"], "some"),
     "generate, unknown dtype": (["generate", "{base}", "hi", "--dtype", "int8"], "int8"),
     "generate, unknown device": (["generate", "{base}", "hi", "--device", "tpu9"], "tpu9"),
-    "generate, negative temperature": (["generate", "{base}", "hi", "--temperature", "-1"], "temperature=-1"),
-    "generate, temperature not a number": (["generate", "{base}", "hi", "--temperature", "nan"], "temperature=nan"),
+    "generate, negative temperature": (
+        ["generate", "{base}", "hi", "--temperature", "-1"],
+        "temperature=-1",
+    ),
+    "generate, temperature not a number": (
+        ["generate", "{base}", "hi", "--temperature", "nan"],
+        "temperature=nan",
+    ),
     "generate, top_p 0": (["generate", "{base}", "hi", "--top-p", "0"], "top_p=0"),
     "generate, top_p 1.5": (["generate", "{base}", "hi", "--top-p", "1.5"], "top_p=1.5"),
     "generate, top_k -2": (["generate", "{base}", "hi", "--top-k", "-2"], "top_k=-2"),
     "generate, min_p 2": (["generate", "{base}", "hi", "--min-p", "2"], "min_p=2"),
-    "generate, penalty 0": (["generate", "{base}", "hi", "--repetition-penalty", "0"], "repetition_penalty=0"),
+    "generate, penalty 0": (
+        ["generate", "{base}", "hi", "--repetition-penalty", "0"],
+        "repetition_penalty=0",
+    ),
     "generate, no tokens": (["generate", "{base}", "hi", "--max-tokens", "0"], "max_tokens=0"),
     "generate, negative seed": (["generate", "{base}", "hi", "--seed", "-5"], "seed=-5"),
     "generate, bias without a value": (["generate", "{base}", "hi", "--logit-bias", "7"], "'7'"),
-    "generate, bias outside the vocabulary": (["generate", "{base}", "hi", "--logit-bias", "99999=1"], "99999"),
-    "generate, ban outside the vocabulary": (["generate", "{base}", "hi", "--banned-token", "99999"], "99999"),
-    "generate, relaxed without tau": (["generate", "{base}", "hi", "--verification", "relaxed"], "tau=None"),
+    "generate, bias outside the vocabulary": (
+        ["generate", "{base}", "hi", "--logit-bias", "99999=1"],
+        "99999",
+    ),
+    "generate, ban outside the vocabulary": (
+        ["generate", "{base}", "hi", "--banned-token", "99999"],
+        "99999",
+    ),
+    "generate, relaxed without tau": (
+        ["generate", "{base}", "hi", "--verification", "relaxed"],
+        "tau=None",
+    ),
     "generate, tau without relaxed": (["generate", "{base}", "hi", "--tau", "0.5"], "tau=0.5"),
     "generate, no such adapter": (["generate", "{base}", "hi", "--adapter", "{dir}/none"], "none"),
     "generate, an adapter as the model": (["generate", "{lora}", "hi"], "adapter"),
-    "generate, no such prompts file": (["generate", "{base}", "--prompts", "{dir}/none.txt"], "none.txt"),
-    "generate, prompts of another type": (["generate", "{base}", "--prompts", "{dir}/config.json"], "config.json"),
-    "generate, empty prompts file": (["generate", "{base}", "--prompts", "{dir}/empty.txt"], "empty.txt"),
-    "generate, broken line": (["generate", "{base}", "--prompts", "{dir}/broken.jsonl"], "broken.jsonl:2"),
-    "generate, a line that is no prompt": (["generate", "{base}", "--prompts", "{dir}/other.jsonl"], "other.jsonl:1"),
-    "generate, prompt longer than the context": (["generate", "{base}", "--prompts", "{dir}/long.jsonl"], "500 tokens"),
-    "generate, prompt ids outside": (["generate", "{base}", "--prompts", "{dir}/ids.jsonl"], "123456"),
+    "generate, no such prompts file": (
+        ["generate", "{base}", "--prompts", "{dir}/none.txt"],
+        "none.txt",
+    ),
+    "generate, prompts of another type": (
+        ["generate", "{base}", "--prompts", "{dir}/config.json"],
+        "config.json",
+    ),
+    "generate, empty prompts file": (
+        ["generate", "{base}", "--prompts", "{dir}/empty.txt"],
+        "empty.txt",
+    ),
+    "generate, broken line": (
+        ["generate", "{base}", "--prompts", "{dir}/broken.jsonl"],
+        "broken.jsonl:2",
+    ),
+    "generate, a line that is no prompt": (
+        ["generate", "{base}", "--prompts", "{dir}/other.jsonl"],
+        "other.jsonl:1",
+    ),
+    "generate, prompt longer than the context": (
+        ["generate", "{base}", "--prompts", "{dir}/long.jsonl"],
+        "500 tokens",
+    ),
+    "generate, prompt ids outside": (
+        ["generate", "{base}", "--prompts", "{dir}/ids.jsonl"],
+        "123456",
+    ),
     "generate, pickled weights": (["generate", "{dir}/pickled", "hi"], "safetensors"),
     "verify, no such model": (["verify", "{dir}/nowhere"], "nowhere"),
     "verify, unknown rule": (["verify", "{base}", "--verification", "hopeful"], "hopeful"),
     "verify, stride 0": (["verify", "{base}", "--stride", "0"], "stride=0"),
-    "verify, adapter for another base": (["verify", "{other}", "--adapter", "{lora}"], "fingerprint"),
+    "verify, adapter for another base": (
+        ["verify", "{other}", "--adapter", "{lora}"],
+        "fingerprint",
+    ),
     "inspect, nothing there": (["inspect", "{dir}/nowhere"], "nowhere"),
     "inspect, not a checkpoint": (["inspect", "{dir}/nothing"], "nothing"),
     "demo, no rounds": (["demo", "--rounds", "0"], "rounds"),
@@ -68,7 +111,10 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "train, not YAML": (["train", "{dir}/broken.yaml"], "broken.yaml"),
     "train, unknown key": (["train", "{dir}/typo.yaml"], "nearest"),
     "train, wrong type": (["train", "{dir}/run.yaml", "--batch_size=many"], "many"),
-    "train, unknown override": (["train", "{dir}/run.yaml", "--optimizer.rate=1"], "optimizer.rate"),
+    "train, unknown override": (
+        ["train", "{dir}/run.yaml", "--optimizer.rate=1"],
+        "optimizer.rate",
+    ),
     "train, no steps": (["train", "{dir}/run.yaml", "--stages=[]"], "stages"),
     "train, no such model": (["train", "{dir}/run.yaml", "--model.path={dir}/nowhere"], "nowhere"),
 }
@@ -85,12 +131,18 @@ def places(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     (folder / "long.jsonl").write_text(json.dumps({"prompt_token_ids": [5] * 500}) + "\n")
     (folder / "ids.jsonl").write_text(json.dumps({"prompt_token_ids": [1, 123456]}) + "\n")
     (folder / "broken.yaml").write_text("stages: [")
-    run = {"output_dir": str(folder / "run"), "stages": [{"steps": 1}], "model": {"path": str(checkpoint / "base")}}
+    run = {
+        "output_dir": str(folder / "run"),
+        "stages": [{"steps": 1}],
+        "model": {"path": str(checkpoint / "base")},
+    }
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
     (folder / "typo.yaml").write_text(yaml.safe_dump(run | {"batch_sise": 3}))
     (folder / "nothing").mkdir()
     (folder / "pickled").mkdir()
-    (folder / "pickled" / "config.json").write_text((checkpoint / "base" / "config.json").read_text())
+    (folder / "pickled" / "config.json").write_text(
+        (checkpoint / "base" / "config.json").read_text()
+    )
     (folder / "pickled" / "pytorch_model.bin").write_bytes(b"pickle")
     other = folder / "other"
     model = load(checkpoint / "base")
@@ -120,10 +172,14 @@ def test_commands(case: str, places: dict[str, str]) -> None:
     assert result.stdout == ""
 
 
-@pytest.mark.parametrize("arguments", [["demo", "--stride", "0"], ["generate", "nowhere/at-all", "hi"], ["dance"]])
+@pytest.mark.parametrize(
+    "arguments", [["demo", "--stride", "0"], ["generate", "nowhere/at-all", "hi"], ["dance"]]
+)
 def test_real_processes(arguments: list[str]) -> None:
     program = [sys.executable, "-c", "from idlm.cli import app; app(prog_name='idlm')"]
-    result = subprocess.run([*program, *arguments], capture_output=True, text=True, timeout=HANG_SECONDS)
+    result = subprocess.run(
+        [*program, *arguments], capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert result.returncode == 2 and result.stdout == ""
     one_line(result.stderr)
 
@@ -133,7 +189,9 @@ def greedy(**values: object) -> Callable[[Path], object]:
 
 
 def generate(prompt: object, **values: object) -> Callable[[Path], object]:
-    return lambda folder: LLM(str(folder / "base"), stride=1).generate(prompt, SamplingParams(**values))  # type: ignore[arg-type]
+    return lambda folder: LLM(str(folder / "base"), stride=1).generate(
+        prompt, SamplingParams(**values)
+    )  # type: ignore[arg-type]
 
 
 CALLS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -156,7 +214,10 @@ CALLS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: LLM(str(folder / "base"), stride=1).generate(["hi"], [SamplingParams()] * 2),
         "2 sampling_params",
     ),
-    "an adapter beside a loaded model": (lambda folder: LLM(load(folder / "base"), adapter="x"), "adapter='x'"),
+    "an adapter beside a loaded model": (
+        lambda folder: LLM(load(folder / "base"), adapter="x"),
+        "adapter='x'",
+    ),
     "a dtype nobody has": (lambda folder: load(folder / "base", dtype="float7"), "float7"),
     "rank 0": (lambda _: LoraSpec(0, 1.0, ("q_proj",)), "rank 0"),
     "no targets": (lambda _: LoraSpec(4, 1.0, ()), "targets"),

@@ -11,7 +11,16 @@ from typer.testing import CliRunner
 
 from idlm.cli import app
 
-KEYS = {"engine", "mode", "simulated", "concurrency", "tokens_per_second", "speedup_over_ar", "tpf", "acceptance"}
+KEYS = {
+    "engine",
+    "mode",
+    "simulated",
+    "concurrency",
+    "tokens_per_second",
+    "speedup_over_ar",
+    "tpf",
+    "acceptance",
+}
 KEYS |= {"ttft_ms", "ttft_ms_p99", "tpot_ms", "tpot_ms_p99", "worst_gap_ms", "peak_memory_mb"}
 KEYS |= {"flops_per_token_over_ar", "tpf_decode", "tpf_expected", "plans", "reason"}
 
@@ -22,23 +31,40 @@ def bench(checkpoint: Path, *arguments: object) -> Any:
 
 
 def test_one_object_with_a_row_for_every_mode_and_concurrency(checkpoint: Path) -> None:
-    result = bench(checkpoint, "--modes", "ar,chain,all", "--stride", 2, "--concurrency", "1,2", "--json")
+    result = bench(
+        checkpoint, "--modes", "ar,chain,all", "--stride", 2, "--concurrency", "1,2", "--json"
+    )
     assert result.exit_code == 0 and result.stdout.count("\n") == 1, result.output
     report = json.loads(result.stdout)
     assert set(report) == {"rows", "environment"}
     rows = report["rows"]
     assert [row["concurrency"] for row in rows] == [1, 1, 1, 2, 2, 2]
     assert [row["mode"] for row in rows] == ["ar", "chain", "all"] * 2
-    assert all(set(row) >= KEYS and row["engine"] == "idlm" and row["same_as_ar"] == 1 for row in rows)
-    assert all(isinstance(row[key], float) for row in rows for key in ("ttft_ms", "tpot_ms", "tokens_per_second"))
-    assert report["environment"]["simulated_acceptance"] is None and report["environment"]["threads"] == 1
+    assert all(
+        set(row) >= KEYS and row["engine"] == "idlm" and row["same_as_ar"] == 1 for row in rows
+    )
+    assert all(
+        isinstance(row[key], float)
+        for row in rows
+        for key in ("ttft_ms", "tpot_ms", "tokens_per_second")
+    )
+    assert (
+        report["environment"]["simulated_acceptance"] is None
+        and report["environment"]["threads"] == 1
+    )
 
 
-def test_the_planner_says_why(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_planner_says_why(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where measured step costs are kept
     result = bench(checkpoint, "--modes", "planner,ar", "--stride", 2, "--concurrency", 1)
     assert result.exit_code == 0, result.output
-    assert "planner at 1: " in result.stdout and "tok/s" in result.stdout and "simulated" not in result.stdout.lower()
+    assert (
+        "planner at 1: " in result.stdout
+        and "tok/s" in result.stdout
+        and "simulated" not in result.stdout.lower()
+    )
 
 
 def test_given_prompts_are_what_is_run(checkpoint: Path, tmp_path: Path) -> None:
@@ -50,7 +76,16 @@ def test_given_prompts_are_what_is_run(checkpoint: Path, tmp_path: Path) -> None
 
 
 def test_simulated_acceptance_is_named_wherever_it_shows(checkpoint: Path) -> None:
-    shared = ("--modes", "ar,all", "--stride", 2, "--concurrency", 1, "--simulate-acceptance", "0.9,0.9")
+    shared = (
+        "--modes",
+        "ar,all",
+        "--stride",
+        2,
+        "--concurrency",
+        1,
+        "--simulate-acceptance",
+        "0.9,0.9",
+    )
     report = json.loads(bench(checkpoint, *shared, "--json").stdout)
     assert [row["simulated"] for row in report["rows"]] == [False, True]
     assert report["environment"]["simulated_acceptance"] == [0.9, 0.9]
@@ -84,4 +119,8 @@ def test_wrong_values_are_refused_in_one_line(case: str, checkpoint: Path) -> No
     arguments, named = REFUSED[case]
     result = bench(checkpoint, *arguments)
     assert result.exit_code == 2 and result.stdout == "", result.output
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and named in result.stderr
+    assert (
+        result.stderr.startswith("error: ")
+        and result.stderr.count("\n") == 1
+        and named in result.stderr
+    )

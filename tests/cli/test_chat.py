@@ -1,4 +1,5 @@
-"""`idlm chat`: lines in, answers out; in this process, with our own server, and with servers that are not ours."""
+"""`idlm chat`: lines in, answers out; in this process, with our own server, and with servers that
+are not ours."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ TPF = re.compile(r"tokens, TPF ([0-9.]+), [0-9]+ tok/s")
 
 def chat(*arguments: str, lines: list[str]) -> Result:
     """What a chat with these lines of input comes to."""
-    return CliRunner().invoke(app, ["chat", *arguments], input="".join(line + "\n" for line in lines))
+    return CliRunner().invoke(
+        app, ["chat", *arguments], input="".join(line + "\n" for line in lines)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,18 @@ def test_ar_gives_the_same_answer_one_token_a_forward() -> None:
 
 
 def test_instructions_change_the_answer_and_commands_explain_themselves() -> None:
-    lines = [QUESTION, "/reset", "/system 9 9 9", QUESTION, "/system", "/reset", QUESTION, "/help", "/fly", ""]
+    lines = [
+        QUESTION,
+        "/reset",
+        "/system 9 9 9",
+        QUESTION,
+        "/system",
+        "/reset",
+        QUESTION,
+        "/help",
+        "/fly",
+        "",
+    ]
     result = chat("nano", *GREEDY, lines=lines)
     first, second, third = result.stdout.splitlines()
     assert first == third != second
@@ -71,17 +85,28 @@ def test_a_full_context_forgets_the_oldest_turns() -> None:
     result = chat("nano", *GREEDY, lines=LONG)
     assert result.exit_code == 0 and len(TPF.findall(result.stderr)) == 4
     assert "turns forgotten, the oldest first: 1" in result.stderr
-    assert "leave room for an answer; say less" in result.stderr  # what fits nowhere is refused, and the chat goes on
+    assert (
+        "leave room for an answer; say less" in result.stderr
+    )  # what fits nowhere is refused, and the chat goes on
 
 
 def test_a_mask_in_a_message_is_text(tokenizer: PreTrainedTokenizerBase) -> None:
     result = chat("nano", *GREEDY, lines=[f"a {tokenizer.mask_token} b", "/reset", QUESTION])
-    assert result.exit_code == 0 and len(TPF.findall(result.stderr)) == 2 and "error" not in result.stderr
-    assert result.stdout.splitlines()[-1] == chat("nano", *GREEDY, lines=[QUESTION]).stdout.splitlines()[0]
+    assert (
+        result.exit_code == 0
+        and len(TPF.findall(result.stderr)) == 2
+        and "error" not in result.stderr
+    )
+    assert (
+        result.stdout.splitlines()[-1]
+        == chat("nano", *GREEDY, lines=[QUESTION]).stdout.splitlines()[0]
+    )
 
 
 def test_bytes_that_are_no_text_and_control_characters_do_no_harm() -> None:
-    result = CliRunner().invoke(app, ["chat", "nano", *GREEDY], input=b"\xff\xfe 14 apples \x1b[2J\n")
+    result = CliRunner().invoke(
+        app, ["chat", "nano", *GREEDY], input=b"\xff\xfe 14 apples \x1b[2J\n"
+    )
     assert result.exit_code == 0 and result.stdout and "\x1b" not in result.stdout
 
 
@@ -96,7 +121,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "stride 0": (["nano", "--stride", "0"], "stride=0"),
     "no URL": (["--url", "localhost:8000"], "localhost:8000"),
     "nobody there": (["--url", "http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1"),
-    "a field that requests lack": (["--url", "http://127.0.0.1:9/v1", "--banned-token", "5"], "--logit-bias"),
+    "a field that requests lack": (
+        ["--url", "http://127.0.0.1:9/v1", "--banned-token", "5"],
+        "--logit-bias",
+    ),
     "colours without drafts": (["nano", "--stride", "1", "--colors"], "nano"),
 }
 
@@ -106,20 +134,33 @@ def test_mistakes_are_one_line(case: str) -> None:
     arguments, named = MISTAKES[case]
     result = chat(*arguments, lines=[])
     assert result.exit_code == 2, result.output
-    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ") and named in result.stderr
+    assert (
+        result.stderr.count("\n") == 1
+        and result.stderr.startswith("error: ")
+        and named in result.stderr
+    )
 
 
-def test_a_model_without_a_chat_template_is_named_and_the_way_out(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_chat_template_is_named_and_the_way_out(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     for file in (checkpoint / "base").iterdir():
         if file.name != "chat_template.jinja":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     result = chat(str(tmp_path), lines=["hi"])
-    assert result.exit_code == 2 and "no chat template" in result.stderr and "idlm generate" in result.stderr
+    assert (
+        result.exit_code == 2
+        and "no chat template" in result.stderr
+        and "idlm generate" in result.stderr
+    )
 
 
 def test_our_server_answers_as_the_model_itself(url: str) -> None:
     lines = [QUESTION, "/ar", "/reset", QUESTION, "/ar", QUESTION]
-    here, there = chat("nano", *GREEDY, lines=lines), chat("--url", url, "--api-key", "k", *REMOTE, lines=lines)
+    here, there = (
+        chat("nano", *GREEDY, lines=lines),
+        chat("--url", url, "--api-key", "k", *REMOTE, lines=lines),
+    )
     assert there.exit_code == 0 and there.stdout == here.stdout, there.output
     assert TPF.findall(there.stderr)[1] == "1.00" != TPF.findall(there.stderr)[0]
 
@@ -132,7 +173,11 @@ def test_our_server_with_a_full_context(url: str) -> None:
 
 def test_what_our_server_refuses_is_one_line(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "wrong")
-    for arguments, named in ((["--api-key", "bad"], "--api-key"), ([], "--api-key"), (["--model", "x"], "x")):
+    for arguments, named in (
+        (["--api-key", "bad"], "--api-key"),
+        ([], "--api-key"),
+        (["--model", "x"], "x"),
+    ):
         key = ["--api-key", "k"] if "--model" in arguments else []
         result = chat("--url", url, *key, *arguments, lines=[QUESTION])
         assert result.exit_code == 2 and result.stderr.count("\n") == 1 and named in result.stderr
@@ -161,10 +206,18 @@ class Terminal:
 def on_a_terminal(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], Terminal]]:
     """A chat with a terminal."""
     ours, theirs = pty.openpty()
-    program = [sys.executable, "-c", "from idlm.cli import app; app(prog_name='idlm')", "chat", *arguments]
+    program = [
+        sys.executable,
+        "-c",
+        "from idlm.cli import app; app(prog_name='idlm')",
+        "chat",
+        *arguments,
+    ]
     settings = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
     settings |= {"TERM": "xterm-256color", "COLUMNS": "200"}
-    with subprocess.Popen(program, stdin=theirs, stdout=theirs, stderr=theirs, env=settings) as process:
+    with subprocess.Popen(
+        program, stdin=theirs, stdout=theirs, stderr=theirs, env=settings
+    ) as process:
         os.close(theirs)
         try:
             yield process, Terminal(ours)
@@ -174,7 +227,9 @@ def on_a_terminal(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], Te
 
 
 @pytest.mark.parametrize("where", ["here", "there"])
-def test_on_a_terminal_tokens_have_colours_and_ctrl_c_ends_the_answer_only(where: str, url: str) -> None:
+def test_on_a_terminal_tokens_have_colours_and_ctrl_c_ends_the_answer_only(
+    where: str, url: str
+) -> None:
     who = ["nano"] if where == "here" else ["--url", url, "--api-key", "k"]
     long = ("--temperature", "0", "--ignore-eos", "--max-tokens", "300")
     with on_a_terminal(*who, "--colors", *long) as (process, terminal):
@@ -190,7 +245,8 @@ def test_on_a_terminal_tokens_have_colours_and_ctrl_c_ends_the_answer_only(where
 
 
 class Foreign(BaseHTTPRequestHandler):
-    """A server with OpenAI's API that is not ours: it has no tokenizer route, and takes two turns at most."""
+    """A server with OpenAI's API that is not ours: it has no tokenizer route, and takes two turns
+    at most."""
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -207,10 +263,19 @@ class Foreign(BaseHTTPRequestHandler):
             self._send(400, json.dumps({"error": error}).encode())
             return
         text = f"{len(body['messages'])} messages, top_k {body.get('top_k')}\x1b[2J"
-        chunk = {"choices": [{"index": 0, "delta": {"content": text}}], "id": "1", "created": 0, "model": "theirs"}
+        chunk = {
+            "choices": [{"index": 0, "delta": {"content": text}}],
+            "id": "1",
+            "created": 0,
+            "model": "theirs",
+        }
         breaks = "break" in body["messages"][-1]["content"]
-        last = b'data: {"error": {"message": "out of steam"}}\n\n' if breaks else b"data: [DONE]\n\n"
-        self._send(200, b"data: " + json.dumps(chunk).encode() + b"\n\n" + last, "text/event-stream")
+        last = (
+            b'data: {"error": {"message": "out of steam"}}\n\n' if breaks else b"data: [DONE]\n\n"
+        )
+        self._send(
+            200, b"data: " + json.dumps(chunk).encode() + b"\n\n" + last, "text/event-stream"
+        )
 
     def _send(self, status: int, body: bytes, kind: str = "application/json") -> None:
         self.send_response(status)
@@ -231,9 +296,16 @@ def foreign() -> Iterator[str]:
 
 
 def test_any_server_with_this_api_will_do(foreign: str) -> None:
-    result = chat("--url", foreign, "--top-k", "7", lines=["a", "b", "break", "c", "/ar", "/colors", "d"])
+    result = chat(
+        "--url", foreign, "--top-k", "7", lines=["a", "b", "break", "c", "/ar", "/colors", "d"]
+    )
     assert result.exit_code == 0, result.output
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["1", "3", "3", "3", "3"]
     assert "top_k 7" in result.stdout and "\x1b" not in result.stdout
-    for said in ("turns forgotten", "out of steam", "no drafting to switch off", "does not say where tokens come from"):
+    for said in (
+        "turns forgotten",
+        "out of steam",
+        "no drafting to switch off",
+        "does not say where tokens come from",
+    ):
         assert said in result.stderr

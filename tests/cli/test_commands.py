@@ -40,9 +40,17 @@ def test_demo_of_a_fixed_plan() -> None:
 
 
 def test_demo_in_words() -> None:
-    result = CliRunner().invoke(app, ["demo", "--questions", "1", "--rounds", "1", "--threads", "1"])
-    assert result.exit_code == 0 and "the same bytes" in result.stdout and "The answer is" in result.stdout
-    assert "tok/s" in result.stdout and "steps by plan" in result.stdout  # what the planner runs, and why
+    result = CliRunner().invoke(
+        app, ["demo", "--questions", "1", "--rounds", "1", "--threads", "1"]
+    )
+    assert (
+        result.exit_code == 0
+        and "the same bytes" in result.stdout
+        and "The answer is" in result.stdout
+    )
+    assert (
+        "tok/s" in result.stdout and "steps by plan" in result.stdout
+    )  # what the planner runs, and why
 
 
 def test_generate(checkpoint: Path) -> None:
@@ -63,19 +71,43 @@ def test_generate(checkpoint: Path) -> None:
 
 
 def test_generate_reads_every_form_of_prompt(checkpoint: Path, tmp_path: Path) -> None:
-    forms = [{"prompt": "Tom"}, {"messages": [{"role": "user", "content": "Tom"}]}, {"prompt_token_ids": [5, 6]}]
+    forms = [
+        {"prompt": "Tom"},
+        {"messages": [{"role": "user", "content": "Tom"}]},
+        {"prompt_token_ids": [5, 6]},
+    ]
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(form) + "\n" for form in forms))
-    report = run("generate", checkpoint / "base", "--prompts", file, "--stride", 1, "--max-tokens", 3)
+    report = run(
+        "generate", checkpoint / "base", "--prompts", file, "--stride", 1, "--max-tokens", 3
+    )
     lengths = [len(result["prompt_token_ids"]) for result in report["results"]]
-    assert lengths[0] == lengths[1] and lengths[2] == 2  # a text goes through the chat template unless --raw
+    assert (
+        lengths[0] == lengths[1] and lengths[2] == 2
+    )  # a text goes through the chat template unless --raw
 
 
 def test_verify(checkpoint: Path) -> None:
-    shared = ("verify", checkpoint / "base", "--adapter", checkpoint / "lora", "--dtype", "float64", "--max-tokens", 12)
-    for plan in (("--stride", 4), ("--stride", 3, "--branches", "chain", "--top-p", 0.8, "--presence-penalty", 0.5)):
+    shared = (
+        "verify",
+        checkpoint / "base",
+        "--adapter",
+        checkpoint / "lora",
+        "--dtype",
+        "float64",
+        "--max-tokens",
+        12,
+    )
+    for plan in (
+        ("--stride", 4),
+        ("--stride", 3, "--branches", "chain", "--top-p", 0.8, "--presence-penalty", 0.5),
+    ):
         report = run(*shared, *plan)
-        assert report["identical"] is True and report["compared_tokens"] > 12 and report["dtype"] == "float64"
+        assert (
+            report["identical"] is True
+            and report["compared_tokens"] > 12
+            and report["dtype"] == "float64"
+        )
 
 
 def test_verify_says_where_outputs_differ(checkpoint: Path) -> None:
@@ -87,7 +119,9 @@ def test_verify_says_where_outputs_differ(checkpoint: Path) -> None:
 
 
 def test_verify_tests_the_law_of_the_ratio_rule(checkpoint: Path) -> None:
-    report = run("verify", checkpoint / "base", "--adapter", checkpoint / "lora", "--verification", "ratio")
+    report = run(
+        "verify", checkpoint / "base", "--adapter", checkpoint / "lora", "--verification", "ratio"
+    )
     assert report["same_law"] is True and report["statistic"] < report["bound"]
 
 
@@ -116,14 +150,30 @@ def test_train(checkpoint: Path, tmp_path: Path) -> None:
 def test_version_and_help_come_without_torch() -> None:
     """The command line must answer before torch could be imported."""
     code = "import sys; from idlm.cli import app; assert 'torch' not in sys.modules; app(['--version'])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_SECONDS)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert result.returncode == 0 and result.stdout.startswith("idlm "), result.stderr
 
 
 def test_the_help_page_is_up_to_date(tmp_path: Path) -> None:
     page = tmp_path / "cli.md"
-    command = ["idlm.cli", "utils", "docs", "--name", "idlm", "--title", "Command line", "--output", str(page)]
+    command = [
+        "idlm.cli",
+        "utils",
+        "docs",
+        "--name",
+        "idlm",
+        "--title",
+        "Command line",
+        "--output",
+        str(page),
+    ]
     subprocess.run(
-        [sys.executable, "-m", "typer", *command], check=True, capture_output=True, cwd=ROOT, timeout=HANG_SECONDS
+        [sys.executable, "-m", "typer", *command],
+        check=True,
+        capture_output=True,
+        cwd=ROOT,
+        timeout=HANG_SECONDS,
     )
     assert page.read_text() == (ROOT / "docs" / "cli.md").read_text(), "run `make docs`"

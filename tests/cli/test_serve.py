@@ -1,4 +1,5 @@
-"""`idlm serve` as a process: one line when it is ready, an end that finishes what runs, and one line for mistakes."""
+"""`idlm serve` as a process: one line when it is ready, an end that finishes what runs, and one
+line for mistakes."""
 
 from __future__ import annotations
 
@@ -19,7 +20,18 @@ from idlm.cli import app
 from tests.waiting import HANG_SECONDS, wait_until
 
 PROGRAM = [sys.executable, "-c", "from idlm.cli import app; app(prog_name='idlm')", "serve"]
-QUICK = ["--branches", "all", "--dtype", "float64", "--threads", "1", "--max-num-seqs", "2", "--kv-memory", "32MiB"]
+QUICK = [
+    "--branches",
+    "all",
+    "--dtype",
+    "float64",
+    "--threads",
+    "1",
+    "--max-num-seqs",
+    "2",
+    "--kv-memory",
+    "32MiB",
+]
 BODY = {"model": "nano", "prompt": "1 + 1 =", "max_tokens": 60, "ignore_eos": True, "stream": True}
 BAD: dict[str, tuple[list[str], str]] = {
     # case: the command line, what the message must name
@@ -49,7 +61,11 @@ def test_mistakes_are_one_line(case: str) -> None:
     arguments, named = BAD[case]
     result = CliRunner().invoke(app, ["serve", *arguments])
     assert result.exit_code == 2, result.output
-    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: ") and named in result.stderr
+    assert (
+        result.stderr.count("\n") == 1
+        and result.stderr.startswith("error: ")
+        and named in result.stderr
+    )
 
 
 def test_a_port_in_use_is_one_line() -> None:
@@ -64,7 +80,9 @@ def running(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Po
     """A server's process and its URL."""
     command = [*PROGRAM, "nano", "--port", "0", *QUICK, *arguments]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=os.environ | environment) as process:
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, env=os.environ | environment
+    ) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
@@ -80,7 +98,9 @@ def test_sigterm_lets_what_runs_finish() -> None:
     with running("--name", "small", "--log-prompts", *patient, IDLM_API_KEY="k") as (process, url):
         assert httpx.get(f"{url}/models", timeout=HANG_SECONDS).status_code == 401
         headers = {"Authorization": "Bearer k"}
-        with httpx.stream("POST", f"{url}/completions", json=body, headers=headers, timeout=HANG_SECONDS) as response:
+        with httpx.stream(
+            "POST", f"{url}/completions", json=body, headers=headers, timeout=HANG_SECONDS
+        ) as response:
             lines = response.iter_lines()
             next(lines)
             process.send_signal(signal.SIGTERM)
@@ -88,9 +108,13 @@ def test_sigterm_lets_what_runs_finish() -> None:
             assert done == "[DONE]"
         rest, log = process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == 0 and rest == ""
-        (line,) = [json.loads(line) for line in log.splitlines() if '"path":"/v1/completions"' in line]
+        (line,) = [
+            json.loads(line) for line in log.splitlines() if '"path":"/v1/completions"' in line
+        ]
         assert line["prompts"] == ["1 + 1 ="] and line["status"] == 200
-        assert line["outputs"][0].endswith("".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks))
+        assert line["outputs"][0].endswith(
+            "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks)
+        )
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{url}/models")
 
@@ -98,7 +122,9 @@ def test_sigterm_lets_what_runs_finish() -> None:
 def test_the_drain_has_an_end() -> None:
     body = BODY | {"model": "small", "max_tokens": 400}
     with running("--name", "small", "--drain-seconds", "0.2") as (process, url):
-        with httpx.stream("POST", f"{url}/completions", json=body, timeout=HANG_SECONDS) as response:
+        with httpx.stream(
+            "POST", f"{url}/completions", json=body, timeout=HANG_SECONDS
+        ) as response:
             lines = response.iter_lines()
             next(lines)
             process.send_signal(signal.SIGINT)
@@ -109,10 +135,13 @@ def test_the_drain_has_an_end() -> None:
 
 
 def test_a_second_signal_ends_at_once() -> None:
-    """With work for much longer than the test needs, on any machine, and a drain that waits for all of it."""
+    """With work for much longer than the test needs, on any machine, and a drain that waits for all
+    of it."""
     body = BODY | {"model": "small", "prompt": ["1 + 1 ="] * 8, "n": 8, "max_tokens": 400}
     with running("--name", "small", "--drain-seconds", "3600") as (process, url):
-        with httpx.stream("POST", f"{url}/completions", json=body, timeout=HANG_SECONDS) as response:
+        with httpx.stream(
+            "POST", f"{url}/completions", json=body, timeout=HANG_SECONDS
+        ) as response:
             lines = response.iter_lines()
             next(lines)
             process.send_signal(signal.SIGINT)
@@ -130,7 +159,9 @@ def test_a_second_signal_ends_at_once() -> None:
 def refused(url: str) -> bool:
     """Whether nobody listens there any more."""
     try:
-        socket.create_connection(("127.0.0.1", int(url.split(":")[2].split("/")[0])), timeout=HANG_SECONDS).close()
+        socket.create_connection(
+            ("127.0.0.1", int(url.split(":")[2].split("/")[0])), timeout=HANG_SECONDS
+        ).close()
     except ConnectionRefusedError:
         return True
     return False

@@ -43,7 +43,9 @@ class Slot:
 
     def laws(self, logits: Tensor, drafts: list[int], mask_id: int) -> Tensor:
         oracle = self.oracle(mask_id)
-        return torch.stack([oracle.law(row, self.output + drafts[:k]) for k, row in enumerate(logits)])
+        return torch.stack(
+            [oracle.law(row, self.output + drafts[:k]) for k, row in enumerate(logits)]
+        )
 
     def verify(self, logits: Tensor, log_q: Tensor, mask_id: int) -> tuple[list[int], int]:
         return self.oracle(mask_id).verify(self.output, self.drafts, list(log_q), logits)
@@ -79,7 +81,9 @@ def some_params(draw: st.DrawFn) -> SamplingParams:
 def slots(draw: st.DrawFn) -> Slot:
     tokens = st.lists(st.integers(0, V - 2), max_size=6)
     drafts = draw(st.lists(st.integers(0, V - 2), max_size=K))
-    return Slot(some_params(draw), draw(st.integers(0, 2**63 - 1)), [1, *draw(tokens)], draw(tokens), drafts)
+    return Slot(
+        some_params(draw), draw(st.integers(0, 2**63 - 1)), [1, *draw(tokens)], draw(tokens), drafts
+    )
 
 
 batches = st.lists(st.none() | slots(), min_size=1, max_size=5)
@@ -89,7 +93,9 @@ mask_ids = st.sampled_from([V - 1, V])
 def table(batch: list[Slot | None], mask_id: int) -> Settings:
     """Settings with the batch in them; each row was another request's before."""
     rows = Settings.empty(len(batch), V, mask_id)
-    other = SamplingParams(top_k=2, min_p=0.5, presence_penalty=2.0, logit_bias={3: 9.0}, min_tokens=50)
+    other = SamplingParams(
+        top_k=2, min_p=0.5, presence_penalty=2.0, logit_bias={3: 9.0}, min_tokens=50
+    )
     for number, slot in enumerate(batch):
         rows.put(number, other, 5, [1, 2, 3], [4, 4], [6])
         if slot is None:
@@ -105,12 +111,17 @@ def positions(batch: list[Slot | None]) -> Tensor:
 
 def padded(batch: list[Slot | None]) -> tuple[Tensor, Tensor]:
     """Drafts [B, K], with ids that are no tokens past the valid ones; and how many are valid."""
-    rows = [(slot.drafts if slot else []) + [99, -1, V][: K - (len(slot.drafts) if slot else 0)] for slot in batch]
+    rows = [
+        (slot.drafts if slot else []) + [99, -1, V][: K - (len(slot.drafts) if slot else 0)]
+        for slot in batch
+    ]
     return torch.tensor(rows), torch.tensor([len(slot.drafts) if slot else 0 for slot in batch])
 
 
 def random_logits(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
+    return (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
+    )
 
 
 def close(ours: Tensor, expected: Tensor) -> bool:
@@ -122,7 +133,9 @@ def close(ours: Tensor, expected: Tensor) -> bool:
 
 @settings(max_examples=250, deadline=None)
 @given(batches, mask_ids, st.integers(0, 2**31))
-def test_verification_equals_the_single_request_functions(batch: list[Slot | None], mask_id: int, seed: int) -> None:
+def test_verification_equals_the_single_request_functions(
+    batch: list[Slot | None], mask_id: int, seed: int
+) -> None:
     logits = random_logits(seed, len(batch), 1 + K, V)
     log_q = random_logits(seed + 1, len(batch), K, V).log_softmax(dim=-1)
     rows = table(batch, mask_id)
@@ -144,7 +157,9 @@ def test_verification_equals_the_single_request_functions(batch: list[Slot | Non
 
 @settings(max_examples=150, deadline=None)
 @given(batches, mask_ids, st.integers(0, 2**31))
-def test_drafts_equal_the_single_request_ones(batch: list[Slot | None], mask_id: int, seed: int) -> None:
+def test_drafts_equal_the_single_request_ones(
+    batch: list[Slot | None], mask_id: int, seed: int
+) -> None:
     logits = random_logits(seed, len(batch), K, V)
     rows = table(batch, mask_id)
     drafts, log_q = draft(Law(rows, rows.features), logits, positions(batch))
@@ -158,10 +173,14 @@ def test_drafts_equal_the_single_request_ones(batch: list[Slot | None], mask_id:
 
 @settings(max_examples=150, deadline=None)
 @given(batches, mask_ids, st.integers(0, 2**31), st.integers(0, 3))
-def test_the_law_and_the_reported_logprobs(batch: list[Slot | None], mask_id: int, seed: int, top: int) -> None:
+def test_the_law_and_the_reported_logprobs(
+    batch: list[Slot | None], mask_id: int, seed: int, top: int
+) -> None:
     logits = random_logits(seed, len(batch), 1 + K, V)
     rows = table(batch, mask_id)
-    tokens = torch.randint(V - 1, (len(batch), 1 + K), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(
+        V - 1, (len(batch), 1 + K), generator=torch.Generator().manual_seed(seed)
+    )
     law = Law(rows, rows.features)
     laws = law.log_p(law.scores(logits, positions(batch), tokens[:, :-1]))
     reported = logprobs(law, logits, tokens, positions(batch), top)
@@ -191,7 +210,9 @@ def greedy_logprobs(slot: Slot, logits: Tensor, tokens: list[int], mask_id: int)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @settings(max_examples=60, deadline=None)
 @given(batch=batches, seed=st.integers(0, 2**31))
-def test_a_slot_does_not_see_its_neighbours(dtype: torch.dtype, batch: list[Slot | None], seed: int) -> None:
+def test_a_slot_does_not_see_its_neighbours(
+    dtype: torch.dtype, batch: list[Slot | None], seed: int
+) -> None:
     """The same tokens to the last bit, whichever parts of the law the others make a step run."""
     logits = random_logits(seed, len(batch), 1 + K, V).to(dtype)
     log_q = random_logits(seed + 1, len(batch), K, V).log_softmax(dim=-1)
@@ -204,7 +225,9 @@ def test_a_slot_does_not_see_its_neighbours(dtype: torch.dtype, batch: list[Slot
         if slot is not None:
             rows, one = table([slot], V), slice(b, b + 1)
             alone = Law(rows, rows.features)
-            single = verify(alone, logits[one], Drafts(drafts[one], valid[one], log_q[one]), first[one])
+            single = verify(
+                alone, logits[one], Drafts(drafts[one], valid[one], log_q[one]), first[one]
+            )
             assert torch.equal(single.accepted, verdicts.accepted[one])
             end = single.accepted[:, None]
             assert torch.equal(single.tokens.gather(1, end), verdicts.tokens[one].gather(1, end))
@@ -225,16 +248,27 @@ class Requests:
         self.log_q: Tensor | None = None
 
     def step(self) -> None:
-        """One window of every slot, with masks for the outcome that comes true: what all outcomes give."""
+        """One window of every slot, with masks for the outcome that comes true: what all outcomes
+        give."""
         law = Law(self.rows, self.rows.features)
-        windows = [self.logits(b, [*self.drafts[b, : self.valid[b]].tolist()]) for b in range(len(self.batch))]
-        padding = [torch.cat([rows, torch.zeros(1 + self.depth - len(rows), V)]) for rows in windows]
-        verdicts = verify(law, torch.stack(padding), Drafts(self.drafts, self.valid, self.log_q), self.first)
+        windows = [
+            self.logits(b, [*self.drafts[b, : self.valid[b]].tolist()])
+            for b in range(len(self.batch))
+        ]
+        padding = [
+            torch.cat([rows, torch.zeros(1 + self.depth - len(rows), V)]) for rows in windows
+        ]
+        verdicts = verify(
+            law, torch.stack(padding), Drafts(self.drafts, self.valid, self.log_q), self.first
+        )
         number = verdicts.accepted + 1
         masks = [
-            self.mask_logits(b, verdicts.tokens[b, : verdicts.accepted[b]].tolist()) for b in range(len(self.batch))
+            self.mask_logits(b, verdicts.tokens[b, : verdicts.accepted[b]].tolist())
+            for b in range(len(self.batch))
         ]
-        for slot, tokens, committed in zip(self.batch, verdicts.tokens.tolist(), number.tolist(), strict=True):
+        for slot, tokens, committed in zip(
+            self.batch, verdicts.tokens.tolist(), number.tolist(), strict=True
+        ):
             slot.output += tokens[:committed]
         self.rows.record(verdicts.tokens, number)
         self.first = self.first + number
@@ -242,9 +276,9 @@ class Requests:
         self.valid = torch.full_like(self.valid, self.depth)
 
     def run(self, text: list[int], rows: int) -> Tensor:
-        return self.toy(torch.tensor(text), torch.arange(len(text)), torch.ones(len(text), len(text)).tril() > 0)[
-            -rows:
-        ]
+        return self.toy(
+            torch.tensor(text), torch.arange(len(text)), torch.ones(len(text), len(text)).tril() > 0
+        )[-rows:]
 
     def logits(self, b: int, drafts: list[int]) -> Tensor:
         return self.run(self.batch[b].prompt + self.batch[b].output + drafts, 1 + len(drafts))
@@ -265,10 +299,15 @@ def test_decoding_a_batch_equals_the_reference(batch: list[Slot], model: int, de
         requests.step()
     for slot in batch:
         params = shorter(slot.params, len(slot.output))
-        expected = reference.isd(toy, slot.prompt, params, toy.mask_id, depth + 1, "all", STOPS, slot.seed).tokens
+        expected = reference.isd(
+            toy, slot.prompt, params, toy.mask_id, depth + 1, "all", STOPS, slot.seed
+        ).tokens
         assert slot.output[: len(expected)] == expected
         if params.verification == "coupled":
-            assert reference.ar(toy, slot.prompt, params, toy.mask_id, STOPS, slot.seed).tokens == expected
+            assert (
+                reference.ar(toy, slot.prompt, params, toy.mask_id, STOPS, slot.seed).tokens
+                == expected
+            )
 
 
 def shorter(params: SamplingParams, tokens: int) -> SamplingParams:
@@ -277,7 +316,8 @@ def shorter(params: SamplingParams, tokens: int) -> SamplingParams:
 
 
 def test_a_recorded_step_follows_the_settings() -> None:
-    """A trace holds the tensors, not their values: new requests in the same slots need no new trace."""
+    """A trace holds the tensors, not their values: new requests in the same slots need no new
+    trace."""
     rows = Settings.empty(2, V, V)
     for slot in range(2):
         rows.put(slot, SamplingParams(temperature=0.7), seed=slot, prompt=[1])
@@ -301,10 +341,21 @@ def test_features_are_those_of_the_live_slots() -> None:
     rows = Settings.empty(3, V, V)
     assert rows.features == Features()
     rows.put(0, SamplingParams(temperature=0, top_k=5, min_tokens=3), 0, [1])
-    assert rows.features == Features(), "nothing to filter when greedy, nothing to hold back without stop ids"
+    assert rows.features == Features(), (
+        "nothing to filter when greedy, nothing to hold back without stop ids"
+    )
     rows.put(1, SamplingParams(min_p=0.1), 0, [1], stop_ids=[4])
-    rows.put(2, SamplingParams(temperature=0, presence_penalty=1.0, banned_tokens=(4,), min_tokens=3), 0, [1], [], [4])
-    assert rows.features == Features(sampled=True, filtered=True, penalised=True, biased=True, held=True)
+    rows.put(
+        2,
+        SamplingParams(temperature=0, presence_penalty=1.0, banned_tokens=(4,), min_tokens=3),
+        0,
+        [1],
+        [],
+        [4],
+    )
+    assert rows.features == Features(
+        sampled=True, filtered=True, penalised=True, biased=True, held=True
+    )
     rows.clear(2)
     assert rows.features == Features(sampled=True, filtered=True)
 

@@ -1,4 +1,5 @@
-"""A guide in the law: for the oracle, for many requests at once, and what `Guide` and `SamplingParams` refuse."""
+"""A guide in the law: for the oracle, for many requests at once, and what `Guide` and
+`SamplingParams` refuse."""
 
 from __future__ import annotations
 
@@ -16,12 +17,24 @@ from idlm.decoding.law import Law, restrict
 from idlm.decoding.verify import Drafts, draft, verify
 from idlm.params import MOST_GUIDE
 from tests.decoding.laws import BOTH
-from tests.decoding.test_batch import K, Slot, V, close, mask_ids, padded, positions, random_logits, slots, table
+from tests.decoding.test_batch import (
+    K,
+    Slot,
+    V,
+    close,
+    mask_ids,
+    padded,
+    positions,
+    random_logits,
+    slots,
+    table,
+)
 from tests.decoding.toy import Toy
 
 
 def even_odd(output: Sequence[int]) -> Tensor:
-    """A guide that looks at all there is: about half the tokens, others after every output; token 1 always."""
+    """A guide that looks at all there is: about half the tokens, others after every output; token 1
+    always."""
     word = torch.tensor([17, *output]) * torch.arange(1, len(output) + 2)
     allowed = (torch.arange(V) * 7 + word.sum()) % 5 < 3
     allowed[1] = True
@@ -85,7 +98,8 @@ def test_restricted_logits_are_verified_under_the_guided_law(
 def test_drafts_follow_the_guide_and_the_drafts_before_them(
     pairs: list[tuple[Slot, bool]], mask_id: int, seed: int
 ) -> None:
-    """And those of requests without a guide are what they are without guides beside them, to the bit."""
+    """And those of requests without a guide are what they are without guides beside them, to the
+    bit."""
     batch = split(pairs)
     logits, rows = random_logits(seed, len(batch), K, V), table(batch, mask_id)
 
@@ -108,7 +122,9 @@ def test_drafts_follow_the_guide_and_the_drafts_before_them(
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("branches", ["all", "chain"])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_oracle_drafts_and_verifies_under_one_law(temperature: float, branches: str, seed: int) -> None:
+def test_the_oracle_drafts_and_verifies_under_one_law(
+    temperature: float, branches: str, seed: int
+) -> None:
     toy = Toy(V, seed=seed)
     params = SamplingParams(max_tokens=12, temperature=temperature, presence_penalty=0.3)
     ar = reference.ar(toy, [0], params, toy.mask_id, (), seed, even_odd)
@@ -118,7 +134,9 @@ def test_the_oracle_drafts_and_verifies_under_one_law(temperature: float, branch
 
 
 @pytest.mark.parametrize("law", BOTH)
-def test_what_is_not_allowed_has_no_probability_whatever_its_bias(law: Callable[..., Tensor]) -> None:
+def test_what_is_not_allowed_has_no_probability_whatever_its_bias(
+    law: Callable[..., Tensor],
+) -> None:
     allowed = torch.tensor([True, False, True, False])
     log_p = law(torch.zeros(4), SamplingParams(logit_bias={1: 50.0}, top_k=3), 4, allowed=allowed)
     assert log_p.exp().tolist() == pytest.approx([0.5, 0, 0.5, 0])

@@ -1,4 +1,5 @@
-"""The law, batched and the oracle's, against filters written token by token and transformers' processors."""
+"""The law, batched and the oracle's, against filters written token by token and transformers'
+processors."""
 
 import math
 from collections.abc import Callable
@@ -33,7 +34,9 @@ def by_definition(
         if token in prompt or token in output:
             rate = params.repetition_penalty
             scores[token] = scores[token] / rate if scores[token] > 0 else scores[token] * rate
-        scores[token] -= params.frequency_penalty * output.count(token) + params.presence_penalty * (token in output)
+        scores[token] -= params.frequency_penalty * output.count(
+            token
+        ) + params.presence_penalty * (token in output)
         scores[token] += params.logit_bias.get(token, 0.0)
         if token in params.banned_tokens or token == mask_id:
             scores[token] = -math.inf
@@ -87,20 +90,29 @@ def test_law_equals_the_definitions(
     mask_id = V - 1
     row = torch.tensor(logits, dtype=torch.float64)
     ours = law(row, params, mask_id, prompt, output).exp()
-    expected = torch.tensor(by_definition(logits, params, prompt, output, mask_id), dtype=torch.float64)
+    expected = torch.tensor(
+        by_definition(logits, params, prompt, output, mask_id), dtype=torch.float64
+    )
     assert torch.allclose(ours, expected, atol=1e-12, rtol=0)
     assert ours[mask_id] == 0
 
 
 @pytest.mark.parametrize("law", BOTH)
-@pytest.mark.parametrize("temperature, top_k, top_p, min_p", [(0.7, 5, 1.0, 0.0), (1.3, 0, 0.8, 0.0), (1, 6, 0.7, 0.2)])
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p, min_p", [(0.7, 5, 1.0, 0.0), (1.3, 0, 0.8, 0.0), (1, 6, 0.7, 0.2)]
+)
 def test_law_equals_transformers_processors(
     law: Callable[..., Tensor], temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
     torch.manual_seed(0)
     logits, prompt = torch.randn(6, V, dtype=torch.float64) * 2, [1, 2, 3]
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=1.4)
-    processors = [RepetitionPenaltyLogitsProcessor(1.4), TemperatureLogitsWarper(float(temperature))]
+    params = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=1.4
+    )
+    processors = [
+        RepetitionPenaltyLogitsProcessor(1.4),
+        TemperatureLogitsWarper(float(temperature)),
+    ]
     processors += [TopKLogitsWarper(top_k)] if top_k else []
     processors += [TopPLogitsWarper(top_p)] if top_p < 1 else []
     processors += [MinPLogitsWarper(min_p)] if min_p else []

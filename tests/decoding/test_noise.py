@@ -43,8 +43,12 @@ def test_the_oracle_meets_the_same_noise() -> None:
         for stream in Stream:
             uniforms = [reference.uniform(seed, stream, position) for position in positions]
             assert uniform(seed, torch.tensor(positions), stream).tolist() == uniforms
-            rows = torch.stack([reference.gumbel(seed, stream, position, 40) for position in positions])
-            assert torch.allclose(gumbel(seed, torch.tensor(positions), 40, stream), rows, rtol=1e-14, atol=0)
+            rows = torch.stack(
+                [reference.gumbel(seed, stream, position, 40) for position in positions]
+            )
+            assert torch.allclose(
+                gumbel(seed, torch.tensor(positions), 40, stream), rows, rtol=1e-14, atol=0
+            )
 
 
 def test_noise_is_a_pure_function_of_seed_position_and_token() -> None:
@@ -65,7 +69,8 @@ def test_streams_seeds_and_positions_differ() -> None:
 
 
 def test_uniform_is_uniform() -> None:
-    """Kolmogorov-Smirnov on 20,000 numbers; bound sqrt(ln(2 / 1e-9) / 2) by the DKW inequality: false alarm 1e-9."""
+    """Kolmogorov-Smirnov on 20,000 numbers; bound sqrt(ln(2 / 1e-9) / 2) by the DKW inequality:
+    false alarm 1e-9."""
     ordered = uniform(5, torch.arange(20_000)).sort().values
     steps = torch.arange(1, 20_001, dtype=torch.float64) / 20_000
     distance = torch.maximum((steps - ordered).max(), (ordered - steps + 1 / 20_000).max())
@@ -74,7 +79,8 @@ def test_uniform_is_uniform() -> None:
 
 
 def test_argmax_with_gumbel_noise_samples_the_law() -> None:
-    """Frequencies over 40,000 positions; each within 6.1 standard deviations: under 1e-8 false alarm for 5 tokens."""
+    """Frequencies over 40,000 positions; each within 6.1 standard deviations: under 1e-8 false
+    alarm for 5 tokens."""
     p = torch.tensor([0.5, 0.25, 0.15, 0.07, 0.03], dtype=torch.float64)
     tokens = (p.log() + gumbel(11, torch.arange(40_000), 5)).argmax(dim=-1)
     shares = torch.bincount(tokens, minlength=5) / 40_000

@@ -12,7 +12,15 @@ from idlm.decoding.plan import AR, Plan, RunningAcceptance, choose, expected_tok
 from idlm.decoding.window import outcomes, window
 from idlm.errors import InputError
 
-PLANS = [AR, Plan(2, "chain"), Plan(4, "chain"), Plan(4, "all"), Plan(8, "chain"), Plan(8, "all"), Plan(4, (0, 3))]
+PLANS = [
+    AR,
+    Plan(2, "chain"),
+    Plan(4, "chain"),
+    Plan(4, "all"),
+    Plan(8, "chain"),
+    Plan(8, "all"),
+    Plan(4, (0, 3)),
+]
 acceptances = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=9)
 plans = st.builds(Plan, st.integers(1, 9), st.sampled_from(["all", "chain"]))
 
@@ -51,12 +59,16 @@ def test_the_documented_figures_at_90_percent(stride, every, chain):
 
 @given(acceptances, st.integers(2, 9))
 def test_all_outcomes_never_give_less_than_the_chain(acceptance, stride):
-    every, chain = (expected_tokens(Plan(stride, branches), acceptance) for branches in ("all", "chain"))
+    every, chain = (
+        expected_tokens(Plan(stride, branches), acceptance) for branches in ("all", "chain")
+    )
     assert 1 <= chain <= every + 1e-12 and every <= stride
 
 
 def test_short_acceptance_goes_on_with_its_last_value():
-    assert expected_tokens(Plan(5, "chain"), [0.9, 0.5]) == expected_tokens(Plan(5, "chain"), [0.9, 0.5, 0.5, 0.5])
+    assert expected_tokens(Plan(5, "chain"), [0.9, 0.5]) == expected_tokens(
+        Plan(5, "chain"), [0.9, 0.5, 0.5, 0.5]
+    )
     assert expected_tokens(AR, []) == 1
     with pytest.raises(InputError, match="says nothing about chain-3"):
         expected_tokens(Plan(3, "chain"), [])
@@ -69,7 +81,15 @@ def test_width_is_that_of_the_window(plan):
 
 def test_plans_with_stride_1_are_one_plan():
     assert {Plan(1, "all"), Plan(1, "chain"), Plan(1, (0,))} == {AR}
-    assert [plan.name for plan in PLANS] == ["ar", "chain-2", "chain-4", "all-4", "chain-8", "all-8", "0+3-4"]
+    assert [plan.name for plan in PLANS] == [
+        "ar",
+        "chain-2",
+        "chain-4",
+        "all-4",
+        "chain-8",
+        "all-8",
+        "0+3-4",
+    ]
     with pytest.raises(InputError, match="stride=0"):
         Plan(0, "all")
     with pytest.raises(InputError, match="branches='tree'"):
@@ -83,7 +103,9 @@ def test_the_choice_is_the_fastest_and_of_equals_the_narrowest(candidates, accep
     choice = choose(candidates - {AR}, costs, acceptance)
     rates = {plan: expected_tokens(plan, acceptance) / costs[plan] for plan in candidates}
     assert choice.tokens_per_second == rates[choice.plan] == max(rates.values())
-    assert choice.plan.width == min(plan.width for plan in candidates if rates[plan] == choice.tokens_per_second)
+    assert choice.plan.width == min(
+        plan.width for plan in candidates if rates[plan] == choice.tokens_per_second
+    )
 
 
 def test_the_reason_gives_every_figure_on_one_line():
@@ -100,7 +122,11 @@ def test_a_plan_without_a_cost_is_an_error():
 
 def test_the_current_plan_stays_within_the_margin_only():
     chain, every = Plan(4, "chain"), Plan(4, "all")
-    costs = {AR: 1.0, chain: 1.0, every: expected_tokens(every, [0.9]) / expected_tokens(chain, [0.9]) / 1.02}
+    costs = {
+        AR: 1.0,
+        chain: 1.0,
+        every: expected_tokens(every, [0.9]) / expected_tokens(chain, [0.9]) / 1.02,
+    }
     assert choose(costs, costs, [0.9]).plan == every
     assert choose(costs, costs, [0.9], current=chain).plan == chain
     assert choose(costs, costs, [0.9], current=chain, margin=0.01).plan == every
@@ -165,7 +191,9 @@ def test_newer_steps_count_more():
     assert running.values[0] > 0.9
 
 
-@pytest.mark.parametrize(("reached", "accepted"), [([1], [2]), ([1, 1], [1]), ([1, 1, 1], [1, 1, 1]), ([1], [-1])])
+@pytest.mark.parametrize(
+    ("reached", "accepted"), [([1], [2]), ([1, 1], [1]), ([1, 1, 1], [1, 1, 1]), ([1], [-1])]
+)
 def test_counts_that_cannot_be_are_refused(reached, accepted):
     with pytest.raises(ValueError, match="accepted"):
         RunningAcceptance(2).update(reached, accepted)
@@ -209,9 +237,18 @@ def test_below_the_smallest_measured_batch_the_smallest_counts():
 
 def test_costs_survive_json_and_what_is_no_table_is_refused():
     again = CostTable.from_json(json.loads(json.dumps(table().to_json())))
-    assert again.to_json() == table().to_json() and again.plans == table().plans == [AR, Plan(4, (0, 3))]
+    assert again.to_json() == table().to_json() and again.plans == table().plans == [
+        AR,
+        Plan(4, (0, 3)),
+    ]
     row = table().to_json()[0]
-    for wrong in ([{**row, "seconds": -1.0}], [{**row, "batch": None}], [{"batch": 1}], 7, [{**row, "stride": 99}]):
+    for wrong in (
+        [{**row, "seconds": -1.0}],
+        [{**row, "batch": None}],
+        [{"batch": 1}],
+        7,
+        [{**row, "stride": 99}],
+    ):
         with pytest.raises(ValueError):
             CostTable.from_json(wrong)
 

@@ -1,4 +1,5 @@
-"""The verification rules give exactly the law p: enumerated exactly, then end to end with a stated false-alarm rate."""
+"""The verification rules give exactly the law p: enumerated exactly, then end to end with a stated
+false-alarm rate."""
 
 import itertools
 import math
@@ -27,7 +28,8 @@ FILTERS = [
 
 
 Accepts = Callable[[Tensor, Tensor, int, float], bool]
-"""Whether a rule accepts a draft, given log p [2, V] (the draft's row and the bonus), log q [1, V], and a chance."""
+"""Whether a rule accepts a draft, given log p [2, V] (the draft's row and the bonus), log q [1, V],
+and a chance."""
 
 
 def oracle_accepts(log_p: Tensor, log_q: Tensor, draft: int, chance: float) -> bool:
@@ -38,7 +40,9 @@ def batch_accepts(log_p: Tensor, log_q: Tensor, draft: int, chance: float) -> bo
     alone = batch_of_one(SamplingParams(verification="ratio"), V, V)
     drafts = Drafts(torch.tensor([[draft]]), torch.tensor([1]), log_q[None])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "uniform", lambda keys, at: torch.full(at.shape, chance, dtype=torch.float64))
+        patch.setattr(
+            verify, "uniform", lambda keys, at: torch.full(at.shape, chance, dtype=torch.float64)
+        )
         return bool(verify.verify(alone, log_p[None].clone(), drafts, torch.tensor([3])).accepted)
 
 
@@ -51,15 +55,24 @@ RATIO: list[tuple[Accepts, Residual]] = [
 
 def laws(seed: int, params_p: SamplingParams, params_q: SamplingParams) -> tuple[Tensor, Tensor]:
     """A random p [2, V] (the draft's and the bonus row) and q [1, V], float64."""
-    logits = torch.randn(3, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
-    rows = [fast_law(row, params, V) for row, params in zip(logits, (params_p, params_p, params_q), strict=True)]
+    logits = (
+        torch.randn(3, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
+    )
+    rows = [
+        fast_law(row, params, V)
+        for row, params in zip(logits, (params_p, params_p, params_q), strict=True)
+    ]
     return torch.stack(rows[:2]), torch.stack(rows[2:])
 
 
-def emitted_by_ratio(rule: tuple[Accepts, Residual], log_p: Tensor, log_q: Tensor, drawn_from: Tensor) -> Tensor:
-    """The exact law of the first token that the ratio rule emits when drafts are drawn from `drawn_from` [V].
+def emitted_by_ratio(
+    rule: tuple[Accepts, Residual], log_p: Tensor, log_q: Tensor, drawn_from: Tensor
+) -> Tensor:
+    """The exact law of the first token that the ratio rule emits when drafts are drawn from
+    `drawn_from` [V].
 
-    The acceptance threshold is found by bisection on the rule itself, the replacement by its residual.
+    The acceptance threshold is found by bisection on the rule itself, the replacement by its
+    residual.
     """
     accepts, residual = rule
     emitted = torch.zeros(V, dtype=torch.float64)
@@ -83,15 +96,22 @@ def acceptance_chance(accepts: Accepts, log_p: Tensor, log_q: Tensor, draft: int
 @pytest.mark.parametrize("rule", RATIO, ids=["oracle", "batch"])
 @pytest.mark.parametrize("params", FILTERS)
 @pytest.mark.parametrize("seed", range(8))
-def test_ratio_gives_exactly_p(rule: tuple[Accepts, Residual], params: SamplingParams, seed: int) -> None:
+def test_ratio_gives_exactly_p(
+    rule: tuple[Accepts, Residual], params: SamplingParams, seed: int
+) -> None:
     log_p, log_q = laws(seed, params, params)
-    assert (emitted_by_ratio(rule, log_p, log_q, log_q[0].exp()) - log_p[0].exp()).abs().max() < 1e-12
+    assert (
+        emitted_by_ratio(rule, log_p, log_q, log_q[0].exp()) - log_p[0].exp()
+    ).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("rule", RATIO, ids=["oracle", "batch"])
 @pytest.mark.parametrize("seed", range(8))
-def test_argmax_drafts_under_the_ratio_rule_fail_this_test(rule: tuple[Accepts, Residual], seed: int) -> None:
-    """What the published implementation does: draft by argmax, then accept as if q had been sampled."""
+def test_argmax_drafts_under_the_ratio_rule_fail_this_test(
+    rule: tuple[Accepts, Residual], seed: int
+) -> None:
+    """What the published implementation does: draft by argmax, then accept as if q had been
+    sampled."""
     log_p, log_q = laws(seed, SamplingParams(), SamplingParams())
     argmax = torch.nn.functional.one_hot(log_q[0].argmax(), V).to(torch.float64)
     assert (emitted_by_ratio(rule, log_p, log_q, argmax) - log_p[0].exp()).abs().max() > 1e-3
@@ -99,16 +119,22 @@ def test_argmax_drafts_under_the_ratio_rule_fail_this_test(rule: tuple[Accepts, 
 
 @pytest.mark.parametrize("rule", RATIO, ids=["oracle", "batch"])
 @pytest.mark.parametrize("seed", range(8))
-def test_a_filter_on_one_law_only_fails_this_test(rule: tuple[Accepts, Residual], seed: int) -> None:
+def test_a_filter_on_one_law_only_fails_this_test(
+    rule: tuple[Accepts, Residual], seed: int
+) -> None:
     """Drafts drawn from the filtered q, but judged by the unfiltered one."""
     log_p, log_q = laws(seed, SamplingParams(), SamplingParams())
     _, filtered = laws(seed, SamplingParams(), SamplingParams(top_k=2))
-    assert (emitted_by_ratio(rule, log_p, log_q, filtered[0].exp()) - log_p[0].exp()).abs().max() > 1e-3
+    assert (
+        emitted_by_ratio(rule, log_p, log_q, filtered[0].exp()) - log_p[0].exp()
+    ).abs().max() > 1e-3
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 6), st.sampled_from(FILTERS))
-def test_coupled_emits_the_ar_tokens_whatever_the_drafts(seed: int, depth: int, params: SamplingParams) -> None:
+def test_coupled_emits_the_ar_tokens_whatever_the_drafts(
+    seed: int, depth: int, params: SamplingParams
+) -> None:
     """The oracle's rule draft by draft, and a batch of one."""
     random = torch.Generator().manual_seed(seed)
     logits = torch.randn(depth + 1, V, generator=random, dtype=torch.float64) * 2
@@ -117,7 +143,12 @@ def test_coupled_emits_the_ar_tokens_whatever_the_drafts(seed: int, depth: int, 
     tokens = [request.sample(request.law(row, []), 1 + k) for k, row in enumerate(logits)]
     committed, accepted = request.verify([], drafts, [logits[0]] * depth, logits)
     alone = batch_of_one(params, V, V, [0], seed=seed)
-    ours = verify.verify(alone, logits[None], Drafts(torch.tensor([drafts]), torch.tensor([depth])), torch.tensor([1]))
+    ours = verify.verify(
+        alone,
+        logits[None],
+        Drafts(torch.tensor([drafts]), torch.tensor([depth])),
+        torch.tensor([1]),
+    )
     batched = ours.tokens[0, : int(ours.accepted) + 1].tolist()
     for output, stood in ((committed, accepted), (batched, int(ours.accepted))):
         assert output[:-1] == drafts[:stood]
@@ -131,11 +162,15 @@ def test_relaxed_accepts_more_and_only_likely_drafts(monkeypatch: pytest.MonkeyP
     assert reference.relaxed(log_p[0], 1, noise, tau=0.7) is None
     assert reference.relaxed(log_p[0], 2, noise, tau=0.7) == 0
     assert reference.coupled(log_p[0], 1, noise) == 0
-    monkeypatch.setattr(law, "gumbel", lambda keys, at, steps: torch.zeros(*at.shape, 3, dtype=torch.float64))
+    monkeypatch.setattr(
+        law, "gumbel", lambda keys, at, steps: torch.zeros(*at.shape, 3, dtype=torch.float64)
+    )
     loose = SamplingParams(verification="relaxed", tau=0.7)
     for params, draft, accepted in ((loose, 1, 1), (loose, 2, 0), (SamplingParams(), 1, 0)):
         drafts = Drafts(torch.tensor([[draft]]), torch.tensor([1]))
-        ours = verify.verify(batch_of_one(params, 3, 3), log_p[None].clone(), drafts, torch.tensor([0]))
+        ours = verify.verify(
+            batch_of_one(params, 3, 3), log_p[None].clone(), drafts, torch.tensor([0])
+        )
         assert int(ours.accepted) == accepted and (accepted or int(ours.tokens[0, 0]) == 0)
 
 
@@ -143,7 +178,9 @@ LENGTH = 3
 RUNS = 2_500
 
 
-def exact_sequences(toy: Toy, prompt: list[int], params: SamplingParams) -> dict[tuple[int, ...], float]:
+def exact_sequences(
+    toy: Toy, prompt: list[int], params: SamplingParams
+) -> dict[tuple[int, ...], float]:
     """The probability of every output of LENGTH tokens under AR's own law."""
     chances = {}
     for tokens in itertools.product(range(toy.vocab_size), repeat=LENGTH):
@@ -158,10 +195,12 @@ def exact_sequences(toy: Toy, prompt: list[int], params: SamplingParams) -> dict
 
 
 def worst_deviation(toy: Toy, params: SamplingParams, runs: int) -> tuple[float, float]:
-    """The largest deviation of a sequence's frequency from its probability, in units of its bound; and the level.
+    """The largest deviation of a sequence's frequency from its probability, in units of its bound;
+    and the level.
 
-    Bernstein's inequality bounds P(|freq - p| > t) by 2 exp(-n t^2 / (2 p (1 - p) + 2 t / 3)); t solves it for
-    1e-6 / (number of sequences), so that by the union bound the whole test has a false-alarm rate of at most 1e-6.
+    Bernstein's inequality bounds P(|freq - p| > t) by 2 exp(-n t^2 / (2 p (1 - p) + 2 t / 3)); t
+    solves it for 1e-6 / (number of sequences), so that by the union bound the whole test has a
+    false-alarm rate of at most 1e-6.
     """
     chances = exact_sequences(toy, [1, 0], params)
     counts = dict.fromkeys(chances, 0)
@@ -179,7 +218,9 @@ def worst_deviation(toy: Toy, params: SamplingParams, runs: int) -> tuple[float,
 @pytest.mark.parametrize("verification", ["coupled", "ratio"])
 def test_isd_gives_the_law_of_ar_end_to_end(verification: str) -> None:
     """All 27 outputs of 3 tokens over 3; false-alarm rate at most 1e-6 (see `worst_deviation`)."""
-    params = SamplingParams(max_tokens=LENGTH, temperature=0.9, top_p=0.95, verification=verification)
+    params = SamplingParams(
+        max_tokens=LENGTH, temperature=0.9, top_p=0.95, verification=verification
+    )
     assert worst_deviation(Toy(3, seed=3, sharpness=0.7), params, RUNS)[0] < 1
 
 
@@ -190,7 +231,9 @@ def test_argmax_drafts_fail_the_end_to_end_test(monkeypatch: pytest.MonkeyPatch)
     assert worst_deviation(Toy(3, seed=3, sharpness=0.7), params, RUNS)[0] > 1
 
 
-def argmax_drafts(request: reference.Request, output: list[int], logits: Tensor) -> tuple[list[int], list[Tensor]]:
+def argmax_drafts(
+    request: reference.Request, output: list[int], logits: Tensor
+) -> tuple[list[int], list[Tensor]]:
     """Drafts as the published implementation takes them."""
     log_q = [request.law(row, output) for row in logits]
     return [int(row.argmax()) for row in log_q], log_q

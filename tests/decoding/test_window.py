@@ -9,7 +9,8 @@ from idlm.decoding.window import Branches, Window, outcomes, parse_branches, win
 
 
 def described(layout: Window, valid: int) -> list[tuple[str, int, int]]:
-    """Each row as (kind, outcome, depth), with `valid` drafts; groups past the outcomes repeat the last one."""
+    """Each row as (kind, outcome, depth), with `valid` drafts; groups past the outcomes repeat the
+    last one."""
     served = list(outcomes(layout.branches, valid))
     served += served[-1:] * (layout.groups - len(served))
     rows = [("verify", k, k) for k in range(layout.stride)]
@@ -72,7 +73,8 @@ def test_a_window_wider_than_a_word_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "stride, branches", [(0, "all"), (65, "all"), (4, "some"), (4, (4,)), (4, ()), (True, "all"), (2.0, "all")]
+    "stride, branches",
+    [(0, "all"), (65, "all"), (4, "some"), (4, (4,)), (4, ()), (True, "all"), (2.0, "all")],
 )
 def test_wrong_plans_are_refused(stride: int, branches: Branches) -> None:
     with pytest.raises(InputError):

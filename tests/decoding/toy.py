@@ -1,4 +1,5 @@
-"""A tiny deterministic model for the laws: every row's logits depend on all it sees, and on nothing else."""
+"""A tiny deterministic model for the laws: every row's logits depend on all it sees, and on nothing
+else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What is in deploy/ fits the server: its files parse, its paths and metrics exist, its time limits are long enough."""
+"""What is in deploy/ fits the server: its files parse, its paths and metrics exist, its time limits
+are long enough."""
 
 from __future__ import annotations
 
@@ -44,8 +45,13 @@ def container() -> dict[str, Any]:
 def instructions() -> list[tuple[str, str]]:
     """Name and rest of the Dockerfile's instructions."""
     text = (DEPLOY / "Dockerfile").read_text()
-    lines = "\n".join(line for line in text.splitlines() if not line.startswith("#")).replace("\\\n", " ")
-    return [(name, rest) for name, _, rest in (line.partition(" ") for line in lines.splitlines() if line)]
+    lines = "\n".join(line for line in text.splitlines() if not line.startswith("#")).replace(
+        "\\\n", " "
+    )
+    return [
+        (name, rest)
+        for name, _, rest in (line.partition(" ") for line in lines.splitlines() if line)
+    ]
 
 
 def unit() -> dict[str, str]:
@@ -80,15 +86,25 @@ def test_panels_do_not_overlap_and_queries_close_their_brackets() -> None:
         assert not cells & taken and all(x < 24 for x, _ in cells)
         taken |= cells
         for target in panel["targets"]:
-            assert all(target["expr"].count(a) == target["expr"].count(b) for a, b in ("()", "{}", "[]"))
+            assert all(
+                target["expr"].count(a) == target["expr"].count(b) for a, b in ("()", "{}", "[]")
+            )
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
 
 
 def test_probes_and_scrapes_ask_for_paths_that_exist() -> None:
     pod, known = container(), {getattr(route, "path", None) for route in router.routes}
-    assert pod["startupProbe"]["httpGet"]["path"] == pod["livenessProbe"]["httpGet"]["path"] == "/health"
+    assert (
+        pod["startupProbe"]["httpGet"]["path"]
+        == pod["livenessProbe"]["httpGet"]["path"]
+        == "/health"
+    )
     assert pod["readinessProbe"]["exec"]["command"][-1] == "/ready"
-    assert {"/health", "/ready", documents("prometheus.yml")[0]["scrape_configs"][0]["metrics_path"]} <= known
+    assert {
+        "/health",
+        "/ready",
+        documents("prometheus.yml")[0]["scrape_configs"][0]["metrics_path"],
+    } <= known
 
 
 def test_everyone_waits_longer_than_the_drain() -> None:
@@ -101,27 +117,43 @@ def test_everyone_waits_longer_than_the_drain() -> None:
 def test_nobody_is_root_and_the_key_is_a_secret() -> None:
     deployment = documents("kubernetes/deployment.yaml")[0]["spec"]["template"]["spec"]
     user = dict(instructions())["USER"]
-    assert user == f"{deployment['securityContext']['runAsUser']}:{deployment['securityContext']['runAsGroup']}"
+    assert (
+        user
+        == f"{deployment['securityContext']['runAsUser']}:{deployment['securityContext']['runAsGroup']}"
+    )
     assert deployment["securityContext"]["runAsNonRoot"] is True and user != "0:0"
     assert container()["securityContext"]["readOnlyRootFilesystem"] is True
     (key,) = container()["env"]
     assert key["name"] == KEY_VARIABLE and "secretKeyRef" in key["valueFrom"]
     settings = unit()
-    assert (settings["DynamicUser"], settings["NoNewPrivileges"], settings["ProtectSystem"]) == ("yes", "yes", "strict")
+    assert (settings["DynamicUser"], settings["NoNewPrivileges"], settings["ProtectSystem"]) == (
+        "yes",
+        "yes",
+        "strict",
+    )
     assert not any(KEY_VARIABLE in rest for name, rest in instructions() if name in ("ENV", "ARG"))
 
 
 def test_there_are_as_many_threads_as_cores() -> None:
     arguments = container()["args"]
-    assert arguments[arguments.index("--threads") + 1] == container()["resources"]["requests"]["cpu"]
+    assert (
+        arguments[arguments.index("--threads") + 1] == container()["resources"]["requests"]["cpu"]
+    )
 
 
 def test_what_may_be_written_is_mounted() -> None:
     """The root file system is read-only; models and compiled kernels go to the cache."""
-    written = dict(re.findall(r"(\w+)=(\S+)", next(rest for name, rest in instructions() if "XDG_CACHE_HOME" in rest)))
+    written = dict(
+        re.findall(
+            r"(\w+)=(\S+)", next(rest for name, rest in instructions() if "XDG_CACHE_HOME" in rest)
+        )
+    )
     mounted = {mount["mountPath"] for mount in container()["volumeMounts"]}
     assert mounted == {"/cache", "/tmp"}
-    assert all(written[name].startswith("/cache") for name in ("HOME", "XDG_CACHE_HOME", "HF_HOME", "TRITON_CACHE_DIR"))
+    assert all(
+        written[name].startswith("/cache")
+        for name in ("HOME", "XDG_CACHE_HOME", "HF_HOME", "TRITON_CACHE_DIR")
+    )
 
 
 def test_the_image_is_made_of_files_that_exist_and_that_docker_is_given() -> None:
@@ -133,7 +165,10 @@ def test_the_image_is_made_of_files_that_exist_and_that_docker_is_given() -> Non
             assert all((ROOT / source).exists() for source in sources)
             assert set(sources) <= given
     assert given == {
-        source for n, rest in instructions() if n == "COPY" and "--from" not in rest for source in rest.split()[:-1]
+        source
+        for n, rest in instructions()
+        if n == "COPY" and "--from" not in rest
+        for source in rest.split()[:-1]
     }
     assert re.search(r"^torch==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 
@@ -149,14 +184,18 @@ def test_the_commands_are_ones_that_serve_understands(who: str) -> None:
         "service": ["idlm", *start[1:]],
     }[who]
     assert command[:2] == ["idlm", "serve"]
-    result = CliRunner().invoke(app, [*command[1:], "--adapter", "x=no/where/at-all", "--host", "300.1.1.1"])
+    result = CliRunner().invoke(
+        app, [*command[1:], "--adapter", "x=no/where/at-all", "--host", "300.1.1.1"]
+    )
     assert result.exit_code == 2 and "300.1.1.1" in result.stderr, result.stderr
 
 
 def test_the_healthcheck_runs_a_file_of_the_image() -> None:
     check = json.loads(dict(instructions())["HEALTHCHECK"].partition("CMD ")[2])
     copied = {rest.split()[-1]: rest.split()[0] for name, rest in instructions() if name == "COPY"}
-    assert (ROOT / copied[check[1]]).is_file() and check[1] == container()["readinessProbe"]["exec"]["command"][1]
+    assert (ROOT / copied[check[1]]).is_file() and check[1] == container()["readinessProbe"][
+        "exec"
+    ]["command"][1]
     assert check[2] == "/health"
 
 

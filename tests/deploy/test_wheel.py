@@ -1,4 +1,5 @@
-"""What a wheel and a source distribution have in them, by what the compiler can do; a fake one, so it is quick."""
+"""What a wheel and a source distribution have in them, by what the compiler can do; a fake one, so
+it is quick."""
 
 from __future__ import annotations
 
@@ -18,7 +19,14 @@ from idlm.kernels.instruction_sets import INSTRUCTION_SETS, machine
 ROOT = Path(__file__).parents[2]
 HERE = [one.name for one in INSTRUCTION_SETS.values() if one.machine == machine()]
 pytestmark = pytest.mark.skipif(not HERE, reason="there are no C kernels for this platform")
-FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "idlm/__init__.py", "idlm/kernels/__init__.py")
+FILES = (
+    "setup.py",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "idlm/__init__.py",
+    "idlm/kernels/__init__.py",
+)
 COMPILER = """#!/bin/sh
 case " $* " in *" $REFUSED "*) echo "cc: error: unrecognized option '$REFUSED'" >&2; exit 1;; esac
 while [ $# -gt 0 ]; do [ "$1" = -o ] && echo compiled > "$2"; shift; done
@@ -42,7 +50,9 @@ def build(tree: Path, what: str, compiler: str = "", refused: str = "-no-such") 
     """Run a hook of the build backend, as pip does; what it made, and what it said."""
     environment = {**os.environ, "CC": compiler or str(tree / "cc"), "REFUSED": refused}
     run = [sys.executable, "-c", BUILD, what]
-    result = subprocess.run(run, cwd=tree, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        run, cwd=tree, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr
     (made,) = (tree / "dist").iterdir()
     return made, result.stderr
@@ -51,23 +61,32 @@ def build(tree: Path, what: str, compiler: str = "", refused: str = "-no-such") 
 def libraries(wheel: Path) -> list[str]:
     """Names of the instruction sets that a wheel has a library for."""
     found = (
-        re.fullmatch(r"idlm/kernels/lib/(\w+)-[0-9a-f]{24}\.so", name) for name in zipfile.ZipFile(wheel).namelist()
+        re.fullmatch(r"idlm/kernels/lib/(\w+)-[0-9a-f]{24}\.so", name)
+        for name in zipfile.ZipFile(wheel).namelist()
     )
     return sorted(match[1] for match in found if match)
 
 
 def is_pure(wheel: Path) -> bool:
     """By the wheel's own words."""
-    return "Root-Is-Purelib: true" in zipfile.ZipFile(wheel).read("idlm-0.1.0.dist-info/WHEEL").decode()
+    return (
+        "Root-Is-Purelib: true"
+        in zipfile.ZipFile(wheel).read("idlm-0.1.0.dist-info/WHEEL").decode()
+    )
 
 
 def test_a_wheel_has_every_library_and_is_for_this_platform_and_any_python(tree: Path) -> None:
-    stale = [tree / "build/lib/idlm/kernels" / name for name in ("lib/avx2-000000000000000000000000.so", "csrc/old.h")]
+    stale = [
+        tree / "build/lib/idlm/kernels" / name
+        for name in ("lib/avx2-000000000000000000000000.so", "csrc/old.h")
+    ]
     for one in stale:  # left by a build of other sources
         one.parent.mkdir(parents=True)
         one.write_text("")
     wheel, _ = build(tree, "build_wheel")
-    assert re.fullmatch(rf"idlm-0\.1\.0-py3-none-\w+_{machine()}\.whl", wheel.name) and not is_pure(wheel)
+    assert re.fullmatch(rf"idlm-0\.1\.0-py3-none-\w+_{machine()}\.whl", wheel.name) and not is_pure(
+        wheel
+    )
     assert libraries(wheel) == sorted(HERE)
     sources = {f"idlm/kernels/csrc/{one.name}" for one in (ROOT / "idlm/kernels/csrc").iterdir()}
     assert {name for name in zipfile.ZipFile(wheel).namelist() if "csrc" in name} == sources
@@ -89,7 +108,9 @@ def test_without_a_compiler_the_wheel_is_for_every_platform(tree: Path) -> None:
 
 def test_an_editable_install_compiles_nothing(tree: Path) -> None:
     wheel, said = build(tree, "build_editable", compiler="/no/such/compiler")
-    assert wheel.name.endswith("py3-none-any.whl") and not libraries(wheel) and "compiler" not in said
+    assert (
+        wheel.name.endswith("py3-none-any.whl") and not libraries(wheel) and "compiler" not in said
+    )
 
 
 def test_a_source_distribution_builds(tree: Path) -> None:

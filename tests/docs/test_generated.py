@@ -38,7 +38,11 @@ def test_every_result_is_on_the_page_or_dropped_by_name() -> None:
 
 def test_what_a_result_does_not_record_is_said() -> None:
     page = benchmarks_page.render()
-    sources = [line for line in page.splitlines() if "](../benchmarks/results/" in line and "Machine:" in line]
+    sources = [
+        line
+        for line in page.splitlines()
+        if "](../benchmarks/results/" in line and "Machine:" in line
+    ]
     assert len(sources) == sum(map(len, benchmarks_page.SECTIONS.values()))
     for line in sources:
         name = re.findall(r"results/(\w+\.json)", line)[0]

@@ -1,4 +1,5 @@
-"""What docs/serving.md and docs/security.md say of fields, routes, metrics and limits is what the server has."""
+"""What docs/serving.md and docs/security.md say of fields, routes, metrics and limits is what the
+server has."""
 
 from __future__ import annotations
 
@@ -33,14 +34,18 @@ def names(cell: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("column", "request_type"), [(1, ChatRequest), (2, CompletionRequest)])
-def test_the_table_of_fields_is_complete(column: int, request_type: type[schema.Generation]) -> None:
+def test_the_table_of_fields_is_complete(
+    column: int, request_type: type[schema.Generation]
+) -> None:
     told = [name for row in table("Fields") if row[column] for name in names(row[0])]
     assert sorted(told) == sorted(request_type.model_fields)
 
 
 def test_the_table_of_routes_is_complete() -> None:
     told = {name.split()[1] for row in table("Routes") for name in names(row[0])}
-    there = {getattr(route, "path", "").replace(":path", "") for route in router.routes} | {"/openapi.json"}
+    there = {getattr(route, "path", "").replace(":path", "") for route in router.routes} | {
+        "/openapi.json"
+    }
     assert told == there
 
 

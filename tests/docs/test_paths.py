@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")])
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")]
+)
 HISTORY = {"LOG.md", "CHANGELOG.md"}
 """Pages that tell of files that are gone."""
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -46,10 +48,21 @@ def test_paths_in_the_text_are_there(page: Path) -> None:
 
 def where_to_look() -> list[tuple[str, list[Path], list[str]]]:
     """The rows of the table of docs/architecture.md: question, files, names."""
-    section = (ROOT / "docs" / "architecture.md").read_text().split("## Where to look\n")[1].split("\n## ")[0]
-    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")][1:]
+    section = (
+        (ROOT / "docs" / "architecture.md")
+        .read_text()
+        .split("## Where to look\n")[1]
+        .split("\n## ")[0]
+    )
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")][
+        1:
+    ]
     return [
-        (row[0].strip(), [ROOT / "docs" / link for link in LINK.findall(row[1])], re.findall(r"`(\w+)`", row[2]))
+        (
+            row[0].strip(),
+            [ROOT / "docs" / link for link in LINK.findall(row[1])],
+            re.findall(r"`(\w+)`", row[2]),
+        )
         for row in rows
     ]
 

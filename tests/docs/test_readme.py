@@ -39,7 +39,11 @@ def blocks(language: str) -> list[str]:
 def commands(program: str) -> list[list[str]]:
     """The words of each command of a program in the README's shell blocks, comments left out."""
     lines = [line for block in blocks("sh") for line in block.splitlines()]
-    return [words[1:] for words in (shlex.split(line, comments=True) for line in lines) if words[:1] == [program]]
+    return [
+        words[1:]
+        for words in (shlex.split(line, comments=True) for line in lines)
+        if words[:1] == [program]
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,13 @@ def run(command: list[str], folder: Path, text: str = "") -> subprocess.Complete
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, cwd=folder, input=text, capture_output=True, text=True, timeout=HANG_SECONDS, env=environment
+        command,
+        cwd=folder,
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+        env=environment,
     )
 
 
@@ -72,7 +82,9 @@ def test_python_runs(block: str, folder: Path) -> None:
 def serves(command: list[str], folder: Path) -> None:
     """The server starts and says where it is."""
     small = ["--port", "0", "--threads", "1", "--max-num-seqs", "2", "--kv-memory", "32MiB"]
-    with subprocess.Popen([*PROGRAM, *command, *small], cwd=folder, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        [*PROGRAM, *command, *small], cwd=folder, stdout=subprocess.PIPE, text=True
+    ) as server:
         try:
             assert server.stdout is not None
             assert server.stdout.readline().startswith("idlm serves nano at http://127.0.0.1:")
@@ -82,7 +94,9 @@ def serves(command: list[str], folder: Path) -> None:
 
 @pytest.mark.parametrize("words", commands("idlm"), ids=" ".join)
 def test_commands_run(words: list[str], folder: Path) -> None:
-    command = ["nano-base" if word == "MODEL" else word.replace("=MODEL", "=nano-base") for word in words]
+    command = [
+        "nano-base" if word == "MODEL" else word.replace("=MODEL", "=nano-base") for word in words
+    ]
     if words[0] == "serve":
         return serves(command, folder)
     done = run([*PROGRAM, *command, *SHORTER.get(words[0], [])], folder, text="Hello\n")
@@ -95,7 +109,9 @@ def test_commands_and_options_are_known() -> None:
     for words in shown:
         text = CliRunner().invoke(app, [words[0], "--help"]).output
         overrides = words[0] == "train"
-        assert all(word.split("=")[0] in text for word in words if word.startswith("--") and not overrides)
+        assert all(
+            word.split("=")[0] in text for word in words if word.startswith("--") and not overrides
+        )
 
 
 def test_targets_of_make_exist() -> None:

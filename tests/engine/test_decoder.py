@@ -15,8 +15,16 @@ PARAMS = [
     SamplingParams(temperature=0, max_tokens=14),
     SamplingParams(seed=3, max_tokens=14),
     SamplingParams(seed=5, max_tokens=14, temperature=0.8, top_k=9, top_p=0.9, min_p=0.05),
-    SamplingParams(seed=7, max_tokens=14, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3),
-    SamplingParams(temperature=0, max_tokens=14, repetition_penalty=1.5, logit_bias={3: 2.0}, banned_tokens=(4, 9)),
+    SamplingParams(
+        seed=7, max_tokens=14, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3
+    ),
+    SamplingParams(
+        temperature=0,
+        max_tokens=14,
+        repetition_penalty=1.5,
+        logit_bias={3: 2.0},
+        banned_tokens=(4, 9),
+    ),
     SamplingParams(seed=8, max_tokens=14, verification="ratio", top_k=8),
     SamplingParams(seed=9, max_tokens=14, verification="ratio", presence_penalty=0.7),
     SamplingParams(seed=9, max_tokens=14, verification="relaxed", tau=0.5),
@@ -30,26 +38,40 @@ def idlm(request: pytest.FixtureRequest) -> Idlm:
 
 
 @pytest.mark.parametrize("params", PARAMS, ids=range(len(PARAMS)))
-@pytest.mark.parametrize("stride, branches", [(1, "all"), (2, "all"), (3, "chain"), (4, "all"), (4, (0, 2))])
-def test_equals_the_reference(idlm: Idlm, params: SamplingParams, stride: int, branches: str | tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "stride, branches", [(1, "all"), (2, "all"), (3, "chain"), (4, "all"), (4, (0, 2))]
+)
+def test_equals_the_reference(
+    idlm: Idlm, params: SamplingParams, stride: int, branches: str | tuple[int, ...]
+) -> None:
     prompt = [1, 2, 3, 5, 8]
     seed = params.seed or 0
-    expected = reference.isd(idlm.forward, prompt, params, idlm.mask_id, stride, branches, idlm.eos_ids, seed)
+    expected = reference.isd(
+        idlm.forward, prompt, params, idlm.mask_id, stride, branches, idlm.eos_ids, seed
+    )
     (result,) = LLM(idlm, stride=stride, branches=branches).generate([prompt], params)
     assert result.token_ids == expected.tokens
     assert result.forwards == expected.forwards
     assert (result.reached, result.accepted) == (expected.reached, expected.accepted)
     if params.verification == "coupled":
-        assert result.token_ids == reference.ar(idlm.forward, prompt, params, idlm.mask_id, idlm.eos_ids, seed).tokens
+        assert (
+            result.token_ids
+            == reference.ar(idlm.forward, prompt, params, idlm.mask_id, idlm.eos_ids, seed).tokens
+        )
 
 
 def test_prompts_of_every_length_up_to_the_context(idlm: Idlm) -> None:
-    """Greedy ISD equals greedy AR from one token to one short of the context, where only one token fits."""
+    """Greedy ISD equals greedy AR from one token to one short of the context, where only one token
+    fits."""
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     prompts = [[1 + i % 20 for i in range(length)] for length in range(1, idlm.context)]
-    ar, isd = (LLM(idlm, stride=stride, branches="all").generate(prompts, params) for stride in (1, 4))
+    ar, isd = (
+        LLM(idlm, stride=stride, branches="all").generate(prompts, params) for stride in (1, 4)
+    )
     assert [one.token_ids for one in ar] == [one.token_ids for one in isd]
-    assert [len(one.token_ids) for one in ar] == [min(8, idlm.context - len(prompt)) for prompt in prompts]
+    assert [len(one.token_ids) for one in ar] == [
+        min(8, idlm.context - len(prompt)) for prompt in prompts
+    ]
 
 
 def test_ar_equals_transformers_generate(idlm: Idlm) -> None:
@@ -63,7 +85,9 @@ def test_ar_equals_transformers_generate(idlm: Idlm) -> None:
             "pad_token_id": 0,
             "use_cache": False,
         }
-        expected = model.generate(tokens, attention_mask=torch.ones_like(tokens), **limits)[0, len(prompt) :].tolist()
+        expected = model.generate(tokens, attention_mask=torch.ones_like(tokens), **limits)[
+            0, len(prompt) :
+        ].tolist()
         params = SamplingParams(temperature=0, max_tokens=20, repetition_penalty=1.2)
         assert LLM(idlm, stride=1).generate([prompt], params)[0].token_ids == expected
 
@@ -71,13 +95,18 @@ def test_ar_equals_transformers_generate(idlm: Idlm) -> None:
 def test_same_seed_same_tokens_whatever_the_plan(idlm: Idlm) -> None:
     params = SamplingParams(seed=11, max_tokens=16, top_p=0.95)
     plans = [*itertools.product((1, 2, 3, 5), ("all", "chain")), (4, (1, 3))]
-    outputs = {tuple(LLM(idlm, stride=n, branches=b).generate([[4, 2]], params)[0].token_ids) for n, b in plans}
+    outputs = {
+        tuple(LLM(idlm, stride=n, branches=b).generate([[4, 2]], params)[0].token_ids)
+        for n, b in plans
+    }
     assert len(outputs) == 1
 
 
 def test_a_drawn_seed_is_reported_and_reproduces(idlm: Idlm) -> None:
     first = LLM(idlm, stride=2, branches="all").generate([[4, 2]], SamplingParams(max_tokens=12))[0]
-    again = LLM(idlm, stride=4, branches="all").generate([[4, 2]], SamplingParams(max_tokens=12, seed=first.seed))[0]
+    again = LLM(idlm, stride=4, branches="all").generate(
+        [[4, 2]], SamplingParams(max_tokens=12, seed=first.seed)
+    )[0]
     assert first.token_ids == again.token_ids
 
 
@@ -85,20 +114,25 @@ def test_stop_ids_end_the_output_and_are_its_last_token(idlm: Idlm) -> None:
     llm = LLM(idlm, stride=4, branches="all")
     free = llm.generate([[4, 2]], SamplingParams(seed=1, max_tokens=16, ignore_eos=True))[0]
     stop = free.token_ids[7]
-    held = llm.generate([[4, 2]], SamplingParams(seed=1, max_tokens=16, ignore_eos=True, stop_token_ids=(stop,)))[0]
+    held = llm.generate(
+        [[4, 2]], SamplingParams(seed=1, max_tokens=16, ignore_eos=True, stop_token_ids=(stop,))
+    )[0]
     assert held.token_ids == free.token_ids[: free.token_ids.index(stop) + 1]
     assert (held.finish_reason, free.finish_reason) == ("stop", "length")
 
 
 def test_sources_tell_where_tokens_come_from(idlm: Idlm) -> None:
-    result = LLM(idlm, stride=3, branches="all").generate([[4, 2]], SamplingParams(seed=1, max_tokens=16))[0]
+    result = LLM(idlm, stride=3, branches="all").generate(
+        [[4, 2]], SamplingParams(seed=1, max_tokens=16)
+    )[0]
     assert result.sources[0] == "first" and len(result.sources) == len(result.token_ids)
     assert result.sources.count("accepted") == sum(result.accepted)
     assert result.sources.count("corrected") == sum(result.reached) - sum(result.accepted)
 
 
 @pytest.mark.parametrize(
-    "prompt, words", [([], "0 tokens"), ([99999], "outside"), ([True], "whole number"), ("text", "token ids")]
+    "prompt, words",
+    [([], "0 tokens"), ([99999], "outside"), ([True], "whole number"), ("text", "token ids")],
 )
 def test_bad_prompts_are_refused(idlm: Idlm, prompt: object, words: str) -> None:
     with pytest.raises(InputError, match=words):
@@ -113,6 +147,8 @@ def test_a_mask_in_the_prompt_is_refused(idlm: Idlm) -> None:
 def test_a_model_without_mask_row_decodes_ar_only() -> None:
     plain = tiny_idlm("qwen3", adapter=False)
     for options in ({"stride": 1}, {}):  # the planner has nothing but AR to choose
-        assert LLM(plain, **options).generate([[1, 2]], SamplingParams(max_tokens=3))[0].forwards == 3
+        assert (
+            LLM(plain, **options).generate([[1, 2]], SamplingParams(max_tokens=3))[0].forwards == 3
+        )
     with pytest.raises(InputError, match="no MASK row"):
         LLM(plain, stride=2, branches="all")

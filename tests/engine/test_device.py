@@ -1,4 +1,5 @@
-"""What a GPU asks of the engine, shown without one: few graphs, prefills by themselves, the right device."""
+"""What a GPU asks of the engine, shown without one: few graphs, prefills by themselves, the right
+device."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def eager(kind: Kind, rows: Tensor, columns: Tensor, prompts: object = None) -> 
     return Outcome(torch.zeros(len(rows), 5))
 
 
-def graph(core: Any, kind: Kind, rows: Tensor, columns: Tensor, place: object) -> Callable[..., tuple[Tensor]]:
+def graph(
+    core: Any, kind: Kind, rows: Tensor, columns: Tensor, place: object
+) -> Callable[..., tuple[Tensor]]:
     return lambda rows, columns: (torch.ones(len(rows), 5),)
 
 
@@ -52,14 +55,18 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 def run(recorder: Recorder, batch: int, times: int = 2) -> list[bool]:
     """Steps of a batch; for each, whether it was a replay."""
     kind, rows = Kind(AR, Features()), torch.zeros(batch)
-    return [bool(recorder.step(kind, rows, torch.zeros(3), None).packed.any()) for _ in range(times)]
+    return [
+        bool(recorder.step(kind, rows, torch.zeros(3), None).packed.any()) for _ in range(times)
+    ]
 
 
 def test_a_graph_is_recorded_at_the_second_step_of_its_shape(recorder: Recorder) -> None:
     assert run(recorder, 1, 3) == [False, True, True] and run(recorder, 2) == [False, True]
 
 
-def test_the_graph_not_used_for_longest_makes_room(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_graph_not_used_for_longest_makes_room(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(record, "MOST_GRAPHS", 2)
     for batch in (1, 2, 1, 3):
         run(recorder, batch)
@@ -82,7 +89,13 @@ def test_without_memory_for_a_graph_its_steps_run_eagerly(
 
 
 def test_few_contexts_have_graphs_of_their_own() -> None:
-    assert [runner._context(tokens) for tokens in (1, 512, 513, 2048, 2049)] == [512, 512, 2048, 2048, 8192]
+    assert [runner._context(tokens) for tokens in (1, 512, 513, 2048, 2049)] == [
+        512,
+        512,
+        2048,
+        2048,
+        8192,
+    ]
     assert len({min(runner._context(tokens), 40_960) for tokens in range(1, 40_961)}) == 5
 
 
@@ -102,7 +115,9 @@ def test_prompts_go_by_themselves_where_graphs_are_of_windows_alone(
     core.step = counted  # type: ignore[method-assign]
     prompts = [[3, 4, 5, 6, 7, 8, 9, 10, 11, 12], [7], [5] * 17]
     names = [engine.add(prompt, GREEDY, 0) for prompt in prompts]
-    results = {update.request_id: update.result for update in engine.run() if update.result is not None}
+    results = {
+        update.request_id: update.result for update in engine.run() if update.result is not None
+    }
     for name, prompt in zip(names, prompts, strict=True):
         expected = reference.ar(idlm.forward, prompt, GREEDY, idlm.mask_id, frozenset(), 0)
         assert results[name].token_ids == expected.tokens
@@ -115,18 +130,24 @@ def test_while_nobody_decodes_no_window_is_run(idlm: Idlm) -> None:
     chunk = runner.Chunk(0, [3, 4, 5], 0)
     engine.runner.seat(0, [3, 4, 5, 6], (), GREEDY, 0, 12, (), 0, True, [1])
     outcome = engine.runner.step(Kind(AR, Features()), [], 1, [chunk]).read()
-    assert outcome.packed.shape == (0, 5) and outcome.prompt is not None and len(outcome.prompt) == 3
+    assert (
+        outcome.packed.shape == (0, 5) and outcome.prompt is not None and len(outcome.prompt) == 3
+    )
 
 
 def test_where_results_come_late_the_host_does_not_time_the_prefill(idlm: Idlm) -> None:
-    """The time of a launch says nothing of the device; a budget made of it would shrink to its least."""
+    """The time of a launch says nothing of the device; a budget made of it would shrink to its
+    least."""
     engine = build_engine(idlm, 1, "all", late=1)
     engine.add([3, 4], GREEDY, 0)
     for _ in range(3):
         engine.step()
     engine.metrics.count_launch(AR, 1, 0, 2e-4)
     engine.metrics.count_launch(AR, 0, 64, 2e-2)
-    assert engine.scheduler.decoding and engine.metrics.prefill_budget() < 100 < PREFILL_LATE == engine._budget()
+    assert (
+        engine.scheduler.decoding
+        and engine.metrics.prefill_budget() < 100 < PREFILL_LATE == engine._budget()
+    )
 
 
 def test_steps_run_on_the_models_own_device(idlm: Idlm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,10 +169,17 @@ def test_the_cache_leaves_room_for_steps_and_graphs() -> None:
 
 def test_what_is_as_large_as_the_logits_is_copied_only_where_needed() -> None:
     settings = Settings.empty(2, 24, 24)
-    settings.put(0, SamplingParams(logit_bias={3: 1.0}, presence_penalty=0.5, min_tokens=2), 0, [1], (), [2])
-    whole, plain = (select(settings, torch.tensor([0]), one) for one in (settings.features, Features()))
+    settings.put(
+        0, SamplingParams(logit_bias={3: 1.0}, presence_penalty=0.5, min_tokens=2), 0, [1], (), [2]
+    )
+    whole, plain = (
+        select(settings, torch.tensor([0]), one) for one in (settings.features, Features())
+    )
     for name in ("bias", "stop", "seen", "counts"):
-        assert torch.equal(getattr(whole, name)[0], getattr(settings, name)[0]) and getattr(plain, name) is None
+        assert (
+            torch.equal(getattr(whole, name)[0], getattr(settings, name)[0])
+            and getattr(plain, name) is None
+        )
     assert torch.equal(plain.temperature, settings.temperature[:1])
 
 

@@ -1,4 +1,5 @@
-"""Guided requests in the engine, the oracle's tokens, in any company, and always what the guide says."""
+"""Guided requests in the engine, the oracle's tokens, in any company, and always what the guide
+says."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ PARAMS = [
     SamplingParams(temperature=0, max_tokens=16),
     SamplingParams(seed=3, max_tokens=24),
     SamplingParams(seed=5, max_tokens=24, temperature=1.4, top_k=20, top_p=0.9, min_p=0.01),
-    SamplingParams(seed=7, max_tokens=24, repetition_penalty=1.3, frequency_penalty=0.5, logit_bias={40: 3.0}),
+    SamplingParams(
+        seed=7, max_tokens=24, repetition_penalty=1.3, frequency_penalty=0.5, logit_bias={40: 3.0}
+    ),
     SamplingParams(seed=8, max_tokens=24, verification="ratio", presence_penalty=0.7),
     SamplingParams(seed=9, max_tokens=24, verification="relaxed", tau=0.5),
 ]
@@ -57,7 +60,9 @@ PROMPT = [40, 41, 70, 99, 300]
 @pytest.fixture(scope="module")
 def idlm(checkpoint: Path) -> Idlm:
     """Random weights, a tokenizer of all bytes, and a gated LoRA."""
-    return load(str(checkpoint / "base"), adapter=str(checkpoint / "lora"), dtype=DTYPE, device=DEVICE)
+    return load(
+        str(checkpoint / "base"), adapter=str(checkpoint / "lora"), dtype=DTYPE, device=DEVICE
+    )
 
 
 def with_guide(params: SamplingParams, guide: Guide | None) -> SamplingParams:
@@ -80,7 +85,12 @@ def oracle(idlm: Idlm, guide: Guide) -> reference.Allowed:
         matcher = LLMatcher(tokens, grammar, log_level=0)
         if idlm.eos_ids & set(output) or matcher.try_consume_tokens(list(output)) < len(output):
             return torch.ones(idlm.vocab_size, dtype=torch.bool)
-        return torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8)[: idlm.vocab_size] > 0
+        return (
+            torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8)[
+                : idlm.vocab_size
+            ]
+            > 0
+        )
 
     return lambda output: after(tuple(output))
 
@@ -91,14 +101,24 @@ def test_equals_the_reference(idlm: Idlm, params: SamplingParams, guide: Guide) 
     params, allowed, seed = with_guide(params, guide), oracle(idlm, guide), params.seed or 0
     for stride, branches in ((4, "all"), (3, "chain"), (1, "all")):
         expected = reference.isd(
-            idlm.forward, PROMPT, params, idlm.mask_id, stride, branches, idlm.eos_ids, seed, allowed
+            idlm.forward,
+            PROMPT,
+            params,
+            idlm.mask_id,
+            stride,
+            branches,
+            idlm.eos_ids,
+            seed,
+            allowed,
         )
         (result,) = LLM(idlm, stride=stride, branches=branches).generate([PROMPT], params)
         assert result.token_ids == expected.tokens
         assert result.forwards == expected.forwards
         assert (result.reached, result.accepted) == (expected.reached, expected.accepted)
         if params.verification == "coupled":
-            ar = reference.ar(idlm.forward, PROMPT, params, idlm.mask_id, idlm.eos_ids, seed, allowed)
+            ar = reference.ar(
+                idlm.forward, PROMPT, params, idlm.mask_id, idlm.eos_ids, seed, allowed
+            )
             assert result.token_ids == ar.tokens
 
 
@@ -112,56 +132,85 @@ def test_requests_without_a_guide_beside_guided_ones_are_untouched(idlm: Idlm) -
 @pytest.mark.parametrize("late", [0, 1])
 @pytest.mark.parametrize("seed", range(3))
 def test_any_schedule(idlm: Idlm, late: int, seed: int) -> None:
-    """Requests with and without guides come, are aborted and pre-empted; each gives what AR gives it alone."""
+    """Requests with and without guides come, are aborted and pre-empted; each gives what AR gives
+    it alone."""
     chance = random.Random(seed)
     memory = 2**12 * 3 * DTYPE.itemsize
-    engine = build_engine(idlm, 4, "all", max_num_seqs=3, kv_memory=memory, page_size=4, prefill_tokens=9, late=late)
+    engine = build_engine(
+        idlm, 4, "all", max_num_seqs=3, kv_memory=memory, page_size=4, prefill_tokens=9, late=late
+    )
     alone, done, wanted = LLM(idlm, stride=1), dict[str, Result](), {}
     while engine.busy or len(wanted) < 14:
         if len(wanted) < 14 and chance.random() < 0.3:
             params = with_guide(chance.choice(PARAMS[:4]), chance.choice([None, *GUIDES]))
             prompt = PROMPT * chance.randint(1, 4)
-            wanted[engine.add(prompt, params, len(wanted), drafting=chance.random() < 0.8)] = prompt, params
+            wanted[engine.add(prompt, params, len(wanted), drafting=chance.random() < 0.8)] = (
+                prompt,
+                params,
+            )
         if chance.random() < 0.1:
             engine.drain()
             if engine.scheduler.running:
                 engine._preempt()
         if chance.random() < 0.02 and wanted:
             engine.abort(chance.choice(list(wanted)))
-        done |= {update.request_id: update.result for update in engine.step() if update.result is not None}
+        done |= {
+            update.request_id: update.result
+            for update in engine.step()
+            if update.result is not None
+        }
         engine.check()
     assert engine.metrics.preemptions > 0
     for number, (name, (prompt, params)) in enumerate(wanted.items()):
-        tokens = alone.generate([prompt], SamplingParams(**{**vars(params), "seed": number}))[0].token_ids
+        tokens = alone.generate([prompt], SamplingParams(**{**vars(params), "seed": number}))[
+            0
+        ].token_ids
         result = done[name]
-        assert result.token_ids == (tokens[: len(result.token_ids)] if result.finish_reason == "abort" else tokens)
+        assert result.token_ids == (
+            tokens[: len(result.token_ids)] if result.finish_reason == "abort" else tokens
+        )
 
 
 def test_forty_schemas_of_growing_size(idlm: Idlm) -> None:
     wanted = schemas(40)
     params = params_for(wanted, 120)
     prompts = [PROMPT] * len(wanted)
-    ar, isd = (LLM(idlm, stride=stride, branches="all").generate(prompts, params) for stride in (1, 4))
+    ar, isd = (
+        LLM(idlm, stride=stride, branches="all").generate(prompts, params) for stride in (1, 4)
+    )
     assert [one.token_ids for one in ar] == [one.token_ids for one in isd]
     assert [one.text for one in ar] == [one.text for one in isd]
-    assert [found for schema, one in zip(wanted, isd, strict=True) if (found := fault(schema, one))] == []
+    assert [
+        found for schema, one in zip(wanted, isd, strict=True) if (found := fault(schema, one))
+    ] == []
     assert sum(one.finish_reason == "stop" for one in isd) >= 10
 
 
 def test_logprobs_are_those_of_the_guided_law(idlm: Idlm) -> None:
     guide = GUIDES[2]
     params = SamplingParams(seed=4, max_tokens=12, top_k=30, logprobs=2, guide=guide)
-    ar, isd = (LLM(idlm, stride=stride, branches="all").generate([PROMPT], params)[0] for stride in (1, 4))
+    ar, isd = (
+        LLM(idlm, stride=stride, branches="all").generate([PROMPT], params)[0] for stride in (1, 4)
+    )
     allowed = oracle(idlm, guide)
     text = torch.tensor(PROMPT + ar.token_ids)
-    logits = idlm.forward(text, torch.arange(len(text)), torch.ones(len(text), len(text)).tril() > 0)
+    logits = idlm.forward(
+        text, torch.arange(len(text)), torch.ones(len(text), len(text)).tril() > 0
+    )
     assert ar.token_ids == isd.token_ids
     for result in (ar, isd):
         for at, entry in enumerate(result.logprobs or []):
             output = ar.token_ids[:at]
             may_come = allowed(output)
             for law in BOTH:
-                row = law(logits[len(PROMPT) - 1 + at].clone(), params, idlm.mask_id, PROMPT, output, may_come)
+                row = law(
+                    logits[len(PROMPT) - 1 + at].clone(),
+                    params,
+                    idlm.mask_id,
+                    PROMPT,
+                    output,
+                    may_come,
+                )
                 for token, found in entry.items():
                     assert found.logprob == pytest.approx(float(row[token]), abs=ROUNDING)
 
@@ -174,7 +223,9 @@ def test_samples_share_a_guide_and_each_follows_it(idlm: Idlm) -> None:
 
 
 def test_a_guide_ends_the_output_even_where_the_end_token_is_ignored(idlm: Idlm) -> None:
-    params = SamplingParams(seed=2, max_tokens=50, ignore_eos=True, guide=Guide("regex", "[a-z]{4}"))
+    params = SamplingParams(
+        seed=2, max_tokens=50, ignore_eos=True, guide=Guide("regex", "[a-z]{4}")
+    )
     (result,) = LLM(idlm, branches="all").generate([PROMPT], params)
     assert re.fullmatch("[a-z]{4}", result.text) and result.finish_reason == "stop"
     assert result.token_ids[-1] in idlm.eos_ids
@@ -183,8 +234,13 @@ def test_a_guide_ends_the_output_even_where_the_end_token_is_ignored(idlm: Idlm)
 def test_the_bundled_model_answers_in_json() -> None:
     """It does not know JSON, its tokenizer has fewer tokens than its logits columns."""
     nano = load("nano", dtype=DTYPE, device=DEVICE)
-    params = SamplingParams(temperature=0, max_tokens=80, guide=Guide("json_schema", json.dumps(SCHEMA)))
-    ar, isd = (LLM(nano, stride=stride, branches="all").generate("Mia has 5 boxes.", params)[0] for stride in (1, 4))
+    params = SamplingParams(
+        temperature=0, max_tokens=80, guide=Guide("json_schema", json.dumps(SCHEMA))
+    )
+    ar, isd = (
+        LLM(nano, stride=stride, branches="all").generate("Mia has 5 boxes.", params)[0]
+        for stride in (1, 4)
+    )
     assert ar.token_ids == isd.token_ids and ar.finish_reason == "stop" and isd.tpf > 1
     jsonschema.validate(json.loads(isd.text), SCHEMA)
 
@@ -215,7 +271,10 @@ COSTLY = [
     Guide("regex", "a" * 60_000),
     Guide("json_schema", '{"type": "string", "minLength": 100000, "maxLength": 1000000000}'),
     Guide("json_schema", json.dumps({"enum": [f"value{i}" for i in range(4000)]})),
-    Guide("json_schema", json.dumps({"properties": {f"k{i}": {"type": "string"} for i in range(1500)}})),
+    Guide(
+        "json_schema",
+        json.dumps({"properties": {f"k{i}": {"type": "string"} for i in range(1500)}}),
+    ),
     Guide("json_schema", '{"type": "array", "items":' * 100 + "{}" + "}" * 100),
     Guide("grammar", "start: " + '"a" ' * 15_000),
 ]
@@ -255,26 +314,39 @@ def test_a_costly_guide_takes_bounded_time(idlm: Idlm, guide: Guide) -> None:
 
 def banned_letters(idlm: Idlm, letters: str) -> tuple[int, ...]:
     assert idlm.tokenizer is not None
-    return tuple(t for t in range(len(idlm.tokenizer)) if set(letters) & set(idlm.tokenizer.decode([t])))
+    return tuple(
+        t for t in range(len(idlm.tokenizer)) if set(letters) & set(idlm.tokenizer.decode([t]))
+    )
 
 
 @pytest.mark.parametrize("stride", [1, 4])
-def test_a_request_with_nothing_left_to_say_ends_in_an_error_for_itself(idlm: Idlm, stride: int) -> None:
-    stuck = SamplingParams(seed=1, guide=Guide("regex", "aab"), banned_tokens=banned_letters(idlm, "b"))
+def test_a_request_with_nothing_left_to_say_ends_in_an_error_for_itself(
+    idlm: Idlm, stride: int
+) -> None:
+    stuck = SamplingParams(
+        seed=1, guide=Guide("regex", "aab"), banned_tokens=banned_letters(idlm, "b")
+    )
     wishes = [PARAMS[1], stuck, with_guide(PARAMS[1], GUIDES[1])]
     together = LLM(idlm, stride=stride, branches="all").generate([PROMPT] * 3, wishes)
     assert (together[1].text, together[1].finish_reason) == ("aa", "error")
     assert "bans" in str(together[1].stop_reason)
     for at in (0, 2):
-        assert together[at].token_ids == LLM(idlm, stride=1).generate([PROMPT], wishes[at])[0].token_ids
+        assert (
+            together[at].token_ids
+            == LLM(idlm, stride=1).generate([PROMPT], wishes[at])[0].token_ids
+        )
     with pytest.raises(InputError, match="cannot be used"):
         LLM(idlm, branches="all").generate(
             [PROMPT], SamplingParams(guide=Guide("regex", "b"), banned_tokens=stuck.banned_tokens)
         )
 
 
-def test_a_guide_that_becomes_too_complex_ends_its_request(idlm: Idlm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_guide, "LIMITS", LLParserLimits(max_lexer_states=60, verbose_errors=False))
+def test_a_guide_that_becomes_too_complex_ends_its_request(
+    idlm: Idlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        engine_guide, "LIMITS", LLParserLimits(max_lexer_states=60, verbose_errors=False)
+    )
     wishes = [with_guide(PARAMS[1], Guide("regex", "[a-z]{3,80}(x|y|[0-9]{7})")), PARAMS[1]]
     guided, free = LLM(idlm, stride=4, branches="all").generate([PROMPT] * 2, wishes)
     assert guided.finish_reason == "error" and "too many states" in str(guided.stop_reason)
@@ -284,4 +356,6 @@ def test_a_guide_that_becomes_too_complex_ends_its_request(idlm: Idlm, monkeypat
 
 def test_a_model_without_a_tokenizer_refuses_guides() -> None:
     with pytest.raises(InputError, match="guide needs a fast tokenizer"):
-        LLM(tiny_idlm("qwen3"), branches="all").generate([[1, 2]], SamplingParams(guide=Guide("json_object")))
+        LLM(tiny_idlm("qwen3"), branches="all").generate(
+            [[1, 2]], SamplingParams(guide=Guide("json_object"))
+        )

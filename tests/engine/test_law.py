@@ -1,4 +1,5 @@
-"""`idlm.decoding.law` is on the path of every token: where it is told what comes out, nothing else does."""
+"""`idlm.decoding.law` is on the path of every token: where it is told what comes out, nothing else
+does."""
 
 from __future__ import annotations
 
@@ -63,12 +64,16 @@ def letters(idlm: Idlm, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     return letters
 
 
-def decode(idlm: Idlm, plan: tuple[int, str], requests: list[SamplingParams], record: bool = True) -> list[Result]:
+def decode(
+    idlm: Idlm, plan: tuple[int, str], requests: list[SamplingParams], record: bool = True
+) -> list[Result]:
     """All of them side by side."""
     engine = build_engine(idlm, *plan, record=record)
     limits = {"max_tokens": TOKENS, "ignore_eos": True}
     names = [engine.add(PROMPT, replace(one, **limits), one.seed or 0) for one in requests]
-    results = {update.request_id: update.result for update in engine.run() if update.result is not None}
+    results = {
+        update.request_id: update.result for update in engine.run() if update.result is not None
+    }
     return [results[name] for name in names]
 
 
@@ -92,13 +97,16 @@ def check(results: list[Result], plan: tuple[int, str], letters: Tensor) -> None
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("record", [False, True])
-def test_every_mode_obeys_the_law(idlm: Idlm, letters: Tensor, plan: tuple[int, str], record: bool) -> None:
+def test_every_mode_obeys_the_law(
+    idlm: Idlm, letters: Tensor, plan: tuple[int, str], record: bool
+) -> None:
     check(decode(idlm, plan, list(REQUESTS.values()), record), plan, letters)
 
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_each_alone_obeys_the_law(idlm: Idlm, letters: Tensor, name: str) -> None:
-    """A step runs only what its requests need, so each takes another path alone than with the others."""
+    """A step runs only what its requests need, so each takes another path alone than with the
+    others."""
     (result,) = decode(idlm, (4, "all"), [REQUESTS[name]])
     assert obeys(result, letters)
 
@@ -108,7 +116,9 @@ def test_the_kernel_obeys_the_law(
     idlm: Idlm, letters: Tensor, plan: tuple[int, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Triton's choice in the engine; unrecorded, since its interpreter computes outside torch."""
-    pytest.importorskip("triton", reason="triton is not installed: only the PyTorch twin can be tested")
+    pytest.importorskip(
+        "triton", reason="triton is not installed: only the PyTorch twin can be tested"
+    )
     from idlm.kernels.choose_triton import choose_rows
 
     used = []
@@ -132,15 +142,23 @@ def greedy_verify(law: Law, logits: Tensor, drafts: Any, first: Tensor) -> Verdi
     return Verdicts(nothing, tokens, None)
 
 
-def greedy_draft(law: Law, logits: Tensor, first: Tensor, allow: Any = None) -> tuple[Tensor, Tensor | None]:
+def greedy_draft(
+    law: Law, logits: Tensor, first: Tensor, allow: Any = None
+) -> tuple[Tensor, Tensor | None]:
     return logits.argmax(dim=-1), law.log_p(logits) if law.features.ratio else None
 
 
 @pytest.mark.parametrize("name, bypass", [("verify", greedy_verify), ("draft", greedy_draft)])
 def test_another_path_is_noticed(
-    idlm: Idlm, letters: Tensor, name: str, bypass: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    idlm: Idlm,
+    letters: Tensor,
+    name: str,
+    bypass: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Tokens, or drafts, that are chosen from the logits themselves."""
     monkeypatch.setattr(step, name, bypass)
-    unguided = [params for params in REQUESTS.values() if params.guide is None and params.logprobs is None]
+    unguided = [
+        params for params in REQUESTS.values() if params.guide is None and params.logprobs is None
+    ]
     assert not any(obeys(result, letters) for result in decode(idlm, (4, "all"), unguided))

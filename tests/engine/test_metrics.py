@@ -34,7 +34,8 @@ def test_prompts_take_about_as_long_as_the_step_they_are_beside() -> None:
 
 @pytest.mark.parametrize("plan", [AR, Plan(4, "chain")])
 def test_the_budget_follows_a_batch_that_grows_while_every_step_has_prompts(plan: Plan) -> None:
-    """A burst of requests: from the first one that decodes on, no step is without prompts until all do."""
+    """A burst of requests: from the first one that decodes on, no step is without prompts until all
+    do."""
     metrics = Metrics()
     metrics.count_launch(plan, 0, 200, 200 * TOKEN)
     metrics.count_launch(plan, 1, 0, step(1))

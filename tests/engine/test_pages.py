@@ -12,7 +12,8 @@ HASHES = [bytes([number]) for number in range(6)]
 
 
 class Against(RuleBasedStateMachine):
-    """Random use of a pool beside a model: a list of owners, a map of what is findable, and an order of disuse."""
+    """Random use of a pool beside a model: a list of owners, a map of what is findable, and an
+    order of disuse."""
 
     @initialize(pages=st.integers(2, 9))
     def start(self, pages):
@@ -151,7 +152,9 @@ def test_a_pool_needs_a_page_beside_the_trash_page(pages):
         PagePool(pages, PAGE)
 
 
-@pytest.mark.parametrize("breakage", ["lost", "twice", "swapped", "reference", "hash", "unfindable"])
+@pytest.mark.parametrize(
+    "breakage", ["lost", "twice", "swapped", "reference", "hash", "unfindable"]
+)
 def test_the_check_notices_a_broken_pool(breakage):
     pool = PagePool(6, PAGE)
     page, other = pool.allocate(2)
@@ -190,7 +193,9 @@ def test_a_change_shows_from_its_page_on_and_not_before(ids, size, data):
         return
     place = data.draw(st.integers(0, len(ids) - 1))
     changed = [*ids[:place], ids[place] + 1, *ids[place + 1 :]]
-    for number, (old, new) in enumerate(zip(chain(ids, size, b"r"), chain(changed, size, b"r"), strict=True)):
+    for number, (old, new) in enumerate(
+        zip(chain(ids, size, b"r"), chain(changed, size, b"r"), strict=True)
+    ):
         assert (old == new) == (number < place // size)
 
 

@@ -54,7 +54,9 @@ def test_nothing_after_a_stop_string_is_returned(nano: Idlm, stride: int) -> Non
     assert cut.token_ids == free.token_ids[: len(cut.token_ids)]
     assert stop in nano.tokenizer.decode(cut.token_ids)  # type: ignore[union-attr]
     assert stop not in nano.tokenizer.decode(cut.token_ids[:-1])  # type: ignore[union-attr]
-    kept = llm.chat(ASKED[0], SamplingParams(temperature=0, stop=stop, include_stop_str_in_output=True))
+    kept = llm.chat(
+        ASKED[0], SamplingParams(temperature=0, stop=stop, include_stop_str_in_output=True)
+    )
     assert kept.text == cut.text + stop
 
 
@@ -62,20 +64,30 @@ def test_tokens_without_text(nano: Idlm) -> None:
     llm = LLM(nano, stride=4, branches="all")
     params = {"temperature": 0, "max_tokens": 20}
     bare = llm.chat(ASKED[0], SamplingParams(**params, detokenize=False))
-    assert bare.text == "" and bare.token_ids == llm.chat(ASKED[0], SamplingParams(**params)).token_ids
-    with pytest.raises(InputError, match="detokenize=False, which makes no text; use stop_token_ids"):
+    assert (
+        bare.text == "" and bare.token_ids == llm.chat(ASKED[0], SamplingParams(**params)).token_ids
+    )
+    with pytest.raises(
+        InputError, match="detokenize=False, which makes no text; use stop_token_ids"
+    ):
         SamplingParams(stop="x", detokenize=False)
 
 
 def test_min_tokens_hold_the_end_back(nano: Idlm) -> None:
     params = SamplingParams(temperature=0, max_tokens=200)
     end = len(LLM(nano, branches="all").chat(ASKED[0], params).token_ids)
-    longer = LLM(nano, branches="all").chat(ASKED[0], SamplingParams(temperature=0, max_tokens=200, min_tokens=end + 5))
+    longer = LLM(nano, branches="all").chat(
+        ASKED[0], SamplingParams(temperature=0, max_tokens=200, min_tokens=end + 5)
+    )
     assert len(longer.token_ids) >= end + 5
 
 
-@pytest.mark.parametrize("params", [SamplingParams(temperature=0), SamplingParams(seed=1, temperature=0.7, top_k=9)])
-def test_logprobs_are_those_of_the_law_and_the_same_at_any_stride(idlm: Idlm, params: SamplingParams) -> None:
+@pytest.mark.parametrize(
+    "params", [SamplingParams(temperature=0), SamplingParams(seed=1, temperature=0.7, top_k=9)]
+)
+def test_logprobs_are_those_of_the_law_and_the_same_at_any_stride(
+    idlm: Idlm, params: SamplingParams
+) -> None:
     wanted = SamplingParams(
         temperature=params.temperature,
         top_k=params.top_k,
@@ -85,9 +97,13 @@ def test_logprobs_are_those_of_the_law_and_the_same_at_any_stride(idlm: Idlm, pa
         prompt_logprobs=2,
     )
     prompt = [4, 2, 9, 9]
-    ar, isd = (LLM(idlm, stride=stride, branches="all").generate([prompt], wanted)[0] for stride in (1, 4))
+    ar, isd = (
+        LLM(idlm, stride=stride, branches="all").generate([prompt], wanted)[0] for stride in (1, 4)
+    )
     text = torch.tensor(prompt + ar.token_ids)
-    logits = idlm.forward(text, torch.arange(len(text)), torch.ones(len(text), len(text)).tril() > 0)
+    logits = idlm.forward(
+        text, torch.arange(len(text)), torch.ones(len(text), len(text)).tril() > 0
+    )
     soft = SamplingParams(temperature=params.temperature or 1.0, top_k=params.top_k)
     laws = [torch.stack([law(row.clone(), soft, idlm.mask_id) for row in logits]) for law in BOTH]
     for result, log_p in itertools.product((ar, isd), laws):
@@ -129,7 +145,9 @@ def test_a_deadline_ends_a_request_and_no_other(idlm: Idlm) -> None:
     params = SamplingParams(max_tokens=20, ignore_eos=True)
     late = engine.add([3], params, 0, timeout=0.0)
     fine = engine.add([3], params, 0, timeout=3600.0)
-    results = {update.request_id: update.result for update in engine.run() if update.result is not None}
+    results = {
+        update.request_id: update.result for update in engine.run() if update.result is not None
+    }
     assert results[late].finish_reason == "timeout" and results[late].token_ids == []
     assert results[fine].finish_reason == "length" and len(results[fine].token_ids) == 20
 
@@ -170,7 +188,9 @@ def test_a_prompt_and_the_windows_of_others_are_one_forward(idlm: Idlm, stride: 
     engine.add([3, 4], params, 0)
     engine.step()
     late = engine.add([5, 6, 7, 8], params, 0)
-    assert late in [update.request_id for update in engine.step()], "its first token comes with its prefill"
+    assert late in [update.request_id for update in engine.step()], (
+        "its first token comes with its prefill"
+    )
     assert (engine.metrics.decode_steps, engine.metrics.rows) == (2, 3)
 
 
@@ -183,18 +203,24 @@ def test_prompt_logprobs_survive_a_pre_emption_within_the_prefill(idlm: Idlm) ->
     engine.step()
     assert engine.scheduler.victim().id == name and engine.scheduler.prefilling
     engine._preempt()
-    results = {update.request_id: update.result for update in engine.run() if update.result is not None}
+    results = {
+        update.request_id: update.result for update in engine.run() if update.result is not None
+    }
     assert engine.metrics.preemptions == 1
     (alone,) = LLM(idlm, branches="all").generate([prompt], params)
     assert results[name].token_ids == alone.token_ids and alone.prompt_logprobs is not None
     assert len(alone.prompt_logprobs) == len(prompt)
-    for mine, theirs in zip((results[name].prompt_logprobs or [])[1:], alone.prompt_logprobs[1:], strict=True):
+    for mine, theirs in zip(
+        (results[name].prompt_logprobs or [])[1:], alone.prompt_logprobs[1:], strict=True
+    ):
         assert mine is not None and theirs is not None and mine.keys() == theirs.keys()
         assert all(mine[token].logprob == pytest.approx(theirs[token].logprob) for token in mine)
 
 
 def test_a_prompt_of_one_token_has_no_logprobs_to_report(idlm: Idlm) -> None:
-    (result,) = LLM(idlm, branches="all").generate([[3]], SamplingParams(max_tokens=2, seed=0, prompt_logprobs=0))
+    (result,) = LLM(idlm, branches="all").generate(
+        [[3]], SamplingParams(max_tokens=2, seed=0, prompt_logprobs=0)
+    )
     assert result.prompt_logprobs == [None]
 
 
@@ -228,7 +254,9 @@ def test_one_request_refused_leaves_the_others_alone(idlm: Idlm) -> None:
         ({"threads": "two"}, "threads='two'"),
     ],
 )
-def test_wrong_engine_options_are_refused(idlm: Idlm, options: dict[str, object], words: str) -> None:
+def test_wrong_engine_options_are_refused(
+    idlm: Idlm, options: dict[str, object], words: str
+) -> None:
     with pytest.raises(InputError, match=words):
         LLM(idlm, **options)  # type: ignore[arg-type]
 
@@ -244,28 +272,38 @@ def test_memory_is_read_with_its_unit() -> None:
 
 
 def test_simulated_acceptance_is_what_was_asked_for(idlm: Idlm) -> None:
-    params = [SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, seed=seed) for seed in range(64)]
+    params = [
+        SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, seed=seed)
+        for seed in range(64)
+    ]
     llm = LLM(idlm, stride=4, branches="all", simulate_acceptance=[0.9, 0.5])
     results = llm.generate([[3, 4]] * 64, params)
-    reached, accepted = (sum(getattr(one, name)[0] for one in results) for name in ("reached", "accepted"))
+    reached, accepted = (
+        sum(getattr(one, name)[0] for one in results) for name in ("reached", "accepted")
+    )
     assert accepted / reached == pytest.approx(0.9, abs=0.05)
     second = [sum(getattr(one, name)[1] for one in results) for name in ("accepted", "reached")]
     assert second[0] / second[1] == pytest.approx(0.5, abs=0.06)
 
 
-def test_the_planner_chooses_among_plans_and_keeps_the_bytes(nano: Idlm, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_the_planner_chooses_among_plans_and_keeps_the_bytes(
+    nano: Idlm, tmp_path, monkeypatch
+) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     params = SamplingParams(temperature=0.8, seed=2, max_tokens=40)
     llm = LLM(nano, stride=4, max_num_seqs=2)
     expected = LLM(nano, stride=1).chat(ASKED[:4], params)
-    assert [one.token_ids for one in llm.chat(ASKED[:4], params)] == [one.token_ids for one in expected]
+    assert [one.token_ids for one in llm.chat(ASKED[:4], params)] == [
+        one.token_ids for one in expected
+    ]
     assert "tok/s" in llm.engine.planner.reason and sum(llm.engine.metrics.plans.values()) > 0
 
 
 def test_the_first_to_decode_does_not_hold_up_the_many_that_came_with_it(
     nano: Idlm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the times of a machine that does nothing else: how many prompt tokens a step takes follows from them."""
+    """With the times of a machine that does nothing else: how many prompt tokens a step takes
+    follows from them."""
     engine = LLM(nano, max_num_seqs=32, branches="all").engine
     count = engine.metrics.count_launch
 

@@ -1,4 +1,5 @@
-"""Any schedule of requests gives each of them what the oracle gives it alone, and loses no slot and no page."""
+"""Any schedule of requests gives each of them what the oracle gives it alone, and loses no slot and
+no page."""
 
 from __future__ import annotations
 
@@ -30,7 +31,10 @@ from tests.engine.tiny import DTYPE, VOCAB, tiny_idlm, with_second_adapter
 STEPS = int(os.environ.get("IDLM_SCHEDULE_STEPS", "5000"))
 """Engine steps of each of the two machines below, at least. `make soak` runs more."""
 CHOICE = random.Random(0)
-PROMPTS = [[CHOICE.randrange(3, VOCAB) for _ in range(length)] for length in (1, 2, 3, 5, 8, 13, 17, 24, 31, 40, 46)]
+PROMPTS = [
+    [CHOICE.randrange(3, VOCAB) for _ in range(length)]
+    for length in (1, 2, 3, 5, 8, 13, 17, 24, 31, 40, 46)
+]
 
 
 @lru_cache
@@ -115,11 +119,19 @@ class Schedules(RuleBasedStateMachine):
         samples=st.integers(1, 4),
     )
     def add(
-        self, prompt: list[int], params: SamplingParams, seed: int, adapter: str | None, priority: int, samples: int
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        seed: int,
+        adapter: str | None,
+        priority: int,
+        samples: int,
     ) -> None:
         for sample in range(samples):  # the later ones meet the prefix cache
             drafting = adapter is not None
-            name = self.engine.add(prompt, params, seed + sample, adapter=adapter, drafting=drafting, priority=priority)
+            name = self.engine.add(
+                prompt, params, seed + sample, adapter=adapter, drafting=drafting, priority=priority
+            )
             self.wanted[name] = (tuple(prompt), params, seed + sample)
 
     @rule(steps=st.integers(1, 20))
@@ -190,7 +202,9 @@ class EagerSchedules(Schedules):
     record = False
 
 
-LIMITS = settings(max_examples=10, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck))
+LIMITS = settings(
+    max_examples=10, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+)
 
 
 @pytest.mark.timeout(3600)

@@ -24,7 +24,10 @@ def stream(llm: LLM, params: SamplingParams, drafting: bool = True) -> list[Upda
 def test_updates_bring_the_sources_of_their_tokens(llm: LLM, stop: tuple[str, ...]) -> None:
     updates = stream(llm, SamplingParams(seed=3, max_tokens=40, stop=stop))
     result = updates[-1].result
-    assert result is not None and [token for one in updates for token in one.tokens] == result.token_ids
+    assert (
+        result is not None
+        and [token for one in updates for token in one.tokens] == result.token_ids
+    )
     assert [source for one in updates for source in one.sources] == result.sources
     assert "".join(one.text for one in updates) == result.text
 
@@ -36,7 +39,9 @@ def test_without_drafting_the_tokens_are_the_same_one_a_forward(llm: LLM) -> Non
     assert plain.forwards == len(plain.token_ids) > drafted.forwards
 
 
-def test_a_template_that_refuses_is_an_input_error(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_refuses_is_an_input_error(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     template = "{{ raise_exception('no such role') }}"
     monkeypatch.setattr(llm.idlm.tokenizer, "chat_template", template)
     with pytest.raises(InputError, match="no such role.*change them"):

@@ -1,4 +1,5 @@
-"""`TextStream` against `tokenizer.decode` of everything, whatever the pieces, and stop strings against plain search."""
+"""`TextStream` against `tokenizer.decode` of everything, whatever the pieces, and stop strings
+against plain search."""
 
 from functools import cache
 from itertools import pairwise
@@ -19,7 +20,8 @@ END = "<|end|>"
 
 @cache
 def byte_level() -> PreTrainedTokenizerBase:
-    """One token a byte, the space joined to a letter, two thirds of a euro sign, and a special token."""
+    """One token a byte, the space joined to a letter, two thirds of a euro sign, and a special
+    token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pair, space = ["".join(name) for name in (("â", "Ĥ"), ("Ġ", "a"))]
     vocabulary = {name: number for number, name in enumerate([*alphabet, pair, space])}
@@ -32,10 +34,24 @@ def byte_level() -> PreTrainedTokenizerBase:
 @cache
 def byte_fallback() -> PreTrainedTokenizerBase:
     """Letters and "▁" for the space, everything else byte by byte, as SentencePiece models have it."""
-    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz"]
-    bpe = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True))
+    names = [
+        "<unk>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *"abcdefghijklmnopqrstuvwxyz",
+    ]
+    bpe = Tokenizer(
+        models.BPE(
+            {name: i for i, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True
+        )
+    )
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     bpe.decoder = decoders.Sequence(steps)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, unk_token="<unk>")
 
@@ -92,7 +108,9 @@ def test_any_tokens_in_any_pieces_give_the_text_of_all(tokens, places, skip):
 def test_text_of_a_byte_fallback_tokenizer(text, places):
     tokenizer = byte_fallback()
     tokens = ids(tokenizer, text)
-    assert streamed(TextStream(tokenizer), pieces(tokens, places)) == tokenizer.decode(tokens) == text
+    assert (
+        streamed(TextStream(tokenizer), pieces(tokens, places)) == tokenizer.decode(tokens) == text
+    )
 
 
 @pytest.mark.parametrize("phase", [1, 2, 3, 4])
@@ -106,7 +124,9 @@ def test_pieces_that_always_end_within_a_character(phase):
     assert stream.text == "🏁" * 30
 
 
-@pytest.mark.parametrize("tokenizer", [byte_level, byte_fallback, nano], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "tokenizer", [byte_level, byte_fallback, nano], ids=lambda make: make.__name__
+)
 def test_each_piece_is_returned_as_soon_as_it_is_whole(tokenizer):
     tokenizer, text = tokenizer(), WORLD.replace("�", "")
     stream, tokens = TextStream(tokenizer), ids(tokenizer, text)
@@ -120,7 +140,9 @@ def test_each_piece_is_returned_as_soon_as_it_is_whole(tokenizer):
 
 
 def test_a_real_replacement_character_comes_through():
-    assert streamed(TextStream(byte_level()), [[token] for token in ids(byte_level(), WORLD)]) == WORLD
+    assert (
+        streamed(TextStream(byte_level()), [[token] for token in ids(byte_level(), WORLD)]) == WORLD
+    )
 
 
 def test_half_a_character_at_the_end_is_what_the_tokenizer_makes_of_it():
@@ -134,14 +156,22 @@ def test_the_bundled_tokenizer_on_its_own_problems(stop):
     for problem in held_out_problems(3):
         tokens = [*ids(nano(), problem.question + "\n" + problem.solution), nano().eos_token_id]
         stream = TextStream(nano(), stop=stop)
-        assert streamed(stream, pieces(tokens, list(range(0, 400, 3)))) == nano().decode(tokens[:-1])
+        assert streamed(stream, pieces(tokens, list(range(0, 400, 3)))) == nano().decode(
+            tokens[:-1]
+        )
         shown = TextStream(nano(), skip_special_tokens=False, stop=stop)
         assert streamed(shown, [[token] for token in tokens]).endswith("<|im_end|>")
 
 
 @pytest.mark.parametrize(
     ("tokenizer", "text"),
-    [(byte_level, "a"), (byte_level, END), (byte_level, "half 🏁"), (byte_fallback, "世🏁"), (byte_fallback, "éé a")],
+    [
+        (byte_level, "a"),
+        (byte_level, END),
+        (byte_level, "half 🏁"),
+        (byte_fallback, "世🏁"),
+        (byte_fallback, "éé a"),
+    ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_the_window_stays_short(tokenizer, text):
@@ -157,8 +187,11 @@ def test_the_window_stays_short(tokenizer, text):
     assert stream.text == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def first_stop(tokens: list[int], stops: list[str], include: bool, least: int) -> tuple[str, int | None]:
-    """The text up to the first stop string completed after `least` tokens, by looking at every beginning."""
+def first_stop(
+    tokens: list[int], stops: list[str], include: bool, least: int
+) -> tuple[str, int | None]:
+    """The text up to the first stop string completed after `least` tokens, by looking at every
+    beginning."""
     whole = byte_level().decode(tokens, skip_special_tokens=True)
     length = 0
     for number in range(1, len(tokens) + 1):
@@ -197,7 +230,12 @@ def test_only_the_beginning_of_a_stop_string_is_held(tokens, strings):
         if stream.stopped_at is not None:
             return
         so_far = byte_level().decode(tokens[:number]).rstrip("�")
-        beginnings = [stop[:size] for stop in strings for size in range(len(stop)) if so_far.endswith(stop[:size])]
+        beginnings = [
+            stop[:size]
+            for stop in strings
+            for size in range(len(stop))
+            if so_far.endswith(stop[:size])
+        ]
         assert stream.text == so_far[: len(so_far) - max(map(len, beginnings))]
 
 
@@ -210,7 +248,11 @@ def test_nothing_comes_after_a_stop():
 
 def test_a_stop_string_longer_than_the_text_is_given_back_at_the_end():
     stream = TextStream(byte_level(), stop=("bcde",))
-    assert [stream.push(ids(byte_level(), "abc")), stream.finish(), stream.finish()] == ["a", "bc", ""]
+    assert [stream.push(ids(byte_level(), "abc")), stream.finish(), stream.finish()] == [
+        "a",
+        "bc",
+        "",
+    ]
 
 
 def test_many_special_tokens_do_not_cost_a_space():

@@ -1,4 +1,5 @@
-"""Weights in bfloat16 and int8: AR and ISD of the model that they make are each other's, and what they cost."""
+"""Weights in bfloat16 and int8: AR and ISD of the model that they make are each other's, and what
+they cost."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from idlm.models.idlm_model import Idlm
 from idlm.params import SamplingParams
 from tests.engine.tiny import tiny_idlm
 
-pytestmark = pytest.mark.skipif(not native.loaded(), reason="no C compiler: there is nothing to test")
+pytestmark = pytest.mark.skipif(
+    not native.loaded(), reason="no C compiler: there is nothing to test"
+)
 
 PLANS = ((2, "all"), (4, "chain"), (4, "all"), (4, "planner"))
 
@@ -34,14 +37,17 @@ def floats(family: str = "qwen3", adapter: bool = True) -> Idlm:
 def test_every_plan_gives_the_tokens_of_ar(family: str, weights: str) -> None:
     model, prompts = floats(family), [[5, 6, 7 + number] for number in range(6)]
     params = [
-        SamplingParams(max_tokens=30, temperature=0.8 * (seed % 2), seed=seed, ignore_eos=True) for seed in range(6)
+        SamplingParams(max_tokens=30, temperature=0.8 * (seed % 2), seed=seed, ignore_eos=True)
+        for seed in range(6)
     ]
     ar = LLM(model, stride=1, max_num_seqs=4, weights=weights).generate(prompts, params)
     for stride, branches in PLANS:
         llm = LLM(model, stride=stride, branches=branches, max_num_seqs=4, weights=weights)
         assert llm.engine.runner.core.linears is not None
         assert llm.engine.runner.core.linears.format == weights
-        assert [one.token_ids for one in llm.generate(prompts, params)] == [one.token_ids for one in ar]
+        assert [one.token_ids for one in llm.generate(prompts, params)] == [
+            one.token_ids for one in ar
+        ]
 
 
 def test_a_model_stored_in_16_bits_holds_bfloat16_weights() -> None:
@@ -51,7 +57,9 @@ def test_a_model_stored_in_16_bits_holds_bfloat16_weights() -> None:
 
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
-def test_where_they_cannot_be_had_they_are_refused(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_they_cannot_be_had_they_are_refused(
+    weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(InputError, match=f"weights='{weights}' needs float32 activations"):
         LLM(tiny_idlm("qwen3"), weights=weights)
     with pytest.raises(InputError, match="deterministic"):

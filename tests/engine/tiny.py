@@ -1,6 +1,7 @@
 """Random models of every family, in memory, small enough to recompute from scratch at each step.
 
-They are float64 on the CPU; IDLM_TEST_DEVICE and IDLM_TEST_DTYPE say otherwise. Triton attends in float32 and below.
+They are float64 on the CPU; IDLM_TEST_DEVICE and IDLM_TEST_DTYPE say otherwise. Triton attends in
+float32 and below.
 """
 
 from __future__ import annotations
@@ -79,8 +80,12 @@ def with_second_adapter(idlm: Idlm) -> Idlm:
     for layer in range(2):
         for name, shape in (("self_attn.k_proj", (32, 16)), ("mlp.down_proj", (48, 32))):
             module = f"model.layers.{layer}.{name}"
-            tensors[module, "lora_A"] = torch.randn(3, shape[0], generator=generator, dtype=torch.float64) * 0.3
-            tensors[module, "lora_B"] = torch.randn(shape[1], 3, generator=generator, dtype=torch.float64) * 0.3
+            tensors[module, "lora_A"] = (
+                torch.randn(3, shape[0], generator=generator, dtype=torch.float64) * 0.3
+            )
+            tensors[module, "lora_B"] = (
+                torch.randn(shape[1], 3, generator=generator, dtype=torch.float64) * 0.3
+            )
     row = torch.randn(32, generator=generator, dtype=torch.float64) * 0.3
     attach_more(idlm.model, idlm.gate, LoraSpec(3, 6.0, ("k_proj", "down_proj")), tensors, row)
     return idlm

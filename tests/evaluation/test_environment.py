@@ -18,6 +18,8 @@ def test_a_result_names_the_cpu_its_vector_instructions_and_the_versions() -> No
     assert isinstance(instructions, list) and all(name.startswith(VECTORS) for name in instructions)
 
 
-def test_a_machine_without_cpuinfo_is_described_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_cpuinfo_is_described_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(Path, "exists", lambda path: False)
     assert environment()["instructions"] == []

@@ -14,7 +14,9 @@ from tests.engine.tiny import tiny_idlm
 
 
 def result(tokens: int, forwards: int, reached: list[int], accepted: list[int]) -> Result:
-    return Result([1], 0, reached, accepted, Timing(0.0), token_ids=list(range(tokens)), forwards=forwards)
+    return Result(
+        [1], 0, reached, accepted, Timing(0.0), token_ids=list(range(tokens)), forwards=forwards
+    )
 
 
 def test_totals_weigh_results_by_their_size() -> None:
@@ -44,9 +46,13 @@ def test_a_lap_reports_the_median_rate() -> None:
 
 
 def test_exact_answers_are_counted() -> None:
-    """The bundled base answers nearly all held-out problems; an answer that is cut off does not count."""
+    """The bundled base answers nearly all held-out problems; an answer that is cut off does not
+    count."""
     problems = held_out_problems(6)
-    llm, params = LLM("nano", stride=4, branches="all"), SamplingParams(max_tokens=256, temperature=0.0)
+    llm, params = (
+        LLM("nano", stride=4, branches="all"),
+        SamplingParams(max_tokens=256, temperature=0.0),
+    )
     found = evaluate(llm, problems, params)
     assert found.share >= 5 / 6 and len(found.results) == 6
     cut = evaluate(llm, problems[:2], SamplingParams(max_tokens=3, temperature=0.0))

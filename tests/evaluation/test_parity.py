@@ -8,7 +8,13 @@ import torch
 
 from idlm import SamplingParams
 from idlm.engine import step
-from idlm.evaluation.parity import check_law, compare, first_difference, kolmogorov_smirnov, transform
+from idlm.evaluation.parity import (
+    check_law,
+    compare,
+    first_difference,
+    kolmogorov_smirnov,
+    transform,
+)
 from tests.engine.tiny import tiny_idlm
 
 PROMPTS = [[1, 2, 3], [7], [4, 4, 9, 9]]
@@ -27,11 +33,16 @@ def test_relaxed_differs_and_the_difference_is_described() -> None:
     assert not parity.identical
     first = parity.differences[0]
     assert first.ar_token != first.isd_token
-    assert first.ar_margin is not None and first.isd_margin is not None and first.isd_margin < 0 < first.ar_margin
+    assert (
+        first.ar_margin is not None
+        and first.isd_margin is not None
+        and first.isd_margin < 0 < first.ar_margin
+    )
 
 
 @pytest.mark.parametrize(
-    "left, right, expected", [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1], [1, 2], 1), ([], [1], 0)]
+    "left, right, expected",
+    [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1], [1, 2], 1), ([], [1], 0)],
 )
 def test_first_difference(left: list[int], right: list[int], expected: int | None) -> None:
     assert first_difference(left, right) == expected
@@ -40,11 +51,17 @@ def test_first_difference(left: list[int], right: list[int], expected: int | Non
 def test_the_ratio_rule_passes_the_law_test() -> None:
     params = SamplingParams(seed=3, max_tokens=40, verification="ratio", temperature=0.9, top_p=0.9)
     test, results = check_law(tiny_idlm("qwen2"), PROMPTS * 4, params, stride=4)
-    assert test.passed and test.tokens == 12 * 40 and test.bound == pytest.approx(math.sqrt(math.log(2e6) / 2))
+    assert (
+        test.passed
+        and test.tokens == 12 * 40
+        and test.bound == pytest.approx(math.sqrt(math.log(2e6) / 2))
+    )
     assert sum(sum(result.accepted) for result in results) > 0
 
 
-def test_argmax_drafts_under_the_ratio_rule_fail_the_law_test(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_argmax_drafts_under_the_ratio_rule_fail_the_law_test(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Drafts by argmax, judged as if they had been sampled from q: the law test must notice."""
     draft = step.draft
 

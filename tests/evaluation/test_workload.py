@@ -31,13 +31,18 @@ def test_random_tokens_are_mixed_and_fit(plain: Idlm) -> None:
     requests = workload(plain)(200, 1)
     prompts, outputs = zip(*lengths(requests), strict=True)
     half = plain.context // 2
-    assert (min(prompts), max(prompts)) == (SHORTEST, half) and (min(outputs), max(outputs)) == (SHORTEST, half)
+    assert (min(prompts), max(prompts)) == (SHORTEST, half) and (min(outputs), max(outputs)) == (
+        SHORTEST,
+        half,
+    )
     used = {token for request in requests for token in request.prompt_token_ids}
     assert used == set(range(plain.vocab_size)) - {plain.mask_id, *plain.eos_ids}
 
 
 def test_a_context_shorter_than_the_shortest_request_still_gets_some(plain: Idlm) -> None:
-    config = type(plain.model.config)(**plain.model.config.to_dict() | {"max_position_embeddings": 10})
+    config = type(plain.model.config)(
+        **plain.model.config.to_dict() | {"max_position_embeddings": 10}
+    )
     short = replace(plain, model=type(plain.model)(config))
     assert lengths(workload(short)(3, 0)) == [(5, 5)] * 3
 
@@ -47,7 +52,10 @@ def test_given_prompts_all_come_and_fit(plain: Idlm) -> None:
     requests = workload(plain, prompts)(7, 3)
     assert len(requests) == 7
     assert sorted(request.prompt_token_ids for request in requests[:3]) == sorted(prompts)
-    assert all(output >= SHORTEST and prompt + output <= plain.context for prompt, output in lengths(requests))
+    assert all(
+        output >= SHORTEST and prompt + output <= plain.context
+        for prompt, output in lengths(requests)
+    )
 
 
 @pytest.mark.parametrize("length", [0, 145, 500])
@@ -68,7 +76,11 @@ def test_problems_end_within_their_solutions(bundled: Idlm) -> None:
 
 @pytest.mark.parametrize("which", ["plain", "bundled", "given"])
 def test_a_seed_names_its_requests(which: str, plain: Idlm, bundled: Idlm) -> None:
-    model, prompts = (plain, [[5, 6], [7]]) if which == "given" else ({"plain": plain, "bundled": bundled}[which], [])
+    model, prompts = (
+        (plain, [[5, 6], [7]])
+        if which == "given"
+        else ({"plain": plain, "bundled": bundled}[which], [])
+    )
     draw = workload(model, prompts)
     assert draw(9, 4) == workload(model, prompts)(9, 4) != draw(9, 5)
 

@@ -1,4 +1,5 @@
-"""What every build of the C kernels has to do, against PyTorch twins; `kernels` are those of one build."""
+"""What every build of the C kernels has to do, against PyTorch twins; `kernels` are those of one
+build."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def threads(number: int) -> Iterator[None]:
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows x [T, K] as csrc/linear.c rounds them, in whole numbers up to 32,767: int64 [T, K], scales [T]."""
+    """Rows x [T, K] as csrc/linear.c rounds them, in whole numbers up to 32,767: int64 [T, K],
+    scales [T]."""
     most = x.abs().amax(dim=1)
     rate = torch.full_like(most, 65534) / most  # 65534 / most would multiply by a reciprocal
     twice = (x * torch.where(most > 1e-30, rate, 0)[:, None]).nan_to_num().trunc().to(torch.int64)
@@ -40,7 +42,8 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int8_twin(x: Tensor, panels: Panels) -> Tensor:
-    """The same roundings by PyTorch: exact sums of a group, then the float32 operations of csrc/linear.c, in order."""
+    """The same roundings by PyTorch: exact sums of a group, then the float32 operations of
+    csrc/linear.c, in order."""
     numbers, scales = rounded(x)
     codes = panels._replace(scales=torch.empty(0)).matrix().double()
     of_groups = panels.scales.transpose(0, 1).flatten(1)[:, : panels.out]
@@ -52,11 +55,17 @@ def int8_twin(x: Tensor, panels: Panels) -> Tensor:
 
 
 def in_pieces(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows x [T, K] in pieces of 128, in codes up to 127: int64 [T, C, 128], zeros past K, scales [T, C]."""
+    """Rows x [T, K] in pieces of 128, in codes up to 127: int64 [T, C, 128], zeros past K, scales
+    [T, C]."""
     groups = F.pad(x, (0, -x.shape[1] % GROUP)).view(len(x), -1, GROUP)
     most = groups.abs().amax(dim=2)
     rate = torch.full_like(most, 254) / most
-    twice = (groups * torch.where(most > 1e-30, rate, 0)[..., None]).nan_to_num().trunc().to(torch.int64)
+    twice = (
+        (groups * torch.where(most > 1e-30, rate, 0)[..., None])
+        .nan_to_num()
+        .trunc()
+        .to(torch.int64)
+    )
     return (twice + (twice >= 0)) >> 1, most / 127
 
 
@@ -67,7 +76,8 @@ def uint8_twin(x: Tensor) -> Tensor:
 
 
 def check_product(kernels: Kernels, x: Tensor, weight: Tensor, format: str, number: int) -> None:
-    """`x` [T, K] by `weight` [N, K]; a row's bits do not depend on the rows beside it or on the threads."""
+    """`x` [T, K] by `weight` [N, K]; a row's bits do not depend on the rows beside it or on the
+    threads."""
     panels, rows = Panels.of(weight, format), x
     with threads(number):
         found = kernels.linear(x, panels)
@@ -76,7 +86,9 @@ def check_product(kernels: Kernels, x: Tensor, weight: Tensor, format: str, numb
         x = (rounded(x)[0] * rounded(x)[1].double()[:, None]).float()
     if format == "uint8":
         x = uint8_twin(x)
-    size = x.abs().double() @ panels.matrix().abs().double().t()  # what rounding errors are relative to
+    size = (
+        x.abs().double() @ panels.matrix().abs().double().t()
+    )  # what rounding errors are relative to
     error = (found - x.double() @ panels.matrix().double().t()).abs()
     assert (error <= 2**-22 * (2 + x.shape[1] ** 0.5) * size + 1e-30).all()
     if format != "int8":
@@ -104,14 +116,18 @@ def flattened(one: Case, widths: Sequence[int] | None = None) -> Case:
     """The rows of all slots one after the other, as many of each as `widths` has."""
 
     def joined(rows: Tensor) -> Tensor:
-        return torch.cat([of[:width] for of, width in zip(rows, widths or [None] * len(rows), strict=True)])
+        return torch.cat(
+            [of[:width] for of, width in zip(rows, widths or [None] * len(rows), strict=True)]
+        )
 
     return replace(one, query=joined(one.query), key=joined(one.key), value=joined(one.value))
 
 
 def check_attention(kernels: Kernels, one: Case, real: int, **tolerance: float) -> None:
     real = one.query.shape[1] if one.visible is None else real  # pieces have no masks
-    rows = torch.zeros(len(one.lengths), real, dtype=torch.int64)  # the trash page's first row: nobody reads it
+    rows = torch.zeros(
+        len(one.lengths), real, dtype=torch.int64
+    )  # the trash page's first row: nobody reads it
     expected, left = twin(one, rows, real)
     pages = one.pages.clone()
     found = attend(kernels, one, pages, rows, real)
@@ -119,12 +135,17 @@ def check_attention(kernels: Kernels, one: Case, real: int, **tolerance: float) 
     torch.testing.assert_close(pages, left, rtol=0, atol=0, equal_nan=True)
 
 
-def check_pieces(kernels: Kernels, one: Case, widths: Sequence[int], number: int, **tolerance: float) -> None:
+def check_pieces(
+    kernels: Kernels, one: Case, widths: Sequence[int], number: int, **tolerance: float
+) -> None:
     """Causal pieces of these lengths are the twin's one by one."""
     trash = torch.zeros(len(widths), max(widths), dtype=torch.int64)
     whole, _ = twin(one, trash, max(widths))
     with threads(number):
-        ends, flat_rows = torch.tensor(widths).cumsum(0), torch.zeros(sum(widths), dtype=torch.int64)
+        ends, flat_rows = (
+            torch.tensor(widths).cumsum(0),
+            torch.zeros(sum(widths), dtype=torch.int64),
+        )
         found = kernels.attend_pieces(flattened(one, widths), one.pages.clone(), flat_rows, ends)
     expected = torch.cat([rows[:n] for rows, n in zip(whole, widths, strict=True)])
     torch.testing.assert_close(found, expected, **tolerance)
@@ -141,7 +162,8 @@ def check_threads(kernels: Kernels) -> None:
 
 
 def check_alone(kernels: Kernels, dtype: torch.dtype) -> None:
-    """Alone, after its predecessors were cached, a row gets the very bits that it gets in a window with them."""
+    """Alone, after its predecessors were cached, a row gets the very bits that it gets in a window
+    with them."""
     both = case([20], 7, 6, 2, 32, 4, causal=True).to(dtype)
     pages = torch.cat([both.pages, torch.zeros_like(both.pages)], 1)
     table = torch.cat([both.table, torch.arange(both.pages.shape[1], pages.shape[1])[None]], 1)
@@ -149,13 +171,17 @@ def check_alone(kernels: Kernels, dtype: torch.dtype) -> None:
     places = (table[0, torch.arange(20, 27) // 4] * 4 + torch.arange(20, 27) % 4)[None]
     ends, rows = torch.tensor([7]), replace(flattened(both), table=table)
     together = kernels.attend_pieces(rows, pages, places[0], ends)
-    last = replace(rows, query=rows.query[6:], key=rows.key[6:], value=rows.value[6:], lengths=rows.lengths + 6)
+    last = replace(
+        rows, query=rows.query[6:], key=rows.key[6:], value=rows.value[6:], lengths=rows.lengths + 6
+    )
     assert torch.equal(kernels.attend_pieces(last, pages, places[0, 6:], ends - 6)[0], together[6])
 
 
 def check_blind(kernels: Kernels) -> None:
     """A row that sees nothing gets zeros."""
-    one = replace(case([0], 2, 2, 1, 32, 4, causal=False), visible=torch.zeros(1, 2, dtype=torch.int64))
+    one = replace(
+        case([0], 2, 2, 1, 32, 4, causal=False), visible=torch.zeros(1, 2, dtype=torch.int64)
+    )
     assert kernels.attend(one, one.pages, torch.zeros(1, 2, dtype=torch.int64), 2).eq(0).all()
 
 

@@ -68,13 +68,17 @@ class Ops:
 
     def linear(self, x: Tensor, panels: Panels) -> Tensor:
         nothing = torch.empty(0)
-        found: Tensor = torch.ops.idlm.linear(x, nothing, panels.weights, panels.scales, panels.out, ALWAYS)
+        found: Tensor = torch.ops.idlm.linear(
+            x, nothing, panels.weights, panels.scales, panels.out, ALWAYS
+        )
         return found
 
     def attend(self, one: Case, pages: Tensor, rows: Tensor, real: int) -> Tensor:
         qkv = QKV(*(flat(tensor, real) for tensor in (one.query, one.key, one.value)))
         masks = one.query.shape[1] - real
-        return _attend(Segment(one.table, one.lengths, rows, one.visible, masks), pages, qkv, one.scale)
+        return _attend(
+            Segment(one.table, one.lengths, rows, one.visible, masks), pages, qkv, one.scale
+        )
 
     def attend_pieces(self, one: Case, pages: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
         segment = Segment(one.table, one.lengths, rows, ends=ends)
@@ -85,7 +89,9 @@ class Ops:
         return found
 
     def rotate(self, heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        turned: Tensor = torch.ops.idlm.rotate(heads[None].transpose(1, 2), cosine[None, None], sine[None, None])
+        turned: Tensor = torch.ops.idlm.rotate(
+            heads[None].transpose(1, 2), cosine[None, None], sine[None, None]
+        )
         return turned[0].transpose(0, 1)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
@@ -115,7 +121,8 @@ class Driver:
         return _tensor(numbers, torch.int16), _tensor(scale, torch.float32)
 
     def pieces(self, x: Tensor) -> Tensor:
-        """x [K] as pieces: bytes [C, 136], of each a float32 scale, an int32 shift and 128 int8 codes."""
+        """x [K] as pieces: bytes [C, 136], of each a float32 scale, an int32 shift and 128 int8
+        codes."""
         (found,) = self._ask(PIECES, (), (x,))
         return _tensor(found, torch.uint8).view(-1, 136)
 
@@ -141,7 +148,9 @@ class Driver:
         tensors = (one.query, one.key, one.value, pages, rows, one.table, one.lengths, None, ends)
         return self._attend(tensors, 0, 0, one.scale)
 
-    def _attend(self, tensors: Sequence[Tensor | None], real: int, masks: int, scale: float) -> Tensor:
+    def _attend(
+        self, tensors: Sequence[Tensor | None], real: int, masks: int, scale: float
+    ) -> Tensor:
         query, key, _, pages, rows, table, lengths, *_ = tensors
         assert query is not None and key is not None and pages is not None
         assert rows is not None and table is not None and lengths is not None
@@ -165,13 +174,22 @@ class Driver:
         return self._like(gate, SWIGLU, gate.shape, (gate, up))
 
     def _like(
-        self, x: Tensor, operation: int, numbers: Sequence[int], arrays: Sequence[Tensor], real: float | None = None
+        self,
+        x: Tensor,
+        operation: int,
+        numbers: Sequence[int],
+        arrays: Sequence[Tensor],
+        real: float | None = None,
     ) -> Tensor:
         (found,) = self._ask(operation, numbers, arrays, real)
         return _tensor(found, torch.float32).view(x.shape)
 
     def _ask(
-        self, operation: int, numbers: Sequence[int], arrays: Sequence[Tensor | None], real: float | None = None
+        self,
+        operation: int,
+        numbers: Sequence[int],
+        arrays: Sequence[Tensor | None],
+        real: float | None = None,
     ) -> list[bytes]:
         """One request, see driver.c; `real` follows the numbers."""
         tail = b"" if real is None else struct.pack("d", real)
@@ -198,17 +216,27 @@ class Driver:
 
 def _bytes(tensor: Tensor) -> bytes:
     tensor = tensor.contiguous()
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy().tobytes()
+    return (
+        (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy().tobytes()
+    )
 
 
 def _tensor(content: bytes, dtype: torch.dtype) -> Tensor:
-    return torch.frombuffer(bytearray(content), dtype=dtype) if content else torch.empty(0, dtype=dtype)
+    return (
+        torch.frombuffer(bytearray(content), dtype=dtype)
+        if content
+        else torch.empty(0, dtype=dtype)
+    )
 
 
 def available() -> list[InstructionSet]:
     """The instruction sets that this machine runs, by itself or, where that is asked for, emulated."""
     foreign = os.environ.get(EVERYWHERE) == "1"
-    return [one for one in INSTRUCTION_SETS.values() if runs_here(one) or foreign and one.machine == "aarch64"]
+    return [
+        one
+        for one in INSTRUCTION_SETS.values()
+        if runs_here(one) or foreign and one.machine == "aarch64"
+    ]
 
 
 @cache
@@ -218,13 +246,16 @@ def driver(target: InstructionSet) -> Driver:
         compiler, command = os.environ.get("CC") or "cc", []
     else:
         missing = [one for one in (COMPILER, EMULATOR) if shutil.which(one) is None]
-        assert not missing, f"{', '.join(missing)} not found; `make kernels-everywhere` says what to install"
+        assert not missing, (
+            f"{', '.join(missing)} not found; `make kernels-everywhere` says what to install"
+        )
         compiler, command = COMPILER, [EMULATOR, "-L", SYSROOT]
     return Driver([*command, str(program(compiler, target))])
 
 
 def program(compiler: str, target: InstructionSet) -> Path:
-    """driver.c with the kernels; flags for the compiler beside its own, such as -fsanitize's, are in CFLAGS."""
+    """driver.c with the kernels; flags for the compiler beside its own, such as -fsanitize's, are
+    in CFLAGS."""
     flags = os.environ.get("CFLAGS", "").split()
     facts = (compiling.fingerprint(target), DRIVER.read_text(), compiler, flags)
     home = native.user_cache("drivers")

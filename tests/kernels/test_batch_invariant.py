@@ -17,9 +17,14 @@ from tests.attention.oracle import DEVICE
     bias=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_linear_does_not_see_the_rows_beside(rows: int, shape: tuple[int, int], bias: bool, seed: int) -> None:
+def test_linear_does_not_see_the_rows_beside(
+    rows: int, shape: tuple[int, int], bias: bool, seed: int
+) -> None:
     torch.manual_seed(seed)
-    weight, add = torch.randn(shape[1], shape[0]).to(DEVICE), torch.randn(shape[1]).to(DEVICE) if bias else None
+    weight, add = (
+        torch.randn(shape[1], shape[0]).to(DEVICE),
+        torch.randn(shape[1]).to(DEVICE) if bias else None,
+    )
     x = torch.randn(rows, shape[0]).to(DEVICE)
     y = linear(x, weight, add)
     torch.testing.assert_close(y, F.linear(x, weight, add), atol=1e-3, rtol=1e-4)
@@ -28,7 +33,9 @@ def test_linear_does_not_see_the_rows_beside(rows: int, shape: tuple[int, int], 
 
 
 def test_triton_linear_is_the_twin_and_does_not_see_the_rows_beside() -> None:
-    pytest.importorskip("triton", reason="triton is not installed: only the PyTorch twin can be tested")
+    pytest.importorskip(
+        "triton", reason="triton is not installed: only the PyTorch twin can be tested"
+    )
     from idlm.kernels.batch_invariant_triton import linear as triton_linear
 
     torch.manual_seed(0)
@@ -44,7 +51,14 @@ def test_triton_linear_is_the_twin_and_does_not_see_the_rows_beside() -> None:
 def test_activations_and_norms_do_not_see_the_rows_beside(size: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(70, size).to(DEVICE)
-    functions = [F.silu, F.gelu, torch.tanh, torch.sigmoid, lambda x: x.mean(-1, keepdim=True), lambda x: x.softmax(-1)]
+    functions = [
+        F.silu,
+        F.gelu,
+        torch.tanh,
+        torch.sigmoid,
+        lambda x: x.mean(-1, keepdim=True),
+        lambda x: x.softmax(-1),
+    ]
     for function in [*functions, lambda x: F.layer_norm(x, (size,))]:
         with batch_invariant():
             y = function(x)

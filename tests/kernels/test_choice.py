@@ -1,4 +1,5 @@
-"""Which implementation is used: what is made of timings, where they are kept, and what the log says."""
+"""Which implementation is used: what is made of timings, where they are kept, and what the log
+says."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from idlm.kernels.linears import ALWAYS, Linears
 from idlm.params import SamplingParams
 from tests.engine.tiny import tiny_idlm
 
-pytestmark = pytest.mark.skipif(not native.loaded(), reason="no C compiler: there is nothing to test")
+pytestmark = pytest.mark.skipif(
+    not native.loaded(), reason="no C compiler: there is nothing to test"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +37,8 @@ def timings(*wins: tuple[int, bool]) -> list[Timing]:
 
 
 def clock(monkeypatch: pytest.MonkeyPatch, *ours: float) -> list[int]:
-    """Fake timings: ours takes these seconds, in turn and again from the first, and PyTorch 1; counts the calls."""
+    """Fake timings: ours takes these seconds, in turn and again from the first, and PyTorch 1;
+    counts the calls."""
     calls: list[int] = []
 
     def timed(candidates: Sequence[object], rounds: int = 0, products: int = 1) -> list[float]:
@@ -100,13 +104,19 @@ def three(format: str = "float32") -> Linears:
     return Linears([[torch.randn(40, 8)], [torch.randn(40, 8)], [torch.randn(8, 40)]], format)
 
 
-def test_layers_of_one_shape_get_one_choice(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_layers_of_one_shape_get_one_choice(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     linears, slow_from_64 = three(), (0.5,) * 6 + (2.0,) * 2
     clock(monkeypatch, *slow_from_64)
     with caplog.at_level("INFO", "idlm"):
         choose_linears(linears)
     assert [layer.choice for layer in linears.layers] == [0b111111] * 3
-    assert caplog.text.count("linear 8x40: 1+ rows C/") == caplog.text.count("linear 40x8: 1+ rows C/") == 1
+    assert (
+        caplog.text.count("linear 8x40: 1+ rows C/")
+        == caplog.text.count("linear 40x8: 1+ rows C/")
+        == 1
+    )
     assert "64+ rows torch 1000.000 ms (C/" in caplog.text
 
 
@@ -124,7 +134,17 @@ def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch, cache: Path) ->
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "7", "null", '{"8x40": 5}', '{"8x40": [[1, 2]]}', '{"8x40": [[1, "a", 2]]}', '{"8x40": []}']
+    "content",
+    [
+        "",
+        "[]",
+        "7",
+        "null",
+        '{"8x40": 5}',
+        '{"8x40": [[1, 2]]}',
+        '{"8x40": [[1, "a", 2]]}',
+        '{"8x40": []}',
+    ],
 )
 def test_a_file_that_holds_something_else_is_measured_anew(
     content: str, monkeypatch: pytest.MonkeyPatch, cache: Path
@@ -141,7 +161,9 @@ def test_a_file_that_holds_something_else_is_measured_anew(
     assert json.loads(place.read_text()) == good
 
 
-def test_without_a_place_to_write_it_is_measured_each_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_place_to_write_it_is_measured_each_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "choices").write_text("a file where the folder should be")
     calls = clock(monkeypatch, 0.5)
     for number in (1, 2):
@@ -173,7 +195,9 @@ def test_timing_draws_nothing_from_torchs_generator() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(("ours", "better"), [(0.5, "int8 weights of their own"), (2.0, "the model's weights and the")])
+@pytest.mark.parametrize(
+    ("ours", "better"), [(0.5, "int8 weights of their own"), (2.0, "the model's weights and the")]
+)
 def test_weights_of_mask_rows_are_timed(
     ours: float, better: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -187,7 +211,9 @@ def test_weights_of_mask_rows_are_timed(
     assert f"MASK rows: {better}" in caplog.text
 
 
-def test_only_faster_operators_are_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_faster_operators_are_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     clock(monkeypatch, 0.5, 2.0, 1.0)
     with caplog.at_level("INFO", "idlm"):
         assert fused.faster_operators(8, 16, 2, 4) == {"rms_norm", "swiglu"}
@@ -200,7 +226,9 @@ def test_only_faster_operators_are_used(monkeypatch: pytest.MonkeyPatch, caplog:
     [set(), {"rms_norm"}, {"rotate"}, {"swiglu"}, set(fused.OPERATORS)],
     ids=["none", "norm", "rotate", "swiglu", "all"],
 )
-def test_a_recording_has_the_operators_that_were_chosen(used: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recording_has_the_operators_that_were_chosen(
+    used: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(build, "faster_operators", lambda *shape: frozenset(used))
     found, fuse = set[str](), fused.fuse
 

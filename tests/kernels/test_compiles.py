@@ -1,4 +1,5 @@
-"""The kernels compile for a GPU: the interpreter takes much that Triton's compiler refuses. Needs no GPU."""
+"""The kernels compile for a GPU: the interpreter takes much that Triton's compiler refuses. Needs
+no GPU."""
 
 from __future__ import annotations
 
@@ -51,5 +52,7 @@ else:
 def test_the_kernels_compile(kernels: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
     environment = os.environ | {"TRITON_INTERPRET": "0"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT, kernels], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, kernels], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
-"""Every build of the C kernels that this machine runs; with IDLM_EVERYWHERE=1 foreign ones too, emulated."""
+"""Every build of the C kernels that this machine runs; with IDLM_EVERYWHERE=1 foreign ones too,
+emulated."""
 
 from __future__ import annotations
 
@@ -38,9 +39,13 @@ def kernels(request: pytest.FixtureRequest) -> Driver:
     threads=st.integers(1, 2),
     seed=st.integers(0, 2**20),
 )
-def test_products(kernels: Driver, format: str, rows: int, inner: int, out: int, threads: int, seed: int) -> None:
+def test_products(
+    kernels: Driver, format: str, rows: int, inner: int, out: int, threads: int, seed: int
+) -> None:
     torch.manual_seed(seed)
-    checks.check_product(kernels, torch.randn(rows, inner), torch.randn(out, inner), format, threads)
+    checks.check_product(
+        kernels, torch.randn(rows, inner), torch.randn(out, inner), format, threads
+    )
 
 
 @pytest.mark.parametrize("format", SIDE)
@@ -81,7 +86,9 @@ def test_activations_as_pieces(kernels: Driver, size: int, seed: int) -> None:
     found, (codes, scales) = kernels.pieces(x), checks.in_pieces(x[None])
     assert torch.equal(found[:, 8:].view(torch.int8).long(), codes[0])
     assert torch.equal(found[:, :4].contiguous().view(torch.float32)[:, 0], scales[0])
-    assert torch.equal(found[:, 4:8].contiguous().view(torch.int32)[:, 0].long(), -128 * codes[0].sum(1))
+    assert torch.equal(
+        found[:, 4:8].contiguous().view(torch.int32)[:, 0].long(), -128 * codes[0].sum(1)
+    )
     groups = [(one.double() / one.abs().max().double() * 127) for one in x.split(128)]
     error = torch.cat(groups) - codes.flatten()[:size]
     assert error.abs().max() < 0.5 + 0.01
@@ -123,10 +130,15 @@ def test_attention(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_attention_of_real_shapes(
-    kernels: Driver, shape: tuple[list[int], int, int, int, int, int], causal: bool, dtype: torch.dtype
+    kernels: Driver,
+    shape: tuple[list[int], int, int, int, int, int],
+    causal: bool,
+    dtype: torch.dtype,
 ) -> None:
     tolerance = {} if dtype == torch.float64 else checks.SINGLE
-    checks.check_attention(kernels, case(*shape, causal=causal).to(dtype), max(1, shape[1] // 2), **tolerance)
+    checks.check_attention(
+        kernels, case(*shape, causal=causal).to(dtype), max(1, shape[1] // 2), **tolerance
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -146,13 +158,20 @@ CHECKS = (
 )
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=["threads", "alone64", "alone32", "blind", "far", "extremes"])
+@pytest.mark.parametrize(
+    "check", CHECKS, ids=["threads", "alone64", "alone32", "blind", "far", "extremes"]
+)
 def test_everything_else(kernels: Driver, check: partial[None]) -> None:
     check(kernels)
 
 
 @few
-@given(rows=st.integers(1, 5), size=st.integers(1, 70), heads=st.integers(1, 3), seed=st.integers(0, 2**20))
+@given(
+    rows=st.integers(1, 5),
+    size=st.integers(1, 70),
+    heads=st.integers(1, 3),
+    seed=st.integers(0, 2**20),
+)
 def test_row_operations(kernels: Driver, rows: int, size: int, heads: int, seed: int) -> None:
     torch.manual_seed(seed)
     checks.check_row_operations(kernels, rows, size, heads)
@@ -162,23 +181,33 @@ COMPILERS = [one for one in ("cc", "gcc", "clang") if shutil.which(one)]
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
-@pytest.mark.parametrize("target", [one for one in SETS if instruction_sets.runs_here(one)], ids=lambda one: one.name)
-def test_compilers_have_nothing_to_say(compiler: str, target: InstructionSet, tmp_path: Path) -> None:
-    compiling.compile_units(compiler, target, tmp_path, compiling.UNITS, "-Wall", "-Wextra", "-Werror", "-fsyntax-only")
+@pytest.mark.parametrize(
+    "target", [one for one in SETS if instruction_sets.runs_here(one)], ids=lambda one: one.name
+)
+def test_compilers_have_nothing_to_say(
+    compiler: str, target: InstructionSet, tmp_path: Path
+) -> None:
+    compiling.compile_units(
+        compiler, target, tmp_path, compiling.UNITS, "-Wall", "-Wextra", "-Werror", "-fsyntax-only"
+    )
 
 
 class TestWhichOne:
     """The choice of an instruction set."""
 
     @staticmethod
-    def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, cpuinfo: str | None) -> None:
+    def machine(
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, cpuinfo: str | None
+    ) -> None:
         """Pretend to be one that /proc/cpuinfo describes so."""
         place = tmp_path / "cpuinfo"
         if cpuinfo is not None:
             place.write_text(cpuinfo)
         monkeypatch.setattr(instruction_sets, "Path", lambda _: place)
         monkeypatch.setattr(instruction_sets.platform, "machine", lambda: name)
-        monkeypatch.setattr(instruction_sets, "processor_flags", instruction_sets.processor_flags.__wrapped__)
+        monkeypatch.setattr(
+            instruction_sets, "processor_flags", instruction_sets.processor_flags.__wrapped__
+        )
 
     V3 = "fpu sse2 avx avx2 bmi1 bmi2 f16c fma movbe xsave"
     V4 = f"{V3} avx512f avx512bw avx512cd avx512dq avx512vl"
@@ -199,16 +228,28 @@ class TestWhichOne:
         ],
     )
     def test_the_best_that_the_processor_has(
-        self, machine: str, flags: str | None, best: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+        self,
+        machine: str,
+        flags: str | None,
+        best: str | None,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
     ) -> None:
         key = "Features" if machine == "aarch64" else "flags"
-        self.machine(monkeypatch, tmp_path, machine, None if flags is None else f"processor : 0\n{key}\t\t: {flags}\n")
+        self.machine(
+            monkeypatch,
+            tmp_path,
+            machine,
+            None if flags is None else f"processor : 0\n{key}\t\t: {flags}\n",
+        )
         monkeypatch.delenv("IDLM_NATIVE", raising=False)
         found = instruction_sets.best()
         assert (found and found.name) == best
         assert native.instruction_set() == found
 
-    def test_one_that_is_named_is_used(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_one_that_is_named_is_used(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
         self.machine(monkeypatch, tmp_path, "x86_64", f"flags : {self.V4}\n")
         for name in ("avx512", "avx2", "x86_64"):
             monkeypatch.setenv("IDLM_NATIVE", name)
@@ -244,14 +285,18 @@ def test_this_machine_runs_the_one_it_says() -> None:
 
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
-def test_drafts_take_8_bits_where_that_is_one_instruction(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafts_take_8_bits_where_that_is_one_instruction(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(native, "instruction_set", lambda: INSTRUCTION_SETS[name])
     assert draft_format() == ("uint8" if name.endswith("vnni") else "int8")
 
 
 def test_uint8_has_the_codes_of_int8() -> None:
     weight = torch.randn(70, 301, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(checks.Panels.of(weight, "uint8").matrix(), checks.Panels.of(weight, "int8").matrix())
+    assert torch.equal(
+        checks.Panels.of(weight, "uint8").matrix(), checks.Panels.of(weight, "int8").matrix()
+    )
 
 
 def test_int8_is_the_same_on_every_instruction_set() -> None:

@@ -1,4 +1,5 @@
-"""Where the C kernels come from: the wheel, the cache, the compiler, and else PyTorch's operators serve."""
+"""Where the C kernels come from: the wheel, the cache, the compiler, and else PyTorch's operators
+serve."""
 
 from __future__ import annotations
 
@@ -40,12 +41,20 @@ def target() -> InstructionSet:
 
 
 @pytest.fixture
-def places(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Path:
+def places(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> Path:
     """A folder with the wheel's libraries (lib), the cache (cache) and a compiler that copies (cc)."""
     compiler = tmp_path / "cc"
-    compiler.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && printf compiled > "$2"; shift; done\n')
+    compiler.write_text(
+        '#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && printf compiled > "$2"; shift; done\n'
+    )
     compiler.chmod(0o755)
-    for name, value in {"CC": str(compiler), "XDG_CACHE_HOME": str(tmp_path / "cache"), "IDLM_NATIVE": "auto"}.items():
+    for name, value in {
+        "CC": str(compiler),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "IDLM_NATIVE": "auto",
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(native, "LIBRARIES", tmp_path / "lib")
     monkeypatch.setattr(native, "loaded", native.loaded.__wrapped__)
@@ -66,7 +75,9 @@ def only_line(caplog: pytest.LogCaptureFixture) -> tuple[int, str]:
 
 
 @needs_target
-def test_the_wheels_library_comes_first(places: Path, target: InstructionSet, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_wheels_library_comes_first(
+    places: Path, target: InstructionSet, caplog: pytest.LogCaptureFixture
+) -> None:
     ship(places, compiling.file_name(target), "shipped")
     assert native.loaded() and Library.loads == ["shipped"] and not (places / "cache").exists()
     assert only_line(caplog) == (logging.INFO, f"C kernels: {target.name}, from the wheel")
@@ -74,7 +85,10 @@ def test_the_wheels_library_comes_first(places: Path, target: InstructionSet, ca
 
 @needs_target
 def test_a_source_checkout_compiles_once(
-    places: Path, target: InstructionSet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    places: Path,
+    target: InstructionSet,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert native.loaded() and Library.loads == ["compiled"]
     assert only_line(caplog)[0] == logging.INFO
@@ -97,13 +111,18 @@ def test_one_that_does_not_fit_is_compiled_instead(
 
 @needs_target
 def test_without_library_and_compiler_pytorch_serves_and_the_log_says_what_is_lost(
-    places: Path, target: InstructionSet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    places: Path,
+    target: InstructionSet,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ship(places, compiling.file_name(target), "broken")
     monkeypatch.setenv("CC", NO_COMPILER)
     assert not native.loaded() and Library.loads == []
     level, line = only_line(caplog)
-    assert level == logging.WARNING and all(part in line for part in ("half the speed", "wrong libc", NO_COMPILER))
+    assert level == logging.WARNING and all(
+        part in line for part in ("half the speed", "wrong libc", NO_COMPILER)
+    )
 
 
 def test_a_platform_without_kernels_is_told(
@@ -153,7 +172,9 @@ torch.testing.assert_close(torch.ops.idlm.swiglu(gate, up), torch.nn.functional.
 @needs_target
 def test_a_compiled_library_loads_where_there_is_no_compiler(tmp_path: Path) -> None:
     """The plainest one, which is compiled in a few seconds and runs on every such processor."""
-    plain = next(one for one in INSTRUCTION_SETS.values() if not one.needs and one.machine == TARGET.machine)
+    plain = next(
+        one for one in INSTRUCTION_SETS.values() if not one.needs and one.machine == TARGET.machine
+    )
     try:
         command = compiling.compiler()
     except OSError:
@@ -161,11 +182,15 @@ def test_a_compiled_library_loads_where_there_is_no_compiler(tmp_path: Path) -> 
     compiling.compile_library(command, plain, tmp_path)
     bare = {"CC": NO_COMPILER, "XDG_CACHE_HOME": str(tmp_path / "cache"), "IDLM_NATIVE": plain.name}
     run = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-    result = subprocess.run(run, env={**os.environ, **bare}, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(
+        run, env={**os.environ, **bare}, capture_output=True, text=True, timeout=240
+    )
     assert (result.returncode, result.stderr) == (0, f"C kernels: {plain.name}, from the wheel\n")
 
 
-def test_no_path_of_the_machine_is_in_a_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_path_of_the_machine_is_in_a_library(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Sources are named to the compiler as they lie beside it: __FILE__ is in what is shipped."""
     said = tmp_path / "arguments"
     compiler = tmp_path / "cc"

@@ -27,7 +27,9 @@ from idlm.params import SamplingParams
 from tests.engine.tiny import tiny_idlm, with_second_adapter
 from tests.kernels.checks import rounded, threads, uint8_twin
 
-pytestmark = pytest.mark.skipif(not native.loaded(), reason="no C compiler: there is nothing to test")
+pytestmark = pytest.mark.skipif(
+    not native.loaded(), reason="no C compiler: there is nothing to test"
+)
 
 
 DRAFTS = ("int8", "uint8")
@@ -47,7 +49,8 @@ def rounded_rows(x: Tensor, format: str) -> Tensor:
 
 
 def exact(x: Tensor, weights: Tensor, adapter: Tensor, format: str) -> Tensor:
-    """The MASK rows `x` [M, K] by the codes of their adapters' `weights` [A, N, K], in float64: [M, N]."""
+    """The MASK rows `x` [M, K] by the codes of their adapters' `weights` [A, N, K], in float64: [M,
+    N]."""
     codes = torch.stack([Panels.of(weight, format).matrix() for weight in weights]).double()
     return torch.einsum("mk,mnk->mn", rounded_rows(x, format), codes.index_select(0, adapter))
 
@@ -92,15 +95,27 @@ def test_masks_by_their_adapters_codes_and_the_others_as_ever(
 
 
 @settings(max_examples=40, deadline=None)
-@given(inner=st.integers(1, 300), out=st.integers(1, 40), drafts=st.sampled_from(DRAFTS), seed=st.integers(0, 2**20))
+@given(
+    inner=st.integers(1, 300),
+    out=st.integers(1, 40),
+    drafts=st.sampled_from(DRAFTS),
+    seed=st.integers(0, 2**20),
+)
 def test_the_rounding_is_within_its_bound(inner: int, out: int, drafts: str, seed: int) -> None:
     """Half a step of each factor: |error| <= sum of s_x/2 |w| + s_w/2 |x| + s_x s_w / 4."""
     torch.manual_seed(seed)
     weight, x = torch.randn(out, inner), torch.randn(3, inner)
     layer = Layer(weight, Panels.of(weight, "float32"), stacked([weight], drafts))
     found = layer.multiply(x[None], torch.zeros(3, dtype=torch.int64))[0]
-    rows, columns = x.abs().amax(dim=1) / (254 if drafts == "uint8" else 65534), weight.abs().amax(dim=1) / 254
-    bound = rows[:, None] * weight.abs().sum(1) + columns * x.abs().sum(1)[:, None] + inner * rows[:, None] * columns
+    rows, columns = (
+        x.abs().amax(dim=1) / (254 if drafts == "uint8" else 65534),
+        weight.abs().amax(dim=1) / 254,
+    )
+    bound = (
+        rows[:, None] * weight.abs().sum(1)
+        + columns * x.abs().sum(1)[:, None]
+        + inner * rows[:, None] * columns
+    )
     assert ((found - x @ weight.t()).abs() <= bound * (1 + 1e-4) + 1e-5).all()
 
 
@@ -122,7 +137,14 @@ def test_rows_that_lie_apart_and_rows_of_several_sequences() -> None:
     panels = Panels.of(weight, "float32")
     for choice in (ALWAYS, 0):
         layer = Layer(weight, panels, None, choice)
-        for x in (wide[..., :8], wide[..., ::2], wide[0, :, :8], wide[0, 1, 8:], wide[:1, :, 8:], wide[:, 1:2, 3:11]):
+        for x in (
+            wide[..., :8],
+            wide[..., ::2],
+            wide[0, :, :8],
+            wide[0, 1, 8:],
+            wide[:1, :, 8:],
+            wide[:, 1:2, 3:11],
+        ):
             torch.testing.assert_close(layer.multiply(x, None), F.linear(x, weight))
     assert layer.multiply(wide[:, :0, :8], None).shape == (2, 0, 40)
 
@@ -193,7 +215,9 @@ def test_the_output_stays_and_the_drafts_hardly_change(
     model = with_second_adapter(single(family))
     plain, int8 = (results(model, on, monkeypatch, record) for on in (False, True))
     assert [one.token_ids for one in int8] == [one.token_ids for one in plain]
-    assert sum(one.forwards for one in int8) == pytest.approx(sum(one.forwards for one in plain), rel=0.05)
+    assert sum(one.forwards for one in int8) == pytest.approx(
+        sum(one.forwards for one in plain), rel=0.05
+    )
 
 
 @pytest.mark.parametrize("int8", [True, False])
@@ -205,16 +229,27 @@ def test_recorded_and_eager_steps_draft_alike(int8: bool, monkeypatch: pytest.Mo
 
 
 def test_acceptance_of_the_bundled_model_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    forwards, chats = [], [[{"role": "user", "content": one.question}] for one in held_out_problems(8)]
+    forwards, chats = (
+        [],
+        [[{"role": "user", "content": one.question}] for one in held_out_problems(8)],
+    )
     for int8 in (False, True):
         int8_drafts(monkeypatch, int8)
         llm = idlm.LLM("nano", stride=4, branches="chain", max_num_seqs=8)
-        forwards.append(sum(one.forwards for one in llm.chat(chats, SamplingParams(temperature=0, max_tokens=60))))
+        forwards.append(
+            sum(
+                one.forwards
+                for one in llm.chat(chats, SamplingParams(temperature=0, max_tokens=60))
+            )
+        )
     assert forwards[1] <= forwards[0] * 1.03
 
 
-def test_other_users_of_the_model_keep_the_adapter_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine's int8 weights are its own: the model itself, between two steps, drafts as the oracle does."""
+def test_other_users_of_the_model_keep_the_adapter_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The engine's int8 weights are its own: the model itself, between two steps, drafts as the
+    oracle does."""
     int8_drafts(monkeypatch, True)
     model = single()
     tokens, visible = torch.tensor([5, 6, 24, 24]), torch.ones(4, 4, dtype=torch.bool).tril()
@@ -230,17 +265,24 @@ def test_weights_that_a_float64_model_has_are_left_alone() -> None:
     assert build_engine(tiny_idlm("qwen3"), 4, "all", max_num_seqs=2).runner.core.linears is None
 
 
-def test_no_memory_for_them_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_memory_for_them_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     int8_drafts(monkeypatch, True)
     monkeypatch.setattr(build, "DRAFT_SHARE", 0.0)
     with caplog.at_level("INFO", "idlm"):
         linears = build_engine(single(), 4, "all", max_num_seqs=2).runner.core.linears
     assert linears is not None
     assert not linears.drafts
-    assert "MASK rows: the model's weights and the adapter; int8 weights of their own would take" in caplog.text
+    assert (
+        "MASK rows: the model's weights and the adapter; int8 weights of their own would take"
+        in caplog.text
+    )
 
 
-def test_no_memory_for_panels_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_memory_for_panels_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(build, "PANELS_SHARE", 0.0)
     with caplog.at_level("INFO", "idlm"):
         assert build_engine(single(), 4, "all", max_num_seqs=2).runner.core.linears is None
@@ -268,7 +310,9 @@ def test_a_bias_is_added() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_layers_of_the_same_rows_are_one_product(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_of_the_same_rows_are_one_product(
+    format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     q, k, v = group = [torch.randn(out, 70) for out in (40, 7, 33)]
     linears, calls = Linears([group], format), []
     multiply = Layer.multiply
@@ -310,7 +354,9 @@ def test_a_model_has_one_product_for_qkv_and_one_for_gate_and_up() -> None:
 
 def test_an_adapter_is_merged_once(monkeypatch: pytest.MonkeyPatch) -> None:
     merges, merged = list[int](), GatedLinear.merged
-    monkeypatch.setattr(GatedLinear, "merged", lambda layer: merges.append(id(layer)) or merged(layer))
+    monkeypatch.setattr(
+        GatedLinear, "merged", lambda layer: merges.append(id(layer)) or merged(layer)
+    )
     monkeypatch.setattr(choice_module, "_time_drafts", lambda layer, ranks: (0.5, 1.0))
     linears = build_engine(single(), 4, "all", max_num_seqs=2).runner.core.linears
     assert linears is not None
@@ -329,10 +375,14 @@ def test_an_engine_frees_the_weights_that_it_loaded(format: str) -> None:
     assert all(weight.numel() for weight in kept.model.parameters())
     assert not any(layer.weight.numel() for _, layer in freed.idlm.linear_layers())
     assert freed.idlm.model.get_input_embeddings().weight.numel()
-    with pytest.raises(InputError, match="its weights are an engine's, which freed them; load it again"):
+    with pytest.raises(
+        InputError, match="its weights are an engine's, which freed them; load it again"
+    ):
         idlm.LLM(freed.idlm)
     with pytest.raises(RuntimeError, match="shape"):  # and nothing is made up
-        freed.idlm.forward(torch.tensor([5, 6]), torch.arange(2), torch.ones(2, 2, dtype=torch.bool).tril())
+        freed.idlm.forward(
+            torch.tensor([5, 6]), torch.arange(2), torch.ones(2, 2, dtype=torch.bool).tril()
+        )
 
 
 def test_engines_on_one_model_share_its_panels_until_it_is_trained_on() -> None:
@@ -373,7 +423,8 @@ def test_drafting_changes_no_token_in_any_format(
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_each_format_is_the_models_own_rounding(format: str) -> None:
-    """An engine with rounded weights writes what a model with those very weights writes; qwen2's head has its own."""
+    """An engine with rounded weights writes what a model with those very weights writes; qwen2's
+    head has its own."""
     model, copy = single("qwen2"), single("qwen2")
     with torch.no_grad():
         for weight in sum(copy.linear_groups(), []):
@@ -383,7 +434,11 @@ def test_each_format_is_the_models_own_rounding(format: str) -> None:
 
 def test_a_checkpoint_in_bfloat16_is_multiplied_in_bfloat16() -> None:
     model = single()
-    for stored, format in ((torch.bfloat16, "bfloat16"), (None, "float32"), (torch.float16, "float32")):
+    for stored, format in (
+        (torch.bfloat16, "bfloat16"),
+        (None, "float32"),
+        (torch.float16, "float32"),
+    ):
         model.stored = stored
         linears = build_engine(model, 4, "all", max_num_seqs=2).runner.core.linears
         assert linears is not None
@@ -391,16 +446,28 @@ def test_a_checkpoint_in_bfloat16_is_multiplied_in_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_formats_that_cannot_be_used_are_refused(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=rf"weights='{format}' needs float32 activations, and the model is float64"):
+def test_formats_that_cannot_be_used_are_refused(
+    format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        InputError, match=rf"weights='{format}' needs float32 activations, and the model is float64"
+    ):
         build_engine(tiny_idlm("qwen3"), 4, "all", weights=format)
-    with pytest.raises(InputError, match=rf"weights='{format}' does not go with deterministic=True"):
+    with pytest.raises(
+        InputError, match=rf"weights='{format}' does not go with deterministic=True"
+    ):
         build_engine(single(), 4, "all", weights=format, deterministic=True)
-    monkeypatch.setattr(build.native, "loaded", lambda: False)  # what IDLM_NATIVE=0 makes of it, see test_native.py
-    with pytest.raises(InputError, match=rf"weights='{format}' needs the C kernels, which are not there"):
+    monkeypatch.setattr(
+        build.native, "loaded", lambda: False
+    )  # what IDLM_NATIVE=0 makes of it, see test_native.py
+    with pytest.raises(
+        InputError, match=rf"weights='{format}' needs the C kernels, which are not there"
+    ):
         build_engine(single(), 4, "all", weights=format)
 
 
 def test_an_unknown_format_is_refused() -> None:
-    with pytest.raises(InputError, match="weights='int4' is unknown; use auto, float32, bfloat16, int8"):
+    with pytest.raises(
+        InputError, match="weights='int4' is unknown; use auto, float32, bfloat16, int8"
+    ):
         build_engine(single(), 4, "all", weights="int4")

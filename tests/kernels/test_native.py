@@ -25,7 +25,9 @@ from tests.engine.tiny import tiny_idlm
 from tests.kernels import checks
 from tests.kernels.everywhere import Ops
 
-pytestmark = pytest.mark.skipif(not native.loaded(), reason="no C compiler: there is nothing to test")
+pytestmark = pytest.mark.skipif(
+    not native.loaded(), reason="no C compiler: there is nothing to test"
+)
 
 
 OPS = Ops()
@@ -43,7 +45,14 @@ OPS = Ops()
     seed=st.integers(0, 2**20),
 )
 def test_attention_is_the_twin(
-    lengths: list[int], width: int, heads: tuple[int, int], page: int, size: int, causal: bool, real: int, seed: int
+    lengths: list[int],
+    width: int,
+    heads: tuple[int, int],
+    page: int,
+    size: int,
+    causal: bool,
+    real: int,
+    seed: int,
 ) -> None:
     one = case(lengths, width, *heads, size=size, page=page, causal=causal, seed=seed)
     checks.check_attention(OPS, one, min(real, width))
@@ -56,7 +65,9 @@ def test_attention_of_real_shapes(
     shape: tuple[list[int], int, int, int, int, int], causal: bool, dtype: torch.dtype
 ) -> None:
     tolerance = {} if dtype == torch.float64 else checks.SINGLE
-    checks.check_attention(OPS, case(*shape, causal=causal).to(dtype), max(1, shape[1] // 2), **tolerance)
+    checks.check_attention(
+        OPS, case(*shape, causal=causal).to(dtype), max(1, shape[1] // 2), **tolerance
+    )
 
 
 def test_attention_on_several_threads_is_bit_equal() -> None:
@@ -119,7 +130,9 @@ def test_the_fused_operations() -> None:
     threads=st.integers(1, 2),
     seed=st.integers(0, 2**20),
 )
-def test_products_of_few_rows(format: str, rows: int, inner: int, out: int, threads: int, seed: int) -> None:
+def test_products_of_few_rows(
+    format: str, rows: int, inner: int, out: int, threads: int, seed: int
+) -> None:
     torch.manual_seed(seed)
     checks.check_product(OPS, torch.randn(rows, inner), torch.randn(out, inner), format, threads)
 
@@ -141,15 +154,22 @@ def test_panels_stand_for_the_matrix(format: str) -> None:
     if format == "int8":
         step = weight.abs().amax(dim=1, keepdim=True) / 127
         assert ((panels.matrix() - weight).abs() <= step * 0.5001).all()
-        assert torch.equal(panels.weights.abs().amax(dim=(1, 3)).flatten()[:70].gt(0), weight.ne(0).any(dim=1))
+        assert torch.equal(
+            panels.weights.abs().amax(dim=(1, 3)).flatten()[:70].gt(0), weight.ne(0).any(dim=1)
+        )
     else:
         assert torch.equal(panels.matrix(), weight.to(FORMATS[format]).float())
 
 
-@pytest.mark.parametrize(("family", "norms"), [("llama", 5), ("mistral", 5), ("qwen2", 5), ("qwen3", 9)])
+@pytest.mark.parametrize(
+    ("family", "norms"), [("llama", 5), ("mistral", 5), ("qwen2", 5), ("qwen3", 9)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_recordings_use_them(family: str, norms: int, dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
-    """Two layers: two norms each, two more of heads in Qwen3, and the last; in float64 nothing is touched."""
+def test_recordings_use_them(
+    family: str, norms: int, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two layers: two norms each, two more of heads in Qwen3, and the last; in float64 nothing is
+    touched."""
     fused._say.cache_clear()
     caplog.set_level(logging.INFO, "idlm")
     idlm = tiny_idlm(family, adapter=False)
@@ -159,7 +179,9 @@ def test_recordings_use_them(family: str, norms: int, dtype: torch.dtype, caplog
     class Blind:
         """A cache that mixes nothing: what is fused lies around the attention."""
 
-        def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        def attend(
+            self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+        ) -> Tensor:
             return (query + key.sum() + value.sum()).transpose(1, 2)
 
     def hidden(tokens: Tensor) -> Tensor:
@@ -170,10 +192,14 @@ def test_recordings_use_them(family: str, norms: int, dtype: torch.dtype, caplog
         fused.fuse(recorded.graph, dtype)
         found = Counter(node.kind() for node in recorded.graph.nodes())
         expected = (norms, 4, 2) if dtype == torch.float32 else (0, 0, 0)
-        assert tuple(found[f"idlm::{name}"] for name in ("rms_norm", "rotate", "swiglu")) == expected
+        assert (
+            tuple(found[f"idlm::{name}"] for name in ("rms_norm", "rotate", "swiglu")) == expected
+        )
         torch.testing.assert_close(recorded(tokens), hidden(tokens))
     told = f"a recorded step has fused operators: {norms} rms_norm, 4 rotate, 2 swiglu"
-    assert [record.message for record in caplog.records] == ([told] if dtype == torch.float32 else [])
+    assert [record.message for record in caplog.records] == (
+        [told] if dtype == torch.float32 else []
+    )
 
 
 @pytest.mark.skipif(not native.loaded(), reason="no C kernels here")
@@ -194,16 +220,23 @@ def test_a_recording_dies_with_its_engine() -> None:
 
 
 def test_a_recording_drafts_as_the_step_it_was_made_from() -> None:
-    """Adapters add to the linear layers' outputs in place: nothing that is fused may move across that."""
+    """Adapters add to the linear layers' outputs in place: nothing that is fused may move across
+    that."""
     found = []
     for record in (True, False):
         idlm = tiny_idlm("qwen3")
         idlm.model.float()
         engine = build_engine(idlm, 4, "all", max_num_seqs=4, record=record)
         for seed in range(4):
-            engine.add([5, 6, 7 + seed], SamplingParams(max_tokens=40, temperature=0.7, ignore_eos=True), seed)
+            engine.add(
+                [5, 6, 7 + seed],
+                SamplingParams(max_tokens=40, temperature=0.7, ignore_eos=True),
+                seed,
+            )
         results = [update.result for update in engine.run() if update.result is not None]
-        found.append(sorted((one.token_ids, one.forwards, one.reached, one.accepted) for one in results))
+        found.append(
+            sorted((one.token_ids, one.forwards, one.reached, one.accepted) for one in results)
+        )
     assert found[0] == found[1]
 
 
@@ -217,7 +250,10 @@ def test_without_a_compiler_the_twins_serve(
     native.loaded.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "idlm"):
-            assert LLM(idlm, max_num_seqs=2, branches="all").generate(prompt, greedy)[0].token_ids == with_kernels
+            assert (
+                LLM(idlm, max_num_seqs=2, branches="all").generate(prompt, greedy)[0].token_ids
+                == with_kernels
+            )
         assert "/no/such/compiler" in caplog.text
         assert not native.loaded()
     finally:
@@ -226,9 +262,15 @@ def test_without_a_compiler_the_twins_serve(
     assert native.loaded()  # again
 
 
-@pytest.mark.parametrize(("value", "platform", "said"), [("0", "x86_64", ""), ("auto", "sparc", "none for sparc")])
+@pytest.mark.parametrize(
+    ("value", "platform", "said"), [("0", "x86_64", ""), ("auto", "sparc", "none for sparc")]
+)
 def test_without_kernels_pytorch_multiplies(
-    value: str, platform: str, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    value: str,
+    platform: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Because somebody wants that, or since there are none for this platform."""
     idlm, prompt, greedy = tiny_idlm("qwen3"), [5, 6, 7], SamplingParams(temperature=0)
@@ -239,9 +281,14 @@ def test_without_kernels_pytorch_multiplies(
     native.loaded.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "idlm"):
-            assert LLM(idlm, max_num_seqs=2, branches="all").generate(prompt, greedy)[0].token_ids == with_kernels
+            assert (
+                LLM(idlm, max_num_seqs=2, branches="all").generate(prompt, greedy)[0].token_ids
+                == with_kernels
+            )
         assert build_engine(idlm, 4, "all").runner.core.linears is None
-        with pytest.raises(InputError, match="weights='int8' needs the C kernels, which are not there"):
+        with pytest.raises(
+            InputError, match="weights='int8' needs the C kernels, which are not there"
+        ):
             build_engine(idlm, 4, "all", weights="int8")
         assert said in caplog.text
         assert bool(caplog.text) == bool(said)
@@ -251,12 +298,16 @@ def test_without_kernels_pytorch_multiplies(
     assert native.loaded()  # again
 
 
-def test_an_instruction_set_that_is_unknown_stops_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_instruction_set_that_is_unknown_stops_the_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     idlm = tiny_idlm("qwen3")
     monkeypatch.setenv("IDLM_NATIVE", "mmx")
     native.loaded.cache_clear()
     try:
-        with pytest.raises(InputError, match="IDLM_NATIVE='mmx' is unknown; use auto, 0, or one of avx512_vnni"):
+        with pytest.raises(
+            InputError, match="IDLM_NATIVE='mmx' is unknown; use auto, 0, or one of avx512_vnni"
+        ):
             LLM(idlm, max_num_seqs=2, branches="all")
     finally:
         monkeypatch.undo()

@@ -1,4 +1,5 @@
-"""The fused choice of a token: the Triton kernel, its PyTorch twin, and the law plus noise give the same tokens."""
+"""The fused choice of a token: the Triton kernel, its PyTorch twin, and the law plus noise give the
+same tokens."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ REQUESTS = [
 ]
 
 
-def table(vocab: int, mask_id: int, requests: list[SamplingParams]) -> tuple[Settings, Tensor, Tensor]:
+def table(
+    vocab: int, mask_id: int, requests: list[SamplingParams]
+) -> tuple[Settings, Tensor, Tensor]:
     """Settings, logits [B, R, V] in float64, and the first positions."""
     rows = Settings.empty(len(requests), vocab, mask_id, DEVICE)
     for slot, params in enumerate(requests):
@@ -47,12 +50,16 @@ def table(vocab: int, mask_id: int, requests: list[SamplingParams]) -> tuple[Set
     return rows, logits.to(DEVICE), torch.arange(len(requests), device=DEVICE) * 1000
 
 
-def triton_choose(scores: Tensor, rows: Settings, stream: Stream, first: Tensor, splits: int | None = None) -> Tensor:
+def triton_choose(
+    scores: Tensor, rows: Settings, stream: Stream, first: Tensor, splits: int | None = None
+) -> Tensor:
     return triton_rows()(scores, rows, rows.features.sampled, stream, first, splits)
 
 
 def triton_rows() -> Callable[..., Tensor]:
-    pytest.importorskip("triton", reason="triton is not installed: only the PyTorch twin can be tested")
+    pytest.importorskip(
+        "triton", reason="triton is not installed: only the PyTorch twin can be tested"
+    )
     from idlm.kernels.choose_triton import choose_rows
 
     return choose_rows
@@ -63,7 +70,9 @@ def scored(logits: Tensor, rows: Settings, first: Tensor) -> Tensor:
     return Law(rows, rows.features).scores(logits.clone(), first)
 
 
-def expected(logits: Tensor, rows: Settings, requests: list[SamplingParams], stream: Stream, first: Tensor) -> Tensor:
+def expected(
+    logits: Tensor, rows: Settings, requests: list[SamplingParams], stream: Stream, first: Tensor
+) -> Tensor:
     """Row by row with the oracle."""
     tokens = torch.empty(logits.shape[:2], dtype=torch.int64)
     for slot, params in enumerate(requests):
@@ -105,7 +114,9 @@ def test_the_greedy_choice_is_the_first_of_equals(splits: int) -> None:
     logits = logits.round()
     scores = scored(logits, rows, first)
     choice = triton_choose(scores, rows, Stream.TOKEN, first, splits)
-    best = torch.stack([reference.adjusted(row, REQUESTS[0], banned=(0,)).argmax() for row in logits[0]])
+    best = torch.stack(
+        [reference.adjusted(row, REQUESTS[0], banned=(0,)).argmax() for row in logits[0]]
+    )
     assert torch.equal(choice[0], best) and (logits[0, 0] == logits[0, 0, best[0]]).sum() > 1
     assert torch.equal(choice, choose(scores, rows, False, Stream.TOKEN, first))
 
@@ -144,7 +155,8 @@ def test_the_choice_is_made_for_the_device() -> None:
 
 
 def test_verification_and_drafting_use_the_choice() -> None:
-    """The whole of verification and drafting with the kernel in place of the twin, every rule and filter at once."""
+    """The whole of verification and drafting with the kernel in place of the twin, every rule and
+    filter at once."""
     requests = [
         *REQUESTS,
         SamplingParams(top_p=0.8, presence_penalty=0.5),

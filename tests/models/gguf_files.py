@@ -1,4 +1,5 @@
-"""Small GGUF files as llama.cpp's converter writes them: a random Llama or Qwen3 with a byte-level tokenizer."""
+"""Small GGUF files as llama.cpp's converter writes them: a random Llama or Qwen3 with a byte-level
+tokenizer."""
 
 from __future__ import annotations
 
@@ -20,7 +21,12 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot|>"]
 LETTERS = list(bytes_to_unicode().values())
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "Ġ Ġ"]
 TOKENS = [*SPECIAL, *LETTERS, *(merge.replace(" ", "") for merge in MERGES)]
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": len(TOKENS), "tie_word_embeddings": True}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "vocab_size": len(TOKENS),
+    "tie_word_embeddings": True,
+}
 ARCHITECTURES = {"llama": MODEL_ARCH.LLAMA, "qwen3": MODEL_ARCH.QWEN3}
 METADATA: dict[str, Any] = {
     "context_length": 64,
@@ -48,9 +54,11 @@ def write(
     tokenizer: Mapping[str, Any] | None = None,
     tensors: Mapping[str, np.ndarray] | None = None,
 ) -> Path:
-    """Write `model` (a Llama) with its matrices stored as `kind`; the mappings add to the file, or overrule it.
+    """Write `model` (a Llama) with its matrices stored as `kind`; the mappings add to the file, or
+    overrule it.
 
-    Keys of `metadata` are the family's, but for those that begin with "split."; an empty `tokenizer` writes none.
+    Keys of `metadata` are the family's, but for those that begin with "split."; an empty
+    `tokenizer` writes none.
     """
     model = model or source()
     family = model.config.model_type
@@ -103,7 +111,9 @@ def _tensors(family: str, model: PreTrainedModel) -> dict[str, np.ndarray]:
         stem, suffix = name.rsplit(".", 1)
         weight = parameter.detach()
         if family == "llama" and stem.endswith(("q_proj", "k_proj")):
-            weight = weight.reshape(-1, 2, model.config.head_dim // 2, weight.shape[1]).transpose(1, 2)
+            weight = weight.reshape(-1, 2, model.config.head_dim // 2, weight.shape[1]).transpose(
+                1, 2
+            )
         weight = weight.reshape(parameter.shape).to(torch.float32)
         found[f"{names.get_name(stem)}.{suffix}"] = weight.contiguous().numpy()
     return found

@@ -58,7 +58,9 @@ def test_saved_adapter_gives_the_same_bits_again(tmp_path: Path, family: str, ti
     assert (again.mask_id, again.block_size) == (tiny.VOCAB, 3)
     assert torch.equal(window(again, again.mask_id), window(model, model.mask_id))
     assert not any(
-        p.requires_grad for n, p in again.model.named_parameters() if n not in adapter_parameters(again.model)
+        p.requires_grad
+        for n, p in again.model.named_parameters()
+        if n not in adapter_parameters(again.model)
     )
 
 
@@ -76,7 +78,9 @@ def test_peft_loads_our_folder(llama: Path, tmp_path: Path, alpha: float) -> Non
     spec = LoraSpec(4, alpha, SPEC.targets)
     model = trained(llama, spec)
     folder = save(model, tmp_path / "adapter", spec)
-    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64), folder)
+    peft = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64), folder
+    )
     theirs = get_peft_model_state_dict(peft)
     ours = {n: p for n, p in adapter_parameters(model.model).items() if not n.endswith("mask_row")}
     assert set(theirs) == {f"base_model.model.{name}.weight" for name in ours}
@@ -87,16 +91,22 @@ def test_peft_loads_our_folder(llama: Path, tmp_path: Path, alpha: float) -> Non
 
 
 @pytest.mark.parametrize(("rank", "rslora"), [(1, False), (4, False), (128, False), (4, True)])
-def test_foreign_adapter_does_to_mask_rows_what_peft_does(tmp_path: Path, rank: int, rslora: bool) -> None:
+def test_foreign_adapter_does_to_mask_rows_what_peft_does(
+    tmp_path: Path, rank: int, rslora: bool
+) -> None:
     base = tiny.write(tmp_path / "base", "qwen3", mask_token_id=3)
     folder = tiny.write_peft(base, tmp_path / "adapter", rank=rank, use_rslora=rslora)
     model = idlm.load(base, adapter=folder, dtype="float64")
     assert model.block_size is None
-    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64), folder)
+    peft = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64), folder
+    )
     with torch.no_grad():
         expected = peft(torch.tensor([[3, 3, 3, 3]])).logits[0]
     tokens, rows = torch.tensor([3, 3, 3, 3]), torch.ones(4, 4, dtype=torch.bool).tril()
-    torch.testing.assert_close(model.forward(tokens, torch.arange(4), rows), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        model.forward(tokens, torch.arange(4), rows), expected, rtol=1e-9, atol=1e-9
+    )
 
 
 def test_foreign_adapter_takes_the_tokenizers_mask(tmp_path: Path) -> None:
@@ -107,8 +117,12 @@ def test_foreign_adapter_takes_the_tokenizers_mask(tmp_path: Path) -> None:
     assert torch.equal(row, embedding_rows(model.model)[model.mask_id])
 
 
-def test_foreign_adapter_of_a_stock_qwen3_takes_the_row_published_adapters_take(tmp_path: Path) -> None:
-    base = tiny.write(tmp_path / "base", "qwen3", vocab_size=151936, hidden_size=8, tie_word_embeddings=True)
+def test_foreign_adapter_of_a_stock_qwen3_takes_the_row_published_adapters_take(
+    tmp_path: Path,
+) -> None:
+    base = tiny.write(
+        tmp_path / "base", "qwen3", vocab_size=151936, hidden_size=8, tie_word_embeddings=True
+    )
     assert idlm.load(base).mask_id == 151936
     assert idlm.load(base, adapter=tiny.write_peft(base, tmp_path / "adapter")).mask_id == 151669
 
@@ -116,7 +130,9 @@ def test_foreign_adapter_of_a_stock_qwen3_takes_the_row_published_adapters_take(
 def test_published_checkpoint_with_an_adapter(tmp_path: Path) -> None:
     base = tiny.write_sdar(tmp_path / "base")
     model = trained(base)
-    again = idlm.load(base, adapter=save(model, tmp_path / "adapter", block_size=7), dtype="float64")
+    again = idlm.load(
+        base, adapter=save(model, tmp_path / "adapter", block_size=7), dtype="float64"
+    )
     assert (again.mask_id, again.block_size) == (tiny.VOCAB - 3, 7)
     assert torch.equal(window(again, again.mask_id), window(model, model.mask_id))
 
@@ -131,7 +147,9 @@ def test_adapter_for_another_base_is_refused(llama: Path, tmp_path: Path) -> Non
     other = tiny.write(tmp_path / "other", seed=9, tie_word_embeddings=True)
     folder = save(trained(llama), tmp_path / "adapter")
     prints = [adapter.fingerprint(idlm.load(base).model)[:16] for base in (llama, other)]
-    with pytest.raises(InputError, match="is for base .*; give the base it was trained on") as caught:
+    with pytest.raises(
+        InputError, match="is for base .*; give the base it was trained on"
+    ) as caught:
         idlm.load(other, adapter=folder)
     assert all(text in str(caught.value) for text in [*prints, str(llama), str(other)])
 
@@ -158,7 +176,9 @@ def test_refused_adapter_leaves_the_model_as_it_was(llama: Path, tmp_path: Path)
         ({"base_fingerprint": "0" * 64}, "fingerprint 0000000000000000, not"),
     ],
 )
-def test_damaged_idlm_json_is_refused(llama: Path, tmp_path: Path, keys: dict[str, object], message: str) -> None:
+def test_damaged_idlm_json_is_refused(
+    llama: Path, tmp_path: Path, keys: dict[str, object], message: str
+) -> None:
     folder = save(trained(llama), tmp_path / "adapter")
     tiny.edit(folder / "idlm.json", **keys)
     with pytest.raises(InputError, match=re.escape(message)):
@@ -168,7 +188,12 @@ def test_damaged_idlm_json_is_refused(llama: Path, tmp_path: Path, keys: dict[st
 def test_folder_holds_what_it_should(llama: Path, tmp_path: Path) -> None:
     model = trained(llama)
     folder = save(model, tmp_path / "adapter")
-    files = {"adapter_config.json", "adapter_model.safetensors", "idlm.json", "mask_row.safetensors"}
+    files = {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "idlm.json",
+        "mask_row.safetensors",
+    }
     assert {p.name for p in folder.iterdir()} == files
     assert load_file(folder / "mask_row.safetensors")["mask_row"].shape == (32,)
     extra = json.loads((folder / "idlm.json").read_text())
@@ -186,13 +211,32 @@ def test_inspect_our_adapter(llama: Path, tmp_path: Path) -> None:
     found = inspect_checkpoint(folder)
     assert (found.kind, found.adapter_rank, found.adapter_alpha) == ("adapter", 4, 8.0)
     assert found.adapter_targets == ("down_proj", "q_proj", "v_proj")
-    assert (found.mask_id, found.mask_source, found.block_size, found.max_stride) == (tiny.VOCAB, "adapter", 3, 4)
-    assert found.can_decode_isd and found.adapter_base == str(llama) and len(found.base_fingerprint or "") == 64
+    assert (found.mask_id, found.mask_source, found.block_size, found.max_stride) == (
+        tiny.VOCAB,
+        "adapter",
+        3,
+        4,
+    )
+    assert (
+        found.can_decode_isd
+        and found.adapter_base == str(llama)
+        and len(found.base_fingerprint or "") == 64
+    )
     both = inspect_checkpoint(llama, folder)
-    assert (both.kind, both.family, both.adapter_rank, both.max_stride) == ("model with adapter", "llama", 4, 4)
+    assert (both.kind, both.family, both.adapter_rank, both.max_stride) == (
+        "model with adapter",
+        "llama",
+        4,
+        4,
+    )
 
 
 def test_inspect_a_foreign_adapter(llama: Path, tmp_path: Path) -> None:
     found = inspect_checkpoint(tiny.write_peft(llama, tmp_path / "adapter", rank=6))
-    assert (found.adapter_rank, found.base_fingerprint, found.mask_id, found.max_stride) == (6, None, None, None)
+    assert (found.adapter_rank, found.base_fingerprint, found.mask_id, found.max_stride) == (
+        6,
+        None,
+        None,
+        None,
+    )
     assert found.can_decode_isd and "does not name its block size" in found.reason

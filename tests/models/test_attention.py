@@ -22,7 +22,9 @@ def model_of(family: str) -> PreTrainedModel:
     return model
 
 
-def slow_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float) -> Tensor:
+def slow_attention(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float
+) -> Tensor:
     """Row by row: softmax over the visible keys of the query's group; [B, Q, H, E]."""
     batch, heads, rows, size = query.shape
     group = heads // key.shape[1]
@@ -43,13 +45,17 @@ def slow_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, s
     before=st.integers(0, 4),
     seed=st.integers(0, 2**20),
 )
-def test_attention_is_softmax_over_what_is_visible(heads: tuple[int, int], rows: int, before: int, seed: int) -> None:
+def test_attention_is_softmax_over_what_is_visible(
+    heads: tuple[int, int], rows: int, before: int, seed: int
+) -> None:
     torch.manual_seed(seed)
     query = torch.randn(2, heads[0], rows, 8, dtype=torch.float64)
     key, value = torch.randn(2, 2, heads[1], before + rows, 8, dtype=torch.float64)
     visible = torch.rand(rows, before + rows) < 0.5
     visible[torch.arange(rows), before + torch.arange(rows)] = True
-    mixed, _ = attention.attention(nn.Module(), query, key, value, None, 0.3, visible=visible[None, None])
+    mixed, _ = attention.attention(
+        nn.Module(), query, key, value, None, 0.3, visible=visible[None, None]
+    )
     torch.testing.assert_close(mixed, slow_attention(query, key, value, visible, 0.3))
 
 
@@ -62,7 +68,8 @@ def test_no_mask_is_causal() -> None:
 
 
 def window_rows(stride: int, branches: str, prefix: int) -> tuple[Tensor, Tensor, Tensor, range]:
-    """A full window after `prefix` committed tokens, as one sequence: tokens, positions, visible, MASK rows."""
+    """A full window after `prefix` committed tokens, as one sequence: tokens, positions, visible,
+    MASK rows."""
     layout = Window(stride, branches)
     first, total = prefix + layout.verify_rows, prefix + layout.width
     tokens = torch.cat([10 + 2 * torch.arange(first), torch.full((total - first,), MASK)])
@@ -70,11 +77,17 @@ def window_rows(stride: int, branches: str, prefix: int) -> tuple[Tensor, Tensor
     visible[:prefix, :prefix] = torch.ones(prefix, prefix).tril() > 0
     visible[prefix:, :prefix] = True
     visible[prefix:, prefix:] = layout.visible[-1][:, None] >> torch.arange(layout.width) & 1 > 0
-    return tokens, torch.cat([torch.arange(prefix), prefix + layout.offsets[-1]]), visible, range(first, total)
+    return (
+        tokens,
+        torch.cat([torch.arange(prefix), prefix + layout.offsets[-1]]),
+        visible,
+        range(first, total),
+    )
 
 
 def reaches(visible: Tensor) -> Tensor:
-    """Which rows' tokens can move which rows' logits through any number of layers: the closure of `visible`."""
+    """Which rows' tokens can move which rows' logits through any number of layers: the closure of
+    `visible`."""
     reach = visible.clone()
     for _ in range(len(visible)):
         reach = (reach.int() @ reach.int()) > 0

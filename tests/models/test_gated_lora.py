@@ -14,7 +14,9 @@ from idlm.models.gated_lora import Gate, GatedLinear, LoraSpec, adapter_paramete
 from idlm.models.idlm_model import Idlm
 from tests.models import tiny
 
-SPEC = LoraSpec(4, 8.0, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+SPEC = LoraSpec(
+    4, 8.0, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+)
 
 
 def pair(family: str, dtype: torch.dtype = torch.float32) -> tuple[Idlm, Idlm]:
@@ -30,7 +32,9 @@ def pair(family: str, dtype: torch.dtype = torch.float32) -> tuple[Idlm, Idlm]:
 
 def rows(model: Idlm, tokens: Tensor, visible: Tensor, mask_rows: slice) -> Tensor:
     with torch.inference_mode():
-        return model.hidden(tokens[None], torch.arange(len(tokens))[None], visible[None, None], mask_rows)[0]
+        return model.hidden(
+            tokens[None], torch.arange(len(tokens))[None], visible[None, None], mask_rows
+        )[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -40,7 +44,10 @@ def test_rows_with_the_gate_shut_are_bit_equal_to_the_base(family: str, dtype: t
     tokens = torch.tensor([5, 7, 9, 30, tiny.VOCAB, tiny.VOCAB, tiny.VOCAB])
     plain = tokens.masked_fill(tokens == tiny.VOCAB, 11)
     visible = torch.ones(7, 7, dtype=torch.bool).tril()
-    theirs, ours = rows(base, plain, visible, slice(0, 0)), rows(adapted, tokens, visible, slice(4, 7))
+    theirs, ours = (
+        rows(base, plain, visible, slice(0, 0)),
+        rows(adapted, tokens, visible, slice(4, 7)),
+    )
     assert torch.equal(ours[:4], theirs[:4])
     assert not torch.isclose(ours[4:], theirs[4:], rtol=0.1).all(dim=-1).any()
 
@@ -49,7 +56,9 @@ def test_rows_with_the_gate_shut_are_bit_equal_to_the_base(family: str, dtype: t
 def test_text_without_masks_is_bit_equal_to_the_base(family: str) -> None:
     base, adapted = pair(family)
     tokens, visible = torch.tensor([5, 7, 9, 30]), torch.ones(4, 4, dtype=torch.bool).tril()
-    assert torch.equal(rows(adapted, tokens, visible, slice(0, 0)), rows(base, tokens, visible, slice(0, 0)))
+    assert torch.equal(
+        rows(adapted, tokens, visible, slice(0, 0)), rows(base, tokens, visible, slice(0, 0))
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -75,7 +84,11 @@ def test_gated_linear_is_its_formula(
     for b in range(2):
         for i in range(count):
             g = 1.0 if first <= i < last else 0.0
-            expected = base.weight @ x[b, i] + base.bias + g * alpha / rank * layer.lora_B @ layer.lora_A @ x[b, i]
+            expected = (
+                base.weight @ x[b, i]
+                + base.bias
+                + g * alpha / rank * layer.lora_B @ layer.lora_A @ x[b, i]
+            )
             torch.testing.assert_close(y[b, i], expected)
 
 
@@ -86,7 +99,9 @@ def test_a_new_adapter_changes_nothing_but_the_mask_row() -> None:
     model.set_attn_implementation(attention.NAME)
     fresh = Idlm(model, None, tiny.VOCAB, attach(model, SPEC, tiny.VOCAB))
     tokens, visible = torch.tensor([5, 7, 9]), torch.ones(3, 3, dtype=torch.bool).tril()
-    torch.testing.assert_close(rows(fresh, tokens, visible, slice(1, 3)), rows(base, tokens, visible, slice(0, 0)))
+    torch.testing.assert_close(
+        rows(fresh, tokens, visible, slice(1, 3)), rows(base, tokens, visible, slice(0, 0))
+    )
 
 
 def test_gate_shuts_after_an_error() -> None:
@@ -113,7 +128,9 @@ def test_only_the_adapter_is_trained() -> None:
         ((4, 8.0, ("q_proj",)), -1, "mask_token_id -1"),
     ],
 )
-def test_bad_specs_are_refused(spec: tuple[int, float, tuple[str, ...]], mask_id: int, message: str) -> None:
+def test_bad_specs_are_refused(
+    spec: tuple[int, float, tuple[str, ...]], mask_id: int, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         attach(tiny.tiny_model("llama"), LoraSpec(*spec), mask_id)
 

@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 import idlm
 from idlm import LLM, SamplingParams, extras
@@ -40,7 +46,9 @@ def stock(path: Path, **keys: Any) -> PreTrainedModel:
     """The file as transformers loads it."""
     plain = GgufConfig(dequantize=True)
     keys = {"dtype": torch.float32, "attn_implementation": "sdpa"} | keys
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, quantization_config=plain, **keys)
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, quantization_config=plain, **keys
+    )
 
 
 def stock_config(model: idlm.Idlm) -> PreTrainedConfig:
@@ -51,7 +59,9 @@ def stock_config(model: idlm.Idlm) -> PreTrainedConfig:
 
 def logits(model: idlm.Idlm) -> torch.Tensor:
     rows = len(TOKENS)
-    return model.forward(TOKENS, torch.arange(rows), torch.ones(rows, rows, dtype=torch.bool).tril())
+    return model.forward(
+        TOKENS, torch.arange(rows), torch.ones(rows, rows, dtype=torch.bool).tril()
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -64,14 +74,21 @@ def test_the_logits_are_those_of_transformers(tmp_path: Path, family: str, kind:
         if kind == "F32":
             expected = files.source(family).double()(TOKENS[None]).logits[0]
         else:  # a config of our own: transformers' reader leaves a Qwen3's heads 128 wide
-            expected = stock(path, dtype=torch.float64, config=stock_config(model))(TOKENS[None]).logits[0]
+            expected = stock(path, dtype=torch.float64, config=stock_config(model))(
+                TOKENS[None]
+            ).logits[0]
     torch.testing.assert_close(logits(model), expected, rtol=1e-9, atol=1e-9)
     assert (model.context, model.vocab_size, model.eos_ids) == (64, len(files.TOKENS), {2})
 
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("F32", torch.float32), ("Q8_0", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)],
+    [
+        ("F32", torch.float32),
+        ("Q8_0", torch.float32),
+        ("F16", torch.float16),
+        ("BF16", torch.bfloat16),
+    ],
 )
 def test_dtype_auto_is_float32_on_a_cpu_and_knows_what_is_stored(
     tmp_path: Path, kind: str, expected: torch.dtype
@@ -98,7 +115,9 @@ def test_greedy_tokens_for_a_chat_are_those_of_transformers(tmp_path: Path, stri
     prompt = own.apply_chat_template(CHAT, return_dict=True).input_ids
     assert model.tokenizer is not None
     assert model.tokenizer.apply_chat_template(CHAT, return_dict=True).input_ids == prompt
-    expected = stock(path).generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20)[0, len(prompt) :]
+    expected = stock(path).generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20)[
+        0, len(prompt) :
+    ]
     if stride > 1:
         model.gate = attach(model.model, LoraSpec(4, 8.0, ("q_proj",)), model.mask_id)
     result = LLM(model, stride=stride, branches="all").generate(
@@ -118,7 +137,9 @@ def test_digits_are_set_apart_where_the_file_says_so(llama: Path, tmp_path: Path
 def test_the_tokenizer_is_the_files_whatever_lies_beside_it(llama: Path) -> None:
     tiny.write(llama.parent, "qwen2")
     model = idlm.load(llama)
-    assert model.tokenizer is not None and model.tokenizer("hello").input_ids == [files.TOKENS.index("hello")]
+    assert model.tokenizer is not None and model.tokenizer("hello").input_ids == [
+        files.TOKENS.index("hello")
+    ]
     assert model.tokenizer.chat_template == files.CHAT and model.tokenizer.eos_token == "<|im_end|>"
     assert Prompts.load(str(llama)).tokenizer.chat_template == files.CHAT
 
@@ -151,7 +172,8 @@ def test_nothing_is_written_to_the_terminal(llama: Path, capfd: pytest.CaptureFi
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_folder_saved_from_it_loads(llama: Path, tmp_path: Path, plain: bool) -> None:
-    """Also one whose config.json still names GGUF as its quantisation, as transformers' own loader leaves it."""
+    """Also one whose config.json still names GGUF as its quantisation, as transformers' own loader
+    leaves it."""
     model, folder = idlm.load(llama), tmp_path / "folder"
     if plain:
         loading.save_full(model, folder, None)
@@ -170,21 +192,31 @@ def test_a_folder_saved_from_it_loads(llama: Path, tmp_path: Path, plain: bool) 
         assert again.tokenizer.tokenize("hello  7 w12") == model.tokenizer.tokenize("hello  7 w12")
 
 
-def test_an_adapter_knows_its_file(llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_adapter_knows_its_file(
+    llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     model, folder, spec = idlm.load(llama), tmp_path / "lora", LoraSpec(4, 8.0, ("q_proj",))
     base = weights.fingerprint(model.model)
-    assert base == weights.fingerprint(idlm.load(llama, dtype="bfloat16").model) == weights.folder_fingerprint(llama)
+    assert (
+        base
+        == weights.fingerprint(idlm.load(llama, dtype="bfloat16").model)
+        == weights.folder_fingerprint(llama)
+    )
     model.gate = attach(model.model, spec, model.mask_id)
     for parameter in adapter_parameters(model.model).values():
         torch.nn.init.normal_(parameter, std=0.1)
     adapter.save(model, spec, folder, base, model.mask_id, block_size=3)
     assert idlm.load(llama, adapter=folder).block_size == 3
     other = files.write(tmp_path / "other.gguf", model=files.source(seed=1))
-    assert "give the base it was trained on" in refusal(lambda: idlm.load(other, adapter=folder), capfd)
+    assert "give the base it was trained on" in refusal(
+        lambda: idlm.load(other, adapter=folder), capfd
+    )
     assert "is a file" in refusal(lambda: idlm.load(llama, adapter=other), capfd)
 
 
-def test_fingerprints_differ_by_quantisation_and_from_the_folders(llama: Path, tmp_path: Path) -> None:
+def test_fingerprints_differ_by_quantisation_and_from_the_folders(
+    llama: Path, tmp_path: Path
+) -> None:
     tiny.write(llama.parent, "llama")  # a model beside the file is not the file's
     seen = {weights.folder_fingerprint(llama.parent), weights.fingerprint(idlm.load(llama).model)}
     seen.add(weights.folder_fingerprint(files.write(tmp_path / "q8.gguf", "Q8_0")))
@@ -197,7 +229,12 @@ def test_inspect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, model = files.write(tmp_path / "model.gguf", "Q4_1"), files.source()
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     found = inspect_checkpoint(path)
-    assert (found.family, found.context, found.vocab_size, found.layers) == ("llama", 64, len(files.TOKENS), 2)
+    assert (found.family, found.context, found.vocab_size, found.layers) == (
+        "llama",
+        64,
+        len(files.TOKENS),
+        2,
+    )
     assert found.parameters == sum(p.numel() for p in model.parameters())
     assert (found.quantisation, found.dtype) == (("Q4_1", "F32"), "float32")
     assert "an AR model" in found.reason
@@ -208,19 +245,31 @@ def extra(name: str, *shape: int) -> dict[str, Any]:
 
 
 FILES: dict[str, tuple[dict[str, Any], str]] = {
-    "sliding window": ({"metadata": {"attention.sliding_window": 16}}, "attention.sliding_window 16, which transform"),
+    "sliding window": (
+        {"metadata": {"attention.sliding_window": 16}},
+        "attention.sliding_window 16, which transform",
+    ),
     "experts": ({"metadata": {"expert_count": 8}}, r"mixture of experts \(llama.expert_count 8\)"),
     "soft caps": ({"metadata": {"attn_logit_softcapping": 50.0}}, "attn_logit_softcapping 50.0"),
     "scaled rope": ({"metadata": {"rope.scaling.type": "yarn"}}, "llama.rope.scaling.type yarn"),
-    "another head size": ({"metadata": {"attention.key_length": 16}}, "llama.rope.dimension_count 8, which transf"),
+    "another head size": (
+        {"metadata": {"attention.key_length": 16}},
+        "llama.rope.dimension_count 8, which transf",
+    ),
     "rope factors": (extra("rope_freqs.weight", 4), r"rotary frequencies \(rope_freqs.weight\)"),
     "a bias": (extra("blk.0.attn_q.bias", 32), r"holds \d+ weights, but a llama of its sizes has"),
-    "missing metadata": ({"metadata": {"context_length": 0}}, "no max_position_embeddings|context_length"),
+    "missing metadata": (
+        {"metadata": {"context_length": 0}},
+        "no max_position_embeddings|context_length",
+    ),
     "misshapen": ({"metadata": {"feed_forward_length": 48}}, "misshapen .*mlp"),
     "missing tensors": ({"metadata": {"block_count": 3}}, "missing tensors, model.layers.2"),
     "one of several": ({"metadata": {"split.count": 3}}, "one of 3 parts; merge them"),
     "split of text": ({"tokenizer": {"pre": "mine"}}, "splits text by 'mine'"),
-    "kind of tokenizer": ({"tokenizer": {"model": "rwkv"}}, "tokenizer in .* cannot be read: .*rwkv"),
+    "kind of tokenizer": (
+        {"tokenizer": {"model": "rwkv"}},
+        "tokenizer in .* cannot be read: .*rwkv",
+    ),
 }
 
 
@@ -233,14 +282,23 @@ def test_a_file_is_refused(case: str, tmp_path: Path, capfd: pytest.CaptureFixtu
 
 
 def test_what_changes_nothing_is_not_refused(tmp_path: Path) -> None:
-    off = {"attention.sliding_window": 64, "expert_count": 0, "rope.scaling.type": "none", "attention.key_length": 8}
+    off = {
+        "attention.sliding_window": 64,
+        "expert_count": 0,
+        "rope.scaling.type": "none",
+        "attention.key_length": 8,
+    }
     idlm.load(files.write(tmp_path / "model.gguf", metadata=off))
 
 
 @pytest.mark.parametrize("architecture", ["other", "mamba", "gemma"])
-def test_another_architecture_is_refused(architecture: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_another_architecture_is_refused(
+    architecture: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = files.write(tmp_path / "model.gguf")
-    path.write_bytes(path.read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", _string(architecture), 1))
+    path.write_bytes(
+        path.read_bytes().replace(b"\x05\0\0\0\0\0\0\0llama", _string(architecture), 1)
+    )
     text = refusal(lambda: idlm.load(path), capfd)
     assert architecture in text
     assert inspect_checkpoint(path).reason.startswith("refused: ")
@@ -269,7 +327,9 @@ def _typed(data: bytes, kind: int) -> bytes:
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_a_damaged_file_is_refused(case: str, llama: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_file_is_refused(
+    case: str, llama: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     damage, message = DAMAGES[case]
     llama.write_bytes(damage(llama.read_bytes()))
     text = refusal(lambda: idlm.load(llama), capfd)
@@ -280,7 +340,10 @@ def test_every_cut_and_every_flipped_byte_of_the_header_gives_one_line(llama: Pa
     data = llama.read_bytes()
     generator = np.random.default_rng(0)
     for place in generator.integers(0, data.index(b"blk.0"), 150).tolist():
-        for damaged in (data[:place], data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]):
+        for damaged in (
+            data[:place],
+            data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :],
+        ):
             llama.write_bytes(damaged)
             try:
                 gguf_header.read_header(llama)
@@ -308,7 +371,10 @@ def test_without_the_packages(
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = files.write(tmp_path / "model.gguf", "Q8_0")
-    for command in (["inspect", path], ["generate", path, "hello", "--stride", "1", "--max-tokens", "4"]):
+    for command in (
+        ["inspect", path],
+        ["generate", path, "hello", "--stride", "1", "--max-tokens", "4"],
+    ):
         with pytest.raises(SystemExit) as done:
             app([str(word) for word in command])
         out, err = capsys.readouterr()

@@ -20,7 +20,9 @@ TOKENS = torch.tensor([5, 7, 9, 30, 11, 2])
 
 def causal(model: idlm.Idlm, tokens: torch.Tensor) -> torch.Tensor:
     rows = len(tokens)
-    return model.forward(tokens, torch.arange(rows), torch.ones(rows, rows, dtype=torch.bool).tril())
+    return model.forward(
+        tokens, torch.arange(rows), torch.ones(rows, rows, dtype=torch.bool).tril()
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -32,7 +34,9 @@ def test_loaded_model_gives_the_logits_of_transformers(
     sizes = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
     tiny.write(tmp_path, family, tie_word_embeddings=tied, **sizes)
     model = idlm.load(tmp_path, dtype="float64")
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64, attn_implementation="sdpa")
+    stock = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float64, attn_implementation="sdpa"
+    )
     with torch.no_grad():
         expected = stock(TOKENS[None]).logits[0]
     torch.testing.assert_close(causal(model, TOKENS), expected, rtol=1e-9, atol=1e-9)
@@ -67,12 +71,17 @@ def test_published_checkpoint_loads_as_qwen3_and_its_code_never_runs(tmp_path: P
     assert model.tokenizer is not None and model.tokenizer("w5 w7").input_ids == [5, 7]
     assert not (folder / "ran").exists()
     with torch.no_grad():
-        expected = tiny.tiny_model("qwen3", tie_word_embeddings=False).double()(TOKENS[None]).logits[0]
+        expected = (
+            tiny.tiny_model("qwen3", tie_word_embeddings=False).double()(TOKENS[None]).logits[0]
+        )
     torch.testing.assert_close(causal(model, TOKENS), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_native_checkpoint_with_an_auto_map_loads_without_its_code(llama: Path) -> None:
-    tiny.edit(llama / "config.json", auto_map={"AutoModelForCausalLM": "code.Mine", "AutoConfig": "code.Config"})
+    tiny.edit(
+        llama / "config.json",
+        auto_map={"AutoModelForCausalLM": "code.Mine", "AutoConfig": "code.Config"},
+    )
     (llama / "code.py").write_text("raise RuntimeError('remote code ran')")
     assert type(idlm.load(llama).model).__module__.startswith("transformers.")
 
@@ -82,7 +91,10 @@ def test_sharded_checkpoint(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     loaded = idlm.load(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.parameters(), loaded.model.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,7 +130,9 @@ def test_full_model_with_a_new_mask_row_survives_the_disk(tmp_path: Path, tied: 
     assert torch.equal(causal(again, tokens), causal(model, tokens))
 
 
-def test_a_saved_full_model_is_an_ordinary_transformers_checkpoint(llama: Path, tmp_path: Path) -> None:
+def test_a_saved_full_model_is_an_ordinary_transformers_checkpoint(
+    llama: Path, tmp_path: Path
+) -> None:
     model = idlm.load(llama)
     loading.ensure_mask_row(model)
     loading.save_full(model, tmp_path / "full", block_size=3)
@@ -142,10 +156,15 @@ def test_saving_a_trained_model_without_a_mask_row_is_refused(llama: Path, tmp_p
 
 def test_fingerprint_is_of_the_stored_weights(llama: Path, tmp_path: Path) -> None:
     model = idlm.load(llama, dtype="float32")
-    prints = {weights.fingerprint(model.model), weights.fingerprint(idlm.load(llama, dtype="bfloat16").model)}
+    prints = {
+        weights.fingerprint(model.model),
+        weights.fingerprint(idlm.load(llama, dtype="bfloat16").model),
+    }
     attach(model.model, LoraSpec(2, 4.0, ("q_proj",)), model.mask_id)
     prints.add(weights.fingerprint(model.model))
-    AutoModelForCausalLM.from_pretrained(llama).save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    AutoModelForCausalLM.from_pretrained(llama).save_pretrained(
+        tmp_path / "sharded", max_shard_size="20KB"
+    )
     prints.add(weights.folder_fingerprint(tmp_path / "sharded"))
     assert len(prints) == 1
 
@@ -185,8 +204,19 @@ def test_hub_id_without_the_hub_is_one_input_error(monkeypatch: pytest.MonkeyPat
 def test_inspect_a_model(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path, "qwen3", tie_word_embeddings=True)
     found = inspect_checkpoint(folder)
-    assert (found.kind, found.family, found.layers, found.heads, found.kv_heads) == ("model", "qwen3", 2, 4, 2)
-    assert (found.vocab_size, found.context, found.dtype, found.hidden_size) == (tiny.VOCAB, 64, "float32", 32)
+    assert (found.kind, found.family, found.layers, found.heads, found.kv_heads) == (
+        "model",
+        "qwen3",
+        2,
+        4,
+        2,
+    )
+    assert (found.vocab_size, found.context, found.dtype, found.hidden_size) == (
+        tiny.VOCAB,
+        64,
+        "float32",
+        32,
+    )
     assert found.parameters == sum(p.numel() for p in idlm.load(folder).model.parameters())
     assert (found.mask_id, found.mask_source) == (tiny.VOCAB, "added")
     assert (found.can_decode_isd, found.max_stride) == (False, None)
@@ -195,7 +225,11 @@ def test_inspect_a_model(tmp_path: Path) -> None:
 
 def test_inspect_a_published_checkpoint(tmp_path: Path) -> None:
     found = inspect_checkpoint(tiny.write_sdar(tmp_path))
-    assert (found.mask_id, found.mask_source, found.block_size) == (tiny.VOCAB - 3, "config.json", 4)
+    assert (found.mask_id, found.mask_source, found.block_size) == (
+        tiny.VOCAB - 3,
+        "config.json",
+        4,
+    )
     assert (found.can_decode_isd, found.max_stride) == (True, 5)
     assert not (tmp_path / "ran").exists()
 

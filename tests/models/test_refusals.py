@@ -1,4 +1,5 @@
-"""Everything that must not load, from checkpoints that transformers and peft themselves wrote, then damaged."""
+"""Everything that must not load, from checkpoints that transformers and peft themselves wrote, then
+damaged."""
 
 from __future__ import annotations
 
@@ -60,13 +61,18 @@ def config(**keys: Any) -> Callable[[Path], None]:
 
 
 def t5(folder: Path) -> None:
-    T5ForConditionalGeneration(T5Config(vocab_size=40, d_model=16, d_ff=16, num_layers=1, num_heads=2)).save_pretrained(
-        folder
-    )
+    T5ForConditionalGeneration(
+        T5Config(vocab_size=40, d_model=16, d_ff=16, num_layers=1, num_heads=2)
+    ).save_pretrained(folder)
 
 
 def bert(folder: Path) -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     BertForMaskedLM(BertConfig(vocab_size=40, **sizes)).save_pretrained(folder)
 
 
@@ -89,7 +95,10 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "missing shard": (missing_shard, "no model-00002-of-.*safetensors"),
     "missing tensor": (lambda f: retensor(f, lambda t: t.pop(UP)), f"1 missing tensors, {UP}"),
-    "unexpected tensor": (lambda f: retensor(f, lambda t: t.update(more=torch.ones(2))), "1 unexpected tensors, more"),
+    "unexpected tensor": (
+        lambda f: retensor(f, lambda t: t.update(more=torch.ones(2))),
+        "1 unexpected tensors, more",
+    ),
     "misshapen tensor": (
         lambda f: retensor(f, lambda t: t.update({UP: torch.ones(5, 32)})),
         r"misshapen .*\[5, 32\] not \[48, 32\]",
@@ -98,7 +107,10 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "JSON list"),
     "config of wrong types": (config(hidden_size="many"), "not a valid llama config"),
-    "remote code": (config(model_type="mine", auto_map={"AutoConfig": "code.C"}), "needs its own code"),
+    "remote code": (
+        config(model_type="mine", auto_map={"AutoConfig": "code.C"}),
+        "needs its own code",
+    ),
     "unknown family": (config(model_type="mine"), "'mine'.* unknown to this transformers"),
     "no family": (config(model_type=None), "'None'.* unknown"),
     "T5": (t5, "encoder-decoder"),
@@ -108,28 +120,52 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
         other("qwen3", use_sliding_window=True, sliding_window=16, max_window_layers=1),
         "sliding_window 16",
     ),
-    "linear layers": (config(layer_types=["full_attention", "linear_attention"]), "linear_attention layers"),
+    "linear layers": (
+        config(layer_types=["full_attention", "linear_attention"]),
+        "linear_attention layers",
+    ),
     "Mamba": (other("mamba", state_size=4), "linear_attention|no attention heads"),
-    "experts": (other("mixtral", num_local_experts=2), r"mixture of experts \(num_local_experts 2\)"),
+    "experts": (
+        other("mixtral", num_local_experts=2),
+        r"mixture of experts \(num_local_experts 2\)",
+    ),
     "soft caps": (other("gemma2"), "attn_logit_softcapping 50.0"),
     "scaled logits": (
         other("granite", logits_scaling=8.0),
         "GraniteForCausalLM cannot be expressed: its logits differ",
     ),
-    "ALiBi": (other("bloom", n_layer=2, n_head=4), "max_position_embeddings|BloomForCausalLM cannot be expressed"),
-    "two attentions per layer": (other("diffllama"), "DiffLlamaForCausalLM cannot be expressed: its layers write"),
+    "ALiBi": (
+        other("bloom", n_layer=2, n_head=4),
+        "max_position_embeddings|BloomForCausalLM cannot be expressed",
+    ),
+    "two attentions per layer": (
+        other("diffllama"),
+        "DiffLlamaForCausalLM cannot be expressed: its layers write",
+    ),
     "dynamic rope": (
         config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
         "rope_type dynamic",
     ),
     "quantised": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised"),
-    "MASK after the vocabulary": (config(mask_token_id=tiny.VOCAB), "mask_token_id 40 is outside the vocabulary of 40"),
-    "MASK far outside": (config(mask_token_id=151669), "mask_token_id 151669 .* outside the vocabulary of 40"),
+    "MASK after the vocabulary": (
+        config(mask_token_id=tiny.VOCAB),
+        "mask_token_id 40 is outside the vocabulary of 40",
+    ),
+    "MASK far outside": (
+        config(mask_token_id=151669),
+        "mask_token_id 151669 .* outside the vocabulary of 40",
+    ),
     "MASK negative": (config(mask_token_id=-1), "mask_token_id -1"),
     "MASK no number": (config(mask_token_id="<mask>"), "mask_token_id '<mask>'"),
     "block size": (config(mask_token_id=3, block_size=0), "block_size 0"),
-    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer .* cannot be read"),
-    "an adapter": (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "is an adapter; give its base"),
+    "broken tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text("{}"),
+        "tokenizer .* cannot be read",
+    ),
+    "an adapter": (
+        lambda f: (f / "config.json").rename(f / "adapter_config.json"),
+        "is an adapter; give its base",
+    ),
 }
 
 
@@ -154,7 +190,9 @@ def test_model_is_refused(case: str, llama: Path, capfd: pytest.CaptureFixture[s
     assert re.search(message, text), text
 
 
-@pytest.mark.parametrize("case", ["sliding window", "experts", "remote code", "truncated weights", "pickle weights"])
+@pytest.mark.parametrize(
+    "case", ["sliding window", "experts", "remote code", "truncated weights", "pickle weights"]
+)
 def test_inspect_reports_a_refusal_instead(case: str, llama: Path) -> None:
     MODELS[case][0](llama)
     found = inspect_checkpoint(llama)
@@ -187,7 +225,10 @@ def test_path_is_refused(llama: Path, capfd: pytest.CaptureFixture[str]) -> None
 FEATURES: dict[str, tuple[dict[str, Any], str]] = {
     "DoRA": ({"use_dora": True}, "use_dora True"),
     "bias": ({"bias": "all"}, "bias 'all'"),
-    "trained bias": ({"lora_bias": True, "target_modules": ["q_proj"]}, "lora_bias True|unexpected tensor"),
+    "trained bias": (
+        {"lora_bias": True, "target_modules": ["q_proj"]},
+        "lora_bias True|unexpected tensor",
+    ),
     "modules to save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "rank pattern": ({"rank_pattern": {"q_proj": 2}}, "rank_pattern {'q_proj': 2}"),
     "alpha pattern": ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
@@ -203,9 +244,13 @@ FEATURES: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("case", FEATURES)
 @pytest.mark.filterwarnings("ignore")
-def test_peft_feature_is_refused(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_peft_feature_is_refused(
+    case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     keys, message = FEATURES[case]
-    base = tiny.write(tmp_path / "base", mask_token_id=3, tie_word_embeddings=False, attention_bias=True)
+    base = tiny.write(
+        tmp_path / "base", mask_token_id=3, tie_word_embeddings=False, attention_bias=True
+    )
     adapter = tiny.write_peft(base, tmp_path / "adapter", **keys)
     text = refusal(lambda: idlm.load(base, adapter=adapter), capfd)
     assert re.search(message, text), text
@@ -219,28 +264,50 @@ Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight"
 ADAPTERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no config": (lambda f: (f / "adapter_config.json").unlink(), "no adapter_config.json"),
     "config is no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "not valid JSON"),
-    "another method": (lambda f: tiny.edit(f / "adapter_config.json", peft_type="IA3"), "peft_type 'IA3'"),
-    "PiSSA": (lambda f: tiny.edit(f / "adapter_config.json", init_lora_weights="pissa"), "init_lora_weights 'pissa'"),
-    "an unknown key": (lambda f: tiny.edit(f / "adapter_config.json", use_novelty=3), "use_novelty 3"),
+    "another method": (
+        lambda f: tiny.edit(f / "adapter_config.json", peft_type="IA3"),
+        "peft_type 'IA3'",
+    ),
+    "PiSSA": (
+        lambda f: tiny.edit(f / "adapter_config.json", init_lora_weights="pissa"),
+        "init_lora_weights 'pissa'",
+    ),
+    "an unknown key": (
+        lambda f: tiny.edit(f / "adapter_config.json", use_novelty=3),
+        "use_novelty 3",
+    ),
     "rank zero": (lambda f: tiny.edit(f / "adapter_config.json", r=0), "r 0"),
-    "another rank": (lambda f: tiny.edit(f / "adapter_config.json", r=8), r"shape \[4, 48\], not \[8, 48\]"),
+    "another rank": (
+        lambda f: tiny.edit(f / "adapter_config.json", r=8),
+        r"shape \[4, 48\], not \[8, 48\]",
+    ),
     "pickle tensors": (
         lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
         "pickle is never read",
     ),
     "truncated": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"\x40"), "truncated"),
-    "missing tensor": (drop(Q.format("B")), "lacks 1 tensors, model.layers.1.self_attn.q_proj.lora_B"),
+    "missing tensor": (
+        drop(Q.format("B")),
+        "lacks 1 tensors, model.layers.1.self_attn.q_proj.lora_B",
+    ),
     "misshapen tensor": (
         lambda f: retensor(f, lambda t: t.update({Q.format("B"): torch.ones(7, 4)})),
         r"q_proj.lora_B has shape \[7, 4\], not \[32, 4\]",
     ),
-    "unexpected tensor": (lambda f: retensor(f, lambda t: t.update(more=torch.ones(2))), "unexpected tensor 'more'"),
+    "unexpected tensor": (
+        lambda f: retensor(f, lambda t: t.update(more=torch.ones(2))),
+        "unexpected tensor 'more'",
+    ),
     "unknown target": (
-        lambda f: retensor(f, lambda t: t.update({Q.format("A").replace("q_proj", "qkv"): torch.ones(4, 32)})),
+        lambda f: retensor(
+            f, lambda t: t.update({Q.format("A").replace("q_proj", "qkv"): torch.ones(4, 32)})
+        ),
         "targets 'model.layers.1.self_attn.qkv', no linear layer",
     ),
     "the output head": (
-        lambda f: retensor(f, lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 32)})),
+        lambda f: retensor(
+            f, lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 32)})
+        ),
         "targets the output head 'lm_head'",
     ),
     "no tensors": (lambda f: retensor(f, lambda t: t.clear()), "holds no tensors"),
@@ -248,7 +315,9 @@ ADAPTERS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", ADAPTERS)
-def test_damaged_adapter_is_refused(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_damaged_adapter_is_refused(
+    case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     damage, message = ADAPTERS[case]
     base = tiny.write(tmp_path / "base", mask_token_id=3)
     adapter = tiny.write_peft(base, tmp_path / "adapter")
@@ -262,6 +331,8 @@ def test_foreign_adapter_needs_a_base_with_a_mask_row(
     llama: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     adapter = tiny.write_peft(llama, tmp_path / "adapter")
-    assert "set mask_token_id in the base's config.json" in refusal(lambda: idlm.load(llama, adapter=adapter), capfd)
+    assert "set mask_token_id in the base's config.json" in refusal(
+        lambda: idlm.load(llama, adapter=adapter), capfd
+    )
     found = inspect_checkpoint(llama, adapter)
     assert not found.can_decode_isd and "MASK row" in found.reason

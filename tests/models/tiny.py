@@ -1,4 +1,5 @@
-"""Random checkpoints of every family on disk, with a tokenizer, small enough to load in a few milliseconds."""
+"""Random checkpoints of every family on disk, with a tokenizer, small enough to load in a few
+milliseconds."""
 
 from __future__ import annotations
 
@@ -41,12 +42,18 @@ def tiny_model(family: str, seed: int = 0, **keys: Any) -> PreTrainedModel:
 def tiny_tokenizer(mask: str | None = None) -> PreTrainedTokenizerFast:
     """Words w0.. ; a `mask` token, if named, is the last id of the vocabulary."""
     words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCAB - 1)), mask or "last"]
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    inner = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>")
+    )
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", mask_token=mask)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", mask_token=mask
+    )
 
 
-def write(folder: Path, family: str = "llama", seed: int = 0, mask: str | None = None, **keys: Any) -> Path:
+def write(
+    folder: Path, family: str = "llama", seed: int = 0, mask: str | None = None, **keys: Any
+) -> Path:
     """Save a random model and its tokenizer."""
     tiny_model(family, seed, **keys).save_pretrained(folder)
     tiny_tokenizer(mask).save_pretrained(folder)
@@ -59,14 +66,19 @@ def edit(path: Path, **keys: Any) -> None:
 
 
 def write_sdar(folder: Path) -> Path:
-    """A Qwen3 checkpoint in the form published I-DLM checkpoints have; its code, if run, leaves a trace and fails."""
+    """A Qwen3 checkpoint in the form published I-DLM checkpoints have; its code, if run, leaves a
+    trace and fails."""
     write(folder, "qwen3", tie_word_embeddings=False)
     code = "SDARForCausalLM"
     edit(
         folder / "config.json",
         model_type="sdar",
         architectures=[code],
-        auto_map={"AutoConfig": "code.SDARConfig", "AutoModel": f"code.{code}", "AutoModelForCausalLM": f"code.{code}"},
+        auto_map={
+            "AutoConfig": "code.SDARConfig",
+            "AutoModel": f"code.{code}",
+            "AutoModelForCausalLM": f"code.{code}",
+        },
         mask_token_id=VOCAB - 3,
         block_size=4,
         fuse_cross_entropy=True,
@@ -81,7 +93,17 @@ def write_peft(base: Path, folder: Path, rank: int = 4, seed: int = 1, **keys: A
     """An adapter trained and saved by peft itself; B is random, not zero."""
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base),
-        LoraConfig(**({"r": rank, "lora_alpha": 2 * rank, "target_modules": TARGETS, "task_type": "CAUSAL_LM"} | keys)),
+        LoraConfig(
+            **(
+                {
+                    "r": rank,
+                    "lora_alpha": 2 * rank,
+                    "target_modules": TARGETS,
+                    "task_type": "CAUSAL_LM",
+                }
+                | keys
+            )
+        ),
     )
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():

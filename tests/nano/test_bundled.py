@@ -30,8 +30,12 @@ def test_the_tokenizer_can_be_made_again() -> None:
     assert stored is not None and stored.get_vocab() == train_tokenizer().get_vocab()
 
 
-@pytest.mark.parametrize("stride, branches, least", [(4, "all", 3.0), (4, "chain", 2.5), (8, "all", 4.0)])
-def test_same_bytes_as_the_base_in_fewer_forwards(nano: Idlm, stride: int, branches: str, least: float) -> None:
+@pytest.mark.parametrize(
+    "stride, branches, least", [(4, "all", 3.0), (4, "chain", 2.5), (8, "all", 4.0)]
+)
+def test_same_bytes_as_the_base_in_fewer_forwards(
+    nano: Idlm, stride: int, branches: str, least: float
+) -> None:
     """In float64; the TPF bounds leave room for 4 problems where the model card has 2,000."""
     problems = held_out_problems(4)
     base = evaluate(LLM(load("nano-base", dtype="float64"), stride=1), problems, GREEDY)
@@ -42,7 +46,9 @@ def test_same_bytes_as_the_base_in_fewer_forwards(nano: Idlm, stride: int, branc
 
 
 def test_seeded_sampling_gives_the_bases_tokens(nano: Idlm) -> None:
-    params = SamplingParams(seed=4, temperature=1.3, top_p=0.95, presence_penalty=0.3, max_tokens=60)
+    params = SamplingParams(
+        seed=4, temperature=1.3, top_p=0.95, presence_penalty=0.3, max_tokens=60
+    )
     question = [{"role": "user", "content": held_out_problems(1)[0].question}]
     base = LLM(load("nano-base", dtype="float64"), stride=1).chat(question, params)
     assert LLM(nano, stride=4, branches="all").chat(question, params).token_ids == base.token_ids

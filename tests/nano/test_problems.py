@@ -6,7 +6,13 @@ from itertools import islice
 from hypothesis import given
 from hypothesis import strategies as st
 
-from idlm.nano.problems import held_out_problems, is_held_out, problem, read_answer, training_problems
+from idlm.nano.problems import (
+    held_out_problems,
+    is_held_out,
+    problem,
+    read_answer,
+    training_problems,
+)
 from idlm.nano.tokenizer import MASK, train_tokenizer
 
 SUM = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")

@@ -1,6 +1,7 @@
 """`Clock`: a server's event loop whose clock a test can put forward.
 
-So a limit of minutes, which no busy machine reaches by itself, is over at once, and a test sees what is there before.
+So a limit of minutes, which no busy machine reaches by itself, is over at once, and a test sees
+what is there before.
 """
 
 from __future__ import annotations
@@ -48,7 +49,11 @@ class Clock(uvloop.Loop):
         return super().time() + self._ahead
 
     def call_later(
-        self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self,
+        delay: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: Context | None = None,
     ) -> asyncio.TimerHandle:
         timer = Timer(self.time() + delay, lambda: callback(*args))
         timer.handle = super().call_later(delay, timer, context=context)
@@ -56,7 +61,11 @@ class Clock(uvloop.Loop):
         return timer.handle
 
     def call_at(
-        self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
+        self,
+        when: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: Context | None = None,
     ) -> asyncio.TimerHandle:
         return self.call_later(when - self.time(), callback, *args, context=context)
 

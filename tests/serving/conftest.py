@@ -1,4 +1,5 @@
-"""One real server for all tests of this folder: uvicorn in a thread, the engine in its process, a bundled model."""
+"""One real server for all tests of this folder: uvicorn in a thread, the engine in its process, a
+bundled model."""
 
 from __future__ import annotations
 
@@ -30,13 +31,24 @@ KEY = "a-key"
 ADAPTER = str(WEIGHTS / "lora")
 CONFIG = ServeConfig(
     EngineConfig(
-        "nano-base", {"math": ADAPTER}, branches="all", dtype="float64", max_num_seqs=8, threads=1, kv_memory="64MiB"
+        "nano-base",
+        {"math": ADAPTER},
+        branches="all",
+        dtype="float64",
+        max_num_seqs=8,
+        threads=1,
+        kv_memory="64MiB",
     ),
     name="nano",
     port=0,
     api_keys=("another-key", KEY),
     limits=Limits(
-        queue_requests=64, header_seconds=SECONDS, body_seconds=SECONDS, timeout=HANG_SECONDS, n=4, prompts=4
+        queue_requests=64,
+        header_seconds=SECONDS,
+        body_seconds=SECONDS,
+        timeout=HANG_SECONDS,
+        n=4,
+        prompts=4,
     ),
 )
 
@@ -55,7 +67,9 @@ class Running:
     def open(self, key: str | None = KEY) -> httpx.Client:
         """A plain HTTP client for it."""
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        return httpx.Client(base_url=self.url.removesuffix("/v1"), headers=headers, timeout=HANG_SECONDS)
+        return httpx.Client(
+            base_url=self.url.removesuffix("/v1"), headers=headers, timeout=HANG_SECONDS
+        )
 
 
 def workers() -> list[psutil.Process]:
@@ -66,7 +80,8 @@ def workers() -> list[psutil.Process]:
 
 @contextmanager
 def held(process: psutil.Process | None) -> Iterator[None]:
-    """Stop an engine's process meanwhile: it says nothing and ends nothing, however long the test takes."""
+    """Stop an engine's process meanwhile: it says nothing and ends nothing, however long the test
+    takes."""
     assert process is not None
     process.suspend()
     try:
@@ -87,7 +102,9 @@ def running(prompts: Prompts, engine: bool) -> Iterator[Running]:
             http = HttpServer(CONFIG, client, prompts)
             loop = asyncio.get_running_loop()
             assert isinstance(loop, Clock)
-            found.append(Running(url(CONFIG.host, listener), listener.getsockname()[1], http, client, loop))
+            found.append(
+                Running(url(CONFIG.host, listener), listener.getsockname()[1], http, client, loop)
+            )
             if engine:
                 await client.start()
             serving = asyncio.create_task(http.serve(sockets=[listener]))

@@ -1,4 +1,5 @@
-"""Tool calls in chat answers, whole and in chunks; the bundled model calls none, so the events are written here."""
+"""Tool calls in chat answers, whole and in chunks; the bundled model calls none, so the events are
+written here."""
 
 from __future__ import annotations
 
@@ -17,7 +18,13 @@ from idlm.serving.schema_chat import ChatRequest
 from idlm.serving.tools import HERMES
 from idlm.serving.wire import Delta, Finished
 
-TEXT = ["Let me ", "see.<tool", '_call>{"name": "add", ', '"arguments": {"a": 1}}</tool_call>', "\n"]
+TEXT = [
+    "Let me ",
+    "see.<tool",
+    '_call>{"name": "add", ',
+    '"arguments": {"a": 1}}</tool_call>',
+    "\n",
+]
 USAGE = Usage(1, 1, 2, PromptDetails(0), CompletionDetails(0, 0))
 HEAD = {"id": "chatcmpl-1", "created": 1, "model": "m", "system_fingerprint": "f"}
 
@@ -42,16 +49,18 @@ def encoded(value: msgspec.Struct) -> Any:
 
 
 def test_whole(answer: ChatAnswer) -> None:
-    (choice,) = encoded(answer.response([[Delta("1", [5], text) for text in TEXT]], USAGE))["choices"]
+    (choice,) = encoded(answer.response([[Delta("1", [5], text) for text in TEXT]], USAGE))[
+        "choices"
+    ]
     assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] == "Let me see."
     (call,) = choice["message"]["tool_calls"]
     assert call["function"] == {"name": "add", "arguments": '{"a": 1}'} and "index" not in call
 
 
 def test_a_call_alone_has_no_content(answer: ChatAnswer) -> None:
-    (choice,) = encoded(answer.response([[Delta("1", [5], "".join(TEXT).removeprefix("Let me see."))]], USAGE))[
-        "choices"
-    ]
+    (choice,) = encoded(
+        answer.response([[Delta("1", [5], "".join(TEXT).removeprefix("Let me see."))]], USAGE)
+    )["choices"]
     assert choice["message"]["content"] is None and len(choice["message"]["tool_calls"]) == 1
 
 
@@ -60,8 +69,13 @@ def test_in_chunks(answer: ChatAnswer) -> None:
     chunks = [encoded(chunk)["choices"][0] for event in events for chunk in answer.chunks(0, event)]
     assert "".join(chunk["delta"].get("content", "") for chunk in chunks) == "Let me see."
     (calls,) = [chunk["delta"]["tool_calls"] for chunk in chunks if "tool_calls" in chunk["delta"]]
-    assert calls[0]["index"] == 0 and calls[0]["function"] == {"name": "add", "arguments": '{"a": 1}'}
-    assert [chunk["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["tool_calls"]
+    assert calls[0]["index"] == 0 and calls[0]["function"] == {
+        "name": "add",
+        "arguments": '{"a": 1}',
+    }
+    assert [chunk["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + [
+        "tool_calls"
+    ]
 
 
 def test_a_call_cut_off_is_text(answer: ChatAnswer) -> None:

@@ -1,4 +1,5 @@
-"""Bad input: a 4xx with an OpenAI error body that names the cause, and good requests beside it are not touched."""
+"""Bad input: a 4xx with an OpenAI error body that names the cause, and good requests beside it are
+not touched."""
 
 from __future__ import annotations
 
@@ -60,7 +61,11 @@ CASES: dict[str, tuple[tuple[str, bytes], int, str]] = {
     "NaN": (raw('{"model": "nano", "messages": [], "temperature": NaN}'), 400, "JSON"),
     "infinity": (raw('{"model": "nano", "messages": [], "temperature": -Infinity}'), 400, "JSON"),
     "1e999": (raw('{"model": "nano", "messages": [], "temperature": 1e999}'), 400, "JSON"),
-    "a number of 5000 digits": (raw('{"model": "nano", "prompt": "x", "seed": ' + "9" * 5000 + "}", TEXT), 400, "JSON"),
+    "a number of 5000 digits": (
+        raw('{"model": "nano", "prompt": "x", "seed": ' + "9" * 5000 + "}", TEXT),
+        400,
+        "JSON",
+    ),
     "a huge seed": (chat(seed=10**30), 400, "seed"),
     "a huge temperature": (chat(temperature=10**400), 400, "temperature"),
     "a huge max_tokens": (chat(max_tokens=10**20), 400, "max_tokens"),
@@ -99,17 +104,33 @@ CASES: dict[str, tuple[tuple[str, bytes], int, str]] = {
     "no messages": (chat(messages=[]), 400, "messages"),
     "messages as text": (chat(messages="hello"), 400, "messages"),
     "an unknown role": (chat(messages=[{"role": "king", "content": "x"}]), 400, "role"),
-    "a picture": (chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]), 400, "content"),
+    "a picture": (
+        chat(messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
+        400,
+        "content",
+    ),
     "no content": (chat(messages=[{"role": "user"}]), 400, "content"),
-    "a template's own argument": (chat(chat_template_kwargs={"chat_template": "x"}), 400, "chat_template"),
+    "a template's own argument": (
+        chat(chat_template_kwargs={"chat_template": "x"}),
+        400,
+        "chat_template",
+    ),
     "a list for a template": (chat(chat_template_kwargs={"x": []}), 400, "chat_template_kwargs"),
     "tools without a form for them": (chat(tools=[TOOL]), 400, "tools"),
     "a choice without tools": (chat(tool_choice="required"), 400, "tool_choice"),
-    "two guides": (chat(guided_regex="a", response_format={"type": "json_object"}), 400, "more than one"),
+    "two guides": (
+        chat(guided_regex="a", response_format={"type": "json_object"}),
+        400,
+        "more than one",
+    ),
     "a long regex": (chat(guided_regex="a" * 70_000), 400, "65536 bytes"),
     "a schema that is a list": (chat(guided_json="[]"), 400, "guided_json"),
     "an unknown format": (chat(response_format={"type": "yaml"}), 400, "response_format"),
-    "stream_options without a stream": (chat(stream_options={"include_usage": True}), 400, "stream_options"),
+    "stream_options without a stream": (
+        chat(stream_options={"include_usage": True}),
+        400,
+        "stream_options",
+    ),
     "no model": (raw(json.dumps({"messages": HELLO})), 400, "model"),
     "another model": (chat(model="gpt-7"), 404, "gpt-7"),
     "an adapter by its path": (chat(model="/etc/passwd"), 404, "/etc/passwd"),
@@ -148,12 +169,18 @@ def test_bad_requests(case: str, http: httpx.Client) -> None:
 
 def test_a_request_beside_them_is_not_touched(http: httpx.Client, served: Running) -> None:
     path, body = chat(temperature=0, max_tokens=40, stream=True)
-    with http.stream("POST", path, content=body, headers={"Content-Type": "application/json"}) as stream:
+    with http.stream(
+        "POST", path, content=body, headers={"Content-Type": "application/json"}
+    ) as stream:
         lines = stream.iter_lines()
         assert next(lines).startswith("data: ")
         with served.open() as other:
             for (where, bad), status, named in list(CASES.values())[::6]:
-                refused(other.post(where, content=bad, headers={"Content-Type": "application/json"}), status, named)
+                refused(
+                    other.post(where, content=bad, headers={"Content-Type": "application/json"}),
+                    status,
+                    named,
+                )
         assert [line for line in lines if line][-1] == "data: [DONE]"
 
 
@@ -172,7 +199,11 @@ def test_methods(http: httpx.Client) -> None:
 
 def test_a_body_in_chunks_is_counted_too(http: httpx.Client) -> None:
     chunks = (b"x" * 100_000 for _ in range(60))
-    refused(http.post(CHAT, content=chunks, headers={"Content-Type": "application/json"}), 413, "4194304")
+    refused(
+        http.post(CHAT, content=chunks, headers={"Content-Type": "application/json"}),
+        413,
+        "4194304",
+    )
 
 
 @contextmanager
@@ -200,9 +231,12 @@ def answer_to(served: Running, *pieces: bytes) -> bytes:
 
 
 def late_answer(served: Running, ours: socket.socket, theirs: Connection, piece: bytes) -> bytes:
-    """What it is answered when nothing more comes for longer than the limit, after a piece of a request."""
+    """What it is answered when nothing more comes for longer than the limit, after a piece of a
+    request."""
     ours.sendall(piece)
-    wait_until(lambda: theirs._header_bytes == len(piece) and served.loop.limits(KEEP_ALIVE_SECONDS))
+    wait_until(
+        lambda: theirs._header_bytes == len(piece) and served.loop.limits(KEEP_ALIVE_SECONDS)
+    )
     served.loop.forward_from_outside(SECONDS / 2)
     assert theirs in served.http.server_state.connections and not theirs.transport.is_closing()
     served.loop.forward_from_outside(SECONDS)
@@ -234,9 +268,9 @@ def test_a_second_request_that_never_ends(engineless: Running) -> None:
 
 
 def test_headers_without_measure(served: Running) -> None:
-    assert answer_to(served, b"GET /health HTTP/1.1\r\nHost: x\r\nX-Large: ", b"x" * 70_000).startswith(
-        b"HTTP/1.1 431 "
-    )
+    assert answer_to(
+        served, b"GET /health HTTP/1.1\r\nHost: x\r\nX-Large: ", b"x" * 70_000
+    ).startswith(b"HTTP/1.1 431 ")
 
 
 def test_large_headers_that_come_whole(served: Running) -> None:
@@ -259,7 +293,9 @@ def test_what_is_no_http(served: Running) -> None:
 
 
 def test_a_client_that_never_reads(engineless: Running) -> None:
-    request = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %b\r\n\r\n" % KEY.encode()
+    request = (
+        b"GET /openapi.json HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %b\r\n\r\n" % KEY.encode()
+    )
     connections = engineless.http.server_state.connections
     with connected(engineless) as (ours, theirs):
         ours.sendall(request * 400)
@@ -268,7 +304,9 @@ def test_a_client_that_never_reads(engineless: Running) -> None:
         assert theirs in connections
 
         def cut_off() -> bool:
-            engineless.loop.forward_from_outside(SECONDS)  # again where there was still room for some in between
+            engineless.loop.forward_from_outside(
+                SECONDS
+            )  # again where there was still room for some in between
             return theirs not in connections
 
         wait_until(cut_off)
@@ -277,7 +315,11 @@ def test_a_client_that_never_reads(engineless: Running) -> None:
 def test_a_client_that_leaves_within_its_request_is_no_bad_request(served: Running) -> None:
     def counted(status: str) -> float:
         with served.open() as http:
-            lines = [line for line in http.get("/metrics").text.splitlines() if f'{CHAT}",status="{status}"' in line]
+            lines = [
+                line
+                for line in http.get("/metrics").text.splitlines()
+                if f'{CHAT}",status="{status}"' in line
+            ]
         return sum(float(line.split()[-1]) for line in lines)
 
     before, gone = counted("400"), counted("499")

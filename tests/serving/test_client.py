@@ -1,4 +1,5 @@
-"""The client with a real engine process of the bundled model, shared by the tests; each leaves it empty."""
+"""The client with a real engine process of the bundled model, shared by the tests; each leaves it
+empty."""
 
 from __future__ import annotations
 
@@ -86,7 +87,14 @@ async def collect(ticket: Ticket) -> tuple[list[Delta], Finished]:
 async def settled(client: EngineClient) -> None:
     """Wait until the engine says that nobody is left."""
     await soon(
-        lambda: not (client.quota.samples or client.quota.tokens or client.stats.running or client.stats.waiting)
+        lambda: (
+            not (
+                client.quota.samples
+                or client.quota.tokens
+                or client.stats.running
+                or client.stats.waiting
+            )
+        )
     )
     assert client.stats.pages_live == 0
 
@@ -102,7 +110,9 @@ def check_same(result: Result, deltas: list[Delta], finished: Finished) -> None:
 
 
 def test_eight_at_once_are_what_generate_gives(client: EngineClient, run: Run, llm: LLM) -> None:
-    submits = [submit(str(i), prompt=f"{i} and {i}", temperature=i % 2, seed=100 + i) for i in range(8)]
+    submits = [
+        submit(str(i), prompt=f"{i} and {i}", temperature=i % 2, seed=100 + i) for i in range(8)
+    ]
     results = llm.generate([one.prompt for one in submits], [one.params for one in submits])
 
     async def check() -> None:
@@ -123,8 +133,12 @@ def test_logprobs_and_trace(client: EngineClient, run: Run, llm: LLM) -> None:
         logprobs = [entry for delta in deltas for entry in delta.logprobs or []]
         assert result.logprobs is not None and result.prompt_logprobs is not None
         for entry, expected in zip(logprobs, result.logprobs, strict=True):
-            assert [(token, each.rank) for token, each in entry.items()] == [(t, e.rank) for t, e in expected.items()]
-            assert [each.logprob for each in entry.values()] == pytest.approx([e.logprob for e in expected.values()])
+            assert [(token, each.rank) for token, each in entry.items()] == [
+                (t, e.rank) for t, e in expected.items()
+            ]
+            assert [each.logprob for each in entry.values()] == pytest.approx(
+                [e.logprob for e in expected.values()]
+            )
         assert finished.prompt_logprobs is not None and finished.prompt_logprobs[0] is None
         assert [next(iter(entry or ())) for entry in finished.prompt_logprobs[1:]] == one.prompt[1:]
         assert [source for delta in deltas for source in delta.sources or []] == result.sources
@@ -140,9 +154,13 @@ def test_logprobs_and_trace(client: EngineClient, run: Run, llm: LLM) -> None:
         ({"guide": Guide("regex", "(")}, "unclosed group"),
     ],
 )
-def test_one_refused_does_not_touch_the_other(client: EngineClient, run: Run, bad: dict[str, Any], reason: str) -> None:
+def test_one_refused_does_not_touch_the_other(
+    client: EngineClient, run: Run, bad: dict[str, Any], reason: str
+) -> None:
     async def check() -> None:
-        refused, good = client.submit([submit("bad", **bad), submit("good", max_tokens=3, ignore_eos=True)])
+        refused, good = client.submit(
+            [submit("bad", **bad), submit("good", max_tokens=3, ignore_eos=True)]
+        )
         with pytest.raises(InputError, match=reason):
             await collect(refused)
         assert (await collect(good))[1].completion_tokens == 3
@@ -170,7 +188,9 @@ def test_one_refused_does_not_touch_the_other(client: EngineClient, run: Run, ba
         ({"timeout": float("nan")}, "timeout=nan"),
     ],
 )
-def test_what_no_engine_takes_is_not_sent(client: EngineClient, run: Run, bad: dict[str, Any], reason: str) -> None:
+def test_what_no_engine_takes_is_not_sent(
+    client: EngineClient, run: Run, bad: dict[str, Any], reason: str
+) -> None:
     async def check() -> None:
         with pytest.raises((InputError, TypeError), match=reason):
             client.submit([submit("good"), submit("bad", **bad)])
@@ -224,7 +244,9 @@ def test_a_killed_engine_tells_all_and_comes_back(client: EngineClient, run: Run
         tickets = client.submit(endless(8))
         await asyncio.gather(*[anext(ticket) for ticket in tickets])
         workers()[-1].kill()
-        ends = await asyncio.gather(*[collect(ticket) for ticket in tickets], return_exceptions=True)
+        ends = await asyncio.gather(
+            *[collect(ticket) for ticket in tickets], return_exceptions=True
+        )
         assert [type(end) for end in ends] == [EngineDown] * 8
         # by its end and no limit, those are hours; and long before there is another
         assert (client.ready, client.quota.samples, client.quota.tokens) == (False, 0, 0)

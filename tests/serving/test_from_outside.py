@@ -15,7 +15,9 @@ from tests.waiting import HANG_SECONDS
 PROBE = Path(__file__).parents[2] / "deploy" / "probe.py"
 
 
-def test_the_probe_tells_a_server_that_is_ready(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_probe_tells_a_server_that_is_ready(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     probe = runpy.run_path(str(PROBE))["probe"]
     monkeypatch.setitem(probe.__globals__, "SECONDS", HANG_SECONDS)
     root = served.url.removesuffix("/v1")
@@ -30,9 +32,16 @@ def test_the_probe_tells_a_server_that_is_ready(served: Running, monkeypatch: py
     "content_type", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"]
 )
 def test_a_web_page_has_nothing_generated(http: httpx.Client, content_type: str | None) -> None:
-    """The types that a browser sends to another origin without asking; and the question it asks before any other."""
-    headers = {"Origin": "http://elsewhere.example"} | ({"Content-Type": content_type} if content_type else {})
-    answer = http.post("/v1/completions", content=b'{"model": "nano", "prompt": "a"}', headers=headers)
+    """The types that a browser sends to another origin without asking; and the question it asks
+    before any other."""
+    headers = {"Origin": "http://elsewhere.example"} | (
+        {"Content-Type": content_type} if content_type else {}
+    )
+    answer = http.post(
+        "/v1/completions", content=b'{"model": "nano", "prompt": "a"}', headers=headers
+    )
     assert answer.status_code == 415
     asked = http.options("/v1/completions", headers={"Origin": "http://elsewhere.example"})
-    assert asked.status_code == 405 and not any(name.startswith("access-control") for name in asked.headers)
+    assert asked.status_code == 405 and not any(
+        name.startswith("access-control") for name in asked.headers
+    )

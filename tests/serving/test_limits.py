@@ -1,4 +1,5 @@
-"""Keys: every route but /health needs one, also routes that nobody has written yet. And room in the queue."""
+"""Keys: every route but /health needs one, also routes that nobody has written yet. And room in the
+queue."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ APP = create_app(CONFIG, EngineClient(CONFIG.engine, CONFIG.limits), Prompts(Non
 
 def paths() -> set[tuple[str, str]]:
     """Method and path of every operation, from the document and from the routes themselves."""
-    found = {(method.upper(), path) for path, item in APP.openapi()["paths"].items() for method in item}
+    found = {
+        (method.upper(), path) for path, item in APP.openapi()["paths"].items() for method in item
+    }
     for route in APP.routes:
         if isinstance(route, Route):
             found |= {(method, route.path) for method in route.methods or ()}
@@ -35,14 +38,27 @@ def paths() -> set[tuple[str, str]]:
 
 def test_the_paths_are_all_there() -> None:
     names = {path for _, path in paths()}
-    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/openapi.json", "/metrics", "/health"} <= names
+    assert {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/openapi.json",
+        "/metrics",
+        "/health",
+    } <= names
 
 
-@pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer", f"Basic {KEY}", f"Bearer {KEY}x", KEY])
+@pytest.mark.parametrize(
+    "header", [None, "Bearer wrong", "Bearer", f"Basic {KEY}", f"Bearer {KEY}x", KEY]
+)
 def test_every_route_but_health_needs_a_key(header: str | None, served: Running) -> None:
     with served.open(key=None) as http:
-        for method, path in sorted(paths() | {("GET", "/nowhere"), ("DELETE", "/v1/models"), ("GET", "//health")}):
-            response = http.request(method, path, headers={"Authorization": header} if header else {})
+        for method, path in sorted(
+            paths() | {("GET", "/nowhere"), ("DELETE", "/v1/models"), ("GET", "//health")}
+        ):
+            response = http.request(
+                method, path, headers={"Authorization": header} if header else {}
+            )
             expected = 200 if path == "/health" else 401
             assert response.status_code == expected, (method, path)
             if expected == 401 and method != "HEAD":
@@ -71,14 +87,23 @@ def test_every_key_has_its_own_salt() -> None:
             header = (b"authorization", f"Bearer {key}".encode())
             scope = {"type": "http", "path": "/v1/completions", "headers": [header]}
             await Guard(app, CONFIG.api_keys, CONFIG.limits)(scope, nothing, nothing)  # type: ignore[arg-type]
-        await Guard(app, (), CONFIG.limits)({"type": "http", "path": "/", "headers": []}, nothing, nothing)  # type: ignore[arg-type]
+        await Guard(app, (), CONFIG.limits)(
+            {"type": "http", "path": "/", "headers": []}, nothing, nothing
+        )  # type: ignore[arg-type]
 
     asyncio.run(main())
-    assert len(set(salts)) == 3 and salts[-1] == b"" and not any(key.encode() in salts[0] for key in CONFIG.api_keys)
+    assert (
+        len(set(salts)) == 3
+        and salts[-1] == b""
+        and not any(key.encode() in salts[0] for key in CONFIG.api_keys)
+    )
 
 
 def test_request_ids_come_back_if_they_are_harmless(http: httpx.Client) -> None:
-    assert http.get("/health", headers={"X-Request-Id": "my-id.7"}).headers["x-request-id"] == "my-id.7"
+    assert (
+        http.get("/health", headers={"X-Request-Id": "my-id.7"}).headers["x-request-id"]
+        == "my-id.7"
+    )
     made = http.get("/health", headers={"X-Request-Id": "x" * 200}).headers["x-request-id"]
     assert re.fullmatch(r"[0-9a-f]{32}", made)
 

@@ -1,4 +1,5 @@
-"""The official client against the real server: every field it may send, streaming and not, sync and async."""
+"""The official client against the real server: every field it may send, streaming and not, sync and
+async."""
 
 from __future__ import annotations
 
@@ -62,7 +63,11 @@ CHAT: dict[str, dict[str, Any]] = {
             "idlm": {"trace": True},
         },
     },
-    "no tools": {"tool_choice": "none", "tools": [{"type": "function", "function": {"name": "f"}}], "max_tokens": 3},
+    "no tools": {
+        "tool_choice": "none",
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "max_tokens": 3,
+    },
 }
 
 
@@ -73,7 +78,8 @@ def client(served: Running) -> Iterator[openai.OpenAI]:
 
 
 def gathered(chunks: list[ChatCompletionChunk], n: int) -> list[tuple[str, str | None, int]]:
-    """Text, reason and number of logprobs of each sample of a stream; its form is checked on the way."""
+    """Text, reason and number of logprobs of each sample of a stream; its form is checked on the
+    way."""
     assert [chunk.choices[0].delta.role for chunk in chunks].count("assistant") == n
     assert len({chunk.id for chunk in chunks}) == 1 and chunks[0].object == "chat.completion.chunk"
     texts, reasons, entries = [""] * n, list[str | None]([None] * n), [0] * n
@@ -107,7 +113,9 @@ def test_chat_streamed_or_not(case: str, client: openai.OpenAI) -> None:
     usage = answer.usage
     assert usage is not None and usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
     assert usage.completion_tokens_details is not None and usage.prompt_tokens_details is not None
-    chunks = list(client.chat.completions.create(model="nano", messages=MESSAGES, stream=True, **fields))
+    chunks = list(
+        client.chat.completions.create(model="nano", messages=MESSAGES, stream=True, **fields)
+    )
     assert gathered(chunks, fields.get("n", 1)) == compared(answer)
 
 
@@ -118,7 +126,9 @@ def test_async(served: Running) -> None:
             answer = await client.chat.completions.create(**options)
             stream = await client.chat.completions.create(stream=True, **options)
             assert gathered([chunk async for chunk in stream], 1) == compared(answer)
-            texts = await client.completions.create(model="nano", prompt=["1 + 1 =", "2 + 2 ="], seed=5, max_tokens=4)
+            texts = await client.completions.create(
+                model="nano", prompt=["1 + 1 =", "2 + 2 ="], seed=5, max_tokens=4
+            )
             events = await client.completions.create(
                 model="nano", prompt=["1 + 1 =", "2 + 2 ="], seed=5, max_tokens=4, stream=True
             )
@@ -140,7 +150,10 @@ def test_the_bytes_are_those_of_the_offline_engine(
     answer = client.chat.completions.create(
         model=model, messages=MESSAGES, temperature=temperature, seed=21, n=2, max_tokens=40
     )
-    assert [choice.message.content for choice in answer.choices] == [offline.text, offline.samples[0].text]
+    assert [choice.message.content for choice in answer.choices] == [
+        offline.text,
+        offline.samples[0].text,
+    ]
     assert [choice.finish_reason for choice in answer.choices] == [
         offline.finish_reason,
         offline.samples[0].finish_reason,
@@ -163,27 +176,47 @@ def test_logprobs_are_those_of_the_offline_engine(client: openai.OpenAI, llm: LL
         assert entry.logprob == pytest.approx(laws[token].logprob, abs=1e-9)
         likeliest = sorted((law.logprob for law in laws.values()), reverse=True)[:3]
         assert [top.logprob for top in entry.top_logprobs] == pytest.approx(likeliest, abs=1e-9)
-        assert bytes(entry.bytes or []).decode() == entry.token == llm.idlm.tokenizer.decode([token])  # type: ignore[union-attr]
+        assert (
+            bytes(entry.bytes or []).decode() == entry.token == llm.idlm.tokenizer.decode([token])
+        )  # type: ignore[union-attr]
 
 
 def test_usage_ends_a_stream_and_reports_drafts(client: openai.OpenAI) -> None:
     options: Any = {"messages": MESSAGES, "temperature": 0, "max_tokens": 40, "stream": True}
     for model in ("nano", "nano:ar"):
-        *chunks, last = client.chat.completions.create(model=model, stream_options={"include_usage": True}, **options)
-        assert all(chunk.usage is None for chunk in chunks) and last.choices == [] and last.usage is not None
+        *chunks, last = client.chat.completions.create(
+            model=model, stream_options={"include_usage": True}, **options
+        )
+        assert (
+            all(chunk.usage is None for chunk in chunks)
+            and last.choices == []
+            and last.usage is not None
+        )
         details = last.usage.completion_tokens_details
         assert details is not None
-        drafts = (details.accepted_prediction_tokens or 0) + (details.rejected_prediction_tokens or 0)
+        drafts = (details.accepted_prediction_tokens or 0) + (
+            details.rejected_prediction_tokens or 0
+        )
         assert (drafts > 0) == (model == "nano")
 
 
 def test_the_trace_says_where_tokens_come_from(client: openai.OpenAI) -> None:
-    options: Any = {"messages": MESSAGES, "temperature": 0, "max_tokens": 30, "extra_body": {"idlm": {"trace": True}}}
+    options: Any = {
+        "messages": MESSAGES,
+        "temperature": 0,
+        "max_tokens": 30,
+        "extra_body": {"idlm": {"trace": True}},
+    }
     answer = client.chat.completions.create(model="nano", **options)
     trace = answer.choices[0].model_extra["idlm"]  # type: ignore[index]
     assert answer.usage is not None and len(trace["trace"]) == answer.usage.completion_tokens
     assert trace["trace"][0]["source"] == "first" and trace["trace"][0]["forward"] == 1
-    assert {entry["source"] for entry in trace["trace"]} <= {"first", "accepted", "corrected", "bonus"}
+    assert {entry["source"] for entry in trace["trace"]} <= {
+        "first",
+        "accepted",
+        "corrected",
+        "bonus",
+    }
     forwards = [entry["forward"] for entry in trace["trace"]]
     assert forwards == sorted(forwards) and set(forwards) == set(range(1, forwards[-1] + 1))
     assert trace["tpf"] == pytest.approx(len(forwards) / forwards[-1])
@@ -196,9 +229,14 @@ def test_the_trace_says_where_tokens_come_from(client: openai.OpenAI) -> None:
 def test_completions_take_every_form_of_prompt(client: openai.OpenAI, llm: LLM) -> None:
     ids = llm.encode("1 + 1 =")
     forms: list[Any] = ["1 + 1 =", ["1 + 1 ="], ids, [ids]]
-    texts = [client.completions.create(model="nano", prompt=form, temperature=0).choices[0].text for form in forms]
+    texts = [
+        client.completions.create(model="nano", prompt=form, temperature=0).choices[0].text
+        for form in forms
+    ]
     assert len(set(texts)) == 1 and texts[0]
-    both = client.completions.create(model="nano", prompt=["1 + 1 =", "2 + 2 ="], n=2, seed=1, best_of=2, suffix="")
+    both = client.completions.create(
+        model="nano", prompt=["1 + 1 =", "2 + 2 ="], n=2, seed=1, best_of=2, suffix=""
+    )
     assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
 
 
@@ -214,10 +252,14 @@ def test_echo_with_logprobs_scores_a_prompt(client: openai.OpenAI, llm: LLM) -> 
         assert shown is not None and shown.token_logprobs and shown.tokens and shown.top_logprobs
         assert len(shown.tokens) == len(ids) + max_tokens and shown.token_logprobs[0] is None
         assert "".join(shown.tokens) == answer.choices[0].text
-        assert shown.text_offset == [len("".join(shown.tokens[:at])) for at in range(len(shown.tokens))]
+        assert shown.text_offset == [
+            len("".join(shown.tokens[:at])) for at in range(len(shown.tokens))
+        ]
         for at in range(1, len(ids)):
             laws = (offline.prompt_logprobs or [])[at]
-            assert laws is not None and shown.token_logprobs[at] == pytest.approx(laws[ids[at]].logprob, abs=1e-9)
+            assert laws is not None and shown.token_logprobs[at] == pytest.approx(
+                laws[ids[at]].logprob, abs=1e-9
+            )
         assert answer.usage is not None and answer.usage.completion_tokens == max_tokens
 
 
@@ -247,7 +289,11 @@ def test_its_exceptions_are_the_right_ones(client: openai.OpenAI, served: Runnin
 
 
 def test_a_deadline_is_an_error_and_no_short_answer(client: openai.OpenAI) -> None:
-    options: Any = {"model": "nano", "messages": MESSAGES, "extra_body": {"timeout": 0.05, "ignore_eos": True}}
+    options: Any = {
+        "model": "nano",
+        "messages": MESSAGES,
+        "extra_body": {"timeout": 0.05, "ignore_eos": True},
+    }
     with pytest.raises(openai.APIStatusError) as raised:
         client.chat.completions.create(**options)
     assert raised.value.status_code == 408

@@ -26,12 +26,16 @@ MESSAGES = [{"role": "user", "content": "1 + 1 ="}]
 
 
 def test_tokenize_gives_the_ids_of_a_request(http: httpx.Client, llm: LLM) -> None:
-    answer = http.post("/tokenize", json={"model": "nano", "prompt": "1 + 1 =", "return_token_strs": True}).json()
+    answer = http.post(
+        "/tokenize", json={"model": "nano", "prompt": "1 + 1 =", "return_token_strs": True}
+    ).json()
     assert answer["tokens"] == llm.encode("1 + 1 =") and answer["count"] == len(answer["tokens"])
     assert len(answer["token_strs"]) == answer["count"] and answer["max_model_len"] == 512
     chat = http.post("/tokenize", json={"messages": MESSAGES}).json()
     assert chat["tokens"] == llm.chat([MESSAGES], SamplingParams(max_tokens=1))[0].prompt_token_ids
-    assert http.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "1 + 1 ="}
+    assert http.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {
+        "prompt": "1 + 1 ="
+    }
 
 
 def test_the_state_of_the_server(http: httpx.Client) -> None:
@@ -45,7 +49,9 @@ def test_metrics_count(http: httpx.Client) -> None:
         text = http.get("/metrics").text
         families = text_string_to_metric_families(text)
         return {
-            sample.name + json.dumps(sample.labels): sample.value for family in families for sample in family.samples
+            sample.name + json.dumps(sample.labels): sample.value
+            for family in families
+            for sample in family.samples
         }
 
     before = numbers()
@@ -61,9 +67,18 @@ def test_metrics_count(http: httpx.Client) -> None:
     route = "/v1/chat/completions"
     assert grown("idlm_http_requests_total", route=route, status="200") == 1
     assert grown("idlm_http_requests_total", route=route, status="400") == 1
-    assert grown("idlm_time_to_first_token_seconds_count") == grown("idlm_time_per_token_seconds_count") == 1
-    assert grown("idlm_completion_tokens_sum") == 9 and grown("idlm_prompt_tokens_sum") == usage["prompt_tokens"]
-    assert {name for name in after if name.startswith("idlm_kv_pages")} and after["idlm_engine_ready{}"] == 1
+    assert (
+        grown("idlm_time_to_first_token_seconds_count")
+        == grown("idlm_time_per_token_seconds_count")
+        == 1
+    )
+    assert (
+        grown("idlm_completion_tokens_sum") == 9
+        and grown("idlm_prompt_tokens_sum") == usage["prompt_tokens"]
+    )
+    assert {name for name in after if name.startswith("idlm_kv_pages")} and after[
+        "idlm_engine_ready{}"
+    ] == 1
     assert all(after[name] >= value for name, value in before.items() if "_total" in name)
 
 
@@ -78,9 +93,15 @@ def test_counters_do_not_go_back_when_the_engine_starts_again() -> None:
         (1, 9, {"N4": 2}, [2, 2]),
     ):
         client.restarts = restarts
-        client.stats = Stats(tokens=tokens, plans=plans, reached=reached, accepted=reached, running=1)
+        client.stats = Stats(
+            tokens=tokens, plans=plans, reached=reached, accepted=reached, running=1
+        )
         seen.append(
-            {sample.name + str(sample.labels): sample.value for one in collector.collect() for sample in one.samples}
+            {
+                sample.name + str(sample.labels): sample.value
+                for one in collector.collect()
+                for sample in one.samples
+            }
         )
     assert [one["idlm_generated_tokens_total{}"] for one in seen] == [5, 7, 14]
     assert [one["idlm_plan_steps_total{'plan': 'N4'}"] for one in seen] == [3, 3, 5]
@@ -88,15 +109,25 @@ def test_counters_do_not_go_back_when_the_engine_starts_again() -> None:
     assert [one["idlm_samples_running{}"] for one in seen] == [1, 1, 1]
 
 
-def test_logs_are_json_and_hold_no_text(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+def test_logs_are_json_and_hold_no_text(
+    http: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO, "idlm.serving"):
         body = {"model": "nano", "prompt": "a secret word", "max_tokens": 3, "ignore_eos": True}
         id = http.post("/v1/completions", json=body).headers["x-request-id"]
         http.post("/v1/completions", json={"model": "nano", "prompt": 5, "secret": 1})
-    lines = [JsonLines().format(record) for record in caplog.records if record.name == "idlm.serving.access"]
+    lines = [
+        JsonLines().format(record)
+        for record in caplog.records
+        if record.name == "idlm.serving.access"
+    ]
     assert "secret" not in "".join(lines)
     line = next(json.loads(line) for line in lines if id in line)
-    assert line["status"] == 200 and line["completion_tokens"] == 3 and line["finish_reasons"] == ["length"]
+    assert (
+        line["status"] == 200
+        and line["completion_tokens"] == 3
+        and line["finish_reasons"] == ["length"]
+    )
     assert line["path"] == "/v1/completions" and line["model"] == "nano" and line["seconds"] > 0
 
 
@@ -119,7 +150,11 @@ def test_the_document_is_whole(http: httpx.Client) -> None:
             {"messages": MESSAGES, "logprobs": True, "max_tokens": 5, "idlm": {"trace": True}},
             "ChatCompletion",
         ),
-        ("/v1/completions", {"prompt": "x", "logprobs": 2, "echo": True, "idlm": {"trace": True}}, "Completion"),
+        (
+            "/v1/completions",
+            {"prompt": "x", "logprobs": 2, "echo": True, "idlm": {"trace": True}},
+            "Completion",
+        ),
         ("/tokenize", {"prompt": "x", "return_token_strs": True}, "Tokenized"),
         ("/v1/completions", {"prompt": 5}, "ErrorBody"),
     ],

@@ -14,7 +14,9 @@ from idlm.serving.schema import SHARED, CompletionRequest
 from idlm.serving.schema_chat import ChatRequest
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
-TOOLS = [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in ("f", "g")]
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in ("f", "g")
+]
 VALUES: dict[str, Any] = {
     "n": 2,
     "min_tokens": 1,
@@ -36,19 +38,29 @@ VALUES: dict[str, Any] = {
 
 
 def chat(**fields: Any) -> ChatRequest:
-    return ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "x"}]} | fields)
+    return ChatRequest.model_validate(
+        {"model": "m", "messages": [{"role": "user", "content": "x"}]} | fields
+    )
 
 
 def test_fields_become_sampling_parameters() -> None:
     assert set(VALUES) == set(SHARED)
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in VALUES.items()}
+    values = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in VALUES.items()
+    }
     made = chat(**values, logit_bias={"5": -1}, logprobs=True, top_logprobs=2).sampling(50)
     assert made == SamplingParams(max_tokens=50, logprobs=2, logit_bias={5: -1.0}, **VALUES)
 
 
 def test_null_is_as_good_as_absent() -> None:
-    nothing = {name: None for name, field in ChatRequest.model_fields.items() if not field.is_required()}
-    kept = {name: value for name, value in nothing.items() if name not in ("idlm", "add_generation_prompt")}
+    nothing = {
+        name: None for name, field in ChatRequest.model_fields.items() if not field.is_required()
+    }
+    kept = {
+        name: value
+        for name, value in nothing.items()
+        if name not in ("idlm", "add_generation_prompt")
+    }
     assert chat(**kept).sampling(50) == chat().sampling(50) == SamplingParams(max_tokens=50)
 
 
@@ -77,7 +89,11 @@ def test_messages_as_templates_know_them() -> None:
     request = chat(
         messages=[
             {"role": "developer", "content": "be kind", "type": "text"},
-            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "me"},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+                "name": "me",
+            },
             {"role": "assistant", "content": None, "refusal": None, "tool_calls": [call]},
             {"role": "tool", "content": "2", "tool_call_id": "1"},
         ],
@@ -87,7 +103,11 @@ def test_messages_as_templates_know_them() -> None:
     assert request.template_messages() == [
         {"role": "system", "content": "be kind"},
         {"role": "user", "content": "a\nb", "name": "me"},
-        {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function", "function": function}]},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "1", "type": "function", "function": function}],
+        },
         {"role": "tool", "content": "2", "tool_call_id": "1"},
     ]
     assert request.template_tools() == TOOLS
@@ -106,7 +126,10 @@ LIMITS = Limits()
 def test_every_form_of_guide() -> None:
     text = json.dumps(SCHEMA)
     schema = Guide("json_schema", text)
-    wrapped = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+    wrapped = {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "schema": SCHEMA, "strict": True},
+    }
     assert chat(guided_json=SCHEMA).guide(LIMITS) == chat(guided_json=text).guide(LIMITS) == schema
     assert chat(response_format=wrapped).guide(LIMITS) == schema
     assert chat(response_format={"type": "json_object"}).guide(LIMITS) == Guide("json_object")
@@ -118,12 +141,18 @@ def test_every_form_of_guide() -> None:
 
 def test_forced_tools_are_guides() -> None:
     named = chat(tools=TOOLS, tool_choice={"type": "function", "function": {"name": "g"}})
-    assert named.guide(LIMITS) == Guide("json_schema", json.dumps(SCHEMA)) and named.forced_tool == "g"
+    assert (
+        named.guide(LIMITS) == Guide("json_schema", json.dumps(SCHEMA)) and named.forced_tool == "g"
+    )
     guide = chat(tools=TOOLS, tool_choice="required").guide(LIMITS)
     assert guide is not None
     names = [one["properties"]["name"]["const"] for one in json.loads(guide.text)["items"]["anyOf"]]
     assert names == ["f", "g"]
-    assert chat(tools=TOOLS, tool_choice="auto").guide(LIMITS) is chat(tools=TOOLS).guide(LIMITS) is None
+    assert (
+        chat(tools=TOOLS, tool_choice="auto").guide(LIMITS)
+        is chat(tools=TOOLS).guide(LIMITS)
+        is None
+    )
 
 
 def test_one_guide_of_bounded_size() -> None:

@@ -57,8 +57,13 @@ def test_samples_come_side_by_side(http: httpx.Client, llm: LLM) -> None:
         chunks = [json.loads(line)["choices"][0] for line in events(response)[:-1]]
     order = [chunk["index"] for chunk in chunks if chunk["delta"].get("content")]
     assert set(order[:6]) == {0, 1, 2} and order != sorted(order)
-    texts = ["".join(chunk["delta"].get("content", "") for chunk in chunks if chunk["index"] == at) for at in range(3)]
-    offline = llm.chat(LONG["messages"], SamplingParams(n=3, seed=4, max_tokens=30, ignore_eos=True))
+    texts = [
+        "".join(chunk["delta"].get("content", "") for chunk in chunks if chunk["index"] == at)
+        for at in range(3)
+    ]
+    offline = llm.chat(
+        LONG["messages"], SamplingParams(n=3, seed=4, max_tokens=30, ignore_eos=True)
+    )
     assert texts == [offline.text, *(sample.text for sample in offline.samples)]
 
 
@@ -73,7 +78,8 @@ def ask(served: Running, body: dict[str, Any]) -> socket.socket:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place_at_once(stream: bool, served: Running) -> None:
-    """The engine is held from before it leaves until the server has seen it, or a fast engine would be done by then."""
+    """The engine is held from before it leaves until the server has seen it, or a fast engine would
+    be done by then."""
     idle(served)
     before = served.client.stats.tokens
     with ExitStack() as stack:
@@ -104,7 +110,11 @@ def test_clients_that_leave_whenever_they_like(served: Running) -> None:
                     pass
 
     with ThreadPoolExecutor(12) as pool:
-        list(pool.map(visit, [(chance.random() < 0.5, chance.random() * 0.5 + 0.001) for _ in range(36)]))
+        list(
+            pool.map(
+                visit, [(chance.random() < 0.5, chance.random() * 0.5 + 0.001) for _ in range(36)]
+            )
+        )
     idle(served)
     stats = served.client.stats
     assert stats.running == stats.waiting == 0
@@ -121,7 +131,10 @@ def test_more_than_the_queue_takes_is_answered_429(served: Running) -> None:
     assert Counter(answer.status_code for answer in answers) == {200: 16, 429: 4}
     for answer in answers:
         if answer.status_code == 429:
-            assert int(answer.headers["retry-after"]) >= 1 and answer.json()["error"]["type"] == "rate_limit_error"
+            assert (
+                int(answer.headers["retry-after"]) >= 1
+                and answer.json()["error"]["type"] == "rate_limit_error"
+            )
     idle(served)
 
 
@@ -133,5 +146,8 @@ def test_the_same_bytes_alone_and_beside_others_cold_and_warm(served: Running) -
         bodies = [body(model, prompt, number) for number, prompt in enumerate(prompts)]
         with ThreadPoolExecutor(at) as pool, served.open() as http:
             answers = list(pool.map(lambda one: http.post("/v1/completions", json=one), bodies))  # noqa: B023
-        got = [output(Answer(0.0, 0, 200, dict(one.headers), [(0.0, one.content)], True))[0] for one in answers]
+        got = [
+            output(Answer(0.0, 0, 200, dict(one.headers), [(0.0, one.content)], True))[0]
+            for one in answers
+        ]
         assert got == expected, (model, at)

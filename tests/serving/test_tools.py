@@ -15,16 +15,32 @@ CASES: dict[str, tuple[Family, str, list[str]]] = {
     # case: the family, the text, what it is: content as it stands, calls as name and arguments
     "no call": (HERMES, "just text < and <tool", ["just text < and <tool"]),
     "one": (HERMES, f"<tool_call>\n{CALL}\n</tool_call>", ['add {"a": 1, "b": "ä"}']),
-    "text before": (HERMES, f"Let me see.<tool_call>{CALL}</tool_call>", ["Let me see.", 'add {"a": 1, "b": "ä"}']),
-    "two": (HERMES, f"<tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>\n", ['add {"a": 1, "b": "ä"}'] * 2),
+    "text before": (
+        HERMES,
+        f"Let me see.<tool_call>{CALL}</tool_call>",
+        ["Let me see.", 'add {"a": 1, "b": "ä"}'],
+    ),
+    "two": (
+        HERMES,
+        f"<tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>\n",
+        ['add {"a": 1, "b": "ä"}'] * 2,
+    ),
     "not closed": (HERMES, f"<tool_call>{CALL}", ['add {"a": 1, "b": "ä"}']),
     "cut off": (HERMES, '<tool_call>{"name": "add", "arg', ['<tool_call>{"name": "add", "arg']),
     "no JSON": (HERMES, "<tool_call>add(1)</tool_call>!", ["<tool_call>add(1)</tool_call>!"]),
-    "nobody's tool": (HERMES, '<tool_call>{"name": "rm", "arguments": {}}</tool_call>', ["<tool_call>", "rm"]),
+    "nobody's tool": (
+        HERMES,
+        '<tool_call>{"name": "rm", "arguments": {}}</tool_call>',
+        ["<tool_call>", "rm"],
+    ),
     "deep": (HERMES, "<tool_call>" + "[" * 5_000, ["<tool_call>["]),
     "llama": (LLAMA, '\n{"name": "add", "parameters": {"a": 1}}', ['add {"a": 1}']),
     "llama with its tag": (LLAMA, '<|python_tag|>{"name": "add", "parameters": {}}', ["add {}"]),
-    "llama, text": (LLAMA, 'So {"name": "add", "parameters": {}}', ['So {"name": "add", "parameters": {}}']),
+    "llama, text": (
+        LLAMA,
+        'So {"name": "add", "parameters": {}}',
+        ['So {"name": "add", "parameters": {}}'],
+    ),
     "mistral": (MISTRAL, f"[TOOL_CALLS][{CALL}, {CALL}]</s>", ['add {"a": 1, "b": "ä"}'] * 2),
     "mistral, text": (MISTRAL, "hello</s>", ["hello"]),
 }
@@ -62,7 +78,11 @@ def test_calls_are_found(case: str, size: int) -> None:
 
 def test_calls_are_numbered() -> None:
     parser = CallParser(HERMES, {"add"})
-    calls = [one for one in parser.push(f"<tool_call>{CALL}</tool_call>" * 3) if isinstance(one, ToolCall)]
+    calls = [
+        one
+        for one in parser.push(f"<tool_call>{CALL}</tool_call>" * 3)
+        if isinstance(one, ToolCall)
+    ]
     assert [call.index for call in calls] == [0, 1, 2] and parser.calls == 3
 
 

@@ -106,7 +106,11 @@ def test_each_side_refuses_what_is_not_for_it() -> None:
 
 def test_log_probabilities_come_in_their_order() -> None:
     (message,) = asyncio.run(read_all(frame([FROM_ENGINE[2]]), 100))
-    assert isinstance(message, Delta) and message.logprobs is not None and [*message.logprobs[0]] == [3, 1]
+    assert (
+        isinstance(message, Delta)
+        and message.logprobs is not None
+        and [*message.logprobs[0]] == [3, 1]
+    )
 
 
 def test_parameters_are_checked_where_they_are_read() -> None:
@@ -117,7 +121,9 @@ def test_parameters_are_checked_where_they_are_read() -> None:
         list(receive(io.BytesIO(len(bad).to_bytes(HEADER, "big") + bad)))
 
 
-@pytest.mark.parametrize(("prompt", "params"), [([2**64], SamplingParams()), ([1], SamplingParams(stop="\ud800"))])
+@pytest.mark.parametrize(
+    ("prompt", "params"), [([2**64], SamplingParams()), ([1], SamplingParams(stop="\ud800"))]
+)
 def test_what_has_no_form_is_not_sent(prompt: list[int], params: SamplingParams) -> None:
     with pytest.raises(FrameError):
         frame([Submit("a", prompt, params)])

@@ -17,7 +17,17 @@ import pytest
 from idlm import LLM, SamplingParams
 from idlm.serving import worker as worker_module
 from idlm.serving.config import EngineConfig
-from idlm.serving.wire import HEADER, Delta, FromEngine, Message, Ready, Refused, Stats, Submit, frame
+from idlm.serving.wire import (
+    HEADER,
+    Delta,
+    FromEngine,
+    Message,
+    Ready,
+    Refused,
+    Stats,
+    Submit,
+    frame,
+)
 from idlm.serving.worker import Link, Worker
 from tests.engine.tiny import tiny_idlm
 from tests.waiting import HANG_SECONDS
@@ -56,7 +66,13 @@ class Peer:
 @contextmanager
 def worker(config: EngineConfig) -> Iterator[Peer]:
     ours, theirs = socket.socketpair()
-    command = [sys.executable, "-m", "idlm.serving.worker", str(theirs.fileno()), msgspec.json.encode(config).decode()]
+    command = [
+        sys.executable,
+        "-m",
+        "idlm.serving.worker",
+        str(theirs.fileno()),
+        msgspec.json.encode(config).decode(),
+    ]
     with ours, theirs, subprocess.Popen(command, pass_fds=[theirs.fileno()]) as process:
         theirs.close()
         try:
@@ -77,9 +93,12 @@ def test_it_says_what_it_is_speaks_unasked_and_ends_with_its_socket() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             peer.process.send_signal(number)
         peer.send(
-            Submit("bad", [5], SamplingParams(), adapter="none"), *[long_sample(str(index)) for index in range(6)]
+            Submit("bad", [5], SamplingParams(), adapter="none"),
+            *[long_sample(str(index)) for index in range(6)],
         )
-        assert peer.until(Refused) == Refused("bad", "adapter 'none' is not loaded; use one of default")
+        assert peer.until(Refused) == Refused(
+            "bad", "adapter 'none' is not loaded; use one of default"
+        )
         peer.until(Delta)
         assert peer.close() == 0  # in the middle of its steps
 

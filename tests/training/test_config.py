@@ -84,7 +84,10 @@ def test_overrides(file: Path) -> None:
         ("--batch_size=0", ["batch_size", "at least 1"]),
         ("--resume=1", ["resume", "1", "bool"]),
         ("--threads=0", ["threads", "at least 1"]),
-        ("--stages.0.lambda=automatic", ["stages.0.lambda", "'automatic'", "float or auto or null"]),
+        (
+            "--stages.0.lambda=automatic",
+            ["stages.0.lambda", "'automatic'", "float or auto or null"],
+        ),
         ("--stages.0.lambda=0.2", ["lambda", "method: lora"]),
         ("--data.source=jsonl", ["data.path"]),
         ("--data.temperature=-1", ["data.temperature", "-1"]),
@@ -98,7 +101,9 @@ def test_overrides(file: Path) -> None:
         ("--batch_size=[", ["--batch_size=[", "YAML"]),
     ],
 )
-def test_wrong_overrides_are_refused_in_one_line(file: Path, override: str, words: list[str]) -> None:
+def test_wrong_overrides_are_refused_in_one_line(
+    file: Path, override: str, words: list[str]
+) -> None:
     with pytest.raises(InputError) as caught:
         load_config(file, [override])
     message = str(caught.value)

@@ -18,7 +18,16 @@ from idlm.nano.problems import held_out_problems, is_held_out, problem, training
 from idlm.nano.tokenizer import END, train_tokenizer
 from idlm.training.config import DataConfig
 from idlm.training.corpus import corpus
-from idlm.training.data import SOURCES, Draw, Draws, Example, chat_examples, collate, draw_order, fit
+from idlm.training.data import (
+    SOURCES,
+    Draw,
+    Draws,
+    Example,
+    chat_examples,
+    collate,
+    draw_order,
+    fit,
+)
 from tests.training import tiny
 
 
@@ -28,7 +37,9 @@ from tests.training import tiny
     steps=st.integers(1, 40),
     seed=st.integers(0, 3),
 )
-def test_order_passes_evenly_over_the_examples(lengths: list[int], batch: int, steps: int, seed: int) -> None:
+def test_order_passes_evenly_over_the_examples(
+    lengths: list[int], batch: int, steps: int, seed: int
+) -> None:
     order = draw_order(lengths, steps * batch, batch, seed)
     assert len(order) == steps * batch
     assert order == draw_order(lengths, steps * batch, batch, seed)
@@ -40,7 +51,10 @@ def test_order_depends_on_the_seed_and_sorts_by_length() -> None:
     lengths = [10 + i % 50 for i in range(400)]
     order = draw_order(lengths, 400, 4, 0)
     assert order != draw_order(lengths, 400, 4, 1)
-    spread = [max(b) - min(b) for b in ([lengths[i] for i in order[at : at + 4]] for at in range(0, 400, 4))]
+    spread = [
+        max(b) - min(b)
+        for b in ([lengths[i] for i in order[at : at + 4]] for at in range(0, 400, 4))
+    ]
     assert sum(spread) / len(spread) < 6
     firsts = [lengths[i] for i in order[::4]]
     assert firsts != sorted(firsts)
@@ -89,7 +103,10 @@ def test_long_responses_are_cut_and_long_prompts_refused() -> None:
         ('{"prompt": [1]}', ["line 2", "no response"]),
         ('{"prompt": [], "response": [1]}', ["line 2", "prompt has no tokens"]),
         ('{"response": [1]}', ["line 2", "no prompt"]),
-        ('{"prompt": [99], "response": [1]}', ["line 2", "prompt token 99 is outside the vocabulary 0..22"]),
+        (
+            '{"prompt": [99], "response": [1]}',
+            ["line 2", "prompt token 99 is outside the vocabulary 0..22"],
+        ),
         ('{"prompt": 3, "response": [1]}', ["line 2", "the prompt"]),
         ('{"prompt": "text", "response": [1]}', ["tokenizer"]),
         ('{"messages": [], "response": [1]}', ["tokenizer"]),
@@ -109,8 +126,12 @@ def test_bad_rows_are_named(tmp_path: Path, line: str, words: list[str]) -> None
 
 def test_last_rows_are_held_out(tmp_path: Path) -> None:
     path = tiny.write_jsonl(tmp_path / "data.jsonl", tiny.examples(10))
-    data = corpus(DataConfig(source="jsonl", path=str(path), held_out=3), tiny.model(), 10, tmp_path)
-    assert [e.prompt for e in data.training + data.held_out] == [e.prompt for e in tiny.examples(10)]
+    data = corpus(
+        DataConfig(source="jsonl", path=str(path), held_out=3), tiny.model(), 10, tmp_path
+    )
+    assert [e.prompt for e in data.training + data.held_out] == [
+        e.prompt for e in tiny.examples(10)
+    ]
     assert len(data.held_out) == 3
     with pytest.raises(InputError, match="held_out is 10 but there are 10 rows"):
         corpus(DataConfig(source="jsonl", path=str(path), held_out=10), tiny.model(), 10, tmp_path)
@@ -120,9 +141,14 @@ def test_nano_examples_are_chats_with_worked_solutions() -> None:
     tokenizer = train_tokenizer(problems=200)
     problems = [problem(0, i) for i in range(5)]
     for example, p in zip(
-        chat_examples([(p.question, p.solution) for p in problems], tokenizer), problems, strict=True
+        chat_examples([(p.question, p.solution) for p in problems], tokenizer),
+        problems,
+        strict=True,
     ):
-        assert tokenizer.decode(example.prompt) == f"<|im_start|>user\n{p.question}<|im_end|>\n<|im_start|>assistant\n"
+        assert (
+            tokenizer.decode(example.prompt)
+            == f"<|im_start|>user\n{p.question}<|im_end|>\n<|im_start|>assistant\n"
+        )
         assert tokenizer.decode(example.response) == p.solution + END
     stream = training_problems(0)
     assert not any(is_held_out(next(stream).question) for _ in range(200))
@@ -135,7 +161,9 @@ def test_the_registered_source_is_the_projects_problems(tokenizer: PreTrainedTok
     data = corpus(DataConfig(source="nano", examples=6, held_out=3, seed=5), idlm, 10, Path())
     told = [tokenizer.decode(e.response) for e in data.training]
     assert told == [p.solution + END for p in islice(training_problems(5), 6)]
-    assert [tokenizer.decode(e.response) for e in data.held_out] == [p.solution + END for p in held_out_problems(3)]
+    assert [tokenizer.decode(e.response) for e in data.held_out] == [
+        p.solution + END for p in held_out_problems(3)
+    ]
     assert SOURCES["nano"].tokenizer is train_tokenizer
 
 

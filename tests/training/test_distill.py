@@ -16,11 +16,15 @@ from tests.training import tiny
 
 
 def settings(**changes: Any) -> DataConfig:
-    return DataConfig(**{"source": "self", "examples": 10, "max_tokens": 8, "generate_batch": 4, **changes})
+    return DataConfig(
+        **{"source": "self", "examples": 10, "max_tokens": 8, "generate_batch": 4, **changes}
+    )
 
 
 def prompts_file(folder: Path, prompts: list[Any]) -> str:
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": p}) + "\n" for p in prompts)
+    )
     return str(folder / "prompts.jsonl")
 
 
@@ -62,7 +66,9 @@ def test_greedy_responses_to_padded_prompts_are_those_of_each_alone(tmp_path: Pa
     idlm = tiny.model(dtype=torch.float64)
     prompts = [[3], [4, 5, 6, 7], [8, 9], [5] * 6]
     path = prompts_file(tmp_path, prompts)
-    together = distill(settings(prompts=path, examples=None, temperature=0.0), idlm, tmp_path / "a.jsonl")
+    together = distill(
+        settings(prompts=path, examples=None, temperature=0.0), idlm, tmp_path / "a.jsonl"
+    )
     for prompt, example in zip(prompts, together, strict=True):
         tokens = list(prompt)
         for _ in range(8):
@@ -86,7 +92,11 @@ def test_bad_prompts_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="line 2: the prompt has no tokens"):
         distill(settings(prompts=prompts_file(tmp_path, [[3], []])), idlm, tmp_path / "a.jsonl")
     with pytest.raises(InputError, match="line 1: the prompt has 48 tokens, the limit is 48"):
-        distill(settings(prompts=prompts_file(tmp_path, [[3] * tiny.CONTEXT])), idlm, tmp_path / "a.jsonl")
+        distill(
+            settings(prompts=prompts_file(tmp_path, [[3] * tiny.CONTEXT])),
+            idlm,
+            tmp_path / "a.jsonl",
+        )
     with pytest.raises(InputError, match="data.examples is missing"):
         distill(settings(examples=None), idlm, tmp_path / "a.jsonl")
     with pytest.raises(InputError, match="cannot read 'nowhere'"):

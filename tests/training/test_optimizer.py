@@ -79,6 +79,8 @@ def test_rates_are_those_of_transformers(schedule: str, warmup: int) -> None:
     more = {"num_decay_steps": 12, "decay_type": "linear"} if schedule == "wsd" else None
     scheduler = get_scheduler(kind, stock, warmup, 30, more)
     for step in range(30):
-        assert learning_rate(config, step, 30) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-15, abs=1e-16)
+        assert learning_rate(config, step, 30) == pytest.approx(
+            scheduler.get_last_lr()[0], rel=1e-15, abs=1e-16
+        )
         stock.step()
         scheduler.step()

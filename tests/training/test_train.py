@@ -1,4 +1,5 @@
-"""`train` from config to exported model: killed and resumed, reloaded, in two processes; and its refusals."""
+"""`train` from config to exported model: killed and resumed, reloaded, in two processes; and its
+refusals."""
 
 from __future__ import annotations
 
@@ -75,13 +76,18 @@ def config(folder: Path, method: str, **changes: Any) -> TrainConfig:
     return tiny.config(folder, method=method, lora=LORA, **changes)
 
 
-def start(run: TrainConfig, folder: Path, launcher: tuple[str, ...] = ("-c", RUN)) -> subprocess.Popen[bytes]:
+def start(
+    run: TrainConfig, folder: Path, launcher: tuple[str, ...] = ("-c", RUN)
+) -> subprocess.Popen[bytes]:
     """The run in a process of its own."""
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(as_tree(run)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, *launcher, str(path)], env=environment, cwd=folder, stderr=subprocess.DEVNULL
+        [sys.executable, *launcher, str(path)],
+        env=environment,
+        cwd=folder,
+        stderr=subprocess.DEVNULL,
     )
 
 
@@ -89,16 +95,27 @@ def weights(folder: Path) -> dict[str, Tensor]:
     """Every tensor of an exported model or adapter."""
     from safetensors.torch import load_file
 
-    return {f"{p.name}/{k}": t for p in sorted(folder.glob("*.safetensors")) for k, t in load_file(p).items()}
+    return {
+        f"{p.name}/{k}": t
+        for p in sorted(folder.glob("*.safetensors"))
+        for k, t in load_file(p).items()
+    }
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and len(one) > 1 and all(torch.equal(one[k], other[k]) for k in one)
+    return (
+        one.keys() == other.keys()
+        and len(one) > 1
+        and all(torch.equal(one[k], other[k]) for k in one)
+    )
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_killed_and_resumed_is_bit_identical(folder: Path, method: str) -> None:
-    long = {"stages": [{"steps": 30, "block_size": 2}, {"steps": 30, "block_size": 3, "soft": "tv"}], "save_steps": 3}
+    long = {
+        "stages": [{"steps": 30, "block_size": 2}, {"steps": 30, "block_size": 3, "soft": "tv"}],
+        "save_steps": 3,
+    }
     train(config(folder, method, output_dir=str(folder / "straight"), **long))
     killed = config(folder, method, output_dir=str(folder / "killed"), **long)
     assert start(killed, folder, ("-c", KILLED)).wait(HANG_SECONDS) == -9
@@ -116,7 +133,9 @@ def test_killed_and_resumed_is_bit_identical(folder: Path, method: str) -> None:
 def test_resume_needs_the_same_config(folder: Path) -> None:
     train(config(folder, "lora", save_steps=2))
     with pytest.raises(InputError, match="cannot resume: optimizer.lr was 0.01, now it is 0.02"):
-        train(config(folder, "lora", save_steps=2, resume=True, optimizer={"lr": 0.02, "warmup": 0}))
+        train(
+            config(folder, "lora", save_steps=2, resume=True, optimizer={"lr": 0.02, "warmup": 0})
+        )
     assert train(config(folder, "lora", save_steps=1, resume=True))["steps"] == 3
 
 
@@ -136,7 +155,11 @@ def test_the_exported_model_gives_the_trained_logits(
         trained.append(self)
 
     monkeypatch.setattr(Objective, "__init__", keep)
-    result = train(config(folder, method, stages=[{"steps": 4, "block_size": 1}, {"steps": 4, "block_size": 3}]))
+    result = train(
+        config(
+            folder, method, stages=[{"steps": 4, "block_size": 1}, {"steps": 4, "block_size": 3}]
+        )
+    )
     final = Path(result["output"])
     again = load(folder / "model", adapter=final) if method == "lora" else load(final)
     assert again.block_size == 3
@@ -160,13 +183,19 @@ def test_a_checkpoint_is_loadable_as_it_is(folder: Path, method: str) -> None:
         again = load(folder / "model", adapter=saved) if method == "lora" else load(saved)
         assert again.block_size == block_size
     end = load(folder / "model", adapter=final) if method == "lora" else load(final)
-    for (name, one), other in zip(end.model.named_parameters(), again.model.parameters(), strict=True):
+    for (name, one), other in zip(
+        end.model.named_parameters(), again.model.parameters(), strict=True
+    ):
         assert torch.equal(one, other), name
-    assert not same(weights(folder / "run" / "checkpoint-2"), weights(folder / "run" / "checkpoint-4"))
+    assert not same(
+        weights(folder / "run" / "checkpoint-2"), weights(folder / "run" / "checkpoint-4")
+    )
 
 
 def test_plain_ar_from_scratch(folder: Path, tokenizer: str) -> None:
-    architecture = {k: v for k, v in tiny.KEYS.items() if not k.endswith("_token_id")} | {"vocab_size": 320}
+    architecture = {k: v for k, v in tiny.KEYS.items() if not k.endswith("_token_id")} | {
+        "vocab_size": 320
+    }
     run = tiny.config(
         folder,
         objective="ar",
@@ -178,7 +207,10 @@ def test_plain_ar_from_scratch(folder: Path, tokenizer: str) -> None:
         },
     )
     result = train(run)
-    losses = [json.loads(line).get("loss") for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line).get("loss")
+        for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert result["held_out_ce"] < [x for x in losses if x][0]
     final = load(result["output"])
     assert final.tokenizer is not None and final.mask_id == final.tokenizer.mask_token_id
@@ -195,7 +227,10 @@ def test_bf16_keeps_float32_weights(folder: Path, method: str) -> None:
     ("architecture", "words"),
     [
         ({"model_type": "qwenn"}, ["model_type", "'qwenn'"]),
-        ({"model_type": "qwen3", "hiden_size": 8}, ["model.architecture.hiden_size", "key of it is hidden_size"]),
+        (
+            {"model_type": "qwen3", "hiden_size": 8},
+            ["model.architecture.hiden_size", "key of it is hidden_size"],
+        ),
         ({"model_type": "qwen3", "vocab_size": 5}, ["vocab_size is 5"]),
         ({"model_type": "qwen3", "num_attention_heads": "x"}, ["model.architecture is refused"]),
         ({}, ["model_type is None"]),
@@ -205,7 +240,11 @@ def test_bad_architectures_are_refused(
     folder: Path, tokenizer: str, architecture: dict[str, Any], words: list[str]
 ) -> None:
     with pytest.raises(InputError) as caught:
-        train(tiny.config(folder, objective="ar", model={"architecture": architecture, "tokenizer": tokenizer}))
+        train(
+            tiny.config(
+                folder, objective="ar", model={"architecture": architecture, "tokenizer": tokenizer}
+            )
+        )
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
 
 
@@ -227,7 +266,14 @@ def test_two_processes_train_as_one(folder: Path) -> None:
     train(alone)
     both = config(folder, "full", output_dir=str(folder / "two"), stages=[stage], batch_size=4)
     (folder / "run.py").write_text(RUN)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(folder / "run.py"))
+    launcher = (
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(folder / "run.py"),
+    )
     assert start(both, folder, launcher).wait(HANG_SECONDS) == 0
     one, two = weights(folder / "one" / "final"), weights(folder / "two" / "final")
     assert one.keys() == two.keys()
@@ -253,5 +299,10 @@ except InputError as error:
     print(error)
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "training needs the package accelerate; install it with pip install 'idlm[train]'\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert (
+        done.stdout
+        == "training needs the package accelerate; install it with pip install 'idlm[train]'\n"
+    )

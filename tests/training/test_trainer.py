@@ -43,7 +43,9 @@ def log(folder: Path) -> list[dict[str, Any]]:
 def gradients(folder: Path, method: str, batch: int, accumulation: int) -> list[dict[str, Tensor]]:
     """The gradients of every step."""
     stage = AUTO if method == "full" else {k: v for k, v in AUTO.items() if k != "lambda"}
-    config = tiny.config(folder, method=method, stages=[stage], batch_size=batch, accumulation=accumulation)
+    config = tiny.config(
+        folder, method=method, stages=[stage], batch_size=batch, accumulation=accumulation
+    )
     run = trainer(config, tiny.model(method))
     steps: list[dict[str, Tensor]] = []
 
@@ -57,7 +59,9 @@ def gradients(folder: Path, method: str, batch: int, accumulation: int) -> list[
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_gradient_does_not_depend_on_the_split_over_accumulation(tmp_path: Path, method: str) -> None:
+def test_gradient_does_not_depend_on_the_split_over_accumulation(
+    tmp_path: Path, method: str
+) -> None:
     whole, *splits = (gradients(tmp_path, method, b, a) for b, a in [(8, 1), (4, 2), (1, 8)])
     assert len(whole) == 2
     for split in splits:
@@ -65,7 +69,9 @@ def test_gradient_does_not_depend_on_the_split_over_accumulation(tmp_path: Path,
             assert one.keys() == other.keys() and len(one) > 5
             for name in one:
                 # after the first step the weights differ in their last bits already
-                torch.testing.assert_close(other[name], one[name], rtol=1e-7, atol=1e-12 if step == 0 else 1e-9)
+                torch.testing.assert_close(
+                    other[name], one[name], rtol=1e-7, atol=1e-12 if step == 0 else 1e-9
+                )
 
 
 def test_a_curriculum_switches_stages_in_one_run(tmp_path: Path) -> None:
@@ -74,7 +80,11 @@ def test_a_curriculum_switches_stages_in_one_run(tmp_path: Path) -> None:
     run.run()
     entries = log(tmp_path)
     measured = [e for e in entries if "alpha" in e]
-    assert [(e["step"], e["block_size"], len(e["alpha"])) for e in measured] == [(1, 1, 1), (2, 1, 1), (3, 4, 4)]
+    assert [(e["step"], e["block_size"], len(e["alpha"])) for e in measured] == [
+        (1, 1, 1),
+        (2, 1, 1),
+        (3, 4, 4),
+    ]
     assert ["kl" in e for e in entries if "loss" in e] == [False, False, True]
     assert all(e["tpf"] == pytest.approx(tpf(e["acceptance"])) for e in measured)
 
@@ -105,10 +115,15 @@ def test_tpf_is_the_sum_of_products() -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_nan_stops_before_the_step_and_names_the_batch(tmp_path: Path, method: str, optimizer: str) -> None:
+def test_nan_stops_before_the_step_and_names_the_batch(
+    tmp_path: Path, method: str, optimizer: str
+) -> None:
     idlm = tiny.model(method, tied=False)
     config = tiny.config(
-        tmp_path, method=method, stages=[{"steps": 30, "block_size": 2}], optimizer={"name": optimizer}
+        tmp_path,
+        method=method,
+        stages=[{"steps": 30, "block_size": 2}],
+        optimizer={"name": optimizer},
     )
     run = trainer(config, idlm)
     poisoned, broken = run.draws[13].number, tiny.MASK - 1  # a token that no other example has
@@ -124,7 +139,11 @@ def test_nan_stops_before_the_step_and_names_the_batch(tmp_path: Path, method: s
     with pytest.raises(NotFinite) as caught:
         run.run()
     message = str(caught.value)
-    assert f"step {len(before) - 1}" in message and f"row {poisoned}" in message and "\n" not in message
+    assert (
+        f"step {len(before) - 1}" in message
+        and f"row {poisoned}" in message
+        and "\n" not in message
+    )
     assert run.state.step == len(before) - 1
     for name, p in idlm.model.named_parameters():
         assert torch.equal(p.detach().nan_to_num(), before[-1][name].nan_to_num()), name
@@ -145,9 +164,15 @@ def test_infinite_gradient_of_a_finite_loss_stops_before_the_step(tmp_path: Path
 def test_resume_is_bit_identical_and_checkpoints_hold_only_what_is_trained(
     tmp_path: Path, method: str, optimizer: str
 ) -> None:
-    stage = {"steps": 9, "block_size": 3, "soft": "kl"} | ({"lambda": "auto"} if method == "full" else {})
+    stage = {"steps": 9, "block_size": 3, "soft": "kl"} | (
+        {"lambda": "auto"} if method == "full" else {}
+    )
     config = tiny.config(
-        tmp_path, method=method, stages=[stage], save_steps=3, optimizer={"name": optimizer, "lr": 1e-2}
+        tmp_path,
+        method=method,
+        stages=[stage],
+        save_steps=3,
+        optimizer={"name": optimizer, "lr": 1e-2},
     )
     straight = tiny.model(method)
     trainer(config, straight).run()
@@ -162,13 +187,20 @@ def test_resume_is_bit_identical_and_checkpoints_hold_only_what_is_trained(
     names = {n.removeprefix("base_model.model.") for each in tensors.values() for n in each}
     if method == "lora":
         assert all(n.endswith(("lora_A", "lora_B", "mask_row")) for n in trained)
-        names = {n.removesuffix(".weight").replace("mask_row", "model.embed_tokens.mask_row") for n in names}
+        names = {
+            n.removesuffix(".weight").replace("mask_row", "model.embed_tokens.mask_row")
+            for n in names
+        }
     assert names == trained
-    assert ("balance" in json.loads((saved / "state.json").read_text())) and not (saved / ".writing").exists()
+    assert ("balance" in json.loads((saved / "state.json").read_text())) and not (
+        saved / ".writing"
+    ).exists()
     shutil.rmtree(tmp_path / "run" / "checkpoint-9")
     resumed = tiny.model(method)
     trainer(config, resumed).run(saved)
-    for (name, one), other in zip(straight.model.named_parameters(), resumed.model.parameters(), strict=True):
+    for (name, one), other in zip(
+        straight.model.named_parameters(), resumed.model.parameters(), strict=True
+    ):
         assert torch.equal(one, other), name
     steps = [entry["step"] for entry in log(tmp_path)]
     assert steps == sorted(steps)
@@ -177,7 +209,9 @@ def test_resume_is_bit_identical_and_checkpoints_hold_only_what_is_trained(
 
 def test_a_resumed_run_drops_out_the_same_and_reports_the_same(tmp_path: Path) -> None:
     """Dropout draws random numbers, and the resumed run begins between two reports."""
-    config = tiny.config(tmp_path, stages=[{"steps": 6, "block_size": 2}], save_steps=4, log_steps=3)
+    config = tiny.config(
+        tmp_path, stages=[{"steps": 6, "block_size": 2}], save_steps=4, log_steps=3
+    )
 
     def model() -> Idlm:
         idlm = tiny.model()

@@ -26,13 +26,19 @@ KEYS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def model(method: str = "full", dtype: torch.dtype = torch.float64, mask_id: int = MASK, tied: bool = True) -> Idlm:
-    """A random model; "lora" attaches a gated LoRA whose B is not zero, so that every trained value has a gradient.
+def model(
+    method: str = "full", dtype: torch.dtype = torch.float64, mask_id: int = MASK, tied: bool = True
+) -> Idlm:
+    """A random model; "lora" attaches a gated LoRA whose B is not zero, so that every trained value
+    has a gradient.
 
-    Starcoder2, because its norms stay in float64: those of Llama and Qwen go through float32, which would hide errors.
+    Starcoder2, because its norms stay in float64: those of Llama and Qwen go through float32, which
+    would hide errors.
     """
     torch.manual_seed(0)
-    config = AutoConfig.for_model("starcoder2", **{**KEYS, "tie_word_embeddings": tied}, initializer_range=0.5)
+    config = AutoConfig.for_model(
+        "starcoder2", **{**KEYS, "tie_word_embeddings": tied}, initializer_range=0.5
+    )
     stock = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=dtype)
     idlm = Idlm(stock, None, mask_id, name="tiny")
     if method == "lora":
@@ -63,7 +69,9 @@ def examples(number: int = 40) -> list[Example]:
 
 def write_jsonl(path: Path, rows: list[Example]) -> Path:
     """The examples as a file of token ids."""
-    path.write_text("".join(json.dumps({"prompt": e.prompt, "response": e.response}) + "\n" for e in rows))
+    path.write_text(
+        "".join(json.dumps({"prompt": e.prompt, "response": e.response}) + "\n" for e in rows)
+    )
     return path
 
 

@@ -19,14 +19,19 @@ def parts(text: Text) -> list[tuple[str, str]]:
 
 
 def test_each_token_has_its_colour_also_where_its_space_is_left_out() -> None:
-    painted = Painter().paint("Mia has 3", [("Mia", "first"), ("has", "accepted"), (" 3", "corrected")])
+    painted = Painter().paint(
+        "Mia has 3", [("Mia", "first"), ("has", "accepted"), (" 3", "corrected")]
+    )
     assert parts(painted) == [("Mia", "white"), (" has", "green"), (" 3", "bold red")]
 
 
 def test_text_that_was_held_back_has_the_colour_of_its_own_token() -> None:
     painter = Painter()
     assert painter.paint("", [(" sto", "accepted")]).plain == ""
-    assert parts(painter.paint(" stone", [("ne", "bonus")])) == [(" sto", "green"), ("ne", "bold cyan")]
+    assert parts(painter.paint(" stone", [("ne", "bonus")])) == [
+        (" sto", "green"),
+        ("ne", "bold cyan"),
+    ]
 
 
 def test_a_character_of_two_tokens_has_the_colour_of_the_last() -> None:
@@ -34,8 +39,16 @@ def test_a_character_of_two_tokens_has_the_colour_of_the_last() -> None:
     assert parts(painted) == [("é!", "bold red")]
 
 
-@given(st.lists(st.tuples(st.text(max_size=4), st.lists(st.tuples(st.text(max_size=3), SOURCES), max_size=3))))
-def test_no_text_is_lost_whatever_the_tokens_say(pieces: list[tuple[str, list[tuple[str, str]]]]) -> None:
+@given(
+    st.lists(
+        st.tuples(
+            st.text(max_size=4), st.lists(st.tuples(st.text(max_size=3), SOURCES), max_size=3)
+        )
+    )
+)
+def test_no_text_is_lost_whatever_the_tokens_say(
+    pieces: list[tuple[str, list[tuple[str, str]]]],
+) -> None:
     painter = Painter()
     painted = [painter.paint(text, tokens).plain for text, tokens in pieces]
     assert painted == [Text(harmless(text)).plain for text, _ in pieces]
