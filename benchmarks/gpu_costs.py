@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from benchmarks.gpu_smoke import Figure
 from benchmarks.shapes import random_model
 from idlm import LLM, SamplingParams
+from idlm.config import EngineConfig
 from idlm.decoding.plan import AR, Plan
 from idlm.decoding.settings import Features
 from idlm.engine.prefill import Chunk, PrefillBatch
-from idlm.engine.step import Kind
+from idlm.engine.step import StepKey
+from idlm.evaluation.simulation import simulate_acceptance
 from idlm.models.idlm_model import Idlm
 
 ACCEPTANCE = (0.9, 0.88, 0.86)
@@ -66,15 +68,11 @@ def costs(shape: str = "8B", kv_memory: str = "13GiB") -> Iterator[Figure]:
 
 def step_model(idlm: Idlm, widest: Plan, kv_memory: str) -> LLM:
     """A model for steps up to `widest`, and for the largest batch."""
-    simulated = ACCEPTANCE if widest.drafts else None
-    return LLM(
-        idlm,
-        stride=widest.stride,
-        branches="all",
-        max_num_seqs=64,
-        kv_memory=kv_memory,
-        simulate_acceptance=simulated,
-    )
+    config = EngineConfig(widest.stride, "all", max_num_seqs=64, kv_memory=kv_memory)
+    llm = LLM(idlm, config=config)
+    if widest.drafts:
+        simulate_acceptance(llm.engine, ACCEPTANCE)
+    return llm
 
 
 def copy_bandwidth(size: int = 2**31, repeats: int = 20) -> float:
@@ -107,7 +105,7 @@ def weight_bytes(idlm: Idlm) -> int:
 
 def cache_bytes(llm: LLM, batch: int) -> int:
     """Bytes of keys and values that a step of `batch` requests reads."""
-    pages = llm.engine.runner.core.cache.pages
+    pages = llm.engine.runner.model_step.cache.pages
     row = sum(layer[:, 0, 0].numel() * layer.itemsize for layer in pages)
     return batch * PREFIX * row
 
@@ -116,12 +114,13 @@ def cache_bytes(llm: LLM, batch: int) -> int:
 def seat(llm: LLM, batch: int) -> list[int]:
     """Greedy requests of PREFIX tokens in the slots 0 .. batch - 1, each with pages of its own."""
     runner = llm.engine.runner
-    each = runner.core.cache.columns(PREFIX + ROOM)
+    each = runner.model_step.cache.columns(PREFIX + ROOM)
     for slot in range(batch):
         pages = range(1 + slot * each, 1 + (slot + 1) * each)
-        runner.seat(
-            slot, [5] * PREFIX, (), SamplingParams(temperature=0), slot, 10**6, (), 0, True, pages
-        )
+        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+        request = llm.engine.admission.request([5] * PREFIX, params, seed=slot)
+        request.slot, request.pages, request.limit = slot, list(pages), 10**6
+        runner.seat(request)
     return list(range(batch))
 
 
@@ -129,7 +128,7 @@ def seat(llm: LLM, batch: int) -> list[int]:
 def step_cost(llm: LLM, plan: Plan, batch: int) -> dict[str, object]:
     """Milliseconds of a step: the device's, those until it is read, those of the launch; the first
     ones' until read."""
-    runner, kind, slots = llm.engine.runner, Kind(plan, Features()), seat(llm, batch)
+    runner, kind, slots = llm.engine.runner, StepKey(plan, Features()), seat(llm, batch)
     step = partial(runner.step, kind, slots, PREFIX + ROOM)
     started = perf_counter()
     step().read()
@@ -161,7 +160,7 @@ def step_costs(llm: LLM, plans: Sequence[Plan], bandwidth: float) -> dict[str, o
     """Steps of each plan and batch size, and AR's against the time its weights and its cache take
     to read."""
     each, pages = (
-        llm.engine.runner.core.cache.columns(PREFIX + ROOM),
+        llm.engine.runner.model_step.cache.columns(PREFIX + ROOM),
         llm.engine.scheduler.pool.total,
     )
     batches = [batch for batch in BATCHES if batch * each <= pages]
@@ -181,7 +180,7 @@ def step_costs(llm: LLM, plans: Sequence[Plan], bandwidth: float) -> dict[str, o
 @torch.inference_mode()
 def kernels(llm: LLM, plan: Plan, batch: int, steps: int = 4) -> dict[str, object]:
     """See `profiled`, of a step."""
-    runner, kind, slots = llm.engine.runner, Kind(plan, Features()), seat(llm, batch)
+    runner, kind, slots = llm.engine.runner, StepKey(plan, Features()), seat(llm, batch)
     step = partial(runner.step, kind, slots, PREFIX + ROOM)
     for _ in range(3):  # the first ones are recorded
         step().read()
@@ -242,7 +241,8 @@ def a_prefill(llm: LLM, pieces: int, length: int) -> Callable[[], object]:
     seat(llm, pieces)
     chunks = [Chunk(slot, [7] * min(length, PREFIX + ROOM), 0) for slot in range(pieces)]
     return partial(
-        runner.core.prefill, PrefillBatch.of(chunks, runner.core.cache.page_size, runner._on_device)
+        runner.model_step.prefill,
+        PrefillBatch.of(chunks, runner.model_step.cache.page_size, runner._on_device),
     )
 
 
@@ -255,7 +255,7 @@ def prefill_kernels(llm: LLM) -> dict[str, object]:
 @torch.inference_mode()
 def linear_costs(idlm: Idlm) -> dict[str, object]:
     """Milliseconds of all linear layers and the head on so many rows, and nothing else."""
-    weights, found = idlm.linear_weights(), {}
+    weights, found = [weight for group in idlm.linear_groups() for weight in group], {}
     for rows in ROWS:
         inputs = {
             width: torch.randn(rows, width, dtype=idlm.dtype, device="cuda")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from idlm import Idlm, SamplingParams, load
+from idlm.config import EngineConfig
 from idlm.engine.build import build_engine
 from idlm.nano.problems import held_out_problems
 
@@ -57,7 +58,8 @@ def decode(
 ) -> Outputs:
     """The tokens of each prompt, all in flight at once; `options` are those of `build_engine`."""
     engine = build_engine(
-        idlm, stride, branches, **{"max_num_seqs": 16, "kv_memory": "256MiB"} | options
+        idlm,
+        EngineConfig(stride, branches, **{"max_num_seqs": 16, "kv_memory": "256MiB"} | options),
     )
     names = [engine.add(prompt, params, seed=seed) for seed, prompt in enumerate(prompts)]
     results = {

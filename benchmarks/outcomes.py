@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from idlm.config import EngineConfig
 from idlm.decoding.plan import Plan, expected_tokens
 from idlm.engine.build import build_engine
 from idlm.engine.request import Result
@@ -34,7 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def decode(idlm: Idlm, plan: Plan, requests: Sequence[Request], temperature: float) -> list[Result]:
     """All requests, 32 at once; request i has seed i."""
-    engine = build_engine(idlm, plan.stride, plan.branches, max_num_seqs=32)
+    engine = build_engine(idlm, EngineConfig(plan.stride, plan.branches, max_num_seqs=32))
     for seed, request in enumerate(requests):
         engine.add(request.prompt_token_ids, replace(request.params, temperature=temperature), seed)
     return [update.result for update in engine.run() if update.result is not None]

@@ -37,6 +37,7 @@ from idlm.cli.common import keep_what_is_loaded
 from idlm.decoding.plan import AR, Plan
 from idlm.evaluation.closed_loop import Contestant, Ours, Run
 from idlm.evaluation.environment import environment
+from idlm.evaluation.simulation import simulate_acceptance
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import load
 
@@ -95,10 +96,11 @@ def ours(idlm: Idlm, threads: int, options: argparse.Namespace) -> Iterator[Entr
                 branches=branches,
                 max_num_seqs=max(options.concurrency),
                 kv_memory=KV_MEMORY,
-                simulate_acceptance=simulated,
                 weights=name,
                 threads=threads,
             )
+            if simulated is not None:
+                simulate_acceptance(llm.engine, simulated)
             llm.engine.warm_up(60)
             yield Entry(name, Ours(llm, mode, simulated is not None))
 

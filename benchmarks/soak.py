@@ -20,6 +20,7 @@ import psutil
 import torch
 
 from idlm import SamplingParams, load
+from idlm.config import EngineConfig
 from idlm.engine.build import build_engine
 from idlm.engine.engine import Engine
 from idlm.evaluation.environment import environment
@@ -51,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     choice = random.Random(options.seed)
-    engine = build_engine(load("nano"), 4, "chain", max_num_seqs=32, kv_memory="6MiB")
+    engine = build_engine(load("nano"), EngineConfig(4, "chain", max_num_seqs=32, kv_memory="6MiB"))
     memory: list[float] = []
     asked = answered = aborted = 0
     waiting: list[str] = []

@@ -19,6 +19,7 @@ from time import perf_counter
 import torch
 
 from idlm import SamplingParams, load
+from idlm.config import EngineConfig
 from idlm.engine.build import build_engine
 from idlm.engine.engine import Engine
 from idlm.evaluation.environment import environment
@@ -33,10 +34,12 @@ def one_round(
         (running, whole),
         build_engine(
             idlm,
-            options.stride,
-            options.branches,
-            max_num_seqs=running + 1,
-            prefill_tokens=4096 if whole else None,
+            EngineConfig(
+                options.stride,
+                options.branches,
+                max_num_seqs=running + 1,
+                prefill_tokens=4096 if whole else None,
+            ),
         ),
     )
     params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)

@@ -18,13 +18,23 @@ MAY_IMPORT = {
     "models": {"decoding"},
     "kernels": {"decoding"},
     "attention": {"decoding", "kernels"},
-    "engine": {"decoding", "models", "kernels", "attention"},
+    "engine": {"config", "decoding", "models", "kernels", "attention"},
     "nano": {"decoding", "models", "engine", "evaluation", "training"},
     "training": {"decoding", "models"},
-    "evaluation": {"decoding", "models", "engine", "nano"},
-    "serving": {"decoding", "models", "engine"},
+    "evaluation": {"config", "decoding", "models", "engine", "nano"},
+    "serving": {"config", "decoding", "models", "engine"},
     "ui": {"decoding", "models", "engine"},
-    "cli": {"decoding", "models", "engine", "nano", "training", "evaluation", "serving", "ui"},
+    "cli": {
+        "config",
+        "decoding",
+        "models",
+        "engine",
+        "nano",
+        "training",
+        "evaluation",
+        "serving",
+        "ui",
+    },
 }
 
 

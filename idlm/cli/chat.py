@@ -9,6 +9,7 @@ import typer
 
 from idlm.cli import common
 from idlm.cli.sampling import with_sampling
+from idlm.config import EngineConfig
 from idlm.errors import InputError
 from idlm.extras import need
 from idlm.params import SamplingParams
@@ -73,17 +74,15 @@ def chat(
 
         partner = RemotePartner(url, _key(api_key), name, sampling)
     else:
-        from idlm.engine.build import plans_for
         from idlm.engine.llm import LLM
         from idlm.models.loading import load
         from idlm.ui.chat_local import LocalPartner
 
-        plans_for(stride, branches)  # before the model is loaded, which can take minutes
-        idlm = load(str(model), adapter=adapter, dtype=dtype, device=device)
-        llm = LLM(
-            idlm, stride=stride, branches=branches, max_num_seqs=1, weights=weights, threads=threads
+        config = EngineConfig(  # before the model is loaded, which can take minutes
+            stride, branches, max_num_seqs=1, weights=weights, threads=threads
         )
-        partner = LocalPartner(llm, sampling)
+        idlm = load(str(model), adapter=adapter, dtype=dtype, device=device)
+        partner = LocalPartner(LLM(idlm, config=config), sampling)
     Chat(partner, colors).run(reader())
 
 

@@ -69,7 +69,7 @@ def demo(
 
 
 def _check(stride: int, branches: str, **counts: int) -> None:
-    from idlm.engine.build import plans_for
+    from idlm.decoding.plan import plans_for
 
     plans_for(stride, branches)
     for name, value in counts.items():

@@ -10,6 +10,7 @@ import typer
 
 from idlm.cli import common, prompts
 from idlm.cli.sampling import with_sampling
+from idlm.config import EngineConfig
 from idlm.errors import InputError
 from idlm.params import SamplingParams
 
@@ -48,13 +49,13 @@ def generate(
             "no prompt given; write one after the model's name, or name a file with --prompts"
         )
 
-    from idlm.engine.build import plans_for
     from idlm.engine.llm import LLM
     from idlm.models.loading import load
 
-    plans_for(stride, branches)  # before the model is loaded, which can take minutes
+    # before the model is loaded, which can take minutes
+    config = EngineConfig(stride, branches, weights=weights, threads=threads)
     idlm = load(model, adapter=adapter, dtype=dtype, device=device)
-    llm = LLM(idlm, stride=stride, branches=branches, weights=weights, threads=threads)
+    llm = LLM(idlm, config=config)
     common.keep_what_is_loaded()
     ids = [one.encode(llm.idlm, chat) for one in asked]
     started = perf_counter()

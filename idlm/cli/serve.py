@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from idlm.cli import common
+from idlm.config import EngineConfig
 from idlm.errors import InputError
 from idlm.extras import need
-from idlm.serving.config import AR_SUFFIX, EngineConfig, Limits, ServeConfig
+from idlm.serving.config import AR_SUFFIX, Limits, ServeConfig, WorkerConfig
 
 KEY_VARIABLE = "IDLM_API_KEY"
 BOUNDS = Limits()
@@ -81,25 +82,22 @@ def serve(
     bounds = (queue, queue_tokens, max_tokens, max_n, max_prompts, max_body)
     limits = Limits(*bounds, timeout=timeout, drain_seconds=drain_seconds)
     _check(limits)
+    _at_least("--max-num-seqs", max_num_seqs, 1)
+    _at_least("--threads", 1 if threads is None else threads, 1)
     engine = EngineConfig(
-        *(
-            model,
-            _adapters(adapter or []),
-            stride,
-            branches,
-            dtype,
-            device,
-            max_num_seqs,
-            kv_memory,
-        ),
+        stride=stride,
+        branches=branches,
+        max_num_seqs=max_num_seqs,
+        kv_memory=kv_memory,
         deterministic=deterministic,
         weights=weights,
         threads=threads,
     )
-    _check_engine(engine)
+    adapters = _adapters(adapter or [])
+    worker = WorkerConfig(model, adapters, dtype, device, engine)
     keys = _keys(api_key or [])
     config = ServeConfig(
-        engine, _name(name or model, engine), host, port, keys, salt_by_key, log_prompts, limits
+        worker, _name(name or model, adapters), host, port, keys, salt_by_key, log_prompts, limits
     )
     _check_port(port)
 
@@ -116,18 +114,6 @@ def _announce(config: ServeConfig, url: str) -> None:
             err=True,
         )
     typer.echo(f"idlm serves {config.name} at {url}")
-
-
-def _check_engine(engine: EngineConfig) -> None:
-    """As far as it can be done before a model is loaded."""
-    from idlm.engine.build import parse_memory, plans_for
-
-    plans_for(engine.stride, engine.branches)
-    _at_least("--max-num-seqs", engine.max_num_seqs, 1)
-    if engine.threads is not None:
-        _at_least("--threads", engine.threads, 1)
-    if engine.kv_memory is not None:
-        parse_memory(engine.kv_memory)
 
 
 def _check_port(port: int) -> None:
@@ -174,11 +160,11 @@ def _adapters(entries: list[str]) -> dict[str, str]:
     return found
 
 
-def _name(name: str, engine: EngineConfig) -> str:
+def _name(name: str, adapters: dict[str, str]) -> str:
     """The model's name; those of the adapters have to differ from it."""
     if not name.strip():
         raise InputError("--name is empty; give a name, or leave the option out")
-    taken = {name, name + AR_SUFFIX, "default"} & set(engine.adapters)
+    taken = {name, name + AR_SUFFIX, "default"} & set(adapters)
     if taken:
         raise InputError(
             f"--adapter {min(taken)!r} has a name that means something else; use another"

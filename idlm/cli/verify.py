@@ -43,7 +43,7 @@ def verify(
     """
     asked = prompts.given([], prompts_file)
 
-    from idlm.engine.build import plans_for
+    from idlm.decoding.plan import plans_for
     from idlm.models.loading import load
 
     plans_for(stride, branches)  # before the model is loaded, which can take minutes

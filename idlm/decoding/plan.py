@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from idlm.decoding.window import Branches, outcomes, parse_branches
+from idlm.decoding.window import MAX_WIDTH, Branches, outcomes, parse_branches, window
 from idlm.errors import InputError
 
 
@@ -191,3 +191,35 @@ class RunningAcceptance:
             before = (accepted + self.weight * before) / (reached + self.weight)
             values.append(before)
         return values
+
+
+STRIDES = (2, 3, 4, 6, 8, 12, 16)
+"""Strides that the planner tries below the largest."""
+
+
+def candidates(stride: int) -> list[Plan]:
+    """The plans up to a stride that fit a window: AR, and each stride's chain and all outcomes."""
+    strides = sorted({*(n for n in STRIDES if n < stride), stride} - {1})
+    plans = [Plan(n, branches) for n in strides for branches in ("chain", "all")]
+    return [
+        AR,
+        *(
+            plan
+            for plan in plans
+            if plan.width <= MAX_WIDTH and not (plan.stride == 2 and plan.branches == "chain")
+        ),
+    ]
+
+
+def plans_for(stride: int, branches: str | tuple[int, ...]) -> list[Plan]:
+    """The plans that an engine chooses from: several for "planner", else the one asked for.
+
+    Raises:
+        InputError: the stride or the branches are wrong, or too wide for a window.
+    """
+    if branches == "planner":
+        parse_branches("chain", stride)
+        return candidates(stride)
+    chosen = parse_branches(branches, stride)
+    window(stride, chosen)  # refuses one that is too wide
+    return [Plan(stride, chosen)]

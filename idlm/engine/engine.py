@@ -1,7 +1,7 @@
 """`Engine`: many requests, one batch, step by step.
 
 A request's life:
-    1. `add` queues it; the intake refuses what cannot be done before it costs anything
+    1. `add` queues it; the admission refuses what cannot be done before it costs anything
     2. the scheduler gives it a slot and pages, those of the prefix cache first
     3. its prompt is prefilled in chunks beside the others' windows; with the last chunk comes its
        own first window, which brings its first token and drafts
@@ -26,35 +26,34 @@ from time import perf_counter
 
 import torch
 
+from idlm.config import EngineConfig
 from idlm.decoding.plan import Plan
-from idlm.engine.intake import Intake
+from idlm.engine.admission import Admission
+from idlm.engine.budget import PrefillBudget
 from idlm.engine.logprobs import add_prompt_logprobs, logprob_entries
 from idlm.engine.metrics import Metrics
 from idlm.engine.pages import PagePool
 from idlm.engine.planner import Planner
 from idlm.engine.prefill import Chunk
 from idlm.engine.request import Logprob, Request, Result, Update
-from idlm.engine.runner import Launched, Runner
+from idlm.engine.runner import PendingStep, Runner
 from idlm.engine.scheduler import Scheduler, longest
-from idlm.engine.step import Kind
+from idlm.engine.step import SlotResult, StepKey
 from idlm.params import SamplingParams
 
 WARM_UP_SECONDS = 5.0
-MOST_STEPS = 4
-"""Decode steps' worth of prompts that a step may take where many wait for their first token and few
-decode."""
-PREFILL_ALONE = 2048
-"""Prompt tokens of one step while nobody decodes."""
-PREFILL_LATE = 512
-"""Prompt tokens beside running requests where results come late: a launch's time tells nothing of
-the device's."""
 
 
 @dataclass
-class _Flight:
-    """A launched step and whom it concerns, in the order of its rows."""
+class InFlight:
+    """A launched step and its requests, in the order of its rows.
 
-    launched: Launched
+    Attributes:
+        tokens: by which it may lengthen each of them.
+        prompts: the chunks that it prefills.
+    """
+
+    pending: PendingStep
     requests: list[Request]
     tokens: int
     prompts: list[tuple[Request, Chunk]]
@@ -66,41 +65,29 @@ class Engine:
     Args:
         runner: the device side.
         planner: says which plan to run.
-        pages, page_size: of the runner's cache.
-        slots: the most requests at once.
-        late: steps launched before the results of one are read: 1 hides the host behind a GPU, 0
-            suits a CPU.
-        prefill_tokens: prompt tokens a step may add while others decode; None: about a step's
-            worth.
         adapters: names of the adapters, by index.
-        root: see `Scheduler`.
     """
 
     def __init__(
-        self,
-        runner: Runner,
-        planner: Planner,
-        pages: int,
-        page_size: int,
-        slots: int,
-        late: int = 0,
-        prefill_tokens: int | None = None,
-        adapters: Sequence[str] = (),
-        root: bytes = b"",
+        self, runner: Runner, planner: Planner, config: EngineConfig, adapters: Sequence[str] = ()
     ) -> None:
-        self.runner, self.planner, self.late = runner, planner, late
-        self.scheduler = Scheduler(slots, PagePool(pages, page_size), root)
+        cache, idlm = runner.model_step.cache, runner.idlm
+        late = int(idlm.device.type == "cuda")
+        self.runner, self.planner, self.config = runner, planner, config
+        self.lookahead = late if config.lookahead is None else config.lookahead
+        pool = PagePool(len(cache.pages[0][0]), cache.page_size)
+        self.scheduler = Scheduler(config.max_num_seqs, pool, f"{idlm.name} {idlm.dtype}".encode())
         self.metrics = Metrics()
-        self.intake = Intake(runner.idlm, runner.depth, self.scheduler.pool, adapters)
-        self._prefill_tokens = prefill_tokens
+        self.budget = PrefillBudget(config.prefill_tokens, clocked=not self.lookahead)
+        self.admission = Admission(idlm, runner.depth, pool, adapters)
         self._requests: dict[str, Request] = {}
-        self._flights: deque[_Flight] = deque()
-        self._ended: list[Update] = []
+        self._in_flight: deque[InFlight] = deque()
+        self._updates: list[Update] = []
 
     @property
     def busy(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self._requests or self._flights or self._ended)
+        return bool(self._requests or self._in_flight or self._updates)
 
     def add(
         self,
@@ -114,12 +101,12 @@ class Engine:
         salt: bytes = b"",
     ) -> str:
         """Queue a request for one sample; returns its id. The arguments are those of
-        `Intake.request`.
+        `Admission.request`.
 
         Raises:
             InputError: it could never run here.
         """
-        request = self.intake.request(
+        request = self.admission.request(
             prompt, params, seed, adapter, drafting, priority, timeout, salt
         )
         self._requests[request.id] = request
@@ -142,16 +129,21 @@ class Engine:
 
     @torch.inference_mode()  # once for all that it calls: entering it costs more than most of that
     def step(self) -> list[Update]:
-        """Admit, launch one step, and return what the steps before have brought."""
+        """Admit, launch one step, and return what the results read in this call bring.
+
+        With `lookahead` those are the results of the step before: the host works on them while the
+        device runs this one.
+        """
         started = perf_counter()
         self._expire()
         self._admit()
-        earlier = len(self._flights)
+        before = len(self._in_flight)
         worked = self._launch()
-        keep = max(0, len(self._flights) - earlier) if self.late else 0
-        while len(self._flights) > keep:
-            self._absorb(self._flights.popleft())
-        self._ended, updates = [], self._ended
+        launched = len(self._in_flight) - before
+        keep = max(0, launched) if self.lookahead else 0
+        while len(self._in_flight) > keep:
+            self._absorb(self._in_flight.popleft())
+        self._updates, updates = [], self._updates
         if worked:
             self.metrics.count_step(perf_counter() - started)
         return updates
@@ -169,8 +161,8 @@ class Engine:
     @torch.inference_mode()
     def drain(self) -> None:
         """Read what is under way, so that host and device agree."""
-        while self._flights:
-            self._absorb(self._flights.popleft())
+        while self._in_flight:
+            self._absorb(self._in_flight.popleft())
 
     def check(self) -> None:
         """Check that no slot and no page is lost; see `Scheduler.check`."""
@@ -184,86 +176,84 @@ class Engine:
 
     def _admit(self) -> None:
         while (request := self.scheduler.admit()) is not None:
-            assert request.slot is not None  # noqa: S101
-            self.runner.seat(
-                request.slot,
-                request.prompt,
-                request.result.token_ids,
-                request.params,
-                request.result.seed,
-                request.limit,
-                sorted(request.stop_ids),
-                request.adapter,
-                request.drafting,
-                request.pages,
-            )
-
-    def _budget(self) -> int:
-        """Prompt tokens this step may prefill; more where most wait, or the first to decode would
-        hold them all up."""
-        decoding, prefilling = len(self.scheduler.decoding), len(self.scheduler.prefilling)
-        if not decoding:
-            return PREFILL_ALONE
-        if self._prefill_tokens is not None:
-            return self._prefill_tokens
-        worth = PREFILL_LATE if self.late else self.metrics.prefill_budget()
-        return min(worth * min(max(1, prefilling // decoding), MOST_STEPS), PREFILL_ALONE)
+            self.runner.seat(request)
 
     def _launch(self) -> bool:
-        """One forward: a window for whoever decodes, chunks for whoever is still to."""
-        if any(request.matcher for request in self.scheduler.running):
+        """One forward: windows of decoding requests and chunks of prefilling ones."""
+        scheduler = self.scheduler
+        if any(request.matcher for request in scheduler.running):
             self.drain()  # a guide has to know all that is committed
-        running = self.scheduler.decoding or self.scheduler.prefilling
+        running = scheduler.decoding or scheduler.prefilling
         if not running:
             return False
         plan = self.planner.choose(len(running), any(request.drafting for request in running))
         self._grow(plan)
-        work = self.scheduler.chunks(self._budget())
-        requests = list(self.scheduler.decoding)
-        if not requests and not work:
+        budget = self.budget.tokens(len(scheduler.decoding), len(scheduler.prefilling))
+        prompts = scheduler.chunks(budget)
+        requests = list(scheduler.decoding)
+        if not requests and not prompts:
             return False
         started = perf_counter()
+        pending = self._run(plan, requests, [chunk for _, chunk in prompts])
+        self._count(plan, requests, prompts, perf_counter() - started)
+        tokens = plan.stride if requests else 0
+        self._in_flight.append(InFlight(pending, requests, tokens, prompts))
+        return True
+
+    def _run(self, plan: Plan, requests: list[Request], chunks: list[Chunk]) -> PendingStep:
         slots = [request.slot for request in requests if request.slot is not None]
         tokens = longest(requests) + self._ahead(plan) if requests else 1
         matchers = [request.matcher for request in requests]
-        chunks = [chunk for _, chunk in work]
-        launched = self.runner.step(self._kind(plan), slots, tokens, chunks, matchers)
-        prompt_tokens, seconds = (
-            sum(len(chunk.tokens) for chunk in chunks),
-            perf_counter() - started,
-        )
-        self.metrics.count_launch(plan, len(slots), prompt_tokens, seconds)
-        if not chunks and not any(matchers) and self.runner.steady:
-            self.planner.observe_cost(len(slots), plan, seconds)
-        self._flights.append(_Flight(launched, requests, plan.stride if requests else 0, work))
-        return True
+        return self.runner.step(self._key(plan), slots, tokens, chunks, matchers)
+
+    def _count(
+        self,
+        plan: Plan,
+        requests: list[Request],
+        prompts: list[tuple[Request, Chunk]],
+        seconds: float,
+    ) -> None:
+        """Let metrics, budget and planner learn from a step of so many seconds."""
+        batch, prompt_tokens = len(requests), sum(len(chunk.tokens) for _, chunk in prompts)
+        self.metrics.count_launch(plan, batch, prompt_tokens, seconds)
+        self.budget.observe(plan, batch, prompt_tokens, seconds)
+        guided = any(request.matcher for request in requests)
+        if not prompts and not guided and self.runner.steady:
+            self.planner.observe_cost(batch, plan, seconds)
+
+    def _key(self, plan: Plan) -> StepKey:
+        params = [request.params.logprobs for request in self.scheduler.running]
+        counts = [count for count in params if count is not None]
+        return StepKey(plan, self.runner.settings.features, max(counts) if counts else None)
 
     def _ahead(self, plan: Plan) -> int:
-        """Tokens by which the device may be past what the host knows, and the drafts of the step to
-        come."""
-        return sum(flight.tokens for flight in self._flights) + plan.drafts
+        """Tokens by which the device may be ahead of the host, and the drafts of the next step."""
+        return sum(step.tokens for step in self._in_flight) + plan.drafts
 
     def _grow(self, plan: Plan) -> None:
-        """Pages for the step to come; where they run out, someone gives theirs up."""
-        ahead, entries = self._ahead(plan), []
+        """Pages for the next step; where they run out, the last request in the order is
+        pre-empted."""
+        scheduler, ahead, entries = self.scheduler, self._ahead(plan), []
         lacking = [
-            one for one in self.scheduler.decoding if self.scheduler.lacks(one, one.length + ahead)
+            request
+            for request in scheduler.decoding
+            if scheduler.lacks(request, request.length + ahead)
         ]
-        for request in sorted(lacking, key=lambda one: one.order):
+        for request in sorted(lacking, key=lambda request: request.order):
             while request.slot is not None and not request.finished:
-                fresh = self.scheduler.grow(request, request.length + self._ahead(plan))
+                fresh = scheduler.grow(request, request.length + self._ahead(plan))
                 if fresh is not None:
                     entries += fresh
                     break
                 self._preempt()
         if entries:
-            seated = {request.slot for request in self.scheduler.running}
+            seated = {request.slot for request in scheduler.running}
             self.runner.map_pages([entry for entry in entries if entry[0] in seated])
 
     def _preempt(self) -> None:
-        """Take the last one's pages; first what is under way is read: it may bring the end of
-        somebody."""
-        if self._flights:
+        """Free the pages of the last request in the order. Steps in flight are read first: one of
+        them may end a request, and then nobody has to be pre-empted."""
+        if self._in_flight:
             self.drain()
             return
         slot = self.scheduler.preempt(self.scheduler.victim())
@@ -271,45 +261,31 @@ class Engine:
             self.runner.clear(slot)
         self.metrics.preemptions += 1
 
-    def _kind(self, plan: Plan) -> Kind:
-        wanted = [
-            r.params.logprobs for r in self.scheduler.running if r.params.logprobs is not None
-        ]
-        return Kind(plan, self.runner.settings.features, max(wanted) if wanted else None)
-
-    def _absorb(self, flight: _Flight) -> None:
-        """Read a step's result and give each request its part."""
+    def _absorb(self, step: InFlight) -> None:
+        """Read a step's result and give each request its tokens."""
         started = perf_counter()
-        outcome = flight.launched.read()
+        result = step.pending.read()
         self.metrics.device_seconds += perf_counter() - started
-        if outcome.prompt is not None:
-            add_prompt_logprobs(self.runner.idlm, flight.prompts, outcome.prompt)
+        if result.prompt is not None:
+            add_prompt_logprobs(self.runner.idlm, step.prompts, result.prompt)
         reached, accepted = [0] * self.runner.depth, [0] * self.runner.depth
-        for row, (request, packed) in enumerate(
-            zip(flight.requests, outcome.packed.tolist(), strict=False)
-        ):
-            *tokens, number, drafted, stood, _ = packed
-            if number == 0 or request.finished or request.slot is None:
+        for row, (request, slot) in enumerate(zip(step.requests, result.slots(), strict=False)):
+            if slot.committed == 0 or request.finished or request.slot is None:
                 continue
-            for depth in range(min(drafted, stood + 1)):
+            for depth in range(min(slot.drafted, slot.accepted + 1)):
                 reached[depth] += 1
-                accepted[depth] += depth < stood
-            chances = logprob_entries(outcome, row, request) if outcome.logprobs else []
-            self._deliver(request, tokens[:number], drafted, stood, chances)
+                accepted[depth] += depth < slot.accepted
+            logprobs = logprob_entries(result, row, request) if result.logprobs else []
+            self._deliver(request, slot, logprobs)
         self.planner.observe(reached, accepted)
 
     def _deliver(
-        self,
-        request: Request,
-        tokens: list[int],
-        drafted: int,
-        accepted: int,
-        chances: list[dict[int, Logprob]],
+        self, request: Request, slot: SlotResult, logprobs: list[dict[int, Logprob]]
     ) -> None:
-        kept, text = request.extend(tokens, drafted, accepted)
+        kept, text = request.extend(slot.tokens[: slot.committed], slot.drafted, slot.accepted)
         self.metrics.tokens += len(kept)
         if request.result.logprobs is not None:
-            request.result.logprobs += chances[: len(kept)]
+            request.result.logprobs += logprobs[: len(kept)]
         if request.complete:
             self._end(request, None, kept, text)
         else:
@@ -330,6 +306,6 @@ class Engine:
         self, request: Request, tokens: Sequence[int], text: str, result: Result | None = None
     ) -> None:
         sources = request.result.sources
-        self._ended.append(
+        self._updates.append(
             Update(request.id, list(tokens), text, result, sources[len(sources) - len(tokens) :])
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, overload
@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from idlm.chat_template import Message, check_ids
-from idlm.engine.build import DEFAULT_SLOTS, build_engine
+from idlm.config import EngineConfig
+from idlm.engine.build import build_engine
 from idlm.engine.engine import Engine
 from idlm.engine.request import Result, Update
 from idlm.errors import InputError
@@ -32,35 +33,17 @@ class LLM:
     """A model that generates.
 
     Args:
-        model: a folder, a hub id, a bundled name ("nano", "nano-base", "nano-full"), or a loaded
-            `Idlm`. What is loaded here is freed where the engine holds it in a form of its own; a
-            loaded model stays as it is.
+        model: a folder, a hub id, a GGUF file, a bundled name ("nano", "nano-base", "nano-full"),
+            or a loaded `Idlm`. The weights of what is loaded here are freed where the engine holds
+            them in a form of its own; a loaded model stays as it is.
         adapter: a gated LoRA's folder.
         adapters: more gated LoRAs of the same base, by the name that requests give: `generate(...,
             adapter=name)`. The first one given is the default; `adapter` is called "default".
-        stride: N, the most tokens a forward commits; 1 is plain AR.
-        branches: "planner" picks stride (up to `stride`) and branches at each step from measured
-            costs and running acceptance, AR where nothing is faster; "all" drafts for every outcome
-            of the verification, "chain" only for the one where every draft stands; numbers of
-            accepted drafts, for those.
-        max_num_seqs: the most requests at once; others wait.
-        kv_memory: for the KV cache: bytes, or a string such as "512MiB"; None takes twice what
-            `max_num_seqs` requests of full length need, so that as much can stay cached, within a
-            share of the memory there is.
-        page_size: tokens a page of the KV cache holds.
-        prefill_tokens: prompt tokens that one step may prefill beside running requests; None: about
-            as many as take as long as the step; 512 on a GPU.
         dtype: "auto" (the checkpoint's), or a torch dtype or its name.
-        device: where to run.
-        deterministic: batch-invariant kernels: a token's logits do not depend on the rows beside
-            it, also in float32 and bfloat16. Slower.
-        weights: on a CPU, what linear layers hold their weights in: "float32", "bfloat16" (half to
-            read), "int8" (a quarter; a quantised model, whose AR and ISD outputs are each other's).
-            "auto" is what the checkpoint holds.
-        threads: on a CPU: how many the engine uses; None measures 1, 2 and 4, as far as the machine
-            has them.
-        simulate_acceptance: by depth: accept drafts by chance, whatever the tokens. For measuring
-            shapes without trained weights; the output means nothing.
+        device: where to run: "cpu", "cuda", "cuda:1".
+        config: the engine's options.
+        options: fields of `EngineConfig`, which change those of `config`: stride, branches,
+            max_num_seqs, kv_memory, page_size, prefill_tokens, deterministic, weights, threads, ...
 
     Attributes:
         engine: what runs the requests; `engine.metrics` counts.
@@ -73,49 +56,25 @@ class LLM:
         self,
         model: str | Idlm,
         adapter: str | None = None,
-        stride: int = 4,
-        branches: str | Iterable[int] = "planner",
-        dtype: str | torch.dtype = "auto",
-        device: str = "cpu",
         *,
         adapters: Mapping[str, str] | None = None,
-        max_num_seqs: int = DEFAULT_SLOTS,
-        kv_memory: int | str | None = None,
-        page_size: int = 16,
-        prefill_tokens: int | None = None,
-        deterministic: bool = False,
-        simulate_acceptance: Sequence[float] | None = None,
-        weights: str = "auto",
-        threads: int | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str = "cpu",
+        config: EngineConfig | None = None,
+        **options: Any,
     ) -> None:
+        self.config = (config or EngineConfig()).with_options(options)
         if isinstance(model, Idlm) and adapter is not None:
             raise InputError(
                 f"adapter={adapter!r} with a loaded model; give it to idlm.load instead"
             )
         named = ({} if adapter is None else {"default": adapter}) | dict(adapters or {})
-        own = isinstance(model, str)
-        if isinstance(model, str):
-            model = load(model, dtype=dtype, device=device)
-        names = ["default", *named] if model.gate is not None else list(named)
+        ours = isinstance(model, str)
+        self.idlm = load(model, dtype=dtype, device=device) if isinstance(model, str) else model
+        names = ["default", *named] if self.idlm.gate is not None else list(named)
         for folder in named.values():
-            load_more(model, resolve(folder)[0])
-        self.idlm = model
-        self.engine: Engine = build_engine(
-            self.idlm,
-            stride=stride,
-            branches=branches,
-            adapters=names,
-            max_num_seqs=max_num_seqs,
-            kv_memory=kv_memory,
-            page_size=page_size,
-            prefill_tokens=prefill_tokens,
-            deterministic=deterministic,
-            simulate_acceptance=simulate_acceptance,
-            weights=weights,
-            threads=threads,
-            take_weights=own,
-        )
-        self.stride = stride
+            load_more(self.idlm, resolve(folder)[0])
+        self.engine: Engine = build_engine(self.idlm, self.config, names, take_weights=ours)
 
     def generate(
         self,
@@ -145,8 +104,8 @@ class LLM:
         params = _as_params(sampling_params, len(ids))
         for prompt, one in zip(ids, params, strict=True):
             one.check_vocabulary(self.idlm.vocab_size)
-            self.engine.intake.check_size(prompt, one)
-            self.engine.intake.matcher(one)
+            self.engine.admission.check_size(prompt, one)
+            self.engine.admission.matcher(one)
         options = {"adapter": adapter, "priority": priority, "timeout": timeout}
         with self._requests() as add:
             groups = [add(prompt, one, **options) for prompt, one in zip(ids, params, strict=True)]
@@ -218,8 +177,8 @@ class LLM:
             raise InputError(f"n={params.n} cannot be streamed by LLM.stream; use n=1, or generate")
         ids = self.encode(prompt)
         params.check_vocabulary(self.idlm.vocab_size)
-        self.engine.intake.check_size(ids, params)
-        self.engine.intake.matcher(params)
+        self.engine.admission.check_size(ids, params)
+        self.engine.admission.matcher(params)
         return self._stream(ids, params, adapter=adapter, drafting=drafting)
 
     def _stream(self, ids: list[int], params: SamplingParams, **options: Any) -> Iterator[Update]:

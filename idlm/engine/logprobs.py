@@ -12,11 +12,11 @@ from idlm.decoding.law import Law
 from idlm.decoding.verify import logprobs
 from idlm.engine.prefill import Chunk
 from idlm.engine.request import Logprob, Request
-from idlm.engine.step import Outcome
+from idlm.engine.step import StepResult
 from idlm.models.idlm_model import Idlm
 
 
-def logprob_entries(outcome: Outcome, row: int, request: Request) -> list[dict[int, Logprob]]:
+def logprob_entries(outcome: StepResult, row: int, request: Request) -> list[dict[int, Logprob]]:
     """For each token of a row of a step: itself, then the likeliest ones the request asked for."""
     top = request.params.logprobs
     if top is None or not outcome.logprobs:

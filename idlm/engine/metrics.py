@@ -7,13 +7,6 @@ from dataclasses import dataclass, field
 
 from idlm.decoding.plan import Plan
 
-GAP_SHARE = 1.0
-"""Decode steps that the prompt tokens beside running requests may take. Their wait then stays below
-three: the estimate comes from the chunks before, and this one sees a longer prefix."""
-SMOOTHING = 0.2
-FIRST_BUDGET = 64
-SMALLEST_BUDGET, LARGEST_BUDGET = 16, 4096
-
 
 @dataclass
 class Metrics:
@@ -36,9 +29,6 @@ class Metrics:
     plans: Counter[str] = field(default_factory=Counter)
     step_seconds: float = 0.0
     device_seconds: float = 0.0
-    _decodes: dict[tuple[Plan, int], float] = field(default_factory=dict)
-    _decode_seconds: float | None = None
-    _prefill_average: float | None = None
 
     @property
     def host_seconds(self) -> float:
@@ -59,31 +49,3 @@ class Metrics:
             self.window_rows += batch * plan.width
             self.plans[plan.name] += 1
         self.prefill_tokens += prompt_tokens
-        self._estimate(plan, batch, prompt_tokens, seconds)
-
-    def _estimate(self, plan: Plan, batch: int, prompt_tokens: int, seconds: float) -> None:
-        """Seconds of a prompt token, and of a decode step as this one; while prompts wait, no step
-        is without them."""
-        alone = self._decodes.get((plan, batch)) if batch else 0.0
-        if prompt_tokens and alone is not None:
-            average = max(0.0, seconds - alone) / prompt_tokens
-            self._prefill_average = _smooth(self._prefill_average, average)
-        elif (
-            prompt_tokens and self._prefill_average is not None
-        ):  # not kept: each would confirm the other's error
-            alone = max(0.0, seconds - prompt_tokens * self._prefill_average)
-        elif not prompt_tokens:
-            alone = self._decodes[plan, batch] = _smooth(alone, seconds)
-        if batch and alone is not None:
-            self._decode_seconds = alone
-
-    def prefill_budget(self) -> int:
-        """Prompt tokens that take about `GAP_SHARE` decode steps, from what both have taken lately."""
-        if self._decode_seconds is None or not self._prefill_average:
-            return FIRST_BUDGET
-        fitting = int(GAP_SHARE * self._decode_seconds / self._prefill_average)
-        return min(max(fitting, SMALLEST_BUDGET), LARGEST_BUDGET)
-
-
-def _smooth(average: float | None, value: float) -> float:
-    return value if average is None else average + SMOOTHING * (value - average)

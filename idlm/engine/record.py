@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from idlm.engine.prefill import PrefillBatch
-from idlm.engine.step import Core, Kind, Outcome
+from idlm.engine.step import ModelStep, StepKey, StepResult
 from idlm.kernels.fused import fuse
 
 log = logging.getLogger("idlm")
@@ -39,10 +39,10 @@ MOST_GRAPHS = 64
 class Recorder:
     """Runs steps, recorded where that is on."""
 
-    def __init__(self, core: Core, on: bool) -> None:
-        self.core = core
+    def __init__(self, model_step: ModelStep, on: bool) -> None:
+        self.model_step = model_step
         self.on = on
-        self._device = core.idlm.device.type
+        self._device = model_step.idlm.device.type
         self.steady = True
         """Whether the last step ran as all later ones of its kind will: neither recorded just now
         nor bound to be recorded later."""
@@ -52,36 +52,43 @@ class Recorder:
         self._place: _Place | None = None
 
     def step(
-        self, kind: Kind, rows: Tensor, columns: Tensor, prompts: PrefillBatch | None
-    ) -> Outcome:
-        """`Core.step`.
+        self, step_key: StepKey, rows: Tensor, columns: Tensor, prompts: PrefillBatch | None
+    ) -> StepResult:
+        """`ModelStep.step`.
 
         With pieces of prompts it is recorded where the attention takes any number of them at once,
         which is the C kernel's doing.
         """
-        core = self.core
+        model_step = self.model_step
         key = (
-            (kind, len(rows), len(columns))
+            (step_key, len(rows), len(columns))
             if self._device == "cuda"
-            else (kind, prompts is not None)
+            else (step_key, prompts is not None)
         )
-        recordable = prompts is None or core.cache.backend.takes_pieces
+        recordable = prompts is None or model_step.cache.backend.takes_pieces
         self.steady = key in self._recordings or not self.on or not recordable
-        if not recordable or not self._due(key) or not self._has(key, kind, rows, columns, prompts):
-            return core.step(kind, rows, columns, prompts)
+        if (
+            not recordable
+            or not self._due(key)
+            or not self._has(key, step_key, rows, columns, prompts)
+        ):
+            return model_step.step(step_key, rows, columns, prompts)
         if prompts is None:
             packed, *logprobs = self._recordings[key](rows, columns)
-            return Outcome(packed, tuple(logprobs))
+            return StepResult(packed, tuple(logprobs))
         packed, hidden, *logprobs = self._recordings[key](rows, columns, *prompts.tensors)
-        return Outcome(packed, tuple(logprobs), hidden)
+        return StepResult(packed, tuple(logprobs), hidden)
 
-    def prepare(self, kind: Kind) -> None:
+    def prepare(self, step_key: StepKey) -> None:
         """On a CPU: let the next step of this kind be recorded, however new it is."""
-        self.core.layout(
-            kind.plan
-        )  # now: made while a step is recorded, it would be made in every step
+        # now: made while a step is recorded, they would be made in every step
+        self.model_step.tables(step_key.plan)
         for prompts in (False, True):
-            self._seen[kind, prompts] = max(self._seen[kind, prompts], WARM["cpu"])
+            self._seen[step_key, prompts] = max(self._seen[step_key, prompts], WARM["cpu"])
+
+    def forget(self) -> None:
+        """Record all steps anew, since what they do has changed."""
+        self._recordings.clear()
 
     def _due(self, key: object) -> bool:
         """Whether to record now, or to use the recording."""
@@ -89,41 +96,46 @@ class Recorder:
         return self.on and self._seen[key] > WARM[self._device] and key not in self._eager
 
     def _has(
-        self, key: object, kind: Kind, rows: Tensor, columns: Tensor, prompts: PrefillBatch | None
+        self,
+        key: object,
+        step_key: StepKey,
+        rows: Tensor,
+        columns: Tensor,
+        prompts: PrefillBatch | None,
     ) -> bool:
         """Whether there is a recording; it is made where there is none yet."""
         if key in self._recordings:
             self._recordings.move_to_end(key)
         elif self._device != "cuda":
-            self._recordings[key] = _recording(self.core, kind, rows, columns, prompts)
+            self._recordings[key] = _recording(self.model_step, step_key, rows, columns, prompts)
         else:
-            self._capture(key, kind, rows, columns)
+            self._capture(key, step_key, rows, columns)
         return key in self._recordings
 
-    def _capture(self, key: object, kind: Kind, rows: Tensor, columns: Tensor) -> None:
+    def _capture(self, key: object, step_key: StepKey, rows: Tensor, columns: Tensor) -> None:
         """Make room for a CUDA graph and record it; without memory for it, these steps stay eager."""
         while len(self._recordings) >= MOST_GRAPHS:
             self._recordings.popitem(last=False)
         self._place = self._place or _Place()
         try:
-            self._recordings[key] = _graph(self.core, kind, rows, columns, self._place)
+            self._recordings[key] = _graph(self.model_step, step_key, rows, columns, self._place)
         except torch.cuda.OutOfMemoryError:
             log.warning(
                 "no memory to record %s for %d requests: these steps run eagerly",
-                kind.plan.name,
+                step_key.plan.name,
                 len(rows),
             )
             self._eager.add(key)
             torch.cuda.empty_cache()
 
 
-def _trace(core: Core, step: Replay, *inputs: Tensor) -> Replay:
+def _trace(model_step: ModelStep, step: Replay, *inputs: Tensor) -> Replay:
     """A recording of `step` for inputs of any length.
 
-    What a step writes to is an input of the recording, though it reaches it through `core`: writes
+    What a step writes to is an input of the recording, though it reaches it through `model_step`: writes
     to anything else would count as dead code.
     """
-    written = core.written()
+    written = model_step.written()
 
     def given(*values: Tensor) -> tuple[Tensor, ...]:
         return step(*values[: len(inputs)])
@@ -135,7 +147,7 @@ def _trace(core: Core, step: Replay, *inputs: Tensor) -> Replay:
         graph, _ = torch._C._create_graph_by_tracing(
             given, (*inputs, *written), lambda _: "", True, False
         )
-    fuse(graph, core.idlm.dtype, core.fused)
+    fuse(graph, model_step.idlm.dtype, model_step.products.fused)
     traced = torch._C._create_function_from_graph("step", graph)
 
     def replay(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -146,21 +158,27 @@ def _trace(core: Core, step: Replay, *inputs: Tensor) -> Replay:
 
 
 def _recording(
-    core: Core, kind: Kind, rows: Tensor, columns: Tensor, prompts: PrefillBatch | None
+    model_step: ModelStep,
+    step_key: StepKey,
+    rows: Tensor,
+    columns: Tensor,
+    prompts: PrefillBatch | None,
 ) -> Replay:
     """Of three windows, and of two pieces if there are any, all on the spare slot."""
 
     def step(rows: Tensor, columns: Tensor, *pieces: Tensor) -> tuple[Tensor, ...]:
-        outcome = core.step(kind, rows, columns, PrefillBatch((2, 3), *pieces) if pieces else None)
+        outcome = model_step.step(
+            step_key, rows, columns, PrefillBatch((2, 3), *pieces) if pieces else None
+        )
         return (
             outcome.packed,
             *(() if outcome.prompt is None else (outcome.prompt,)),
             *outcome.logprobs,
         )
 
-    spare = torch.full((3,), core.slots.spare)
+    spare = torch.full((3,), model_step.slots.spare)
     if prompts is None:
-        return _trace(core, step, spare, columns)
+        return _trace(model_step, step, spare, columns)
     starts, ends, owner = (
         torch.zeros(2, dtype=torch.int64),
         torch.tensor([2, 5]),
@@ -168,7 +186,7 @@ def _recording(
     )
     positions = torch.tensor([0, 1, 0, 1, 2])
     pieces = torch.zeros_like(owner), positions, owner, spare[:2], starts, ends, columns
-    return _trace(core, step, spare, columns, *pieces)
+    return _trace(model_step, step, spare, columns, *pieces)
 
 
 @dataclass
@@ -196,16 +214,18 @@ class _Place:
         self.stream = torch.cuda.Stream()
 
 
-def _graph(core: Core, kind: Kind, rows: Tensor, columns: Tensor, place: _Place) -> Replay:
+def _graph(
+    model_step: ModelStep, step_key: StepKey, rows: Tensor, columns: Tensor, place: _Place
+) -> Replay:
     """A CUDA graph for this number of rows and columns; recording runs nothing but the warm-up on
     the spare slot."""
-    spare = torch.full_like(rows, core.slots.spare)
+    spare = torch.full_like(rows, model_step.slots.spare)
     columns = columns.clone()
     place.stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(place.stream):
-        core.step(kind, spare, columns)
+        model_step.step(step_key, spare, columns)
     torch.cuda.current_stream().wait_stream(place.stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, place.memory, place.stream, "thread_local"):
-        outcome = core.step(kind, spare, columns)
+        outcome = model_step.step(step_key, spare, columns)
     return _Graph(graph, spare, columns, (outcome.packed, *outcome.logprobs))

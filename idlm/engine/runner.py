@@ -1,6 +1,7 @@
 """`Runner`: launches steps on the device and brings their results back.
 
-It owns what lies on the device (model, pages, slots, settings) and knows nothing of requests.
+It owns what lies on the device: model, pages, slots, settings. Of requests it knows only what a
+slot holds.
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from idlm.config import EngineConfig
 from idlm.decoding.plan import AR, Plan
 from idlm.decoding.settings import Features, Settings
 from idlm.engine.guide import GuidedRows, Matcher
 from idlm.engine.kv_cache import KVCache
 from idlm.engine.prefill import Chunk, PrefillBatch
+from idlm.engine.products import Products
 from idlm.engine.record import Recorder
+from idlm.engine.request import Request
+from idlm.engine.shapes import attention_shapes
 from idlm.engine.slots import Slots, staged
-from idlm.engine.step import Core, Kind, Outcome
-from idlm.kernels.fused import OPERATORS
-from idlm.kernels.linears import Linears
+from idlm.engine.step import ModelStep, StepKey, StepResult, Verify
 from idlm.models.idlm_model import Idlm
-from idlm.params import SamplingParams
 
 WARM_UP = 2
 """Steps before the first one that is timed: it is recorded in the first."""
@@ -37,90 +39,74 @@ many, and so on."""
 
 
 @dataclass
-class Launched:
+class PendingStep:
     """A step under way; `read` waits for it."""
 
-    outcome: Outcome
+    result: StepResult
     done: torch.cuda.Event | None = None
 
     @classmethod
-    def of(cls, outcome: Outcome) -> Launched:
+    def of(cls, result: StepResult) -> PendingStep:
         """Start the copies to the host."""
-        if outcome.packed.device.type != "cuda":
-            return cls(outcome)
-        packed = outcome.packed.to("cpu", non_blocking=True)
-        chances = tuple(tensor.to("cpu", non_blocking=True) for tensor in outcome.logprobs)
+        if result.packed.device.type != "cuda":
+            return cls(result)
+        packed = result.packed.to("cpu", non_blocking=True)
+        logprobs = tuple(tensor.to("cpu", non_blocking=True) for tensor in result.logprobs)
         done = torch.cuda.Event()
         done.record()
-        return cls(Outcome(packed, chances, outcome.prompt), done)
+        return cls(StepResult(packed, logprobs, result.prompt), done)
 
-    def read(self) -> Outcome:
-        """The outcome, on the host."""
+    def read(self) -> StepResult:
+        """The result, on the host."""
         if self.done is not None:
             self.done.synchronize()
-        return self.outcome
+        return self.result
 
 
 class Runner:
     """The device side of an engine; its methods are called in torch's inference mode.
 
     Args:
-        slots: the most requests at once.
-        depth: K, the most drafts a plan has.
-        pages, page_size: of the KV cache; page 0 is the trash page.
-        record: whether decode steps are recorded (see `Recorder`).
-        simulated, deterministic, linears, fused: see `Core`.
+        depth: K, the most drafts that a plan has.
+        pages: of the KV cache; page 0 is the trash page.
+        products: what multiplies by the model's weights.
     """
 
     def __init__(
-        self,
-        idlm: Idlm,
-        slots: int,
-        depth: int,
-        pages: int,
-        page_size: int,
-        record: bool = True,
-        simulated: Sequence[float] | None = None,
-        deterministic: bool = False,
-        linears: Linears | None = None,
-        fused: frozenset[str] = OPERATORS,
+        self, idlm: Idlm, config: EngineConfig, depth: int, pages: int, products: Products
     ) -> None:
         self.idlm, self.depth = idlm, depth
         like = torch.empty(0, dtype=idlm.dtype, device=idlm.device)
-        cache = KVCache(attention_shapes(idlm), pages, page_size, like, deterministic)
-        columns = cache.columns(idlm.context)
-        self.slots = Slots(slots, depth, columns, idlm.vocab_size, idlm.device)
+        shapes, deterministic = attention_shapes(idlm), config.deterministic
+        cache = KVCache(shapes, pages, config.page_size, like, deterministic)
+        slots = config.max_num_seqs
+        self.slots = Slots(slots, depth, cache.columns(idlm.context), idlm.vocab_size, idlm.device)
         self.settings = Settings.empty(slots + 1, idlm.vocab_size, idlm.mask_id, idlm.device)
+        self.model_step = ModelStep(idlm, cache, self.slots, self.settings, products, deterministic)
         # on a CPU one recording serves all batch sizes, but the number of fixed tiles is part of it
         tiled = deterministic and idlm.device.type == "cpu"
         self._graphs = idlm.device.type == "cuda"
-        self.core = Core(
-            idlm, cache, self.slots, self.settings, simulated, deterministic, linears, fused
-        )
         self._measured: set[tuple[Plan, int]] = set()
-        self._steps = Recorder(self.core, record and not tiled)
+        self._steps = Recorder(self.model_step, config.record and not tiled)
 
-    def seat(
-        self,
-        slot: int,
-        prompt: Sequence[int],
-        output: Sequence[int],
-        params: SamplingParams,
-        seed: int,
-        limit: int,
-        stop_ids: Sequence[int],
-        adapter: int,
-        drafting: bool,
-        pages: Sequence[int],
-    ) -> None:
-        """Give a request a slot; the prefill of its text but for the last token follows."""
-        if params.verification == "ratio" and self.slots.log_q is None:
+    def seat(self, request: Request) -> None:
+        """Write a request's state to its slot; the prefill of its text but for the last token
+        follows."""
+        assert request.slot is not None  # noqa: S101
+        if request.params.verification == "ratio" and self.slots.log_q is None:
             rows = len(self.slots.state.length)
             shape = (rows, self.depth, self.idlm.vocab_size)
             self.slots.log_q = torch.zeros(shape, dtype=torch.float64, device=self.idlm.device)
-        self.settings.put(slot, params, seed, prompt, output, stop_ids)
-        text = [*prompt, *output]
-        self.slots.put(slot, len(text), text[-1], limit, stop_ids, adapter, drafting, pages)
+        result, stop_ids = request.result, sorted(request.stop_ids)
+        self.settings.put(
+            request.slot, request.params, result.seed, request.prompt, result.token_ids, stop_ids
+        )
+        self.slots.put(request)
+
+    def replace_verify(self, verify: Verify) -> None:
+        """Accept drafts by another rule from now on; a bench does so to simulate acceptance."""
+        self.model_step.verify = verify
+        self._steps.forget()
 
     def clear(self, slot: int) -> None:
         """Free a slot."""
@@ -133,12 +119,12 @@ class Runner:
 
     def step(
         self,
-        kind: Kind,
+        key: StepKey,
         slots: Sequence[int],
         tokens: int,
         chunks: Sequence[Chunk] = (),
         matchers: Sequence[Matcher | None] = (),
-    ) -> Launched:
+    ) -> PendingStep:
         """One window for each of `slots`, none of which has more than `tokens` tokens, drafts
         included; and `chunks`.
 
@@ -147,42 +133,42 @@ class Runner:
         """
         with current(self.idlm.device):
             prompts = (
-                PrefillBatch.of(chunks, self.core.cache.page_size, self._on_device)
+                PrefillBatch.of(chunks, self.model_step.cache.page_size, self._on_device)
                 if chunks
                 else None
             )
             if prompts is None or not self._graphs:
-                return Launched.of(self._windows(kind, slots, tokens, prompts, matchers))
-            hidden = self.core.prefill(prompts)  # by itself: graphs are of windows alone
+                return PendingStep.of(self._windows(key, slots, tokens, prompts, matchers))
+            hidden = self.model_step.prefill(prompts)  # by itself: graphs are of windows alone
             if not slots:
-                nothing = hidden.new_empty(0, kind.plan.stride + 4, dtype=torch.int64)
-                return Launched.of(Outcome(nothing, prompt=hidden))
-            return Launched.of(
-                replace(self._windows(kind, slots, tokens, None, matchers), prompt=hidden)
+                nothing = hidden.new_empty(0, key.plan.stride + 3, dtype=torch.int64)
+                return PendingStep.of(StepResult(nothing, prompt=hidden))
+            return PendingStep.of(
+                replace(self._windows(key, slots, tokens, None, matchers), prompt=hidden)
             )
 
     def _windows(
         self,
-        kind: Kind,
+        key: StepKey,
         slots: Sequence[int],
         tokens: int,
         prompts: PrefillBatch | None,
         matchers: Sequence[Matcher | None],
-    ) -> Outcome:
+    ) -> StepResult:
         """The windows, and the pieces of prompts in the same forward."""
         slots = slots or [self.slots.spare]
         batch, tokens = (
             (_round_up(len(slots)), _context(tokens)) if self._graphs else (len(slots), tokens)
         )
-        columns = min(self.core.cache.columns(tokens), self.slots.state.table.shape[1])
+        columns = min(self.model_step.cache.columns(tokens), self.slots.state.table.shape[1])
         rows = self._on_device([*slots, *[self.slots.spare] * (batch - len(slots))])
         taken = torch.arange(columns, device=self.idlm.device)
         if any(matchers):
             guided = GuidedRows(
                 [*matchers, *[None] * (batch - len(matchers))], self.idlm.vocab_size
             )
-            return self.core.step(kind, rows, taken, prompts, guided)
-        return self._steps.step(kind, rows, taken, prompts)
+            return self.model_step.step(key, rows, taken, prompts, guided)
+        return self._steps.step(key, rows, taken, prompts)
 
     def _on_device(self, numbers: Sequence[int]) -> Tensor:
         return staged(numbers, self.idlm.device)
@@ -193,14 +179,14 @@ class Runner:
         on the spare slot."""
         prefix = min(prefix, self.idlm.context - self.depth - 1)
         self.slots.state.length[self.slots.spare] = prefix
-        kind, slots = Kind(plan, Features()), [self.slots.spare] * batch
+        key, slots = StepKey(plan, Features()), [self.slots.spare] * batch
         shape = (plan, batch if self.idlm.device.type == "cuda" else 0)  # what one recording serves
-        self._steps.prepare(kind)
+        self._steps.prepare(key)
         for _ in range(1 if shape in self._measured else WARM_UP):
-            self.step(kind, slots, prefix + self.depth).read()
+            self.step(key, slots, prefix + self.depth).read()
         self._measured.add(shape)
         started = perf_counter()
-        self.step(kind, slots, prefix + self.depth).read()
+        self.step(key, slots, prefix + self.depth).read()
         seconds = perf_counter() - started
         self.slots.state.length[self.slots.spare] = 1
         return seconds
@@ -223,10 +209,10 @@ class Runner:
         for features, plan in product(
             (Features(), Features(sampled=True)), dict.fromkeys([AR, *plans])
         ):
-            kind = Kind(plan, features)
-            self._steps.prepare(kind)
+            key = StepKey(plan, features)
+            self._steps.prepare(key)
             for chunks in ((), [Chunk(spare, [0, 0], 0)]):
-                self.step(kind, [spare], 3, chunks)
+                self.step(key, [spare], 3, chunks)
                 if perf_counter() - started > seconds:
                     return
 
@@ -249,37 +235,3 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     """Within it a GPU is CUDA's current one: Triton, graphs, streams and events go by that, not by
     their tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-class _Shapes:
-    """A cache that keeps nothing and notes each layer's shape."""
-
-    def __init__(self) -> None:
-        self.found: list[tuple[int, int, int]] = []
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        self.found.append((query.shape[1], key.shape[1], key.shape[3]))
-        return query.transpose(1, 2)
-
-
-@torch.inference_mode()
-def working_memory(idlm: Idlm, rows: int, logits: int) -> int:
-    """Bytes that a GPU's largest forward takes beside weights and pages: of so many rows, with
-    logits of some."""
-    torch.cuda.reset_peak_memory_stats(idlm.device)
-    before = torch.cuda.memory_allocated(idlm.device)
-    tokens = torch.zeros(1, rows, dtype=torch.int64, device=idlm.device)
-    hidden = idlm.hidden(tokens, tokens, None, cache=_Shapes())
-    idlm.head(hidden[0, :1].expand(logits, -1))
-    peak = torch.cuda.max_memory_allocated(idlm.device)
-    torch.cuda.empty_cache()
-    return peak - before
-
-
-@torch.inference_mode()
-def attention_shapes(idlm: Idlm) -> list[tuple[int, int, int]]:
-    """Query heads, key/value heads and head size of each layer, as the model itself computes them."""
-    cache = _Shapes()
-    one = torch.zeros(1, 1, dtype=torch.int64, device=idlm.device)
-    idlm.hidden(one, one, None, cache=cache)
-    return cache.found

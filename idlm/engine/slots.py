@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from idlm.decoding.settings import Features, Settings
+from idlm.engine.request import Request
 
 
 @dataclass(frozen=True)
@@ -85,24 +86,17 @@ class Slots:
         )
         self.stops = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
 
-    def put(
-        self,
-        slot: int,
-        length: int,
-        pending: int,
-        limit: int,
-        stops: Sequence[int],
-        adapter: int,
-        drafting: bool,
-        pages: Sequence[int],
-    ) -> None:
-        """Seat a request with `length` committed tokens, `pending` the last; `limit` or one of
-        `stops` ends it."""
+    def put(self, request: Request) -> None:
+        """Seat a request: its committed tokens, the last of which is pending, its end and pages."""
+        slot, text, pages = request.slot, request.text, request.pages
+        assert slot is not None  # noqa: S101
         table, device = self.state.table[slot], self.state.table.device
-        self._numbers[slot] = staged([length, pending, limit, 0, adapter], device)
-        self._flags[slot] = staged([True, drafting], device).bool()
+        numbers = [len(text), text[-1], request.limit, 0, request.adapter]
+        self._numbers[slot] = staged(numbers, device)
+        self._flags[slot] = staged([True, request.drafting], device).bool()
         table.copy_(staged([*pages, *[0] * (len(table) - len(pages))], device))
-        self.stops[slot].fill_(False).index_fill_(0, staged(list(stops), device), True)
+        stops = staged(sorted(request.stop_ids), device)
+        self.stops[slot].fill_(False).index_fill_(0, stops, True)
 
     def clear(self, slot: int) -> None:
         """Free a slot: a step still under way writes to the trash page and commits nothing."""

@@ -18,9 +18,11 @@ from typing import Protocol
 
 import torch
 
+from idlm.config import EngineConfig
 from idlm.decoding.plan import Plan, choose
 from idlm.engine.llm import LLM, Result
 from idlm.engine.planner import Planner
+from idlm.evaluation.simulation import simulate_acceptance
 from idlm.evaluation.workload import Request
 from idlm.models.idlm_model import Idlm
 
@@ -129,27 +131,22 @@ def contestants(
     modes: Sequence[str],
     stride: int,
     slots: int,
-    simulate_acceptance: Sequence[float] | None = None,
+    shares: Sequence[float] | None = None,
     kv_memory: str | None = None,
     weights: str = "auto",
 ) -> list[Ours]:
     """Our engine in each of the modes, over the same weights; `stride` is the planner's largest.
 
-    Each has its own KV cache of `kv_memory`. Raises what `LLM` raises.
+    Each has its own KV cache of `kv_memory`. Raises what `LLM` raises. With `shares`, drafts are
+    accepted by chance; see `simulate_acceptance`.
     """
     found = []
     for mode in modes:
         n, branches = (1, "all") if mode == "ar" else (stride, mode)
-        simulated = None if mode == "ar" else simulate_acceptance
-        llm = LLM(
-            idlm,
-            stride=n,
-            branches=branches,
-            max_num_seqs=slots,
-            kv_memory=kv_memory,
-            simulate_acceptance=simulated,
-            weights=weights,
-        )
+        config = EngineConfig(n, branches, max_num_seqs=slots, kv_memory=kv_memory, weights=weights)
+        llm, simulated = LLM(idlm, config=config), None if mode == "ar" else shares
+        if simulated is not None:
+            simulate_acceptance(llm.engine, simulated)
         llm.engine.warm_up(WARM_UP_SECONDS)
         found.append(Ours(llm, mode, simulated is not None))
     return found

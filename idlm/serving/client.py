@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from idlm.chat_template import check_ids
 from idlm.errors import InputError
-from idlm.serving.config import EngineConfig, Limits
+from idlm.serving.config import Limits, WorkerConfig
 from idlm.serving.errors import EngineDown
 from idlm.serving.limits import Quota
 from idlm.serving.supervisor import Supervisor
@@ -89,7 +89,7 @@ class EngineClient:
         quota: the samples that are with the engine, running or waiting.
     """
 
-    def __init__(self, config: EngineConfig, limits: Limits) -> None:
+    def __init__(self, config: WorkerConfig, limits: Limits) -> None:
         self.config, self.limits = config, limits
         self.info: Ready | None = None
         self.stats = Stats()

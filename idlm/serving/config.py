@@ -5,27 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from idlm.config import EngineConfig
+
 AR_SUFFIX = ":ar"
 """`model` names with this ending decode without drafts, in the same engine."""
 
 
 @dataclass(frozen=True)
-class EngineConfig:
+class WorkerConfig:
     """What the engine's process is started with; the names are those of `LLM`."""
 
     model: str
     adapters: Mapping[str, str] = field(default_factory=dict)
-    stride: int = 4
-    branches: str = "planner"
     dtype: str = "auto"
     device: str = "cpu"
-    max_num_seqs: int = 64
-    kv_memory: int | str | None = None
-    page_size: int = 16
-    prefill_tokens: int | None = None
-    deterministic: bool = False
-    weights: str = "auto"
-    threads: int | None = None
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
 
 @dataclass(frozen=True)
@@ -72,7 +66,7 @@ class ServeConfig:
         log_prompts: write prompts and outputs to the log.
     """
 
-    engine: EngineConfig
+    worker: WorkerConfig
     name: str
     host: str = "127.0.0.1"
     port: int = 8000

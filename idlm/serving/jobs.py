@@ -58,13 +58,13 @@ class Server:
     def targets(self) -> dict[str, Target]:
         """What a request can name as its model."""
         name = self.config.name
-        adapters = {one: Target(one) for one in self.config.engine.adapters}
+        adapters = {one: Target(one) for one in self.config.worker.adapters}
         return {name: Target(), name + AR_SUFFIX: Target(drafting=False)} | adapters
 
     @property
     def fingerprint(self) -> str:
         """Changes when anything does that may change an output."""
-        digest = hashlib.blake2b(repr((__version__, self.config.engine)).encode(), digest_size=6)
+        digest = hashlib.blake2b(repr((__version__, self.config.worker)).encode(), digest_size=6)
         return f"idlm-{digest.hexdigest()}"
 
     def target(self, model: str) -> Target:

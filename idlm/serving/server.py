@@ -64,9 +64,9 @@ def bind(host: str, port: int) -> socket.socket:
 async def _serve(
     config: ServeConfig, listener: socket.socket, announce: Callable[[str], None]
 ) -> None:
-    prompts = Prompts.load(config.engine.model)
+    prompts = Prompts.load(config.worker.model)
     observe.configure()
-    client = EngineClient(config.engine, config.limits)
+    client = EngineClient(config.worker, config.limits)
     server = HttpServer(config, client, prompts)
     starting = asyncio.create_task(
         _start(client, server, lambda: announce(url(config.host, listener)))

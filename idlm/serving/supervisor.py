@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from idlm.errors import InputError
-from idlm.serving.config import EngineConfig
+from idlm.serving.config import WorkerConfig
 from idlm.serving.wire import Failed, FromEngine, Ready, read
 
 log = logging.getLogger("idlm.serving")
@@ -40,7 +40,7 @@ class Supervisor:
     """
 
     def __init__(
-        self, config: EngineConfig, receive: Callable[[FromEngine], None], lost: Callable[[], None]
+        self, config: WorkerConfig, receive: Callable[[FromEngine], None], lost: Callable[[], None]
     ) -> None:
         self.config = config
         self._receive, self._lost = receive, lost

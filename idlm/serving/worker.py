@@ -1,6 +1,6 @@
 """The engine's process: `python -m idlm.serving.worker SOCKET CONFIG`.
 
-SOCKET is the number of an inherited file descriptor, CONFIG an `EngineConfig` as JSON.
+SOCKET is the number of an inherited file descriptor, CONFIG an `WorkerConfig` as JSON.
 
     reader thread: socket -> inbox        loop: inbox -> engine.step() -> one frame for all that the
     step brought
@@ -34,7 +34,7 @@ from idlm.engine.llm import LLM
 from idlm.engine.request import Result, Update
 from idlm.errors import InputError
 from idlm.serving import observe
-from idlm.serving.config import EngineConfig
+from idlm.serving.config import WorkerConfig
 from idlm.serving.observe import add_totals
 from idlm.serving.wire import (
     Abort,
@@ -249,7 +249,7 @@ class Worker:
         """Beside the loop, since it takes up to a second; `Engine.add` then finds the guide
         compiled."""
         try:
-            self.engine.intake.matcher(submit.params)
+            self.engine.admission.matcher(submit.params)
             self.link.inbox.put([Compiled(submit)])
         # the loop refuses or fails with it: a sample must not wait for what never comes
         except Exception as error:
@@ -295,7 +295,7 @@ class Worker:
         return self._reports.stats()
 
 
-def main(file_descriptor: int, config: EngineConfig) -> int:
+def main(file_descriptor: int, config: WorkerConfig) -> int:
     """Load the model, say so, and run; returns the exit status."""
     for number in (
         signal.SIGINT,
@@ -304,7 +304,13 @@ def main(file_descriptor: int, config: EngineConfig) -> int:
         signal.signal(number, signal.SIG_IGN)
     link = Link(file_descriptor)
     try:
-        llm = LLM(**vars(config))  # its fields are arguments of `LLM`
+        llm = LLM(
+            config.model,
+            adapters=config.adapters,
+            dtype=config.dtype,
+            device=config.device,
+            config=config.engine,
+        )
         llm.engine.warm_up()
         gc.collect()
         gc.freeze()  # what is here now stays; looking through it again would hold all requests up
@@ -320,4 +326,4 @@ def main(file_descriptor: int, config: EngineConfig) -> int:
 
 if __name__ == "__main__":
     observe.configure()
-    sys.exit(main(int(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=EngineConfig)))
+    sys.exit(main(int(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=WorkerConfig)))

@@ -28,7 +28,7 @@ class LocalPartner:
                 f"model {name!r} has no chat template; use 'idlm generate {name}', which completes text"
             )
         self.name = llm.idlm.name
-        self.drafts = self.traced = llm.stride > 1
+        self.drafts = self.traced = llm.config.stride > 1
         self._llm, self._params, self._tokenizer = llm, params, tokenizer
 
     def answer(self, messages: Sequence[Message], drafting: bool) -> Iterator[Piece | End]:

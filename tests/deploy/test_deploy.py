@@ -19,14 +19,14 @@ from idlm.cli import app
 from idlm.cli.serve import KEY_VARIABLE
 from idlm.serving.app import router
 from idlm.serving.client import EngineClient
-from idlm.serving.config import EngineConfig, Limits, ServeConfig
+from idlm.serving.config import Limits, ServeConfig, WorkerConfig
 from idlm.serving.observe import Meters
 from idlm.serving.server import GRACE_SECONDS
 from tests.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-CONFIG = ServeConfig(EngineConfig("nano"), "nano")
+CONFIG = ServeConfig(WorkerConfig("nano"), "nano")
 STOP_SECONDS = Limits().drain_seconds + GRACE_SECONDS
 """From SIGTERM to the end, at most."""
 TYPES = {"counter": ("",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from idlm.config import EngineConfig
 from idlm.params import MOST_LOGPROBS
 from idlm.serving import limits, schema, server, supervisor, wire
 from idlm.serving.app import ERRORS, router
 from idlm.serving.client import EngineClient
-from idlm.serving.config import EngineConfig, Limits
+from idlm.serving.config import Limits, WorkerConfig
 from idlm.serving.observe import Meters
 from idlm.serving.schema import DEFAULT_MAX_TOKENS, CompletionRequest
 from idlm.serving.schema_chat import ChatRequest
@@ -50,7 +51,7 @@ def test_the_table_of_routes_is_complete() -> None:
 
 
 def test_the_table_of_metrics_is_complete() -> None:
-    text = Meters(EngineClient(EngineConfig("nano"), BOUNDS)).render().decode()
+    text = Meters(EngineClient(WorkerConfig("nano"), BOUNDS)).render().decode()
     told = [name for row in table("Metrics") for name in names(row[0])]
     assert sorted(told) == sorted(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
 
@@ -92,7 +93,7 @@ def test_the_numbers_of_the_threat_model_are_the_servers() -> None:
         f"have {BOUNDS.schema_bytes} bytes at most",
         f"frames of at most {wire.MAX_FRAME // 2**20} MiB",
         f"silent for {supervisor.STALL_SECONDS:g} s",
-        f"{EngineConfig('nano').page_size} tokens at a time",
+        f"{EngineConfig().page_size} tokens at a time",
     ):
         assert claim in said, claim
 

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from idlm import Idlm, SamplingParams
+from idlm.config import EngineConfig
 from idlm.decoding import reference
 from idlm.decoding.plan import AR, Plan
 from idlm.decoding.settings import Features, Settings
-from idlm.engine import planner, record, runner
-from idlm.engine.build import build_engine, gpu_share
-from idlm.engine.engine import PREFILL_LATE
+from idlm.engine import costs, record, runner
+from idlm.engine.budget import PREFILL_LATE
+from idlm.engine.build import build_engine
+from idlm.engine.memory import gpu_share
 from idlm.engine.record import Recorder
 from idlm.engine.slots import select
-from idlm.engine.step import Kind, Outcome
+from idlm.engine.step import StepKey, StepResult
 from tests.engine.tiny import tiny_idlm
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -34,12 +36,12 @@ def idlm() -> Idlm:
     return tiny_idlm("qwen3")
 
 
-def eager(kind: Kind, rows: Tensor, columns: Tensor, prompts: object = None) -> Outcome:
-    return Outcome(torch.zeros(len(rows), 5))
+def eager(kind: StepKey, rows: Tensor, columns: Tensor, prompts: object = None) -> StepResult:
+    return StepResult(torch.zeros(len(rows), 5))
 
 
 def graph(
-    core: Any, kind: Kind, rows: Tensor, columns: Tensor, place: object
+    core: Any, kind: StepKey, rows: Tensor, columns: Tensor, place: object
 ) -> Callable[..., tuple[Tensor]]:
     return lambda rows, columns: (torch.ones(len(rows), 5),)
 
@@ -54,7 +56,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
 
 def run(recorder: Recorder, batch: int, times: int = 2) -> list[bool]:
     """Steps of a batch; for each, whether it was a replay."""
-    kind, rows = Kind(AR, Features()), torch.zeros(batch)
+    kind, rows = StepKey(AR, Features()), torch.zeros(batch)
     return [
         bool(recorder.step(kind, rows, torch.zeros(3), None).packed.any()) for _ in range(times)
     ]
@@ -104,11 +106,13 @@ def test_few_contexts_have_graphs_of_their_own() -> None:
 def test_prompts_go_by_themselves_where_graphs_are_of_windows_alone(
     idlm: Idlm, stride: int, branches: str, late: int
 ) -> None:
-    engine = build_engine(idlm, stride, branches, late=late, prefill_tokens=5, record=False)
-    core, steps = engine.runner.core, []
+    engine = build_engine(
+        idlm, EngineConfig(stride, branches, lookahead=late, prefill_tokens=5, record=False)
+    )
+    core, steps = engine.runner.model_step, []
     engine.runner._graphs, step = True, core.step
 
-    def counted(kind: Kind, rows: Tensor, *rest: Any) -> Outcome:
+    def counted(kind: StepKey, rows: Tensor, *rest: Any) -> StepResult:
         steps.append(len(rows))
         return step(kind, rows, *rest)
 
@@ -125,29 +129,29 @@ def test_prompts_go_by_themselves_where_graphs_are_of_windows_alone(
 
 
 def test_while_nobody_decodes_no_window_is_run(idlm: Idlm) -> None:
-    engine = build_engine(idlm, 1, "all", record=False)
-    engine.runner._graphs, engine.runner.core.step = True, None  # type: ignore[method-assign, assignment]
+    engine = build_engine(idlm, EngineConfig(1, "all", record=False))
+    engine.runner._graphs, engine.runner.model_step.step = True, None  # type: ignore[method-assign, assignment]
     chunk = runner.Chunk(0, [3, 4, 5], 0)
-    engine.runner.seat(0, [3, 4, 5, 6], (), GREEDY, 0, 12, (), 0, True, [1])
-    outcome = engine.runner.step(Kind(AR, Features()), [], 1, [chunk]).read()
+    request = engine.admission.request([3, 4, 5, 6], GREEDY, 0)
+    request.slot, request.pages = 0, [1]
+    engine.runner.seat(request)
+    outcome = engine.runner.step(StepKey(AR, Features()), [], 1, [chunk]).read()
     assert (
-        outcome.packed.shape == (0, 5) and outcome.prompt is not None and len(outcome.prompt) == 3
+        outcome.packed.shape == (0, 4) and outcome.prompt is not None and len(outcome.prompt) == 3
     )
 
 
 def test_where_results_come_late_the_host_does_not_time_the_prefill(idlm: Idlm) -> None:
     """The time of a launch says nothing of the device; a budget made of it would shrink to its
     least."""
-    engine = build_engine(idlm, 1, "all", late=1)
+    engine = build_engine(idlm, EngineConfig(1, "all", lookahead=1))
     engine.add([3, 4], GREEDY, 0)
     for _ in range(3):
         engine.step()
-    engine.metrics.count_launch(AR, 1, 0, 2e-4)
-    engine.metrics.count_launch(AR, 0, 64, 2e-2)
-    assert (
-        engine.scheduler.decoding
-        and engine.metrics.prefill_budget() < 100 < PREFILL_LATE == engine._budget()
-    )
+    engine.budget.observe(AR, 1, 0, 2e-4)
+    engine.budget.observe(AR, 0, 64, 2e-2)
+    assert engine.scheduler.decoding
+    assert engine.budget.step_worth() < 100 < PREFILL_LATE == engine.budget.tokens(1, 0)
 
 
 def test_steps_run_on_the_models_own_device(idlm: Idlm, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,8 +159,8 @@ def test_steps_run_on_the_models_own_device(idlm: Idlm, monkeypatch: pytest.Monk
     assert runner.current(torch.device("cuda", 1)).idx == 1  # type: ignore[attr-defined]
     entered = []
     monkeypatch.setattr(runner, "current", lambda device: entered.append(device) or nullcontext())
-    engine = build_engine(idlm, 1, "all")
-    engine.runner.step(Kind(AR, Features()), [], 1)
+    engine = build_engine(idlm, EngineConfig(1, "all"))
+    engine.runner.step(StepKey(AR, Features()), [], 1)
     assert entered == [idlm.device]
 
 
@@ -193,8 +197,8 @@ def test_what_recording_takes_is_not_counted_on_a_gpu(
         clock[0] += 1.0
         return 1e-3
 
-    monkeypatch.setattr(planner, "_cache_file", lambda *_: tmp_path / "costs")
-    monkeypatch.setattr(planner, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(costs, "_cache_file", lambda *_: tmp_path / "costs")
+    monkeypatch.setattr(costs, "perf_counter", lambda: clock[0])
     fake = SimpleNamespace(idlm=SimpleNamespace(device=torch.device(device)), measure=measure)
-    table = planner.measured(fake, [AR, Plan(2, "all")], 64, seconds=1.5)  # type: ignore[arg-type]
+    table = costs.measured_costs(fake, [AR, Plan(2, "all")], 64, seconds=1.5)  # type: ignore[arg-type]
     assert {row["batch"] for row in table.to_json()} == batches

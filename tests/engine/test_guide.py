@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.structured import fault, params_for, schemas
 from idlm import LLM, Guide, Idlm, InputError, SamplingParams, load
+from idlm.config import EngineConfig
 from idlm.decoding import reference
 from idlm.engine import guide as engine_guide
 from idlm.engine.build import build_engine
@@ -137,7 +138,16 @@ def test_any_schedule(idlm: Idlm, late: int, seed: int) -> None:
     chance = random.Random(seed)
     memory = 2**12 * 3 * DTYPE.itemsize
     engine = build_engine(
-        idlm, 4, "all", max_num_seqs=3, kv_memory=memory, page_size=4, prefill_tokens=9, late=late
+        idlm,
+        EngineConfig(
+            4,
+            "all",
+            max_num_seqs=3,
+            kv_memory=memory,
+            page_size=4,
+            prefill_tokens=9,
+            lookahead=late,
+        ),
     )
     alone, done, wanted = LLM(idlm, stride=1), dict[str, Result](), {}
     while engine.busy or len(wanted) < 14:

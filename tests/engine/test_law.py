@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from idlm import Guide, Idlm, SamplingParams, load
+from idlm.config import EngineConfig
 from idlm.decoding import law
 from idlm.decoding.law import Law, positions
 from idlm.decoding.verify import Verdicts
@@ -68,7 +69,7 @@ def decode(
     idlm: Idlm, plan: tuple[int, str], requests: list[SamplingParams], record: bool = True
 ) -> list[Result]:
     """All of them side by side."""
-    engine = build_engine(idlm, *plan, record=record)
+    engine = build_engine(idlm, EngineConfig(*plan, record=record))
     limits = {"max_tokens": TOKENS, "ignore_eos": True}
     names = [engine.add(PROMPT, replace(one, **limits), one.seed or 0) for one in requests]
     results = {

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from idlm import LLM, Idlm, InputError, SamplingParams, load
+from idlm.config import EngineConfig, parse_memory
 from idlm.decoding.plan import Plan
-from idlm.engine.build import build_engine, parse_memory
+from idlm.engine.build import build_engine
+from idlm.evaluation.simulation import simulate_acceptance
 from idlm.nano.problems import held_out_problems
 from tests.decoding.laws import BOTH
 from tests.engine.tiny import DEVICE, DTYPE, ROUNDING, tiny_idlm
@@ -172,7 +174,7 @@ def test_a_shared_prefix_is_computed_once(idlm: Idlm) -> None:
 
 
 def test_a_long_prompt_is_prefilled_in_pieces_between_the_steps_of_others(idlm: Idlm) -> None:
-    engine = build_engine(idlm, 2, "all", prefill_tokens=4)
+    engine = build_engine(idlm, EngineConfig(2, "all", prefill_tokens=4))
     running = engine.add([3, 4], SamplingParams(seed=0, max_tokens=30, ignore_eos=True), 0)
     engine.step()
     engine.add(list(range(3, 23)) * 2, SamplingParams(seed=0, max_tokens=2), 0)
@@ -183,7 +185,7 @@ def test_a_long_prompt_is_prefilled_in_pieces_between_the_steps_of_others(idlm: 
 
 @pytest.mark.parametrize("stride", [1, 3])
 def test_a_prompt_and_the_windows_of_others_are_one_forward(idlm: Idlm, stride: int) -> None:
-    engine = build_engine(idlm, stride, "all", late=0)
+    engine = build_engine(idlm, EngineConfig(stride, "all", lookahead=0))
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     engine.add([3, 4], params, 0)
     engine.step()
@@ -196,7 +198,10 @@ def test_a_prompt_and_the_windows_of_others_are_one_forward(idlm: Idlm, stride: 
 
 def test_prompt_logprobs_survive_a_pre_emption_within_the_prefill(idlm: Idlm) -> None:
     params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=2)
-    engine, prompt = build_engine(idlm, 2, "all", prefill_tokens=3, late=0), list(range(3, 14))
+    engine, prompt = (
+        build_engine(idlm, EngineConfig(2, "all", prefill_tokens=3, lookahead=0)),
+        list(range(3, 14)),
+    )
     engine.add([3], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True), 0)
     engine.step()
     name = engine.add(prompt, params, 0)
@@ -245,8 +250,8 @@ def test_one_request_refused_leaves_the_others_alone(idlm: Idlm) -> None:
         ({"prefill_tokens": -3}, "prefill_tokens=-3"),
         ({"kv_memory": "lots"}, "'lots' is no amount"),
         ({"kv_memory": 10}, "holds 0 pages"),
-        ({"simulate_acceptance": [0.9, 1.2]}, "shares from 0 to 1"),
-        ({"simulate_acceptance": []}, "shares from 0 to 1"),
+        ({"lookahead": 2}, "lookahead=2"),
+        ({"stirde": 4}, "'stirde' is no option of an engine; use stride, branches"),
         ({"stride": 9, "branches": "all"}, "81 rows"),
         ({"branches": "most"}, "'most' is unknown"),
         ({"weights": "int4"}, "weights='int4' is unknown"),
@@ -271,12 +276,19 @@ def test_memory_is_read_with_its_unit() -> None:
     ]
 
 
+@pytest.mark.parametrize("shares", [[0.9, 1.2], []])
+def test_what_is_no_share_is_refused(idlm: Idlm, shares: list[float]) -> None:
+    with pytest.raises(InputError, match="shares from 0 to 1"):
+        simulate_acceptance(LLM(idlm, stride=2, branches="all").engine, shares)
+
+
 def test_simulated_acceptance_is_what_was_asked_for(idlm: Idlm) -> None:
     params = [
         SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, seed=seed)
         for seed in range(64)
     ]
-    llm = LLM(idlm, stride=4, branches="all", simulate_acceptance=[0.9, 0.5])
+    llm = LLM(idlm, stride=4, branches="all")
+    simulate_acceptance(llm.engine, [0.9, 0.5])
     results = llm.generate([[3, 4]] * 64, params)
     reached, accepted = (
         sum(getattr(one, name)[0] for one in results) for name in ("reached", "accepted")

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 )
 
 from idlm import SamplingParams
+from idlm.config import EngineConfig
 from idlm.decoding import reference
 from idlm.engine.build import build_engine
 from idlm.engine.engine import Engine
@@ -100,14 +101,16 @@ class Schedules(RuleBasedStateMachine):
         page_bytes = 2 * 2 * 4 * 2 * 8 * DTYPE.itemsize
         self.engine: Engine = build_engine(
             model(),
-            *plan,
+            EngineConfig(
+                *plan,
+                max_num_seqs=4,
+                kv_memory=pages * page_bytes,
+                page_size=4,
+                prefill_tokens=prefill,
+                lookahead=int(late),
+                record=self.record,
+            ),
             adapters=["first", "second"],
-            max_num_seqs=4,
-            kv_memory=pages * page_bytes,
-            page_size=4,
-            prefill_tokens=prefill,
-            late=int(late),
-            record=self.record,
         )
 
     @rule(

@@ -43,8 +43,8 @@ def test_every_plan_gives_the_tokens_of_ar(family: str, weights: str) -> None:
     ar = LLM(model, stride=1, max_num_seqs=4, weights=weights).generate(prompts, params)
     for stride, branches in PLANS:
         llm = LLM(model, stride=stride, branches=branches, max_num_seqs=4, weights=weights)
-        assert llm.engine.runner.core.linears is not None
-        assert llm.engine.runner.core.linears.format == weights
+        assert llm.engine.runner.model_step.products.linears is not None
+        assert llm.engine.runner.model_step.products.linears.format == weights
         assert [one.token_ids for one in llm.generate(prompts, params)] == [
             one.token_ids for one in ar
         ]
@@ -52,7 +52,7 @@ def test_every_plan_gives_the_tokens_of_ar(family: str, weights: str) -> None:
 
 def test_a_model_stored_in_16_bits_holds_bfloat16_weights() -> None:
     model = replace(floats(), stored=torch.bfloat16)
-    linears = LLM(model, stride=1, max_num_seqs=2).engine.runner.core.linears
+    linears = LLM(model, stride=1, max_num_seqs=2).engine.runner.model_step.products.linears
     assert linears is not None and linears.format == "bfloat16"
 
 

@@ -9,6 +9,7 @@ from idlm.engine.request import Result, Timing
 from idlm.evaluation.accuracy import evaluate
 from idlm.evaluation.metrics import summary
 from idlm.evaluation.speed import Lap, race, same_tokens
+from idlm.models.loading import load
 from idlm.nano.problems import held_out_problems
 from tests.engine.tiny import tiny_idlm
 
@@ -59,6 +60,12 @@ def test_exact_answers_are_counted() -> None:
     assert cut.correct == 0
 
 
-def test_a_model_without_a_chat_template_is_refused() -> None:
-    with pytest.raises(InputError, match="chat template"):
-        evaluate(LLM(tiny_idlm("llama"), branches="all"), held_out_problems(1), SamplingParams())
+@pytest.mark.parametrize("tokenizer, words", [(False, "no tokenizer"), (True, "chat template")])
+def test_a_model_without_a_chat_template_is_refused(tokenizer: bool, words: str) -> None:
+    idlm = tiny_idlm("llama")
+    if tokenizer:
+        idlm.tokenizer = load("nano").tokenizer
+        assert idlm.tokenizer is not None
+        idlm.tokenizer.chat_template = None
+    with pytest.raises(InputError, match=words):
+        evaluate(LLM(idlm, branches="all"), held_out_problems(1), SamplingParams())

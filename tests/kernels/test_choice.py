@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from idlm.engine import build
+from idlm.config import EngineConfig
+from idlm.engine import products
 from idlm.engine.build import build_engine
 from idlm.kernels import choice, fused, native
 from idlm.kernels.choice import ROWS, Timing, choose_linears, drafts_pay, fastest
@@ -205,7 +206,9 @@ def test_weights_of_mask_rows_are_timed(
     model = tiny_idlm("qwen3")
     model.model.float()
     with caplog.at_level("INFO", "idlm"):
-        linears = build_engine(model, 4, "all", max_num_seqs=2).runner.core.linears
+        linears = build_engine(
+            model, EngineConfig(4, "all", max_num_seqs=2)
+        ).runner.model_step.products.linears
     assert linears is not None
     assert linears.drafts == (ours < 1)
     assert f"MASK rows: {better}" in caplog.text
@@ -229,7 +232,7 @@ def test_only_faster_operators_are_used(
 def test_a_recording_has_the_operators_that_were_chosen(
     used: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "faster_operators", lambda *shape: frozenset(used))
+    monkeypatch.setattr(products, "faster_operators", lambda *shape: frozenset(used))
     found, fuse = set[str](), fused.fuse
 
     def kept(graph: torch.Graph, *given: Any) -> None:
@@ -239,7 +242,7 @@ def test_a_recording_has_the_operators_that_were_chosen(
     monkeypatch.setattr("idlm.engine.record.fuse", kept)
     model = tiny_idlm("qwen3")
     model.model.float()
-    engine = build_engine(model, 4, "all", max_num_seqs=2)
+    engine = build_engine(model, EngineConfig(4, "all", max_num_seqs=2))
     engine.add([5, 6, 7], SamplingParams(max_tokens=40, temperature=0, ignore_eos=True), 0)
     list(engine.run())
     assert "aten::softmax" in found or "idlm::window_attention" in found

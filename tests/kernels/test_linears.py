@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import idlm
-from idlm.engine import build
+from idlm.config import EngineConfig
+from idlm.engine import products
 from idlm.engine.build import build_engine
 from idlm.engine.request import Result
 from idlm.errors import InputError
@@ -189,15 +190,17 @@ def test_merged_weights_are_the_gated_update() -> None:
 
 def int8_drafts(monkeypatch: pytest.MonkeyPatch, on: bool) -> None:
     """As if it had been measured so."""
-    monkeypatch.setattr(build, "drafts_pay", lambda linears, ranks: on)
+    monkeypatch.setattr(products, "drafts_pay", lambda linears, ranks: on)
 
 
 def results(model: Idlm, int8: bool, monkeypatch: pytest.MonkeyPatch, record: bool) -> list[Result]:
     """Greedy and sampled requests, of both adapters where there are two, side by side."""
     int8_drafts(monkeypatch, int8)
     adapters = ["one", "two"][: 1 if model.gate is None else model.gate.adapters]
-    engine = build_engine(model, 4, "all", adapters, max_num_seqs=4, record=record)
-    linears = engine.runner.core.linears
+    engine = build_engine(
+        model, EngineConfig(4, "all", max_num_seqs=4, record=record), adapters=adapters
+    )
+    linears = engine.runner.model_step.products.linears
     assert linears is not None
     assert linears.drafts == int8
     for seed in range(8):
@@ -254,7 +257,7 @@ def test_other_users_of_the_model_keep_the_adapter_as_it_is(
     model = single()
     tokens, visible = torch.tensor([5, 6, 24, 24]), torch.ones(4, 4, dtype=torch.bool).tril()
     before = model.forward(tokens, torch.arange(4), visible)
-    engine = build_engine(model, 4, "all", max_num_seqs=2)
+    engine = build_engine(model, EngineConfig(4, "all", max_num_seqs=2))
     engine.add([5, 6, 7], SamplingParams(max_tokens=30, temperature=0, ignore_eos=True), 0)
     for _ in range(3):
         engine.step()
@@ -262,16 +265,23 @@ def test_other_users_of_the_model_keep_the_adapter_as_it_is(
 
 
 def test_weights_that_a_float64_model_has_are_left_alone() -> None:
-    assert build_engine(tiny_idlm("qwen3"), 4, "all", max_num_seqs=2).runner.core.linears is None
+    assert (
+        build_engine(
+            tiny_idlm("qwen3"), EngineConfig(4, "all", max_num_seqs=2)
+        ).runner.model_step.products.linears
+        is None
+    )
 
 
 def test_no_memory_for_them_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     int8_drafts(monkeypatch, True)
-    monkeypatch.setattr(build, "DRAFT_SHARE", 0.0)
+    monkeypatch.setattr(products, "DRAFT_SHARE", 0.0)
     with caplog.at_level("INFO", "idlm"):
-        linears = build_engine(single(), 4, "all", max_num_seqs=2).runner.core.linears
+        linears = build_engine(
+            single(), EngineConfig(4, "all", max_num_seqs=2)
+        ).runner.model_step.products.linears
     assert linears is not None
     assert not linears.drafts
     assert (
@@ -283,11 +293,18 @@ def test_no_memory_for_them_is_said(
 def test_no_memory_for_panels_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(build, "PANELS_SHARE", 0.0)
+    monkeypatch.setattr(products, "PANELS_SHARE", 0.0)
     with caplog.at_level("INFO", "idlm"):
-        assert build_engine(single(), 4, "all", max_num_seqs=2).runner.core.linears is None
+        assert (
+            build_engine(
+                single(), EngineConfig(4, "all", max_num_seqs=2)
+            ).runner.model_step.products.linears
+            is None
+        )
     assert "PyTorch multiplies: a copy of the weights for the C kernels would take" in caplog.text
-    linears = build_engine(single(), 4, "all", max_num_seqs=2, weights="int8").runner.core.linears
+    linears = build_engine(
+        single(), EngineConfig(4, "all", max_num_seqs=2, weights="int8")
+    ).runner.model_step.products.linears
     assert linears is not None  # since somebody asked for it
     assert linears.format == "int8"
 
@@ -358,7 +375,9 @@ def test_an_adapter_is_merged_once(monkeypatch: pytest.MonkeyPatch) -> None:
         GatedLinear, "merged", lambda layer: merges.append(id(layer)) or merged(layer)
     )
     monkeypatch.setattr(choice_module, "_time_drafts", lambda layer, ranks: (0.5, 1.0))
-    linears = build_engine(single(), 4, "all", max_num_seqs=2).runner.core.linears
+    linears = build_engine(
+        single(), EngineConfig(4, "all", max_num_seqs=2)
+    ).runner.model_step.products.linears
     assert linears is not None
     assert linears.drafts
     assert merges
@@ -399,7 +418,7 @@ PLANS: tuple[tuple[int, str], ...] = ((2, "chain"), (4, "all"), (3, "chain"))
 
 
 def greedy(model: Idlm, stride: int, branches: str, **options: object) -> Iterator[tuple[int, ...]]:
-    engine = build_engine(model, stride, branches, max_num_seqs=4, **options)  # type: ignore[arg-type]
+    engine = build_engine(model, EngineConfig(stride, branches, max_num_seqs=4, **options))  # type: ignore[arg-type]
     for seed in range(6):
         params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
         engine.add([5, 6, 7 + seed, 3][: 2 + seed % 3], params, seed)
@@ -440,7 +459,9 @@ def test_a_checkpoint_in_bfloat16_is_multiplied_in_bfloat16() -> None:
         (torch.float16, "float32"),
     ):
         model.stored = stored
-        linears = build_engine(model, 4, "all", max_num_seqs=2).runner.core.linears
+        linears = build_engine(
+            model, EngineConfig(4, "all", max_num_seqs=2)
+        ).runner.model_step.products.linears
         assert linears is not None
         assert linears.format == format
 
@@ -452,22 +473,22 @@ def test_formats_that_cannot_be_used_are_refused(
     with pytest.raises(
         InputError, match=rf"weights='{format}' needs float32 activations, and the model is float64"
     ):
-        build_engine(tiny_idlm("qwen3"), 4, "all", weights=format)
+        build_engine(tiny_idlm("qwen3"), EngineConfig(4, "all", weights=format))
     with pytest.raises(
         InputError, match=rf"weights='{format}' does not go with deterministic=True"
     ):
-        build_engine(single(), 4, "all", weights=format, deterministic=True)
+        build_engine(single(), EngineConfig(4, "all", weights=format, deterministic=True))
     monkeypatch.setattr(
-        build.native, "loaded", lambda: False
+        products.native, "loaded", lambda: False
     )  # what IDLM_NATIVE=0 makes of it, see test_native.py
     with pytest.raises(
         InputError, match=rf"weights='{format}' needs the C kernels, which are not there"
     ):
-        build_engine(single(), 4, "all", weights=format)
+        build_engine(single(), EngineConfig(4, "all", weights=format))
 
 
 def test_an_unknown_format_is_refused() -> None:
     with pytest.raises(
         InputError, match="weights='int4' is unknown; use auto, float32, bfloat16, int8"
     ):
-        build_engine(single(), 4, "all", weights="int4")
+        build_engine(single(), EngineConfig(4, "all", weights="int4"))

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from idlm.config import EngineConfig
 from idlm.engine.build import build_engine
 from idlm.engine.llm import LLM
 from idlm.errors import InputError
@@ -207,12 +208,12 @@ def test_a_recording_dies_with_its_engine() -> None:
     """It holds the kernels' copy of the weights, which for a real model is most of the memory."""
     idlm = tiny_idlm("qwen3")
     idlm.model.float()
-    engine = build_engine(idlm, 4, "all", max_num_seqs=4)
+    engine = build_engine(idlm, EngineConfig(4, "all", max_num_seqs=4))
     engine.add([5, 6, 7], SamplingParams(max_tokens=40, ignore_eos=True), 0)
     assert list(engine.run())
-    linears = engine.runner.core.linears
+    linears = engine.runner.model_step.products.linears
     assert linears is not None
-    held = [weakref.ref(layer.panels.weights) for layer in linears.layers.values()]
+    held = [weakref.ref(layer.panels.weights) for layer in linears.layers]
     assert all(one() is not None for one in held)
     del engine, linears, idlm
     gc.collect()
@@ -226,7 +227,7 @@ def test_a_recording_drafts_as_the_step_it_was_made_from() -> None:
     for record in (True, False):
         idlm = tiny_idlm("qwen3")
         idlm.model.float()
-        engine = build_engine(idlm, 4, "all", max_num_seqs=4, record=record)
+        engine = build_engine(idlm, EngineConfig(4, "all", max_num_seqs=4, record=record))
         for seed in range(4):
             engine.add(
                 [5, 6, 7 + seed],
@@ -285,11 +286,11 @@ def test_without_kernels_pytorch_multiplies(
                 LLM(idlm, max_num_seqs=2, branches="all").generate(prompt, greedy)[0].token_ids
                 == with_kernels
             )
-        assert build_engine(idlm, 4, "all").runner.core.linears is None
+        assert build_engine(idlm, EngineConfig(4, "all")).runner.model_step.products.linears is None
         with pytest.raises(
             InputError, match="weights='int8' needs the C kernels, which are not there"
         ):
-            build_engine(idlm, 4, "all", weights="int8")
+            build_engine(idlm, EngineConfig(4, "all", weights="int8"))
         assert said in caplog.text
         assert bool(caplog.text) == bool(said)
     finally:

@@ -14,11 +14,12 @@ import psutil
 import pytest
 
 from idlm import LLM
+from idlm.config import EngineConfig
 from idlm.models.sources import WEIGHTS
 from idlm.serving import client as client_module
 from idlm.serving import supervisor
 from idlm.serving.client import EngineClient
-from idlm.serving.config import EngineConfig, Limits, ServeConfig
+from idlm.serving.config import Limits, ServeConfig, WorkerConfig
 from idlm.serving.prompts import Prompts
 from idlm.serving.server import HttpServer, bind, url
 from tests.serving.clock import Clock
@@ -30,14 +31,11 @@ STALL_SECONDS = 3600.0
 KEY = "a-key"
 ADAPTER = str(WEIGHTS / "lora")
 CONFIG = ServeConfig(
-    EngineConfig(
+    WorkerConfig(
         "nano-base",
         {"math": ADAPTER},
-        branches="all",
         dtype="float64",
-        max_num_seqs=8,
-        threads=1,
-        kv_memory="64MiB",
+        engine=EngineConfig(branches="all", max_num_seqs=8, threads=1, kv_memory="64MiB"),
     ),
     name="nano",
     port=0,
@@ -98,7 +96,7 @@ def running(prompts: Prompts, engine: bool) -> Iterator[Running]:
 
     async def main() -> None:
         with bind(CONFIG.host, 0) as listener:
-            client = EngineClient(CONFIG.engine, CONFIG.limits)
+            client = EngineClient(CONFIG.worker, CONFIG.limits)
             http = HttpServer(CONFIG, client, prompts)
             loop = asyncio.get_running_loop()
             assert isinstance(loop, Clock)
@@ -140,7 +138,7 @@ def patience() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def served() -> Iterator[Running]:
-    with running(Prompts.load(CONFIG.engine.model), engine=True) as server:
+    with running(Prompts.load(CONFIG.worker.model), engine=True) as server:
         yield server
 
 

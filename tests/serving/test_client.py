@@ -13,23 +13,26 @@ from typing import Any
 import pytest
 
 from idlm import LLM, Guide, InputError, SamplingParams
+from idlm.config import EngineConfig
 from idlm.engine.request import Result
 from idlm.serving import client as client_module
 from idlm.serving.client import EngineClient, Ticket
-from idlm.serving.config import EngineConfig, Limits
+from idlm.serving.config import Limits, WorkerConfig
 from idlm.serving.errors import Busy, EngineDown
 from idlm.serving.wire import Delta, Finished, Submit
 from tests.serving.clock import Clock
 from tests.serving.conftest import STALL_SECONDS, workers
 from tests.waiting import HANG_SECONDS, soon
 
-CONFIG = EngineConfig("nano", branches="all", dtype="float64", max_num_seqs=8, threads=1)
+CONFIG = WorkerConfig(
+    "nano", dtype="float64", engine=EngineConfig(branches="all", max_num_seqs=8, threads=1)
+)
 LIMITS = Limits(queue_requests=16, timeout=2 * STALL_SECONDS)
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
 
 @contextmanager
-def serving(config: EngineConfig) -> Iterator[tuple[asyncio.Runner, EngineClient]]:
+def serving(config: WorkerConfig) -> Iterator[tuple[asyncio.Runner, EngineClient]]:
     async def start() -> EngineClient:
         client = EngineClient(config, LIMITS)
         await client.start()
@@ -305,7 +308,7 @@ def test_drain_waits_then_ends_the_rest(client: EngineClient, run: Run) -> None:
 
 
 def test_a_start_that_cannot_succeed_says_why() -> None:
-    with serving(EngineConfig("no-such-model")) as (runner, client):
+    with serving(WorkerConfig("no-such-model")) as (runner, client):
         with pytest.raises(InputError, match="no-such-model"):
             runner.run(client.wait_ready(HANG_SECONDS))
         assert not client.ready

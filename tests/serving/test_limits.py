@@ -22,7 +22,7 @@ from idlm.serving.prompts import Prompts
 from tests.serving.conftest import CONFIG, KEY, Running
 
 LIMITS = Limits(queue_requests=4, queue_tokens=100)
-APP = create_app(CONFIG, EngineClient(CONFIG.engine, CONFIG.limits), Prompts(None, "none", 16))
+APP = create_app(CONFIG, EngineClient(CONFIG.worker, CONFIG.limits), Prompts(None, "none", 16))
 
 
 def paths() -> set[tuple[str, str]]:

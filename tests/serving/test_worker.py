@@ -15,8 +15,9 @@ import msgspec
 import pytest
 
 from idlm import LLM, SamplingParams
+from idlm.config import EngineConfig
 from idlm.serving import worker as worker_module
-from idlm.serving.config import EngineConfig
+from idlm.serving.config import WorkerConfig
 from idlm.serving.wire import (
     HEADER,
     Delta,
@@ -32,7 +33,9 @@ from idlm.serving.worker import Link, Worker
 from tests.engine.tiny import tiny_idlm
 from tests.waiting import HANG_SECONDS
 
-CONFIG = EngineConfig("nano", branches="all", dtype="float64", max_num_seqs=4, threads=1)
+CONFIG = WorkerConfig(
+    "nano", dtype="float64", engine=EngineConfig(branches="all", max_num_seqs=4, threads=1)
+)
 DECODER = msgspec.msgpack.Decoder(list[FromEngine])
 
 
@@ -64,7 +67,7 @@ class Peer:
 
 
 @contextmanager
-def worker(config: EngineConfig) -> Iterator[Peer]:
+def worker(config: WorkerConfig) -> Iterator[Peer]:
     ours, theirs = socket.socketpair()
     command = [
         sys.executable,

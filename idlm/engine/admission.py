@@ -1,4 +1,4 @@
-"""`Intake`: turns what a caller asks for into a `Request`, or refuses it before it costs anything."""
+"""`Admission`: turns what a caller asks for into a `Request`, or refuses it before it costs anything."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from idlm.models.idlm_model import Idlm
 from idlm.params import SamplingParams
 
 
-class Intake:
+class Admission:
     """Makes requests for one engine.
 
     Args:

@@ -1,0 +1,117 @@
+"""`EngineConfig`: every option of an engine, with its default, checked once.
+
+`LLM`, the server and its worker, the command line and the benches all take one, so that an option
+means the same and has the same default everywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from idlm.errors import InputError
+
+WEIGHTS = ("auto", "float32", "bfloat16", "int8")
+MOST_THREADS = 1024
+UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an engine runs a model.
+
+    Attributes:
+        stride: N, the most tokens that one forward commits; 1 is plain AR.
+        branches: "planner" picks stride (up to `stride`) and branches at each step from measured
+            costs and running acceptance, and AR where nothing is faster; "all" drafts for every
+            outcome of the verification, "chain" only for full acceptance; a tuple of numbers of
+            accepted drafts, for those outcomes.
+        max_num_seqs: the most requests at once; others wait.
+        kv_memory: of the KV cache: bytes, or a string such as "512MiB". None takes twice what
+            `max_num_seqs` requests of full length need, so that as much can stay cached, within a
+            share of the free memory.
+        page_size: tokens that a page of the KV cache holds.
+        prefill_tokens: prompt tokens that one step may prefill beside decoding requests. None: on
+            a CPU as many as take about as long as the step, on a GPU 512.
+        deterministic: batch-invariant kernels: a token's logits do not depend on the other rows of
+            the step, also in float32 and bfloat16. Slower.
+        weights: on a CPU, what linear layers hold their weights in: "float32", "bfloat16" (half the
+            bytes to read) or "int8" (a quarter: a quantised model, whose AR and ISD outputs are
+            equal). "auto" is what the checkpoint holds.
+        threads: on a CPU, the engine's threads. None measures 1, 2 and 4, as far as the machine has
+            them.
+        lookahead: steps launched before the results of a step are read. None: 1 on a GPU, which
+            hides the host's work, and 0 on a CPU.
+        record: whether decode steps are recorded and replayed without Python.
+
+    Raises:
+        InputError: a value is out of range; the message names it.
+    """
+
+    stride: int = 4
+    branches: str | tuple[int, ...] = "planner"
+    max_num_seqs: int = 64
+    kv_memory: int | str | None = None
+    page_size: int = 16
+    prefill_tokens: int | None = None
+    deterministic: bool = False
+    weights: str = "auto"
+    threads: int | None = None
+    lookahead: int | None = None
+    record: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "page_size", "prefill_tokens"):
+            _check_count(name, getattr(self, name))
+        threads = self.threads
+        if threads is not None and (type(threads) is not int or not 1 <= threads <= MOST_THREADS):
+            raise InputError(
+                f"threads={threads!r} is no number of threads; use 1 to {MOST_THREADS}"
+            )
+        if self.lookahead not in (None, 0, 1):
+            raise InputError(f"lookahead={self.lookahead!r} is unknown; use 0 or 1")
+        if self.weights not in WEIGHTS:
+            raise InputError(f"weights={self.weights!r} is unknown; use {', '.join(WEIGHTS)}")
+        if self.kv_memory is not None:
+            parse_memory(self.kv_memory)
+        if not isinstance(self.branches, str):
+            object.__setattr__(self, "branches", tuple(self.branches))
+        from idlm.decoding.plan import plans_for  # here, because torch takes seconds to import
+
+        plans_for(self.stride, self.branches)
+
+    def with_options(self, options: Mapping[str, Any]) -> EngineConfig:
+        """A copy with some options changed.
+
+        Raises:
+            InputError: one is unknown or out of range.
+        """
+        known = [field.name for field in fields(self)]
+        for name in options:
+            if name not in known:
+                raise InputError(f"{name!r} is no option of an engine; use {', '.join(known)}")
+        return replace(self, **options)
+
+
+def _check_count(name: str, value: object) -> None:
+    if value is None and name == "prefill_tokens":
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name}={value!r} is not a whole number above 0; use for example 16")
+
+
+def parse_memory(value: int | str) -> int:
+    """Bytes of `value`: a number of bytes, or a string such as "512MiB" or "2GiB".
+
+    Raises:
+        InputError: it is neither.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|KiB|MiB|GiB)\s*", str(value))
+    if isinstance(value, bool) or match is None or float(match[1]) == 0:
+        raise InputError(
+            f"kv_memory={value!r} is no amount of memory; "
+            "give bytes, or for example '512MiB' or '2GiB'"
+        )
+    return int(float(match[1]) * UNITS[match[2]])

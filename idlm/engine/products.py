@@ -1,0 +1,122 @@
+"""What multiplies by a model's weights in an engine: C kernels on a copy of them, or PyTorch."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from idlm.config import EngineConfig
+from idlm.engine.shapes import attention_shapes
+from idlm.engine.threads import choose_threads
+from idlm.errors import InputError
+from idlm.kernels import native
+from idlm.kernels.choice import choose_linears, drafts_pay
+from idlm.kernels.fused import OPERATORS, faster_operators
+from idlm.kernels.huge_pages import give_back
+from idlm.kernels.linears import Linears
+from idlm.models.idlm_model import Idlm
+
+log = logging.getLogger("idlm")
+
+PANELS_SHARE, DRAFT_SHARE = 0.5, 0.25
+"""Of the free memory: what the kernels' copy of the weights may take, and what MASK rows' own
+weights may."""
+
+
+@dataclass(frozen=True)
+class Products:
+    """What multiplies in an engine's steps.
+
+    Attributes:
+        linears: the kernels that multiply by the linear layers' weights; None where PyTorch does.
+        fused: the operators that recordings of steps use C kernels for.
+    """
+
+    linears: Linears | None = None
+    fused: frozenset[str] = OPERATORS
+
+
+def products_for(idlm: Idlm, config: EngineConfig, drafting: bool) -> Products:
+    """The fastest products here, by measurement, and the number of threads; the log says why.
+
+    Raises:
+        InputError: `config.weights` cannot be used with this model or on this machine.
+    """
+    linears = _linears(idlm, config.weights, config.deterministic)
+    if idlm.device.type == "cpu":
+        choose_threads(idlm, linears, config.threads)
+    if linears is not None:
+        choose_linears(linears)
+        if drafting:
+            _add_drafts(idlm, linears)
+    floats = idlm.device.type == "cpu" and idlm.dtype == torch.float32
+    return Products(linears, _fused(idlm) if floats else frozenset())
+
+
+def free_weights(idlm: Idlm, linears: Linears) -> None:
+    """Free the weights that the kernels hold a copy of, and the checkpoint's mapped file."""
+    linears.take(layer for _, layer in idlm.linear_layers())
+    idlm.leave_file()
+    give_back()
+
+
+def _linears(idlm: Idlm, weights: str, deterministic: bool) -> Linears | None:
+    """The kernels that multiply by the model's weights; None where PyTorch does."""
+    reason = _no_kernels(idlm, deterministic)
+    if reason is not None:
+        if weights != "auto":
+            raise InputError(f"weights={weights!r} {reason}; leave it out")
+        return None
+    format = weights
+    if weights == "auto":
+        format = "bfloat16" if idlm.stored == torch.bfloat16 else "float32"
+        size, free = 4 * idlm.model.num_parameters(), psutil.virtual_memory().available
+        if format == "float32" and size > PANELS_SHARE * free:
+            why = "a copy of the weights for the C kernels would take %.0f MiB, over half of what is free"
+            log.info(
+                f"PyTorch multiplies: {why}; weights='bfloat16' or 'int8' need less", size / 2**20
+            )
+            return None
+    return Linears(idlm.linear_groups(), format)
+
+
+def _no_kernels(idlm: Idlm, deterministic: bool) -> str | None:
+    """Why the C kernels cannot multiply for this engine; None where they can."""
+    if idlm.device.type != "cpu":
+        return f"is for a CPU, and the model is on {idlm.device}"
+    if deterministic:
+        return "does not go with deterministic=True, which has kernels of its own"
+    if idlm.dtype != torch.float32:
+        kind = str(idlm.dtype).removeprefix("torch.")
+        return f"needs float32 activations, and the model is {kind} (dtype='float32' makes it that)"
+    return (
+        None if native.loaded() else "needs the C kernels, which are not there (the log says why)"
+    )
+
+
+def _add_drafts(idlm: Idlm, linears: Linears) -> None:
+    """Give MASK rows int8 weights of their own where this machine is faster with them."""
+    adapters = 1 if idlm.gate is None else idlm.gate.adapters
+    size, free = adapters * idlm.model.num_parameters(), psutil.virtual_memory().available
+    beside = idlm.adapter_weights()
+    if size > DRAFT_SHARE * free:
+        why = "int8 weights of their own would take %.0f MiB, over a quarter of what is free"
+        log.info(f"MASK rows: the model's weights and the adapter; {why}", size / 2**20)
+    elif drafts_pay(linears, {id(w): sum(m.shape[0] for m in low[::2]) for w, low in beside}):
+        linears.add_drafts(idlm.mask_weights())
+        return
+    if linears.format == "float32":
+        linears.add([matrix] for _, low in beside for matrix in low)
+
+
+def _fused(idlm: Idlm) -> frozenset[str]:
+    """The operators that recordings of steps use the C kernels for."""
+    heads, _, size = attention_shapes(idlm)[0]
+    config = idlm.model.config
+    hidden = int(config.hidden_size)
+    return faster_operators(
+        hidden, int(getattr(config, "intermediate_size", None) or 4 * hidden), heads, size
+    )
