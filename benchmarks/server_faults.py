@@ -32,7 +32,7 @@ from benchmarks.harness.overload import overload
 from benchmarks.harness.process import ServerProcess, idlm_serve
 from benchmarks.harness.results import RESULTS, report
 from benchmarks.harness.workload import COMPLETIONS, bodies
-from idlm.serving.config import EngineConfig
+from idlm.config import EngineConfig
 
 PARTS = ("kill", "disconnect", "overload", "drain")
 

@@ -66,7 +66,7 @@ def test_yaml_parses(file: Path) -> None:
 
 
 def test_every_metric_of_the_dashboard_exists() -> None:
-    client = EngineClient(CONFIG.engine, CONFIG.limits)
+    client = EngineClient(CONFIG.worker, CONFIG.limits)
     exposed = re.findall(r"^# TYPE (\S+) (\S+)$", Meters(client).render().decode(), re.MULTILINE)
     known = {name + ending for name, kind in exposed for ending in TYPES[kind]}
     board = json.loads((DEPLOY / "grafana.json").read_text())
