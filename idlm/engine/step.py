@@ -40,7 +40,6 @@ from idlm.kernels.batch_invariant import batch_invariant
 from idlm.kernels.choose import chooser
 from idlm.kernels.fused import OPERATORS
 from idlm.kernels.linears import Linears
-from idlm.kernels.norms import norms
 from idlm.models.gated_lora import NO_ROWS, Gate
 from idlm.models.idlm_model import Idlm
 
@@ -110,7 +109,7 @@ class Core:
         linears: the kernels that multiply by the linear layers' weights; None where PyTorch does.
         fused: the operators that recordings use the C kernels for.
         kernels: a context for every step; batch-invariant kernels where results must not depend on
-            the batch, else a GPU's own.
+            the batch.
         chooser: what chooses tokens on the model's device.
     """
 
@@ -128,7 +127,7 @@ class Core:
         self.linears, self.fused = linears, fused
         self.idlm, self.cache, self.slots, self.settings = idlm, cache, slots, settings
         self.simulated = None if simulated is None else torch.tensor(simulated, device=idlm.device)
-        self.kernels = batch_invariant if deterministic else norms(idlm.model)
+        self.kernels = batch_invariant if deterministic else nullcontext
         self.chooser = chooser(idlm.device)
         self._layouts: dict[Plan, Layout] = {}
 
