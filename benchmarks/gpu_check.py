@@ -1,6 +1,6 @@
-"""Everything that needs a GPU, in one go of less than eight minutes: `make gpu-check`.
+"""Everything that needs a GPU, in one go of five and a half minutes: `make gpu-check`.
 
-    python -m benchmarks.gpu_check [--only smoke costs tests sweep] [--seconds 450] [--output FILE]
+    python -m benchmarks.gpu_check [--only smoke costs tests sweep] [--seconds 320] [--output FILE]
 
 1. smoke: the bundled model's tokens, whatever the plan, the batch, the graph and the device
 2. costs: steps of Qwen3-8B's shape in bf16 with random weights, kernel by kernel, against the
@@ -10,9 +10,9 @@
 
 Every part is a process of its own, since an illegal access ends all CUDA work of its process; it
 has its share of the time, and writes each figure when it is known, so that what follows a failure
-still runs. The file, benchmarks/results/ gpu.json unless said otherwise, has them all; each part's
-own file and what was printed stay beside it. Exit status 1 where a part fails or a bound does not
-hold, 2 without a GPU.
+still runs. The file, benchmarks/results/ gpu.json unless said otherwise, has them all, with the
+commit and the date; each part's own file and what was printed stay beside it. Exit status 1 where a
+part fails or a bound does not hold, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter, time
 from typing import Any
@@ -49,21 +51,28 @@ from idlm.models.loading import load
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results" / "gpu.json"
-SECONDS = 450
+SECONDS = 320
 TESTS = (
     "tests/attention",
     "tests/kernels/test_verification.py",
     "tests/kernels/test_batch_invariant.py",
     "tests/engine/test_decoder.py",
     "tests/engine/test_requests.py",
-    "tests/engine/test_schedules.py",
-    "tests/engine/test_guide.py",
+    "tests/engine/test_deterministic.py",
+    "tests/engine/test_device.py",
 )
-CHOSEN = "qwen3 or not test_equals_the_reference"
-"""Of the families one is enough: the engine does not know them apart."""
-TESTS_LEAVE = 15
+CHOSEN = (
+    "(qwen3 or not (llama or mistral or qwen2)) and not double_loop and not bundled_model"
+    " and not (test_equals_the_reference and -7])"
+)
+"""Of the families one is enough: the engine does not know them apart. The double loops are about
+PyTorch's attention, which a GPU does not run, and launch a kernel for every key. The relaxed rule's
+threshold is a matter of rounding in float32, on a CPU too."""
+WORDS = ("passed", "skipped", "failed", "error")
+TESTS_LEAVE = 12
 """Seconds of the tests' share that are kept to report what they have come to."""
 MODES = ("ar", "planner", "all", "chain")
+NANO_MODES = ("ar", "planner")
 LOADS = ((64, 64), (1, 4))
 """Requests in flight, and how many a round has, at least."""
 
@@ -75,55 +84,54 @@ def tests(until: float) -> Iterator[Figure]:
 
 def run_tests(until: float) -> dict[str, object]:
     """What pytest says; where the time ends first, it is interrupted and says what it has come to."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "--tb=short",
-        "-vv",
-        "-rfE",
-        "--timeout",
-        "90",
-    ]
-    command += ["-n", str(min(8, os.cpu_count() or 1)), "-k", CHOSEN, *TESTS]
+    options = ["-p", "no:cacheprovider", "--tb=short", "-vv", "-rfE", "--timeout", "60"]
+    options += ["-n", "4"] if find_spec("xdist") else []
     wishes = {
         "IDLM_TEST_DEVICE": "cuda",
         "IDLM_TEST_DTYPE": "float32",
-        "IDLM_SCHEDULE_STEPS": "300",
+        "PYTHONUNBUFFERED": "1",
     }
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
-            command, cwd=ROOT.parent, env=os.environ | wishes, stdout=log, stderr=log
+            [sys.executable, "-m", "pytest", *options, "-k", CHOSEN, *TESTS],
+            cwd=ROOT.parent,
+            env=os.environ | wishes,
+            stdout=log,
+            stderr=log,
         )
-        try:
-            status = child.wait(until - time() - TESTS_LEAVE)
-        except subprocess.TimeoutExpired:
-            child.send_signal(signal.SIGINT)
-            status = -1
-            with suppress(subprocess.TimeoutExpired):
-                child.wait(TESTS_LEAVE / 2)
+        status: object = waited(child, until - time() - TESTS_LEAVE)
         log.seek(0)
         lines = log.read().decode(errors="replace").splitlines()
     return {"passed": status == 0, "status": status, **said(lines)}
 
 
+def waited(child: subprocess.Popen[bytes], seconds: float) -> object:
+    """Its exit status; where the time ends first, it is interrupted, and has half of what is left
+    to say what it has to."""
+    try:
+        return child.wait(seconds)
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(TESTS_LEAVE / 2)
+        return "time is up"
+
+
 def said(lines: list[str]) -> dict[str, object]:
     """What pytest's output comes to."""
-    passed = sum(" PASSED " in line for line in lines)
-    failed = sorted(
-        {
-            line.partition("tests/")[2][:150]
-            for line in lines
-            if " FAILED " in line or " ERROR " in line
-        }
-    )
-    errors = [line[:160] for line in lines if line.startswith("E   ")]
+    items = [found[1] for line in lines if (found := re.search(r"\b(\d+) items\b", line))]
+    failed = {
+        line.partition("tests/")[2][:150]
+        for line in lines
+        if " FAILED " in line or " ERROR " in line
+    }
     return {
-        "counts": passed,
-        "failed": failed,
-        "errors": errors[:60],
+        "counts": {
+            **{word: sum(f" {word.upper()} " in line for line in lines) for word in WORDS},
+            "of": int(items[-1]) if items else None,
+        },
+        "failed": sorted(failed),
+        "errors": [line[:160] for line in lines if line.startswith("E   ")][:60],
         "last": lines[-1:],
         "tail": lines[-80:],
     }
@@ -131,8 +139,10 @@ def said(lines: list[str]) -> dict[str, object]:
 
 def sweep(until: float) -> Iterator[Figure]:
     """Every mode under load, one model at a time."""
-    yield from Sweep(random_model("8B", torch.bfloat16, "cuda"), "12GiB", ACCEPTANCE).figures(until)
-    yield from Sweep(load("nano", device="cuda"), "1GiB", None).figures(until)
+    large = random_model("8B", torch.bfloat16, "cuda")
+    yield from Sweep(large, "12GiB", ACCEPTANCE).figures(MODES, until)
+    del large
+    yield from Sweep(load("nano", device="cuda"), "1GiB", None).figures(NANO_MODES, until)
 
 
 @dataclass
@@ -144,11 +154,11 @@ class Sweep:
     acceptance: tuple[float, ...] | None
     rates: dict[int, float] = field(default_factory=dict)
 
-    def figures(self, until: float) -> Iterator[Figure]:
+    def figures(self, modes: Sequence[str], until: float) -> Iterator[Figure]:
         """A figure for each number of requests in flight and each mode; none is begun after
         `until`."""
         for concurrency, number in LOADS:
-            for mode in MODES:
+            for mode in modes:
                 if time() < until:
                     yield (
                         f"{self.idlm.name} {mode} at {concurrency}",
@@ -173,10 +183,10 @@ class Sweep:
 
 
 PARTS: dict[str, tuple[Callable[[float], Iterator[Figure]], float]] = {
-    "smoke": (lambda until: smoke(), 0.2),
-    "costs": (lambda until: costs(), 0.28),
-    "tests": (tests, 0.26),
-    "sweep": (sweep, 0.26),
+    "smoke": (lambda until: smoke(), 0.22),
+    "costs": (lambda until: costs(), 0.22),
+    "tests": (tests, 0.22),
+    "sweep": (sweep, 0.34),
 }
 """Each part's figures, given when it has to end (as `time` has it), and its share of the time; what
 one leaves, those after it have."""
@@ -237,9 +247,10 @@ def start_part(name: str, seconds: float, output: Path) -> dict[str, Any]:
         try:
             status: object = child.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
             status = "time is up"
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # the tests' workers too
+        child.wait()
         log.seek(begin)
         tail = log.read().decode(errors="replace").splitlines()[-5:]
     found: dict[str, Any] = json.loads(file.read_text())
@@ -311,6 +322,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of all parts together")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--commit", default=head(), help="what is checked, where git cannot say")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -320,13 +332,25 @@ def main() -> int:
     if options.part:
         run_part(options.part, options.until, options.output)
         return 0
-    return check(options.only, options.seconds, options.output)
+    start = {"commit": options.commit, "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    return check(options.only, options.seconds, options.output, start)
 
 
-def check(names: list[str], seconds: float, output: Path) -> int:
-    """Run the parts one after the other, print their summaries and what failed."""
+def head() -> str | None:
+    """The commit that is checked out; None where there is no git, or no repository."""
+    with suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "rev-parse", "HEAD"]
+        return subprocess.check_output(
+            command, cwd=ROOT.parent, text=True, stderr=subprocess.DEVNULL
+        ).strip()
+    return None
+
+
+def check(names: list[str], seconds: float, output: Path, start: dict[str, Any]) -> int:
+    """Run the parts one after the other, print their summaries and what failed; the report begins
+    with `start`."""
     until = perf_counter() + seconds
-    report: dict[str, Any] = {"environment": environment() | {"cuda": torch.version.cuda}}
+    report = start | {"environment": environment() | {"cuda": torch.version.cuda}}
     output.parent.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(names):
         later = sum(PARTS[one][1] for one in names[number + 1 :])

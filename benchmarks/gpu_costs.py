@@ -36,7 +36,7 @@ QUEUED, READ = 16, 8
 whole time."""
 TOP = 15
 ROWS = (1, 4, 16, 64, 256, 1024)
-CHUNKS = {"1 x 512": (1, 512), "1 x 2000": (1, 2000), "16 x 128": (16, 128)}
+CHUNKS = {"1 x 512": (1, 512), "1 x 2000": (1, 2000), "16 x 128": (16, 128), "64 x 32": (64, 32)}
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
 """Runtime calls in which the host waits; the trace names `cudaMemcpyAsync` apart from `cudaMemcpy`.
 """

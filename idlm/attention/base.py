@@ -31,7 +31,8 @@ class Segment:
     Attributes:
         table: int64 [B, C]; token t of slot b is row t % page of page table[b, t // page].
         lengths: int64 [B], tokens of the prefix; what lies past them is never looked at.
-        rows: int64 [B, R], the cache rows that the real rows are written to; [T] of pieces.
+        rows: int64 [B, R], the cache rows that the real rows are written to; [T] of pieces,
+            those that `table` has for them.
         visible: int64 [B, W]; bit s of visible[b, r]: row r sees window row s. None: causal.
         masks: M.
         ends: int64 [B], of pieces: the flat row behind each one's last.

@@ -198,7 +198,7 @@ class Settings:
     ) -> None:
         reals, integers = self._numbers
         tau = torch.tensor(ALWAYS if params.tau is None else params.tau, dtype=torch.float64)
-        reals[slot] = torch.tensor(
+        numbers = torch.tensor(
             [
                 params.temperature,
                 params.top_p if needs.filtered and params.top_p < 1 else ALWAYS,
@@ -210,6 +210,7 @@ class Settings:
             ],
             dtype=torch.float64,
         )
+        reals[slot] = on_device(numbers, reals.device)
         top_k = (
             min(params.top_k, self.vocab_size)
             if needs.filtered and params.top_k > 0
@@ -221,7 +222,8 @@ class Settings:
         )
         keys = split_mix(torch.tensor(seed), streams)
         held = params.min_tokens if needs.held else 0
-        integers[slot] = torch.cat([torch.tensor([top_k, rule, held, prompt_length]), keys])
+        numbers = torch.cat([torch.tensor([top_k, rule, held, prompt_length]), keys])
+        integers[slot] = on_device(numbers, integers.device)
 
     def _put_bias(self, slot: int, params: SamplingParams, needs: Features) -> None:
         if self.bias is None:
@@ -232,23 +234,32 @@ class Settings:
         for token, bias in params.logit_bias.items():
             row[token] = bias
         row[list(params.banned_tokens)] = NEVER
-        self.bias[slot] = row.to(self.bias.device)
+        self.bias[slot] = on_device(row, self.bias.device)
 
     def _put_stop(self, slot: int, ends: list[int]) -> None:
         if self.stop is None:
             self.stop = self._table(torch.bool)
-        self.stop[slot] = False
-        self.stop[slot, ends] = True
+        ids = on_device(torch.tensor(ends), self.stop.device)
+        self.stop[slot].fill_(False).index_fill_(0, ids, True)
 
     def _put_history(self, slot: int, prompt: Sequence[int], output: Sequence[int]) -> None:
         if self.seen is None or self.counts is None:
             self.seen, self.counts = self._table(torch.bool), self._table(torch.int32)
         before = torch.tensor(list(output), dtype=torch.int64)
-        counts = torch.bincount(before, minlength=self.vocab_size)
+        counts = torch.bincount(before, minlength=self.vocab_size).to(torch.int32)
         seen = counts > 0
         # ids past the logit columns (an added MASK row) have no logit to penalise
         seen[[token for token in prompt if token < self.vocab_size]] = True
-        self.seen[slot], self.counts[slot] = seen.to(self.seen.device), counts.to(self.counts)
+        self.seen[slot] = on_device(seen, self.seen.device)
+        self.counts[slot] = on_device(counts, self.counts.device)
 
     def _table(self, dtype: torch.dtype) -> Tensor:
         return torch.zeros(len(self._live), self.vocab_size, dtype=dtype, device=self.steps.device)
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device; from pinned memory, so that a GPU's host does not wait for the
+    copy."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idlm.decoding.settings import Features, Settings
+from idlm.decoding.settings import Features, Settings, on_device
 from idlm.engine.request import Request
 
 
@@ -135,10 +135,8 @@ class Slots:
 
 
 def staged(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """The numbers as int64 on the device; from pinned memory, so that a GPU's host does not wait
-    for the copy."""
-    tensor = torch.tensor(numbers, dtype=torch.int64)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    """The numbers as int64 on the device."""
+    return on_device(torch.tensor(numbers, dtype=torch.int64), device)
 
 
 def select(settings: Settings, rows: Tensor, features: Features) -> Settings:

@@ -41,7 +41,8 @@ def _mix(word):  # type: ignore[no-untyped-def]
     return word ^ _shift(word, 31)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# compiled once for all batches: not anew where a number is 1 or a multiple of 16
+@triton.jit(do_not_specialize=["rows", "stream"])  # type: ignore[untyped-decorator]
 def _choose(  # type: ignore[no-untyped-def]
     scores, temperatures, keys, first, bests, ids, rows, vocab, share, key_stride, stream,
     SAMPLED: tl.constexpr, BLOCK: tl.constexpr,

@@ -113,32 +113,33 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["rows", "splits"])
 def _join(  # type: ignore[no-untyped-def]
-    partial, weights, out, rows, splits, E: tl.constexpr, ROWS: tl.constexpr, SIZE: tl.constexpr
+    partial, weights, out, rows, splits, E: tl.constexpr, SPLITS: tl.constexpr, SIZE: tl.constexpr
 ):
-    """The splits' results of a tile of rows, weighted by their shares of the softmax's sum (log2,
-    in `weights`)."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """The splits' results of one row, weighted by their shares of the softmax's sum (log2, in
+    `weights`); SPLITS of them at once."""
+    row = tl.program_id(0).to(tl.int64)
     size = tl.arange(0, SIZE)
-    alive = row < rows
-    place = row[:, None] * E + size
-    stored = alive[:, None] & (size < E)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    for split in range(splits):
-        top = tl.maximum(
-            top, tl.load(weights + split * rows + row, mask=alive, other=float("-inf"))
-        )
-    top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.zeros([ROWS], tl.float32)
-    mixed = tl.zeros([ROWS, SIZE], tl.float32)
-    for split in range(splits):
-        weight = tl.exp2(
-            tl.load(weights + split * rows + row, mask=alive, other=float("-inf")) - top
-        )
+    top = tl.full([SPLITS], float("-inf"), tl.float32)
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
+        weight = tl.load(weights + split * rows + row, mask=split < splits, other=float("-inf"))
+        top = tl.maximum(top, weight)
+    most = tl.max(top, 0)
+    most = tl.where(most == float("-inf"), 0.0, most)
+    total = tl.zeros([SPLITS], tl.float32)
+    mixed = tl.zeros([SPLITS, SIZE], tl.float32)
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
+        alive = split < splits
+        weight = tl.load(weights + split * rows + row, mask=alive, other=float("-inf"))
+        weight = tl.exp2(weight - most)
+        source = (split * rows + row)[:, None] * E + size
+        loaded = tl.load(partial + source, mask=alive[:, None] & (size < E), other=0.0)
         total += weight
-        mixed += weight[:, None] * tl.load(
-            partial + split * rows * E + place, mask=stored, other=0.0
-        )
-    tl.store(out + place, mixed / tl.where(total > 0, total, 1.0)[:, None], mask=stored)
+        mixed += weight[:, None] * loaded
+    whole = tl.sum(total, 0)
+    mean = tl.sum(mixed, 0) / tl.where(whole > 0, whole, 1.0)
+    tl.store(out + row * E + size, mean, mask=size < E)
 
 
 def attend(
@@ -156,7 +157,7 @@ def attend(
     device."""
     batch, width, heads, size = query.shape
     groups, rows = key.shape[2], batch * width * heads
-    tile, keys = _tile(width * heads // groups, size, query.dtype)
+    tile, keys = tile_sizes(width * heads // groups, size, query.dtype)
     tiles = triton.cdiv(width * heads // groups, tile)
     if splits is None:
         splits = split_number(
@@ -174,13 +175,11 @@ def attend(
         ROWS=tile, KEYS=keys, SIZE=padded, num_warps=4, num_stages=2,
     )  # fmt: skip
     if splits > 1:
-        _join[(triton.cdiv(rows, 16),)](
-            partial, weights, out, rows, splits, E=size, ROWS=16, SIZE=padded
-        )
+        _join[(rows,)](partial, weights, out, rows, splits, E=size, SPLITS=16, SIZE=padded)
     return out
 
 
-def _tile(rows: int, size: int, dtype: torch.dtype) -> tuple[int, int]:
+def tile_sizes(rows: int, size: int, dtype: torch.dtype) -> tuple[int, int]:
     """Query rows and keys of one tile; float32 takes twice the shared memory, and three products
     for each one."""
     wide = 2 if dtype == torch.float32 else 1

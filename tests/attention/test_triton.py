@@ -39,6 +39,13 @@ def test_triton_is_the_twin(
     )
 
 
+def test_many_splits_are_joined() -> None:
+    one = case([300, 1], 2, 2, 1, 40, 16, causal=True).to(torch.float32)
+    torch.testing.assert_close(
+        triton_attend(one, 37), twin(one.to(torch.float64)).float(), atol=2e-5, rtol=1e-4
+    )
+
+
 def test_triton_chooses_its_splits() -> None:
     one = case([300], 2, 2, 1, 32, 16, causal=False)
     torch.testing.assert_close(

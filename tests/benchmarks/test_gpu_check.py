@@ -10,7 +10,7 @@ from time import time
 import pytest
 import torch
 
-from benchmarks import gpu_smoke
+from benchmarks import gpu_check, gpu_smoke
 from benchmarks.gpu_check import (
     SUMMARY,
     attempt,
@@ -108,15 +108,26 @@ def test_summaries_are_short() -> None:
 
 def test_what_pytest_said() -> None:
     lines = [
+        "4 workers [7 items]",
         "[gw0] [  1%] PASSED tests/a.py::one ",
         "[gw1] [  2%] FAILED tests/a.py::two[1] ",
         "E   assert 1 == 2",
         "end",
     ]
     found = said(lines)
-    assert (found["counts"], found["failed"], found["errors"]) == (
-        1,
-        ["a.py::two[1] "],
-        ["E   assert 1 == 2"],
-    )
+    assert found["counts"] == {"passed": 1, "skipped": 0, "failed": 1, "error": 0, "of": 7}
+    assert (found["failed"], found["errors"]) == (["a.py::two[1] "], ["E   assert 1 == 2"])
     assert found["last"] == ["end"]
+
+
+def test_tests_that_take_too_long_are_interrupted_and_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "test_slow.py"
+    file.write_text("import time\ndef test_one(): pass\ndef test_two(): time.sleep(100)\n")
+    monkeypatch.setattr(gpu_check, "TESTS", (str(file),))
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)  # workers take long to start
+    found = gpu_check.run_tests(time() + 10 + gpu_check.TESTS_LEAVE)
+    assert failures(found) == [": failed"]
+    assert found["status"] == "time is up"
+    assert (found["counts"]["passed"], found["counts"]["of"]) == (1, 2)  # type: ignore[index]

@@ -7,10 +7,11 @@ import torch
 
 from idlm import LLM, SamplingParams, load
 from idlm.nano.problems import held_out_problems
+from tests.engine.tiny import DEVICE
 
 
 def test_logprobs_are_equal_to_the_bit_alone_and_in_a_batch_at_any_stride() -> None:
-    idlm = load("nano", dtype=torch.float32)
+    idlm = load("nano", dtype=torch.float32, device=DEVICE)
     asked = [[{"role": "user", "content": problem.question}] for problem in held_out_problems(4)]
     params = SamplingParams(temperature=0.8, seed=3, max_tokens=12, logprobs=2)
     alone = [

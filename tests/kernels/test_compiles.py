@@ -16,28 +16,32 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from idlm.kernels import batch_invariant_triton, choose_triton, window_attention_triton
+from idlm.kernels import batch_invariant_triton, choose_triton
+from idlm.kernels import prefill_attention_triton, window_attention_triton
 
 POINTERS = {"lengths": "*i64", "table": "*i64", "visible": "*i64", "order": "*i64", "counts": "*i64"}
 POINTERS |= {name: "*fp32" for name in ("partial", "weights")}
 POINTERS |= {name: "*bf16" for name in ("query", "key", "value", "pages", "x", "weight", "bias", "out")}
-POINTERS |= {name: "*i64" for name in ("keys", "first", "ids")}
+POINTERS |= {name: "*i64" for name in ("keys", "first", "ids", "starts", "ends")}
 POINTERS |= {name: "*fp64" for name in ("temperatures", "bests")}
 POINTERS["scale"] = "fp32"
 HEAD = {"PAGE": 16, "G": 8, "F": 4, "E": 80, "SIZE": 128}
 
 
-def compiles(kernel, **constants):
+def compiles(kernel, processor=80, **constants):
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    assert triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]
+    assert triton.compile(source, target=GPUTarget("cuda", processor, 32)).asm["cubin"]
 
 
 if sys.argv[1] == "window":
     for causal in (True, False):
         compiles(window_attention_triton._attend, CAUSAL=causal, ROWS=16, KEYS=64, **HEAD)
-    compiles(window_attention_triton._join, E=80, ROWS=16, SIZE=128)
+    compiles(window_attention_triton._join, E=80, SPLITS=16, SIZE=128)
+elif sys.argv[1] == "prefill":
+    for processor in (80, 90):
+        compiles(prefill_attention_triton._attend, processor, ROWS=64, KEYS=64, **HEAD)
 elif sys.argv[1] == "choose":
     for POINTERS["scores"] in ("*bf16", "*fp64"):
         for sampled in (True, False):
@@ -48,7 +52,7 @@ else:
 """
 
 
-@pytest.mark.parametrize("kernels", ["window", "invariant", "choose"])
+@pytest.mark.parametrize("kernels", ["window", "prefill", "invariant", "choose"])
 def test_the_kernels_compile(kernels: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
     environment = os.environ | {"TRITON_INTERPRET": "0"}
