@@ -243,7 +243,10 @@ def late_answer(served: Running, ours: socket.socket, theirs: Connection, piece:
     return rest_of(ours)
 
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nAuthorization: Bearer %b\r\n"
+HEAD = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+    b"Content-Type: application/json\r\nAuthorization: Bearer %b\r\n"
+)
 
 
 def test_headers_that_never_end(engineless: Running) -> None:
@@ -324,7 +327,10 @@ def test_a_client_that_leaves_within_its_request_is_no_bad_request(served: Runni
 
     before, gone = counted("400"), counted("499")
     with connected(served) as (ours, theirs):
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 300\r\n\r\n{{"
+        head = (
+            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+            "Content-Length: 300\r\n\r\n{"
+        )
         ours.sendall(head.encode())
         wait_until(lambda: theirs.cycle is not None)
     wait_until(lambda: counted("499") > gone)

@@ -17,7 +17,7 @@ from idlm.serving.app import create_app
 from idlm.serving.client import EngineClient
 from idlm.serving.config import Limits
 from idlm.serving.errors import Busy
-from idlm.serving.limits import LONGEST_WAIT, Guard, Quota
+from idlm.serving.limits import LONGEST_WAIT, AuthAndLimits, Quota
 from idlm.serving.prompts import Prompts
 from tests.serving.conftest import CONFIG, KEY, Running
 
@@ -86,8 +86,8 @@ def test_every_key_has_its_own_salt() -> None:
         for key in CONFIG.api_keys:
             header = (b"authorization", f"Bearer {key}".encode())
             scope = {"type": "http", "path": "/v1/completions", "headers": [header]}
-            await Guard(app, CONFIG.api_keys, CONFIG.limits)(scope, nothing, nothing)  # type: ignore[arg-type]
-        await Guard(app, (), CONFIG.limits)(
+            await AuthAndLimits(app, CONFIG.api_keys, CONFIG.limits)(scope, nothing, nothing)  # type: ignore[arg-type]
+        await AuthAndLimits(app, (), CONFIG.limits)(
             {"type": "http", "path": "/", "headers": []}, nothing, nothing
         )  # type: ignore[arg-type]
 

@@ -70,7 +70,10 @@ def test_samples_come_side_by_side(http: httpx.Client, llm: LLM) -> None:
 def ask(served: Running, body: dict[str, Any]) -> socket.socket:
     """A connection on which this has been asked."""
     content = json.dumps(body).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        "Content-Type: application/json\r\n"
+    )
     connection = socket.create_connection(("127.0.0.1", served.port), timeout=HANG_SECONDS)
     connection.sendall(head.encode() + f"Content-Length: {len(content)}\r\n\r\n".encode() + content)
     return connection
