@@ -35,7 +35,7 @@ from idlm import LLM
 from idlm.cli.bench import MODES
 from idlm.cli.common import keep_what_is_loaded
 from idlm.decoding.plan import AR, Plan
-from idlm.evaluation.closed_loop import Contestant, Ours, Run
+from idlm.evaluation.closed_loop import BenchEngine, Ours, Run
 from idlm.evaluation.environment import environment
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import load
@@ -68,7 +68,7 @@ class Entry:
     """A contestant and the precision that it is compared at."""
 
     precision: str
-    contestant: Contestant
+    contestant: BenchEngine
 
     @property
     def is_ar(self) -> bool:

@@ -35,7 +35,7 @@ from benchmarks.harness.client import ask_all
 from benchmarks.harness.process import ServerProcess, idlm_serve
 from benchmarks.harness.results import RESULTS, percentile, report
 from benchmarks.harness.workload import COMPLETIONS, body
-from idlm.evaluation.closed_loop import contestants
+from idlm.evaluation.closed_loop import bench_engines
 from idlm.evaluation.workload import Request, workload
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import load
@@ -66,7 +66,7 @@ Contestant = Callable[[Sequence[Request], int], Lap]
 
 def offline(idlm: Idlm, mode: str) -> Contestant:
     """The engine in this process, making text as a server does."""
-    (ours,) = contestants(idlm, [mode], 4, SLOTS)
+    (ours,) = bench_engines(idlm, [mode], 4, SLOTS)
 
     def lap(requests: Sequence[Request], concurrency: int) -> Lap:
         run = ours.run([replace(one, detokenize=True) for one in requests], concurrency)

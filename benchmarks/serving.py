@@ -22,7 +22,7 @@ import torch
 from benchmarks.peers.process import Peer
 from idlm.cli.bench import MODES, show
 from idlm.cli.common import keep_what_is_loaded
-from idlm.evaluation.closed_loop import Contestant, contestants
+from idlm.evaluation.closed_loop import BenchEngine, bench_engines
 from idlm.evaluation.environment import environment
 from idlm.evaluation.serving_bench import bench
 from idlm.evaluation.workload import workload
@@ -78,9 +78,9 @@ def main() -> None:
             options.peers, options.vllm, resolve(options.model)[0], options.threads, stack
         )
         idlm = load(options.model, adapter=options.adapter)
-        ours = contestants(idlm, options.modes, options.stride, max(options.concurrency))
+        ours = bench_engines(idlm, options.modes, options.stride, max(options.concurrency))
         keep_what_is_loaded()
-        everyone: list[Contestant] = [*ours, *others]
+        everyone: list[BenchEngine] = [*ours, *others]
         rows = bench(
             everyone, workload(idlm), options.concurrency, options.requests, options.repeats
         )

@@ -48,7 +48,7 @@ class Peer:
         self.versions: dict[str, str] = introduction["versions"]
 
     def run(self, requests: Sequence[Request], concurrency: int) -> Run:
-        """See `Contestant`."""
+        """See `BenchEngine`."""
         asked = {"concurrency": concurrency, "requests": [asdict(request) for request in requests]}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asked) + "\n")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from idlm.evaluation.environment import VECTORS, environment
+from idlm.evaluation.environment import VECTORS, command, environment
 
 
 def test_a_result_names_the_cpu_its_vector_instructions_and_the_versions() -> None:
@@ -23,3 +25,19 @@ def test_a_machine_without_cpuinfo_is_described_all_the_same(
 ) -> None:
     monkeypatch.setattr(Path, "exists", lambda path: False)
     assert environment()["instructions"] == []
+
+
+def test_a_result_names_the_command_without_the_folders_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = ["--out=/a/b/c.json", "/a/model+/b/adapter", "runs/x", "NAME=/a/b", "http://h:1/v1"]
+    monkeypatch.setattr("sys.argv", ["/usr/bin/pytest", *arguments])
+    monkeypatch.setitem(sys.modules, "__main__", object())  # type: ignore[arg-type]
+    assert command() == "pytest --out=c.json model+adapter runs/x NAME=b http://h:1/v1"
+
+
+def test_a_result_has_the_date_in_utc() -> None:
+    found = environment()
+    today = datetime.now(UTC).date()
+    assert found["date"] in {(today - timedelta(days=late)).isoformat() for late in (0, 1)}
+    assert isinstance(found["command"], str) and found["command"]

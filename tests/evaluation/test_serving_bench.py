@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from idlm import LLM, load
-from idlm.evaluation.closed_loop import Contestant, Run, Served, closed_loop, contestants
+from idlm.evaluation.closed_loop import BenchEngine, Run, Served, bench_engines, closed_loop
 from idlm.evaluation.serving_bench import bench, row
 from idlm.evaluation.workload import Request, workload
 from idlm.models.idlm_model import Idlm
@@ -67,7 +67,7 @@ def test_the_loop_keeps_its_number_in_flight(idlm: Idlm, concurrency: int) -> No
 
 
 def test_modes_do_the_same_work_and_ar_runs_one_row_a_token(idlm: Idlm) -> None:
-    ours = contestants(idlm, ("ar", "chain", "all"), 3, 4)
+    ours = bench_engines(idlm, ("ar", "chain", "all"), 3, 4)
     rows = {str(found["mode"]): found for found in bench(ours, workload(idlm), [2], 4, 1)}
     assert all(
         found["same_as_ar"] == 1.0 and found["simulated"] is False for found in rows.values()
@@ -93,16 +93,16 @@ def test_modes_do_the_same_work_and_ar_runs_one_row_a_token(idlm: Idlm) -> None:
 def test_simulated_acceptance_is_labelled_and_gives_its_tpf(
     idlm: Idlm, shares: list[float], tpf: float
 ) -> None:
-    ours = contestants(idlm, ("ar", "all"), 3, 4, shares)
+    ours = bench_engines(idlm, ("ar", "all"), 3, 4, shares)
     ar, simulated = bench(ours, workload(idlm), [2], 4, 1)
     assert (ar["simulated"], simulated["simulated"], simulated["same_as_ar"]) == (False, True, None)
     assert simulated["tpf_decode"] == simulated["tpf_expected"] == pytest.approx(tpf)
     assert simulated["tokens"] == ar["tokens"]
 
 
-def test_contestants_take_turns_on_new_requests_each_round() -> None:
+def test_engines_take_turns_on_new_requests_each_round() -> None:
     book: Book = []
-    pair: list[Contestant] = [Scripted("idlm", mode, [1.0] * 6, book) for mode in ("ar", "all")]
+    pair: list[BenchEngine] = [Scripted("idlm", mode, [1.0] * 6, book) for mode in ("ar", "all")]
     calls: list[None] = []
     bench(pair, draw, [2, 8], number=5, repeats=2, advance=lambda: calls.append(None))
     assert [mode for mode, _, _ in book] == ["ar", "all"] * 6 and len(calls) == 12

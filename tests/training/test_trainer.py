@@ -126,7 +126,10 @@ def test_nan_stops_before_the_step_and_names_the_batch(
         optimizer={"name": optimizer},
     )
     run = trainer(config, idlm)
-    poisoned, broken = run.draws[13].number, tiny.MASK - 1  # a token that no other example has
+    poisoned, broken = (
+        run.draws[13].example_index,
+        tiny.MASK - 1,
+    )  # a token that no other example has
     run.data.training[poisoned].response[0] = broken
     with torch.no_grad():
         idlm.model.get_input_embeddings().weight[broken] = torch.nan
