@@ -1,18 +1,18 @@
-"""Everything that needs a GPU, in one go of less than eight minutes: `make gpu-check`.
+"""Everything that needs a GPU, in less than eight minutes: `make gpu-check`.
 
     python -m benchmarks.gpu_check [--only smoke costs tests sweep] [--seconds 450] [--output FILE]
 
-1. smoke: the bundled model's tokens, whatever the plan, the batch, the graph and the device
-2. costs: steps of Qwen3-8B's shape in bf16 with random weights, kernel by kernel, against the
-   measured bandwidth
-3. tests: those of kernels and engine that take the GPU, with Triton's attention in float32
-4. sweep: the 8B shape at SIMULATED acceptance, then the bundled model at its own, by load and plan
+    smoke   the bundled model's tokens are the same for every plan, batch, graph and device
+    costs   steps of Qwen3-8B's shape in bf16 with random weights, kernel by kernel, against the
+            measured bandwidth
+    tests   those of kernels and engine that can run on a GPU, with Triton's attention in float32
+    sweep   the 8B shape at SIMULATED acceptance, then the bundled model, by load and plan
 
-Every part is a process of its own, since an illegal access ends all CUDA work of its process; it
-has its share of the time, and writes each figure when it is known, so that what follows a failure
-still runs. The file, benchmarks/results/ gpu.json unless said otherwise, has them all; each part's
-own file and what was printed stay beside it. Exit status 1 where a part fails or a bound does not
-hold, 2 without a GPU.
+Each part runs in a process of its own, since an illegal memory access ends all CUDA work of its
+process. It has a share of the time and writes each figure as soon as it is known, so that the rest
+runs after a failure. All figures go to benchmarks/results/gpu.json; each part's own file and the
+printed output stay beside it. Exit status 1 if a part fails or a bound does not hold, 2 without a
+GPU.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ TESTS = (
     "tests/engine/test_guide.py",
 )
 CHOSEN = "qwen3 or not test_equals_the_reference"
-"""Of the families one is enough: the engine does not know them apart."""
+"""One model family is enough: the engine treats all alike."""
 TESTS_LEAVE = 15
-"""Seconds of the tests' share that are kept to report what they have come to."""
+"""Seconds of the tests' share that are reserved for their report."""
 MODES = ("ar", "planner", "all", "chain")
 LOADS = ((64, 64), (1, 4))
-"""Requests in flight, and how many a round has, at least."""
+"""Requests in flight, and the least number of requests in a round."""
 
 
 def tests(until: float) -> Iterator[Figure]:
@@ -74,7 +74,7 @@ def tests(until: float) -> Iterator[Figure]:
 
 
 def run_tests(until: float) -> dict[str, object]:
-    """What pytest says; where the time ends first, it is interrupted and says what it has come to."""
+    """The outcome of pytest, which is interrupted before `until` and then reports what it has."""
     command = [
         sys.executable,
         "-m",
@@ -88,14 +88,14 @@ def run_tests(until: float) -> dict[str, object]:
         "90",
     ]
     command += ["-n", str(min(8, os.cpu_count() or 1)), "-k", CHOSEN, *TESTS]
-    wishes = {
+    variables = {
         "IDLM_TEST_DEVICE": "cuda",
         "IDLM_TEST_DTYPE": "float32",
         "IDLM_SCHEDULE_STEPS": "300",
     }
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
-            command, cwd=ROOT.parent, env=os.environ | wishes, stdout=log, stderr=log
+            command, cwd=ROOT.parent, env=os.environ | variables, stdout=log, stderr=log
         )
         try:
             status = child.wait(until - time() - TESTS_LEAVE)
@@ -106,11 +106,11 @@ def run_tests(until: float) -> dict[str, object]:
                 child.wait(TESTS_LEAVE / 2)
         log.seek(0)
         lines = log.read().decode(errors="replace").splitlines()
-    return {"passed": status == 0, "status": status, **said(lines)}
+    return {"passed": status == 0, "status": status, **outcome(lines)}
 
 
-def said(lines: list[str]) -> dict[str, object]:
-    """What pytest's output comes to."""
+def outcome(lines: list[str]) -> dict[str, object]:
+    """Counts, failures and errors in the output of pytest."""
     passed = sum(" PASSED " in line for line in lines)
     failed = sorted(
         {
@@ -145,31 +145,29 @@ class Sweep:
     rates: dict[int, float] = field(default_factory=dict)
 
     def figures(self, until: float) -> Iterator[Figure]:
-        """A figure for each number of requests in flight and each mode; none is begun after
-        `until`."""
-        for concurrency, number in LOADS:
+        """A figure for each load and mode; none begins after `until`."""
+        for concurrency, count in LOADS:
             for mode in MODES:
                 if time() < until:
                     yield (
                         f"{self.idlm.name} {mode} at {concurrency}",
-                        partial(self.row, mode, concurrency, number),
+                        partial(self.row, mode, concurrency, count),
                     )
 
-    def row(self, mode: str, concurrency: int, number: int) -> dict[str, object]:
-        """A mode's figures with so many requests in flight, and at least `number` of them in a
-        round."""
+    def row(self, mode: str, concurrency: int, count: int) -> dict[str, object]:
+        """The figures of a mode; a round has at least `count` requests."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        (ours,) = bench_engines(self.idlm, (mode,), 4, 64, self.acceptance, self.kv_memory)
-        (found,) = bench([ours], workload(self.idlm), [concurrency], number, repeats=1)
-        found["graphs"] = len(ours.llm.engine.runner._steps._recordings)
-        found["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
-        rate = float(str(found["tokens_per_second"]))
+        (engine,) = bench_engines(self.idlm, (mode,), 4, 64, self.acceptance, self.kv_memory)
+        (figures,) = bench([engine], workload(self.idlm), [concurrency], count, repeats=1)
+        figures["graphs"] = len(engine.llm.engine.runner._steps._recordings)
+        figures["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        rate = float(str(figures["tokens_per_second"]))
         if mode == "ar":
             self.rates[concurrency] = rate
         over = rate / self.rates[concurrency] if concurrency in self.rates else None
         bounds = {"planner >= AR": [over, over >= 1.0]} if mode == "planner" and over else {}
-        return found | {"over_ar": over, "bounds": bounds}
+        return figures | {"over_ar": over, "bounds": bounds}
 
 
 PARTS: dict[str, tuple[Callable[[float], Iterator[Figure]], float]] = {
@@ -178,42 +176,41 @@ PARTS: dict[str, tuple[Callable[[float], Iterator[Figure]], float]] = {
     "tests": (tests, 0.26),
     "sweep": (sweep, 0.26),
 }
-"""Each part's figures, given when it has to end (as `time` has it), and its share of the time; what
-one leaves, those after it have."""
+"""Each part: its figures, given the time by which it must end, and its share of the seconds. Time
+that a part does not use goes to the parts after it."""
 
 
 def attempt(part: Callable[[], dict[str, object]]) -> dict[str, object]:
-    """A figure and its seconds; a failure is a figure too, so that those after it still run."""
+    """A figure with its seconds; a failure is a figure too, so that the next ones still run."""
     started = perf_counter()
     try:
-        found = part()
-    except Exception:  # whatever a kernel or a driver raises
-        found = {"passed": False, "error": traceback.format_exc().splitlines()[-15:]}
+        figure = part()
+    except Exception:  # kernels and drivers raise errors of many types
+        figure = {"passed": False, "error": traceback.format_exc().splitlines()[-15:]}
     gc.collect()
-    return found | {"seconds": perf_counter() - started}
+    return figure | {"seconds": perf_counter() - started}
 
 
 def run_part(name: str, until: float, output: Path) -> None:
-    """The figures of one part, in this process, which is ended at `until`; the file is written
-    after each."""
-    found: dict[str, object] = {}
+    """The figures of one part, in this process; the file is written after each."""
+    figures_by_label: dict[str, object] = {}
     figures = PARTS[name][0](until)
 
     def make() -> dict[str, object]:
         for label, figure in figures:
-            found[label] = attempt(figure)
+            figures_by_label[label] = attempt(figure)
             del figure  # it holds a model
-            output.write_text(json.dumps(found, indent=1) + "\n")
+            output.write_text(json.dumps(figures_by_label, indent=1) + "\n")
             torch.cuda.empty_cache()
         return {}
 
-    found["all"] = attempt(make)
-    output.write_text(json.dumps(found, indent=1) + "\n")
+    figures_by_label["all"] = attempt(make)
+    output.write_text(json.dumps(figures_by_label, indent=1) + "\n")
 
 
 def start_part(name: str, seconds: float, output: Path) -> dict[str, Any]:
-    """Run one part in a process of its own, and return its figures; it is ended when its time is
-    up."""
+    """Run one part in a process of its own, which is killed after `seconds`; returns its
+    figures."""
     file = output.with_name(f"{output.stem}.{name}.json")
     file.write_text("{}\n")
     command = [
@@ -242,25 +239,25 @@ def start_part(name: str, seconds: float, output: Path) -> dict[str, Any]:
             status = "time is up"
         log.seek(begin)
         tail = log.read().decode(errors="replace").splitlines()[-5:]
-    found: dict[str, Any] = json.loads(file.read_text())
+    figures: dict[str, Any] = json.loads(file.read_text())
     if status != 0:
-        found["process"] = {
+        figures["process"] = {
             "passed": False,
             "status": status,
             "tail": [line[:300] for line in tail],
         }
-    return found
+    return figures
 
 
-def failures(found: object, place: str = "") -> list[str]:
-    """What failed, and every bound that does not hold, anywhere in a report."""
-    if not isinstance(found, dict):
+def failures(report: object, where: str = "") -> list[str]:
+    """Every failure and every bound that does not hold, anywhere in a report."""
+    if not isinstance(report, dict):
         return []
-    bounds = found.get("bounds", {})
-    failed = [f"{place}: {name}: {value}" for name, (value, holds) in bounds.items() if not holds]
-    failed += [f"{place}: failed"] if found.get("passed") is False else []
+    bounds = report.get("bounds", {})
+    failed = [f"{where}: {name}: {value}" for name, (value, holds) in bounds.items() if not holds]
+    failed += [f"{where}: failed"] if report.get("passed") is False else []
     return failed + [
-        line for key, value in found.items() for line in failures(value, f"{place}/{key}")
+        line for key, value in report.items() for line in failures(value, f"{where}/{key}")
     ]
 
 
@@ -277,15 +274,15 @@ ROW = (
     ),
     *("graphs", "reserved_gib", "seconds"),
 )
-"""What the summary says of a row of the sweep."""
+"""Keys of a row of the sweep that the summary shows."""
 SUMMARY = 2_700
 """Characters of a part's summary."""
 
 
-def summary(name: str, found: dict[str, Any]) -> str:
-    """A part's figures in short, one a line; of an error its place and what it is."""
+def summary(name: str, figures: dict[str, Any]) -> str:
+    """A part's figures, one a line; of an error its place and its message."""
     lines = [f"## {name}"]
-    for label, figure in found.items():
+    for label, figure in figures.items():
         left_out = {"bounds", "tail"} | (
             set(figure) - set(ROW) if "tokens_per_second" in figure else set()
         )
@@ -297,14 +294,14 @@ def summary(name: str, found: dict[str, Any]) -> str:
 
 
 def shorter(value: object) -> str:
-    """JSON with numbers of four digits and few signs."""
+    """JSON with numbers of four digits and without quotes."""
     text = json.dumps(value, separators=(",", ":"))
-    text = re.sub(r"-?\d+\.\d+(e-?\d+)?", lambda number: f"{float(number[0]):.4g}", text)
+    text = re.sub(r"-?\d+\.\d+(e-?\d+)?", lambda match: f"{float(match[0]):.4g}", text)
     return text.replace('"', "")
 
 
 def main() -> int:
-    """Run the parts."""
+    """Exit status 1 if a part fails or a bound does not hold, 2 without a GPU."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -324,12 +321,12 @@ def main() -> int:
 
 
 def check(names: list[str], seconds: float, output: Path) -> int:
-    """Run the parts one after the other, print their summaries and what failed."""
+    """Run the parts one after the other; print their summaries and what failed."""
     until = perf_counter() + seconds
     report: dict[str, Any] = {"environment": environment() | {"cuda": torch.version.cuda}}
     output.parent.mkdir(parents=True, exist_ok=True)
-    for number, name in enumerate(names):
-        later = sum(PARTS[one][1] for one in names[number + 1 :])
+    for index, name in enumerate(names):
+        later = sum(PARTS[part][1] for part in names[index + 1 :])
         left = until - perf_counter()
         report[name] = start_part(name, left * PARTS[name][1] / (PARTS[name][1] + later), output)
         output.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,5 +1,4 @@
-"""What a step costs on a GPU: by plan and batch, against the time its weights take to read, kernel
-by kernel."""
+"""The cost of a step on a GPU, by plan, batch and kernel, against the time to read its weights."""
 
 from __future__ import annotations
 
@@ -26,24 +25,22 @@ ACCEPTANCE = (0.9, 0.88, 0.86)
 BATCHES = (1, 8, 64)
 PLANS = (AR, Plan(2, "all"), Plan(4, "chain"), Plan(4, "all"), Plan(8, "all"))
 WINDOW = Plan(4, "all")
-"""The plan whose kernels are looked at."""
+"""The plan whose kernels are profiled."""
 PREFIX, ROOM = 1024, 320
-"""Tokens in the cache of each request, and those it may grow by while its steps are timed."""
+"""Tokens in the cache of each request, and tokens that it may add while its steps are timed."""
 QUEUED, READ = 16, 8
-"""Steps launched one after the other, for the device's time; and steps read one by one, for the
-whole time."""
+"""Steps launched in a row, for the device's time; steps read one by one, for the whole time."""
 TOP = 15
 ROWS = (1, 4, 16, 64, 256, 1024)
 CHUNKS = {"1 x 512": (1, 512), "1 x 2000": (1, 2000), "16 x 128": (16, 128)}
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
-"""Runtime calls in which the host waits; the trace names `cudaMemcpyAsync` apart from `cudaMemcpy`.
-"""
+"""Runtime calls in which the host waits; `cudaMemcpyAsync` has another name in the trace."""
 
 
 def costs(shape: str = "8B", kv_memory: str = "13GiB") -> Iterator[Figure]:
-    """Qwen3-8B's shape in bfloat16 with random weights.
+    """The figures of Qwen3-8B's shape in bfloat16 with random weights.
 
-    The profiler comes last: once it has run, launches take longer.
+    The profiler comes last: after its first use launches take longer.
     """
     idlm = random_model(shape, torch.bfloat16, "cuda")
     bandwidth = copy_bandwidth()
@@ -65,7 +62,7 @@ def costs(shape: str = "8B", kv_memory: str = "13GiB") -> Iterator[Figure]:
 
 
 def step_model(idlm: Idlm, widest: Plan, kv_memory: str) -> LLM:
-    """A model for steps up to `widest`, and for the largest batch."""
+    """An LLM for steps up to `widest` and for the largest batch."""
     simulated = ACCEPTANCE if widest.drafts else None
     return LLM(
         idlm,
@@ -78,14 +75,14 @@ def step_model(idlm: Idlm, widest: Plan, kv_memory: str) -> LLM:
 
 
 def copy_bandwidth(size: int = 2**31, repeats: int = 20) -> float:
-    """Bytes per second that a device copy moves, those read and those written."""
+    """Bytes per second of a device copy, those read plus those written."""
     source = torch.empty(size, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * size / median(seconds(lambda: target.copy_(source), 1) for _ in range(repeats))
 
 
 def seconds(work: Callable[[], object], times: int) -> float:
-    """The device's time for one `work`, of several launched one after the other."""
+    """The device's time for one `work`, measured over several in a row."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     for _ in range(times):
@@ -96,8 +93,8 @@ def seconds(work: Callable[[], object], times: int) -> float:
 
 
 def weight_bytes(idlm: Idlm) -> int:
-    """Bytes of weights that a step of one row reads: all but the embedding, unless that is the head
-    as well."""
+    """Bytes of weights that a step of one row reads: all but the embedding, unless it is also the
+    head."""
     table: torch.Tensor = idlm.model.get_input_embeddings().weight  # type: ignore[assignment]
     head: torch.Tensor = idlm.model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
     parameters = {parameter.data_ptr(): parameter for parameter in idlm.model.parameters()}
@@ -114,7 +111,7 @@ def cache_bytes(llm: LLM, batch: int) -> int:
 
 @torch.inference_mode()
 def seat(llm: LLM, batch: int) -> list[int]:
-    """Greedy requests of PREFIX tokens in the slots 0 .. batch - 1, each with pages of its own."""
+    """Greedy requests of PREFIX tokens in the slots 0 .. batch - 1, each with its own pages."""
     runner = llm.engine.runner
     each = runner.core.cache.columns(PREFIX + ROOM)
     for slot in range(batch):
@@ -127,8 +124,8 @@ def seat(llm: LLM, batch: int) -> list[int]:
 
 @torch.inference_mode()
 def step_cost(llm: LLM, plan: Plan, batch: int) -> dict[str, object]:
-    """Milliseconds of a step: the device's, those until it is read, those of the launch; the first
-    ones' until read."""
+    """Milliseconds of a step: the device's, until it is read, of the launch; and of the first
+    steps."""
     runner, kind, slots = llm.engine.runner, Kind(plan, Features()), seat(llm, batch)
     step = partial(runner.step, kind, slots, PREFIX + ROOM)
     started = perf_counter()
@@ -140,11 +137,11 @@ def step_cost(llm: LLM, plan: Plan, batch: int) -> dict[str, object]:
     waited, launched = [], []
     for _ in range(READ):
         started = perf_counter()
-        one = step()
+        pending = step()
         launched.append(perf_counter() - started)
-        one.read()
+        pending.read()
         waited.append(perf_counter() - started)
-    found = {
+    times = {
         "device": device,
         "read": median(waited),
         "launch": median(launched),
@@ -152,35 +149,34 @@ def step_cost(llm: LLM, plan: Plan, batch: int) -> dict[str, object]:
         "capture": captured,
     }
     free, total = torch.cuda.mem_get_info()
-    return {name: round(1e3 * value, 3) for name, value in found.items()} | {
+    return {name: round(1e3 * value, 3) for name, value in times.items()} | {
         "used_gib": (total - free) / 2**30
     }
 
 
 def step_costs(llm: LLM, plans: Sequence[Plan], bandwidth: float) -> dict[str, object]:
-    """Steps of each plan and batch size, and AR's against the time its weights and its cache take
-    to read."""
+    """Steps of each plan and batch size, against the time to read the weights and the cache."""
     each, pages = (
         llm.engine.runner.core.cache.columns(PREFIX + ROOM),
         llm.engine.scheduler.pool.total,
     )
     batches = [batch for batch in BATCHES if batch * each <= pages]
-    found: dict[str, Any] = {
+    report: dict[str, Any] = {
         plan.name: {batch: step_cost(llm, plan, batch) for batch in batches} for plan in plans
     }
     least = {
         batch: (weight_bytes(llm.idlm) + cache_bytes(llm, batch)) / bandwidth for batch in batches
     }
-    found["least_ms"] = {batch: 1e3 * value for batch, value in least.items()}
+    report["least_ms"] = {batch: 1e3 * value for batch, value in least.items()}
     if AR in plans:
-        over = found["ar"][1]["device"] / found["least_ms"][1]
-        found["bounds"] = {"AR step at 1 within 1.25 of bytes / bandwidth": [over, over <= 1.25]}
-    return found
+        over = report["ar"][1]["device"] / report["least_ms"][1]
+        report["bounds"] = {"AR step at 1 within 1.25 of bytes / bandwidth": [over, over <= 1.25]}
+    return report
 
 
 @torch.inference_mode()
 def kernels(llm: LLM, plan: Plan, batch: int, steps: int = 4) -> dict[str, object]:
-    """See `profiled`, of a step."""
+    """As `profiled`, for a step."""
     runner, kind, slots = llm.engine.runner, Kind(plan, Features()), seat(llm, batch)
     step = partial(runner.step, kind, slots, PREFIX + ROOM)
     for _ in range(3):  # the first ones are recorded
@@ -189,7 +185,7 @@ def kernels(llm: LLM, plan: Plan, batch: int, steps: int = 4) -> dict[str, objec
 
 
 def profiled(work: Callable[[], object], times: int) -> dict[str, object]:
-    """Launches and microseconds of kernels in each `work`, and the kernels that take longest."""
+    """Launches and microseconds of kernels in one `work`, and the kernels that take longest."""
     seconds, counts = Counter[str](), Counter[str]()
     with profiler() as profile:
         for _ in range(times):
@@ -213,7 +209,7 @@ def profiler() -> torch.profiler.profile:
 
 
 def short(name: str) -> str:
-    """A kernel's name without what PyTorch's templates put around it."""
+    """A kernel's name without PyTorch's template arguments."""
     for noise in ("void ", "at::native::", "(anonymous namespace)::", "c10::", "cutlass::"):
         name = name.replace(noise, "")
     return name[:80]
@@ -221,10 +217,10 @@ def short(name: str) -> str:
 
 @torch.inference_mode()
 def prefill_costs(llm: LLM) -> dict[str, object]:
-    """Milliseconds of a prefill's forward: the device's, and the host's for launching it."""
-    found = {}
+    """Milliseconds of a prefill's forward: the device's, and the host's for its launch."""
+    times = {}
     for name, (pieces, length) in CHUNKS.items():
-        prefill = a_prefill(llm, pieces, length)
+        prefill = make_prefill(llm, pieces, length)
         prefill()
         torch.cuda.synchronize()
         started = perf_counter()
@@ -232,12 +228,12 @@ def prefill_costs(llm: LLM) -> dict[str, object]:
         launch = perf_counter() - started
         torch.cuda.synchronize()
         device = seconds(prefill, 3)
-        found[name] = {"device": round(1e3 * device, 2), "launch": round(1e3 * launch, 2)}
-    return {"ms": found}
+        times[name] = {"device": round(1e3 * device, 2), "launch": round(1e3 * launch, 2)}
+    return {"ms": times}
 
 
-def a_prefill(llm: LLM, pieces: int, length: int) -> Callable[[], object]:
-    """Prefills pieces of new prompts, of at most PREFIX + ROOM tokens each."""
+def make_prefill(llm: LLM, pieces: int, length: int) -> Callable[[], object]:
+    """A function that prefills new prompts of at most PREFIX + ROOM tokens each."""
     runner = llm.engine.runner
     seat(llm, pieces)
     chunks = [Chunk(slot, [7] * min(length, PREFIX + ROOM), 0) for slot in range(pieces)]
@@ -248,14 +244,14 @@ def a_prefill(llm: LLM, pieces: int, length: int) -> Callable[[], object]:
 
 @torch.inference_mode()
 def prefill_kernels(llm: LLM) -> dict[str, object]:
-    """See `profiled`, of a prefill of many short pieces."""
-    return profiled(a_prefill(llm, *CHUNKS["16 x 128"]), 1)
+    """As `profiled`, for a prefill of many short prompts."""
+    return profiled(make_prefill(llm, *CHUNKS["16 x 128"]), 1)
 
 
 @torch.inference_mode()
 def linear_costs(idlm: Idlm) -> dict[str, object]:
-    """Milliseconds of all linear layers and the head on so many rows, and nothing else."""
-    weights, found = idlm.linear_weights(), {}
+    """Milliseconds of all linear layers and the head alone, by rows."""
+    weights, times = idlm.linear_weights(), {}
     for rows in ROWS:
         inputs = {
             width: torch.randn(rows, width, dtype=idlm.dtype, device="cuda")
@@ -263,8 +259,8 @@ def linear_costs(idlm: Idlm) -> dict[str, object]:
         }
         products = partial(_products, weights, inputs)
         products()
-        found[rows] = round(1e3 * seconds(products, 3), 3)
-    return {"ms": found}
+        times[rows] = round(1e3 * seconds(products, 3), 3)
+    return {"ms": times}
 
 
 def _products(weights: Sequence[torch.Tensor], inputs: dict[int, torch.Tensor]) -> None:
@@ -273,10 +269,10 @@ def _products(weights: Sequence[torch.Tensor], inputs: dict[int, torch.Tensor]) 
 
 
 def host_waits(llm: LLM, steps: int = 15) -> dict[str, object]:
-    """Runtime calls in which the host waits while the engine admits and launches, from the
-    profiler's trace.
+    """Calls in which the host waits while the engine admits and launches, from the profiler's
+    trace.
 
-    Seven requests decode and one more comes; none of the calls is wanted. No graph is recorded
+    Seven requests decode and one more comes; there should be no such call. No graph is recorded
     meanwhile.
     """
     engine = llm.engine
@@ -295,12 +291,12 @@ def host_waits(llm: LLM, steps: int = 15) -> dict[str, object]:
     for name in list(engine._requests):
         engine.abort(name)
     events = profile.events() or []
-    found = {label: _waits_within(events, f"idlm {label}") for label in ("launch", "admit")}
-    number = sum(sum(counts.values()) for counts in found.values())
+    waits = {label: _waits_within(events, f"idlm {label}") for label in ("launch", "admit")}
+    count = sum(sum(counts.values()) for counts in waits.values())
     return {
         "steps": steps,
-        "waits": found,
-        "bounds": {"no host synchronisation": [number, not number]},
+        "waits": waits,
+        "bounds": {"no host synchronisation": [count, not count]},
     }
 
 
@@ -323,6 +319,6 @@ def _waits_within(events: Sequence[Any], label: str) -> dict[str, int]:
         event.name
         for event in events
         if event.name in WAITS
-        and any(one.start <= event.time_range.start <= one.end for one in ranges)
+        and any(span.start <= event.time_range.start <= span.end for span in ranges)
     ]
     return dict(Counter(waits))

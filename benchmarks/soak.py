@@ -1,10 +1,9 @@
-"""A long run of one engine: many requests, random aborts, a small pool; memory, slots and pages
-must come back.
+"""A long run of one engine: many requests, random aborts, a small page pool.
 
     python -m benchmarks.soak [--requests 10000] [--seed 0] [--out FILE]
 
-Prints one JSON object: resident memory over the run, pre-emptions, evictions, and whether every
-request was answered.
+Memory, slots and pages must come back. Prints one JSON object: resident memory over the run,
+pre-emptions, evictions, and whether every request was answered.
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ from idlm.evaluation.environment import environment
 IN_FLIGHT = 48
 
 
-def ask(engine: Engine, choice: random.Random) -> str:
-    """One request with random settings; some share their first tokens."""
-    prompt = [choice.randrange(4, 600) for _ in range(choice.choice([0, 3, 20, 90]))]
+def ask(engine: Engine, rng: random.Random) -> str:
+    """Add a request with random settings; some share their first tokens."""
+    prompt = [rng.randrange(4, 600) for _ in range(rng.choice([0, 3, 20, 90]))]
     params = SamplingParams(
-        max_tokens=choice.randint(1, 60),
-        temperature=choice.choice([0.0, 1.0]),
-        top_p=choice.choice([1.0, 1.0, 0.9]),
-        presence_penalty=choice.choice([0.0, 0.0, 0.5]),
+        max_tokens=rng.randint(1, 60),
+        temperature=rng.choice([0.0, 1.0]),
+        top_p=rng.choice([1.0, 1.0, 0.9]),
+        presence_penalty=rng.choice([0.0, 0.0, 0.5]),
         ignore_eos=True,
     )
-    return engine.add([5, 6, 7] * choice.randint(1, 20) + prompt, params, choice.randrange(2**31))
+    return engine.add([5, 6, 7] * rng.randint(1, 20) + prompt, params, rng.randrange(2**31))
 
 
 def main() -> None:
-    """Run and report; exit status 1 when something was lost."""
+    """Exit status 1 if a request or a page was lost."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -50,7 +49,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    choice = random.Random(options.seed)
+    rng = random.Random(options.seed)
     engine = build_engine(load("nano"), 4, "chain", max_num_seqs=32, kv_memory="6MiB")
     memory: list[float] = []
     asked = answered = aborted = 0
@@ -58,10 +57,10 @@ def main() -> None:
     process, started = psutil.Process(), time.perf_counter()
     while asked < options.requests or engine.busy:
         while asked < options.requests and asked - answered < IN_FLIGHT:
-            waiting.append(ask(engine, choice))
+            waiting.append(ask(engine, rng))
             asked += 1
-        if choice.random() < 0.05:
-            aborted += engine.abort(choice.choice(waiting[-IN_FLIGHT:]))
+        if rng.random() < 0.05:
+            aborted += engine.abort(rng.choice(waiting[-IN_FLIGHT:]))
         for update in engine.step():
             answered += update.result is not None
         if asked % 250 == 0 and len(memory) < asked // 250:

@@ -16,8 +16,8 @@ from benchmarks.gpu_check import (
     attempt,
     failures,
     main,
+    outcome,
     run_part,
-    said,
     start_part,
     summary,
 )
@@ -113,7 +113,7 @@ def test_what_pytest_said() -> None:
         "E   assert 1 == 2",
         "end",
     ]
-    found = said(lines)
+    found = outcome(lines)
     assert (found["counts"], found["failed"], found["errors"]) == (
         1,
         ["a.py::two[1] "],

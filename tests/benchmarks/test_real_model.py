@@ -61,7 +61,10 @@ def test_a_short_run(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.Monke
     )  # the prompts are long for the small tokenizer
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
     output = tmp_path / "results" / "real_model.json"
-    command = f"x --model {folder} --threads 1 --concurrency 2 --precisions float32 --modes all --peers transformers"
+    command = (
+        f"x --model {folder} --threads 1 --concurrency 2 --precisions float32 --modes all "
+        "--peers transformers"
+    )
     short = [
         "--requests",
         "2",

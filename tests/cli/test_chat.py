@@ -24,7 +24,10 @@ from idlm.cli import app
 from tests.cli.test_serve import running
 from tests.waiting import HANG_SECONDS
 
-QUESTION = "Mia has 14 apples. Then she buys 9 more apples at the market. How many apples does Mia have now?"
+QUESTION = (
+    "Mia has 14 apples. Then she buys 9 more apples at the market. "
+    "How many apples does Mia have now?"
+)
 GREEDY = ("--temperature", "0", "--dtype", "float64", "--max-tokens", "40")
 REMOTE = ("--temperature", "0", "--max-tokens", "40")
 LONG = [*["w " * 150] * 3, "w " * 600, QUESTION]

@@ -149,7 +149,10 @@ def test_train(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_version_and_help_come_without_torch() -> None:
     """The command line must answer before torch could be imported."""
-    code = "import sys; from idlm.cli import app; assert 'torch' not in sys.modules; app(['--version'])"
+    code = (
+        "import sys; from idlm.cli import app; "
+        "assert 'torch' not in sys.modules; app(['--version'])"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_SECONDS
     )

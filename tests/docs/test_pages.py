@@ -78,7 +78,8 @@ def test_the_limits_are_the_defaults() -> None:
 def test_the_numbers_of_the_threat_model_are_the_servers() -> None:
     said = " ".join(SECURITY.split())
     for claim in (
-        f"Headers have {BOUNDS.header_seconds:g} s (408) and {limits.HEADER_BYTES // 1024} KiB (431)",
+        f"Headers have {BOUNDS.header_seconds:g} s (408) "
+        f"and {limits.HEADER_BYTES // 1024} KiB (431)",
         f"A body has {BOUNDS.body_seconds:g} s (408) and {BOUNDS.body_bytes} bytes (413)",
         f"{server.MOST_CONNECTIONS} connections at once",
         f"closed after {server.KEEP_ALIVE_SECONDS} s",

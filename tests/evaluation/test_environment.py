@@ -1,4 +1,4 @@
-"""What results say of the machine."""
+"""What results record of the machine and of the run."""
 
 from __future__ import annotations
 
