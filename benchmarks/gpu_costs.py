@@ -176,7 +176,6 @@ def step_costs(llm: LLM, plans: Sequence[Plan], bandwidth: float) -> dict[str, o
 
 @torch.inference_mode()
 def kernels(llm: LLM, plan: Plan, batch: int, steps: int = 4) -> dict[str, object]:
-    """As `profiled`, for a step."""
     runner, kind, slots = llm.engine.runner, Kind(plan, Features()), seat(llm, batch)
     step = partial(runner.step, kind, slots, PREFIX + ROOM)
     for _ in range(3):  # the first ones are recorded

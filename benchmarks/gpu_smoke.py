@@ -40,7 +40,6 @@ def smoke(device: str = "cuda") -> Iterator[Figure]:
 
 
 def questions(idlm: Idlm, count: int = NUMBER) -> Outputs:
-    """The prompts of held-out problems."""
     tokenizer: Any = idlm.tokenizer
     chats = [
         [{"role": "user", "content": problem.question}] for problem in held_out_problems(count)
@@ -92,8 +91,8 @@ def against_the_cpu(device: str) -> dict[str, object]:
     """AR on the GPU and on the CPU; rounding differs, so outputs may differ where two tokens nearly
     tie."""
     params, outputs = PARAMS["greedy"], []
-    for place in (device, "cpu"):
-        idlm = load("nano", dtype=torch.float32, device=place)
+    for where in (device, "cpu"):
+        idlm = load("nano", dtype=torch.float32, device=where)
         outputs.append(decode(idlm, questions(idlm), params, 1, "all"))
     share = same(*outputs)
     return {"same": share, "bounds": {"9 of 10 requests": [share, share >= 0.9]}}

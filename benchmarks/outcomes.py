@@ -40,7 +40,6 @@ def decode(idlm: Idlm, plan: Plan, requests: Sequence[Request], temperature: flo
 
 
 def figures(plan: Plan, results: Sequence[Result]) -> dict[str, Any]:
-    """The figures of one plan."""
     totals, tpf = summary(results), tpf_decode(results)
     acceptance = [share for share in totals["acceptance"][: plan.drafts] if share is not None]
     expected = expected_tokens(plan, acceptance)

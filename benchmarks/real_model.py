@@ -144,9 +144,9 @@ def gguf_files(source: Path, precisions: Sequence[str]) -> list[tuple[str, Path]
     written."""
     from benchmarks.gguf_weights import ensure  # needs the package gguf
 
-    wanted = [(precision, kind) for precision in precisions for kind in PRECISIONS[precision]]
-    files = ensure(source, [kind for _, kind in wanted], source.parent)
-    return [(precision, files[kind]) for precision, kind in wanted]
+    pairs = [(precision, kind) for precision in precisions for kind in PRECISIONS[precision]]
+    files = ensure(source, [kind for _, kind in pairs], source.parent)
+    return [(precision, files[kind]) for precision, kind in pairs]
 
 
 def rounds(
@@ -187,7 +187,6 @@ def until(tokens: Sequence[int], eos: frozenset[int]) -> Sequence[int]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and range."""
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
@@ -228,7 +227,7 @@ def row(
 def compare(
     entries: Sequence[Entry], concurrency: int, options: argparse.Namespace
 ) -> list[dict[str, object]]:
-    """A row for each engine."""
+    """A row for each engine, over all rounds at one concurrency."""
     first = next(entry.engine for entry in entries if entry.is_ar)
     runs = rounds(entries, first.llm, concurrency, options)
     ar = {entry.precision: laps for entry, laps in zip(entries, runs, strict=True) if entry.is_ar}

@@ -57,8 +57,7 @@ class Lap:
 
     @property
     def rate(self) -> float:
-        """Tokens per second."""
-        return self.tokens / self.seconds
+        return self.tokens / self.seconds  # tokens per second
 
 
 Measured = Callable[[Sequence[Request], int], Lap]
@@ -132,7 +131,7 @@ def engines(options: argparse.Namespace, idlm: Idlm, stack: ExitStack) -> dict[s
 
 
 def rows_at(concurrency: int, laps: dict[str, list[Lap]]) -> list[dict[str, Any]]:
-    """A row for each engine."""
+    """A row for each engine, over all rounds at one concurrency."""
     rows = []
     for name, rounds in laps.items():
         rates = [lap.rate for lap in rounds]

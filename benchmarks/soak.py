@@ -52,26 +52,26 @@ def main() -> None:
     rng = random.Random(options.seed)
     engine = build_engine(load("nano"), 4, "chain", max_num_seqs=32, kv_memory="6MiB")
     memory: list[float] = []
-    asked = answered = aborted = 0
+    added = answered = aborted = 0
     waiting: list[str] = []
     process, started = psutil.Process(), time.perf_counter()
-    while asked < options.requests or engine.busy:
-        while asked < options.requests and asked - answered < IN_FLIGHT:
+    while added < options.requests or engine.busy:
+        while added < options.requests and added - answered < IN_FLIGHT:
             waiting.append(ask(engine, rng))
-            asked += 1
+            added += 1
         if rng.random() < 0.05:
             aborted += engine.abort(rng.choice(waiting[-IN_FLIGHT:]))
         for update in engine.step():
             answered += update.result is not None
-        if asked % 250 == 0 and len(memory) < asked // 250:
+        if added % 250 == 0 and len(memory) < added // 250:
             engine.check()
             memory.append(process.memory_info().rss / 2**20)
-            print(f"{asked} asked, {answered} answered, {memory[-1]:.0f} MiB", file=sys.stderr)
+            print(f"{added} asked, {answered} answered, {memory[-1]:.0f} MiB", file=sys.stderr)
     engine.check()
     pool = engine.scheduler.pool
     late = memory[len(memory) // 4 :]
     report = {
-        "requests": asked,
+        "requests": added,
         "answered": answered,
         "aborted": aborted,
         "pool_intact": pool.live == 0 and pool.free + pool.cached == pool.total,
@@ -91,7 +91,7 @@ def main() -> None:
     print(text)
     if options.out:
         options.out.write_text(text + "\n")
-    sys.exit(0 if answered == asked and report["pool_intact"] else 1)
+    sys.exit(0 if answered == added and report["pool_intact"] else 1)
 
 
 if __name__ == "__main__":

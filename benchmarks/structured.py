@@ -196,8 +196,8 @@ def compare(
     idlm: Idlm, count: int, max_tokens: int, plans: Sequence[tuple[int, str]]
 ) -> dict[str, Any]:
     """Run all schemas by each plan; the first plan is AR."""
-    wanted = schemas(count)
-    params = params_for(wanted, max_tokens)
+    requested = schemas(count)
+    params = params_for(requested, max_tokens)
     report: dict[str, Any] = {
         "schemas": count,
         "characters": [len(each.guide.text) for each in params if each.guide],
@@ -218,7 +218,7 @@ def compare(
             "seconds": seconds,
         }
     report["ended"] = dict(Counter(result.finish_reason for result in runs[0]))
-    faults = [fault(schema, result) for schema, result in zip(wanted, runs[0], strict=True)]
+    faults = [fault(schema, result) for schema, result in zip(requested, runs[0], strict=True)]
     report["faults"] = [f"{index}: {text}" for index, text in enumerate(faults) if text is not None]
     report["differ"] = [
         index

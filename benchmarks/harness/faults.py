@@ -68,7 +68,7 @@ async def _reference(server: ServerProcess, model: str) -> list[str]:
 
 async def _kill_once(server: ServerProcess, model: str, streams: int) -> dict[str, Any]:
     connections = [Connection(server.port) for _ in range(streams)]
-    asked = [
+    tasks = [
         asyncio.create_task(connection.ask(COMPLETIONS, body))
         for connection, body in zip(connections, bodies(model, streams, 450), strict=True)
     ]
@@ -76,7 +76,7 @@ async def _kill_once(server: ServerProcess, model: str, streams: int) -> dict[st
         await asyncio.sleep(0.005)
     server.engine().kill()
     killed = perf_counter()
-    answers = await _answered(asked)
+    answers = await _answered(tasks)
     ready = (await asyncio.to_thread(server.get, "/ready"))[0]
     await asyncio.to_thread(server.wait_ready)
     return {
@@ -88,16 +88,16 @@ async def _kill_once(server: ServerProcess, model: str, streams: int) -> dict[st
     }
 
 
-async def _answered(asked: Sequence[asyncio.Task[Answer]]) -> list[Answer]:
+async def _answered(tasks: Sequence[asyncio.Task[Answer]]) -> list[Answer]:
     """All answers.
 
     Raises:
         RuntimeError: some did not come.
     """
-    _, hanging = await asyncio.wait(asked, timeout=HANG_SECONDS)
+    _, hanging = await asyncio.wait(tasks, timeout=HANG_SECONDS)
     if hanging:
-        raise RuntimeError(f"{len(hanging)} of {len(asked)} requests hang")
-    return [task.result() for task in asked]
+        raise RuntimeError(f"{len(hanging)} of {len(tasks)} requests hang")
+    return [task.result() for task in tasks]
 
 
 async def disconnect(
@@ -154,13 +154,13 @@ async def _leave_after(
     pieces: int = sys.maxsize,
 ) -> str:
     connection = Connection(port)
-    asked = asyncio.create_task(connection.ask(COMPLETIONS, body, send))
+    task = asyncio.create_task(connection.ask(COMPLETIONS, body, send))
     end = perf_counter() + seconds
-    while perf_counter() < end and len(connection.answer.pieces) < pieces and not asked.done():
+    while perf_counter() < end and len(connection.answer.pieces) < pieces and not task.done():
         await asyncio.sleep(0.005)
     answer = connection.answer
     connection.close()
-    await asked
+    await task
     if send is not None:
         return "in the request"
     if answer.complete:
@@ -187,7 +187,7 @@ async def drain(command: Sequence[str], streams: int, seconds: float) -> dict[st
     them."""
     with ServerProcess([*command, "--drain-seconds", str(seconds)]) as server:
         model = command[2]
-        asked = [
+        tasks = [
             asyncio.create_task(
                 Connection(server.port).ask(COMPLETIONS, body | {"stream": bool(index % 2)})
             )
@@ -198,7 +198,7 @@ async def drain(command: Sequence[str], streams: int, seconds: float) -> dict[st
             await asyncio.sleep(0.01)
         server.process.send_signal(signal.SIGTERM)
         ended = perf_counter()
-        answers = await _answered(asked)
+        answers = await _answered(tasks)
         status = await asyncio.to_thread(server.process.wait, HANG_SECONDS)
     finished = sum(answer.finished and answer.error is None for answer in answers)
     reported = [answer.error for answer in answers]

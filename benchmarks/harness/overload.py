@@ -71,7 +71,6 @@ async def overload(server: ServerProcess, model: str, slots: int, seconds: float
 
 
 def _requests(model: str, seed: int) -> Iterator[Body]:
-    """Endless requests."""
     while True:
         yield from bodies(model, 256, seed=seed)
         seed += 1
@@ -91,16 +90,16 @@ async def open_loop(
 
     Returns the answers, and how many never came.
     """
-    rng, free, asked = random.Random(0), list[Connection](), list[asyncio.Task[Answer]]()
+    rng, free, tasks = random.Random(0), list[Connection](), list[asyncio.Task[Answer]]()
     due, end = perf_counter(), perf_counter() + seconds
     for body in _requests(model, 2000):
         due += rng.expovariate(rate)
-        if due > end and len(asked) >= least:
+        if due > end and len(tasks) >= least:
             break
         await asyncio.sleep(max(0.0, due - perf_counter()))
         connection = free.pop() if free else Connection(port)
-        asked.append(asyncio.create_task(_borrowed(connection, body, free.append)))
-    done, hanging = await asyncio.wait(asked, timeout=HANG_SECONDS)
+        tasks.append(asyncio.create_task(_borrowed(connection, body, free.append)))
+    done, hanging = await asyncio.wait(tasks, timeout=HANG_SECONDS)
     for connection in free:
         connection.close()
     return sorted((task.result() for task in done), key=lambda answer: answer.asked), len(hanging)

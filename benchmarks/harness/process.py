@@ -113,7 +113,7 @@ class ServerProcess:
             return 0, ""
 
     def metrics(self) -> dict[str, float]:
-        """Metrics without labels, by name."""
+        """Values of the metrics without labels, by name."""
         families = text_string_to_metric_families(self.get("/metrics")[1])
         samples = [sample for family in families for sample in family.samples]
         return {sample.name: sample.value for sample in samples if not sample.labels}
@@ -130,7 +130,6 @@ class ServerProcess:
             time.sleep(0.05)
 
     def engine(self) -> psutil.Process:
-        """The engine process."""
         return next(p for p in self._family() if "idlm.serving.worker" in p.cmdline())
 
     def _family(self) -> list[psutil.Process]:

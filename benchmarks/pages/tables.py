@@ -29,12 +29,10 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[
 
 
 def times(ratio: float) -> str:
-    """A ratio, such as 1.23x."""
     return f"{ratio:.2f}x"
 
 
 def spread(figures: Mapping[str, float]) -> str:
-    """A median with its range."""
     return f"{figures['median']:.2f} ({figures['min']:.2f}-{figures['max']:.2f})"
 
 
@@ -98,7 +96,7 @@ def structured(report: Report) -> Iterator[str]:
 
 
 def problems(report: Report) -> Iterator[str]:
-    """Of `idlm.nano.evaluate`."""
+    """The results of `idlm.nano.evaluate`: accuracy and TPF by run."""
     rows = []
     for name, run in report["runs"].items():
         same, tpf = run.get("same_tokens_as_transformers"), run.get("tpf")
@@ -136,7 +134,7 @@ def outcomes(report: Report) -> Iterator[str]:
 def serving(report: Report) -> Iterator[str]:
     """Tokens per second, then ratios of the same round."""
     cells = {(_series(row), row["concurrency"]): row for row in report["rows"]}
-    series = [name for name in ENGINES if any(name == found for found, _ in cells)]
+    series = [name for name in ENGINES if any(name == column for column, _ in cells)]
     counts = sorted({count for _, count in cells})
     speeds = [
         [count, *(f"{cells[name, count]['tokens_per_second']:,.0f}" for name in series)]

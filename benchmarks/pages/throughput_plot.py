@@ -86,7 +86,7 @@ def _drawn(
 
 
 def _x(count: int, counts: Sequence[int]) -> float:
-    """On a logarithmic scale."""
+    """The horizontal position of a count, on a logarithmic scale."""
     return LEFT + 20 + (RIGHT - LEFT - 20) * log2(count / counts[0]) / log2(counts[-1] / counts[0])
 
 

@@ -32,7 +32,6 @@ DIGITS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 def render() -> str:
-    """The picture as SVG."""
     layout = window(STRIDE, "all")
     parts = [*_head(layout), *_verify_row(), *_mask_rows(layout), *_next_window(layout)]
     height = TOP + PITCH * (layout.groups + 3) + 92

@@ -48,7 +48,6 @@ class Answer:
         self.tpot = decoding / max(1, len(self.token_ids) - 1)
 
     def report(self) -> dict[str, object]:
-        """The request's entry on stdout."""
         return {
             "token_ids": self.token_ids,
             "ttft": self.ttft,

@@ -48,7 +48,6 @@ class Peer:
         self.versions: dict[str, str] = introduction["versions"]
 
     def run(self, requests: Sequence[Request], concurrency: int) -> Run:
-        """As in `BenchEngine`."""
         line = {"concurrency": concurrency, "requests": [asdict(request) for request in requests]}
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(line) + "\n")

@@ -44,8 +44,8 @@ class Clock:
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Add the tokens of a step, up to the request's limit."""
-        kept = tokens[: self.limit - len(self.token_ids)]
-        if not kept:
+        added = tokens[: self.limit - len(self.token_ids)]
+        if not added:
             return
         now = perf_counter()
         if self.token_ids:
@@ -53,10 +53,9 @@ class Clock:
         else:
             self.first = now
         self.last = now
-        self.token_ids += kept
+        self.token_ids += added
 
     def report(self) -> dict[str, object]:
-        """The request's entry on stdout."""
         tpot = (self.last - self.first) / max(1, len(self.token_ids) - 1)
         ttft = self.first - self.arrival
         return {
@@ -71,7 +70,7 @@ class Report(Protocol):
     """The service of one request: a `Clock`, or the engine's own times."""
 
     def report(self) -> dict[str, object]:
-        """The request's entry on stdout."""
+        """The entry of this request in the line on stdout."""
         ...
 
 
@@ -80,7 +79,7 @@ Run = Callable[[list[Request], int], Sequence[Report]]
 
 
 def own_peak_memory() -> float:
-    """Of this process, in MiB."""
+    """The high-water mark of this process, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -95,7 +94,6 @@ class Engine:
 
 
 def installed(*packages: str) -> dict[str, str]:
-    """The version of each package."""
     return {name: version(name) for name in packages}
 
 

@@ -96,11 +96,13 @@ def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
         chosen = {name: values.pop(name) for name in options}
         command(sampling=sampling_params(**chosen), **values)
 
-    kept = [
+    remaining = [
         parameter for parameter in signature.parameters.values() if parameter.name != "sampling"
     ]
     added = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options.values()]
     run.__doc__ = command.__doc__
-    run.__signature__ = signature.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*kept, *added]}
+    run.__signature__ = signature.replace(parameters=[*remaining, *added])  # type: ignore[attr-defined]
+    run.__annotations__ = {
+        parameter.name: parameter.annotation for parameter in [*remaining, *added]
+    }
     return run

@@ -1,6 +1,6 @@
 """A closed loop: a fixed number of requests in flight; a finished one is replaced by the next.
 
-A `BenchEngine` is any engine that can serve one: `Ours` here, others in `benchmarks/peers`.
+A `BenchEngine` is any engine that can run such a loop: `Ours` here, others in `benchmarks/peers`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,6 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """Output tokens of all requests."""
         return sum(len(request.token_ids) for request in self.served)
 
     @property
@@ -117,7 +116,6 @@ class Ours:
     engine: str = "idlm"
 
     def run(self, requests: Sequence[Request], concurrency: int) -> Run:
-        """As in `BenchEngine`."""
         device = self.llm.idlm.device
         metrics, planner = self.llm.engine.metrics, self.llm.engine.planner
         plan = planner.plans[0] if len(planner.plans) == 1 else None

@@ -24,7 +24,7 @@ def bench(
     engines: Sequence[BenchEngine],
     draw: Draw,
     concurrencies: Sequence[int],
-    number: int,
+    count: int,
     repeats: int,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Row]:
@@ -32,7 +32,7 @@ def bench(
 
     Args:
         draw: gives the requests of a round.
-        number: requests of a round; at least twice those in flight are used.
+        count: requests of a round; at least twice those in flight are used.
         repeats: rounds that count, after one to warm up.
         advance: called after each run.
     """
@@ -40,7 +40,7 @@ def bench(
     for concurrency in concurrencies:
         runs: list[list[Run]] = [[] for _ in engines]
         for seed in range(repeats + 1):
-            requests = draw(max(number, 2 * concurrency), seed)
+            requests = draw(max(count, 2 * concurrency), seed)
             for engine, laps in zip(engines, runs, strict=True):
                 laps.append(engine.run(requests, concurrency))
                 advance()
@@ -125,13 +125,13 @@ def _decoded(runs: Sequence[Decoding]) -> Row:
         return dict.fromkeys(names)
     results = [result for run in runs for result in run.results]
     totals, plan = summary(results), runs[0].plan
-    known = [share for share in totals["acceptance"] if share is not None]
+    acceptance = [share for share in totals["acceptance"] if share is not None]
     return {
         "tpf": totals["tpf"],
         "tpf_decode": tpf_decode(results),
         "tpf_expected": None
-        if plan is None or (plan.drafts and not known)
-        else expected_tokens(plan, known),
+        if plan is None or (plan.drafts and not acceptance)
+        else expected_tokens(plan, acceptance),
         "acceptance": totals["acceptance"],
         "flops_per_token_over_ar": sum(run.rows for run in runs) / totals["tokens"],
         "plans": dict(sum((run.plans for run in runs), Counter())),

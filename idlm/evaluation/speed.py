@@ -27,8 +27,7 @@ class Lap:
 
     @property
     def tokens_per_second(self) -> float:
-        """The median over the rounds."""
-        return median(self.rates)
+        return median(self.rates)  # over the rounds
 
 
 def race(

@@ -34,7 +34,7 @@ class Request:
 
     @property
     def params(self) -> SamplingParams:
-        """The same for every engine."""
+        """Greedy, without an early end, the same for every engine."""
         return SamplingParams(
             max_tokens=self.max_tokens, temperature=0.0, ignore_eos=True, detokenize=self.detokenize
         )
@@ -89,7 +89,6 @@ def _problems(idlm: Idlm, count: int, seed: int) -> list[Request]:
 
 
 def _random(idlm: Idlm, count: int, seed: int) -> list[Request]:
-    """Random tokens, without special ones."""
     rng = random.Random(f"random/{seed}")
     usable = sorted(set(range(idlm.vocab_size)) - {idlm.mask_id, *idlm.eos_ids})
     half = idlm.context // 2

@@ -217,13 +217,13 @@ async def ready(request: Request) -> Response:
     | {200: {"description": "Done.", "content": {"text/plain": {}}}},
 )
 async def metrics(request: Request) -> Response:
-    """Metrics in Prometheus' text format."""
+    """Counters, gauges and histograms in Prometheus' text format."""
     return Response(the_server(request).meters.render(), media_type=CONTENT_TYPE)
 
 
 @router.get("/version", responses=answers(responses.Version))
 async def version() -> Response:
-    """The version of idlm."""
+    """The version of idlm that serves."""
     return as_json(responses.Version(__version__))
 
 

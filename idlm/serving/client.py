@@ -103,7 +103,7 @@ class EngineClient:
 
     @property
     def ready(self) -> bool:
-        """Whether the engine takes samples."""
+        """Whether the engine takes samples: it is up and not draining."""
         return self._up.is_set() and not self._draining
 
     async def start(self) -> None:

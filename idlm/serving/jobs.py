@@ -56,7 +56,7 @@ class Server:
 
     @property
     def targets(self) -> dict[str, Target]:
-        """The targets by model name."""
+        """The model itself, its AR variant and the adapters, by name."""
         name = self.config.name
         adapters = {adapter: Target(adapter) for adapter in self.config.engine.adapters}
         return {name: Target(), name + AR_SUFFIX: Target(drafting=False)} | adapters
@@ -277,7 +277,7 @@ def _submit(
     )
 
 
-def room(asked: int | None, prompt_tokens: int, context: int, limits: Limits) -> int:
+def room(requested: int | None, prompt_tokens: int, context: int, limits: Limits) -> int:
     """max_tokens of a sample: what the request asks for, or what the context and `limits` leave.
 
     A request for more than the context leaves is accepted: the output then ends at the context, as
@@ -287,10 +287,10 @@ def room(asked: int | None, prompt_tokens: int, context: int, limits: Limits) ->
         ApiError: 400: more than `limits.max_tokens`.
     """
     bound = MOST_TOKENS if limits.max_tokens is None else limits.max_tokens
-    if asked is not None and asked > bound:
+    if requested is not None and requested > bound:
         raise ApiError(
             400,
-            f"max_tokens={asked} is more than the {bound} of this server; lower it",
+            f"max_tokens={requested} is more than the {bound} of this server; lower it",
             "max_tokens",
         )
-    return min(bound if asked is None else asked, max(1, context - prompt_tokens))
+    return min(bound if requested is None else requested, max(1, context - prompt_tokens))

@@ -166,7 +166,7 @@ class _Watched:
 
 
 class Meters:
-    """The metrics of one server."""
+    """The metrics of one server, in a registry of their own."""
 
     def __init__(self, client: EngineClient) -> None:
         self._registry = CollectorRegistry()

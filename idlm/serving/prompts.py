@@ -42,7 +42,7 @@ class Prompts(PromptEncoder):
         return cls(read_tokenizer(folder, config), model, int(config.max_position_embeddings))
 
     async def in_thread(self, work: Callable[[], T]) -> T:
-        """Run `work` in the thread."""
+        """Run `work` in the thread, one piece of work after the other."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def decode(self, ids: Sequence[int]) -> str:

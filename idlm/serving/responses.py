@@ -122,7 +122,7 @@ class Head(msgspec.Struct):
 
 
 class ChatCompletion(Head):
-    """The response of /v1/chat/completions."""
+    """The response of /v1/chat/completions, with a choice for each sample."""
 
     choices: list[ChatChoice]
     usage: Usage
@@ -200,7 +200,7 @@ class ModelList(msgspec.Struct):
 
 
 class Tokenized(msgspec.Struct):
-    """The response of /tokenize."""
+    """The response of /tokenize: token ids, their count, and the model's context."""
 
     count: int
     max_model_len: int
@@ -209,7 +209,7 @@ class Tokenized(msgspec.Struct):
 
 
 class Detokenized(msgspec.Struct):
-    """The response of /detokenize."""
+    """The response of /detokenize: the text in `prompt`."""
 
     prompt: str
 
@@ -221,6 +221,6 @@ class Status(msgspec.Struct):
 
 
 class Version(msgspec.Struct):
-    """The response of /version."""
+    """The response of /version: the version of idlm."""
 
     version: str

@@ -125,7 +125,6 @@ class StrictRequest(Request):
     """A request whose body is read with `decode`."""
 
     async def json(self) -> Any:
-        """Called by FastAPI."""
         return decode(await self.body(), "the request body")
 
 
@@ -225,7 +224,6 @@ class Generation(Neutral):
 
     @property
     def samples(self) -> int:
-        """Samples of each prompt."""
         return 1 if self.n is None else self.n
 
     @property
@@ -339,7 +337,7 @@ class CompletionRequest(Generation):
 
     @property
     def asked_tokens(self) -> int:
-        """max_tokens for the engine."""
+        """max_tokens for the engine: 1 for the prompt alone, else the request's or the default."""
         return (
             1
             if self.prompt_only
@@ -392,7 +390,7 @@ class TokenizeText(Strict):
 
 
 class DetokenizeRequest(Strict):
-    """The body of /detokenize."""
+    """The body of /detokenize: token ids to convert to text."""
 
     model: str | None = None
     tokens: Ids

@@ -188,7 +188,7 @@ def _template_message(message: Message) -> dict[str, Any]:
 
 
 class ChatRequest(Conversation, Generation):
-    """The body of /v1/chat/completions."""
+    """The body of /v1/chat/completions, with OpenAI's fields and those of idlm."""
 
     kind: ClassVar = "chatcmpl"
     """Prefix of the response's id."""
@@ -214,7 +214,7 @@ class ChatRequest(Conversation, Generation):
 
     @property
     def top(self) -> int | None:
-        """top_logprobs, if `logprobs` is set."""
+        """`top_logprobs` if `logprobs` is set, else None."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property

@@ -204,7 +204,6 @@ class Worker:
         """By id, the samples whose guide is being compiled; True: aborted meanwhile."""
 
     def run(self) -> NoReturn:
-        """Loop until the process ends."""
         while True:
             out = self._take()
             if self.engine.busy:

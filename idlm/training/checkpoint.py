@@ -97,11 +97,11 @@ def prepare_folder(config: TrainConfig) -> Path | None:
 
 def _keep_config(config: TrainConfig, file: Path, resumes: bool) -> None:
     """Write the config unless it is there: several processes may do this at once."""
-    kept = file.read_text(encoding="utf-8") if file.exists() else None
-    if resumes and kept is not None:
-        _same_config(yaml.safe_load(kept), as_tree(config), "")
+    written = file.read_text(encoding="utf-8") if file.exists() else None
+    if resumes and written is not None:
+        _same_config(yaml.safe_load(written), as_tree(config), "")
     text = yaml.safe_dump(as_tree(config), sort_keys=False)
-    if text != kept:
+    if text != written:
         file.write_text(text, encoding="utf-8")
 
 

@@ -34,7 +34,6 @@ class Log:
         self.entries: list[dict[str, Any]] = []
 
     def message(self, text: str) -> None:
-        """Print a line on stderr."""
         self.console.print(text)
 
     @contextmanager
@@ -62,15 +61,15 @@ class Log:
 
 def _until(file: Path, step: int) -> list[dict[str, Any]]:
     """The reports up to `step`, without a line cut off by a kill."""
-    kept = []
+    entries = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:
             entry = json.loads(line)
             if entry["step"] <= step:
-                kept.append(entry)
+                entries.append(entry)
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    return kept
+    return entries
 
 
 def _short(value: Any) -> str:

@@ -202,7 +202,7 @@ class Trainer:
         return measure(self.objective, self.data.held_out, self.config, self.state.step - 1)
 
     def evaluate(self) -> dict[str, Any]:
-        """Log the held-out measurements."""
+        """Measure on the held-out texts, and log the figures."""
         measured = self.measure()
         self.log.write({"step": self.state.step, **measured})
         return measured
@@ -220,11 +220,11 @@ class Trainer:
 
     def load(self, folder: Path) -> None:
         """Restore the model, the optimizers and the state from a checkpoint."""
-        kept = read_json(folder / STATE)
+        saved = read_json(folder / STATE)
         self.student.load(folder)
         checkpoint.load_optimizers(self.objective, self.optimizers, folder)
-        self.state.step, self.state.balance = kept["step"], kept["balance"]
-        self.state.unreported = Sums(**kept["unreported"])
+        self.state.step, self.state.balance = saved["step"], saved["balance"]
+        self.state.unreported = Sums(**saved["unreported"])
 
     def export(self, folder: Path) -> None:
         """Write the adapter or the whole model in its current state."""

@@ -36,7 +36,6 @@ class Sums:
     clean_rows: int = 0
 
     def add(self, loss: float, terms: Terms, rows: Rows) -> None:
-        """Add a step."""
         self.steps += 1
         self.loss += loss
         self.noisy += float(terms.noisy)

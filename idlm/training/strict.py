@@ -1,8 +1,7 @@
 """Strict conversion of plain values (YAML, JSON) to dataclasses, with overrides from a command
 line.
 
-It is independent of what is configured: the fields of a dataclass are the keys, its annotations the
-types.
+The fields of a dataclass are the keys, its annotations the types; which dataclass does not matter.
 """
 
 from __future__ import annotations

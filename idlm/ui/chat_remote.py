@@ -78,7 +78,6 @@ class RemoteBackend:
             raise
 
     def answer(self, messages: Sequence[Message], drafting: bool) -> Iterator[Piece | End]:
-        """As in `ChatBackend`."""
         with self._input_errors():
             if self._context is not None:
                 check_room(self._count(messages), self._params.max_tokens, self._context)

@@ -1,4 +1,4 @@
-"""What of the GPU check can be checked without a GPU."""
+"""The parts of the GPU check that need no GPU."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ from idlm.evaluation.environment import VECTORS, command, environment
 
 
 def test_a_result_names_the_cpu_its_vector_instructions_and_the_versions() -> None:
-    found = environment()
-    json.dumps(found)
-    assert found["cpu"] is not None and {"torch", "transformers", "idlm"} <= set(found)
-    instructions = found["instructions"]
+    report = environment()
+    json.dumps(report)
+    assert report["cpu"] is not None and {"torch", "transformers", "idlm"} <= set(report)
+    instructions = report["instructions"]
     assert isinstance(instructions, list) and all(name.startswith(VECTORS) for name in instructions)
 
 
@@ -37,7 +37,7 @@ def test_a_result_names_the_command_without_the_folders_of_the_machine(
 
 
 def test_a_result_has_the_date_in_utc() -> None:
-    found = environment()
+    report = environment()
     today = datetime.now(UTC).date()
-    assert found["date"] in {(today - timedelta(days=late)).isoformat() for late in (0, 1)}
-    assert isinstance(found["command"], str) and found["command"]
+    assert report["date"] in {(today - timedelta(days=late)).isoformat() for late in (0, 1)}
+    assert isinstance(report["command"], str) and report["command"]

@@ -1,5 +1,4 @@
-"""Keys: every route but /health needs one, also routes that nobody has written yet. And room in the
-queue."""
+"""API keys: every route but /health needs one, even future ones. And room in the queue."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ APP = create_app(CONFIG, EngineClient(CONFIG.engine, CONFIG.limits), Prompts(Non
 
 
 def paths() -> set[tuple[str, str]]:
-    """Method and path of every operation, from the document and from the routes themselves."""
+    """Method and path of every operation, from the document and from the routes."""
     found = {
         (method.upper(), path) for path, item in APP.openapi()["paths"].items() for method in item
     }

@@ -65,14 +65,14 @@ def texts(shapes: list[tuple[int, int]], phases: list[int]) -> Texts:
     return Texts(tokens, prompt, torch.tensor([p + r for p, r in shapes]), torch.tensor(phases))
 
 
-def examples(number: int = 40) -> list[Example]:
+def examples(count: int = 40) -> list[Example]:
     """Random examples of several lengths."""
     rng = random.Random(1)
 
     def ids(low: int, high: int) -> list[int]:
         return [rng.randrange(3, MASK - 1) for _ in range(rng.randint(low, high))]
 
-    return [Example(ids(1, 6), ids(2, 12), f"row {i}") for i in range(number)]
+    return [Example(ids(1, 6), ids(2, 12), f"row {i}") for i in range(count)]
 
 
 def write_jsonl(path: Path, rows: list[Example]) -> Path:
