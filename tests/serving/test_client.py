@@ -128,7 +128,7 @@ def test_logprobs_and_trace(client: EngineClient, run: Run, llm: LLM) -> None:
     (result,) = llm.generate(sample.prompt, sample.params)
 
     async def check() -> None:
-        deltas, finished = await collect(client.submit([one])[0])
+        deltas, finished = await collect(client.submit([sample])[0])
         check_same(result, deltas, finished)
         logprobs = [entry for delta in deltas for entry in delta.logprobs or []]
         assert result.logprobs is not None and result.prompt_logprobs is not None
@@ -140,7 +140,9 @@ def test_logprobs_and_trace(client: EngineClient, run: Run, llm: LLM) -> None:
                 [e.logprob for e in expected.values()]
             )
         assert finished.prompt_logprobs is not None and finished.prompt_logprobs[0] is None
-        assert [next(iter(entry or ())) for entry in finished.prompt_logprobs[1:]] == one.prompt[1:]
+        assert [next(iter(entry or ())) for entry in finished.prompt_logprobs[1:]] == sample.prompt[
+            1:
+        ]
         assert [source for delta in deltas for source in delta.sources or []] == result.sources
         assert sum(bool(delta.tokens) for delta in deltas) == result.forwards
 
