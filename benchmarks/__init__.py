@@ -1,1 +1,1 @@
-"""Measurements: run from the repository root; figures go to benchmarks/results."""
+"""Measurements. Run them from the repository root; results go to benchmarks/results."""

@@ -1,12 +1,11 @@
-"""What of the training recipe earns its place: variants of one recipe, the same steps and batches,
-judged by decoding.
+"""Variants of the training recipe, judged by decoding.
 
-    python benchmarks/ablation.py [--steps 150] [--batch 8] [--problems 40] [--seeds 0] [--only NAME
-    ...] [--out FILE]
+    python -m benchmarks.ablation [--steps 150] [--batch 8] [--problems 40] [--seeds 0]
+                                  [--only NAME ...] [--out FILE]
 
-Every variant starts from the bundled base and sees the same texts in the same order. Acceptance per
-depth and TPF come from greedy decoding of held-out problems, at N = 4 and N = 8 with all outcomes;
-`seconds` is the training time.
+Every variant starts from the bundled base and has the same steps and the same texts in the same
+order. Acceptance by depth and TPF come from greedy decoding of held-out problems with all outcomes,
+at strides 4 and 8; `seconds` is the training time.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
 
-import idlm.nano.source  # noqa: F401
+import idlm.nano.source  # noqa: F401  # registers its data
 from idlm import LLM, SamplingParams, load
 from idlm.evaluation.accuracy import evaluate
+from idlm.evaluation.environment import environment
 from idlm.evaluation.metrics import summary
 from idlm.nano.problems import held_out_problems
 from idlm.training.config import load_config
@@ -73,14 +72,14 @@ def run(
     row: dict[str, object] = {"seconds": seconds}
     for stride in (4, 8):
         llm = LLM(idlm, stride=stride, branches="all")
-        found = evaluate(
+        accuracy = evaluate(
             llm, held_out_problems(problems), SamplingParams(temperature=0, max_tokens=256)
         )
-        totals = summary(found.results)
+        totals = summary(accuracy.results)
         row[f"N={stride}"] = {
             "tpf": totals["tpf"],
             "acceptance": totals["acceptance"],
-            "accuracy": found.share,
+            "accuracy": accuracy.share,
         }
     return row
 
@@ -103,7 +102,7 @@ def main() -> None:
         "batch": args.batch,
         "problems": args.problems,
         "seeds": args.seeds,
-        "environment": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "environment": environment(),
     }
     variants: dict[str, list[object]] = {name: [] for name in args.only}
     for seed in args.seeds:

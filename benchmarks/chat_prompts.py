@@ -1,5 +1,4 @@
-"""Chat prompts for a bench of an instruct model: 30 to 120 tokens each, and questions whose answers
-are long."""
+"""Chat prompts of 30 to 120 tokens, for questions with long answers."""
 
 from __future__ import annotations
 
@@ -34,21 +33,21 @@ QUESTIONS = (
 )
 
 
-def draw(llm: LLM, number: int, seed: int, tokens: int) -> list[Request]:
-    """`number` requests of `tokens` each, of lengths mixed the same way for every seed.
+def draw(llm: LLM, count: int, seed: int, tokens: int) -> list[Request]:
+    """`count` requests of `tokens` output tokens each; lengths are mixed alike for every seed.
 
-    Each conversation has a number, so that no two prompts have more than a few first tokens in
-    common: no engine's prefix cache helps.
+    Each conversation begins with a number of its own, so that prompts share only their first few
+    tokens and no prefix cache helps.
     """
-    first = seed * number
+    first = seed * count
     return [
         request(llm, first + at, QUESTIONS[(first + at) % len(QUESTIONS)], tokens)
-        for at in range(number)
+        for at in range(count)
     ]
 
 
 def request(llm: LLM, conversation: int, question: str, tokens: int) -> Request:
-    """One question through the model's chat template."""
+    """A question through the model's chat template."""
     system = f"{conversation} is the number of this conversation. You are a helpful assistant."
     messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
     return Request(llm.encode_chat(messages), tokens)

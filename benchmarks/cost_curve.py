@@ -1,12 +1,11 @@
-"""overhead(W), the time of a W-row step over the time of a 1-row step, and what the planner makes
-of it.
+"""overhead(W), the time of a W-row step over that of a 1-row step, and the planner's choice.
 
     python -m benchmarks.cost_curve [--models nano 0.1B 0.6B] [--batches 1 8] [--acceptance 0.9]
-    [--threads 1] ...
+                                    [--threads 1] ...
 
-0.1B, 0.6B and 8B are random models of those sizes: the cost of a step does not depend on what the
-weights say. Steps are the engine's own, on slots with 256 cached tokens; plans take turns, medians
-are reported.
+0.1B, 0.6B and 8B are random models of those sizes: the cost of a step does not depend on the
+weights. Steps are the engine's own, on slots with 256 cached tokens. Plans take turns; figures are
+medians.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def step_costs(
 
 
 def curve(costs: dict[Plan, float], acceptance: list[float]) -> dict[str, object]:
-    """A row of the report for one batch size."""
+    """A row of the report, for one batch size."""
     choice = choose(PLANS, costs, acceptance)
     rates = {plan: expected_tokens(plan, acceptance) / cost for plan, cost in costs.items()}
     return {
@@ -57,7 +56,7 @@ def curve(costs: dict[Plan, float], acceptance: list[float]) -> dict[str, object
 
 
 def subject(name: str, dtype: torch.dtype, device: str) -> Idlm:
-    """A random model of a shape, or a checkpoint."""
+    """A random model if `name` is a shape, else a checkpoint."""
     return (
         random_model(name, dtype, device)
         if name in SHAPES
@@ -66,7 +65,6 @@ def subject(name: str, dtype: torch.dtype, device: str) -> Idlm:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -84,7 +82,6 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure, print, write the file."""
     options = arguments()
     torch.set_num_threads(options.threads)
     models: dict[str, object] = {}
@@ -98,9 +95,8 @@ def main() -> None:
         models[name] = {"parameters": idlm.model.num_parameters(), "batches": rows}
         for batch, row in rows.items():
             over = ", ".join(f"{width}: {ratio:.2f}" for width, ratio in row["overhead"].items())  # type: ignore[attr-defined]
-            print(
-                f"{name}, batch {batch}: AR step {row['ar_step_ms']:.2f} ms; overhead {over}\n    {row['reason']}"
-            )
+            print(f"{name}, batch {batch}: AR step {row['ar_step_ms']:.2f} ms; overhead {over}")
+            print(f"    {row['reason']}")
     report = {
         "models": models,
         "acceptance": options.acceptance,

@@ -1,12 +1,10 @@
-"""The weights of one GGUF file in other number formats, for engines that read GGUF: the same model
-in each.
+"""The weights of a GGUF file in other formats, for engines that read GGUF: the same model in each.
 
-    python -m benchmarks.gguf_weights MODEL.gguf [--formats F32 F16 BF16 Q8_0] [--folder
-    build/models]
+    python -m benchmarks.gguf_weights MODEL.gguf [--formats F32 F16 BF16 Q8_0]
+                                      [--folder build/models]
 
-Every tensor is de-quantised to float32 first, so all formats round the same numbers, which are
-those that transformers reads from the file too. Vectors (the norms) stay float32. Metadata is
-copied as it is.
+Every tensor is de-quantised to float32 first, so all formats round the same numbers, which
+transformers reads from the file too. Vectors (of the norms) stay float32. Metadata is copied.
 """
 
 from __future__ import annotations
@@ -24,9 +22,9 @@ FILE_TYPES = {
     "BF16": LlamaFileType.MOSTLY_BF16,
     "Q8_0": LlamaFileType.MOSTLY_Q8_0,
 }
-"""What `general.file_type` says of each format."""
-WRITTEN_ANYWAY = ("general.architecture", "general.file_type")
-"""Fields that the writer sets by itself, or we do."""
+"""The value of `general.file_type` for each format."""
+NOT_COPIED = ("general.architecture", "general.file_type")
+"""Fields that the writer or `write` sets."""
 
 
 def write(source: Path, target: Path, kind: str) -> None:
@@ -46,9 +44,9 @@ def write(source: Path, target: Path, kind: str) -> None:
 
 
 def copy_metadata(reader: GGUFReader, writer: GGUFWriter) -> None:
-    """All fields of a file: shapes, tokenizer, chat template, licence."""
+    """Copy the fields of a file: shapes, tokenizer, chat template, licence."""
     for field in reader.fields.values():
-        if field.name.startswith("GGUF.") or field.name in WRITTEN_ANYWAY:
+        if field.name.startswith("GGUF.") or field.name in NOT_COPIED:
             continue
         kind = field.types[0]
         inner = field.types[-1] if kind == GGUFValueType.ARRAY else None
@@ -56,20 +54,19 @@ def copy_metadata(reader: GGUFReader, writer: GGUFWriter) -> None:
 
 
 def ensure(source: Path, formats: Sequence[str], folder: Path) -> dict[str, Path]:
-    """The file of each format in `folder`; those that are not there yet, or older than `source`,
-    are written."""
+    """The file of each format in `folder`; missing ones, and ones older than `source`, are
+    written."""
     stem = source.stem.rpartition("-")[0] or source.stem
-    found = {kind: folder / f"{stem}-{kind}.gguf" for kind in formats}
-    for kind, target in found.items():
+    files = {kind: folder / f"{stem}-{kind}.gguf" for kind in formats}
+    for kind, target in files.items():
         if not target.exists() or target.stat().st_mtime < source.stat().st_mtime:
             unfinished = target.with_suffix(".part")
             write(source, unfinished, kind)
             unfinished.replace(target)
-    return found
+    return files
 
 
 def main() -> None:
-    """Write the files and name them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -42,7 +42,7 @@ import torch
 from benchmarks.gpu_costs import ACCEPTANCE, costs
 from benchmarks.gpu_smoke import Figure, smoke
 from benchmarks.shapes import random_model
-from idlm.evaluation.closed_loop import contestants
+from idlm.evaluation.closed_loop import bench_engines
 from idlm.evaluation.environment import environment
 from idlm.evaluation.serving_bench import bench
 from idlm.evaluation.workload import workload
@@ -170,7 +170,7 @@ class Sweep:
         round."""
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        (ours,) = contestants(self.idlm, (mode,), 4, 64, self.acceptance, self.kv_memory)
+        (ours,) = bench_engines(self.idlm, (mode,), 4, 64, self.acceptance, self.kv_memory)
         (found,) = bench([ours], workload(self.idlm), [concurrency], number, repeats=1)
         found["graphs"] = len(ours.llm.engine.runner._steps._recordings)
         found["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30

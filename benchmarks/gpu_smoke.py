@@ -1,5 +1,4 @@
-"""The first questions to a GPU: are the tokens the same, whatever the plan, the batch, the graph
-and the device?"""
+"""First checks on a GPU: the same tokens for every plan, batch, graph and device?"""
 
 from __future__ import annotations
 
@@ -30,25 +29,25 @@ KINDS = (("greedy", False), ("sampled", False), ("greedy", True))
 
 
 def smoke(device: str = "cuda") -> Iterator[Figure]:
-    """The bundled model in float32 and bfloat16: each figure is one comparison of tokens."""
+    """The bundled model in float32 and bfloat16; each figure is one comparison of tokens."""
     for dtype in DTYPES:
         idlm = load("nano", dtype=dtype, device=device)
         prompts = questions(idlm)
         for name, deterministic in KINDS:
-            kind = f"{str(dtype).removeprefix('torch.')} {name}{' deterministic' if deterministic else ''}"
-            yield kind, partial(comparisons, idlm, prompts, PARAMS[name], deterministic)
+            label = f"{str(dtype).removeprefix('torch.')} {name}"
+            label += " deterministic" if deterministic else ""
+            yield label, partial(comparisons, idlm, prompts, PARAMS[name], deterministic)
     yield "float32 greedy against the CPU", partial(against_the_cpu, device)
 
 
-def questions(idlm: Idlm, number: int = NUMBER) -> Outputs:
-    """Prompts of held-out problems."""
+def questions(idlm: Idlm, count: int = NUMBER) -> Outputs:
     tokenizer: Any = idlm.tokenizer
-    asked = [
-        [{"role": "user", "content": problem.question}] for problem in held_out_problems(number)
+    chats = [
+        [{"role": "user", "content": problem.question}] for problem in held_out_problems(count)
     ]
     texts = [
-        tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True)
-        for one in asked
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        for chat in chats
     ]
     return [list(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
 
@@ -71,10 +70,10 @@ def decode(
 def comparisons(
     idlm: Idlm, prompts: Outputs, params: SamplingParams, deterministic: bool
 ) -> dict[str, object]:
-    """Every plan against AR, the graphs against eager steps, a batch against each prompt alone.
+    """Every plan against AR, graphs against eager steps, a batch against each prompt alone.
 
-    Where the sums depend on the shapes of a step (bfloat16, not deterministic), equality is a
-    figure and no bound.
+    If sums depend on the shapes of a step (bfloat16, not deterministic), equality is a figure
+    without a bound.
     """
     started = perf_counter()
     run = partial(decode, idlm, prompts, params, deterministic=deterministic)
@@ -91,11 +90,11 @@ def comparisons(
 
 
 def against_the_cpu(device: str) -> dict[str, object]:
-    """AR on the GPU and on the CPU; rounding differs, so a request may part where two tokens are as
-    good as equal."""
+    """AR on the GPU and on the CPU; rounding differs, so outputs may differ where two tokens nearly
+    tie."""
     params, outputs = PARAMS["greedy"], []
-    for place in (device, "cpu"):
-        idlm = load("nano", dtype=torch.float32, device=place)
+    for where in (device, "cpu"):
+        idlm = load("nano", dtype=torch.float32, device=where)
         outputs.append(decode(idlm, questions(idlm), params, 1, "all"))
     share = same(*outputs)
     return {"same": share, "bounds": {"9 of 10 requests": [share, share >= 0.9]}}

@@ -1,14 +1,12 @@
-"""Matrix products of few rows: every candidate, the machine's own peaks, and what an engine
-chooses.
+"""Matrix products of few rows: every candidate, the machine's peaks, and the engine's choice.
 
     python -m benchmarks.kernels [--models nano SmolLM2 0.6B] [--rows 1 2 4 8 16 32 64] [--rounds 7]
 
-The shapes are those of the products in a step, as many of each as a model has, used in turn and
-recorded as in a step, so that what does not fit a cache comes from memory. One thread. Candidates
-take turns; the least of the rounds counts. `IDLM_NATIVE` forces an instruction set; the peaks are
-measured with the same one: multiply-adds between registers, and memory read and copied
-(benchmarks/peak.c). Table on stdout, everything in benchmarks/results/kernels_<instruction
-set>.json.
+The shapes are those of the products in a step, as many of each as a model has, run in turn and
+recorded as in a step, so that weights larger than a cache come from memory. One thread. Candidates
+take turns; the best round counts. `IDLM_NATIVE` forces an instruction set, also for the peaks:
+multiply-adds between registers, and memory read and copied (benchmarks/peak.c). Prints a table and
+writes benchmarks/results/kernels_<instruction set>.json.
 """
 
 from __future__ import annotations
@@ -48,8 +46,7 @@ MODELS: dict[str, tuple[Shape, ...]] = {
         (1024, 151936, 1),
     ),
 }
-"""Inputs, outputs and number of each shape: q, k and v together, o, gate and up together, down, the
-head."""
+"""Inputs, outputs and count of each shape: q with k and v, o, gate with up, down, the head."""
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
@@ -58,83 +55,92 @@ def peaks() -> dict[str, float]:
     target = native.instruction_set()
     assert target is not None
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "peak"
+        program = Path(folder) / "peak"
         flags = ("-std=gnu11", "-O3", "-ffast-math", *target.flags, f"-I{compiling.SOURCES}")
-        subprocess.run([compiling.compiler(), *flags, str(PEAK), "-o", str(made)], check=True)
-        found = subprocess.run([str(made)], check=True, capture_output=True, text=True).stdout
-    return dict(zip(("gflops", "read_gbps", "copy_gbps"), map(float, found.split()), strict=True))
+        subprocess.run([compiling.compiler(), *flags, str(PEAK), "-o", str(program)], check=True)
+        output = subprocess.run([str(program)], check=True, capture_output=True, text=True).stdout
+    return dict(zip(("gflops", "read_gbps", "copy_gbps"), map(float, output.split()), strict=True))
 
 
 def packed(weight: Tensor, rows: int) -> Product:
-    """oneDNN's product by a weight that it has laid out for so many rows."""
-    made = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    return lambda x: torch.ops.mkldnn._linear_pointwise(x, made, None, "none", [], "")
+    """oneDNN's product by a weight in its layout for `rows` rows."""
+    reordered = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, reordered, None, "none", [], "")
 
 
 def best(calls: dict[str, Recorded], x: Tensor, rounds: int) -> dict[str, float]:
-    """Seconds of each candidate for `x`."""
-    found = dict.fromkeys(calls, float("inf"))
+    """The fewest seconds of each candidate for `x`."""
+    seconds = dict.fromkeys(calls, float("inf"))
     for _ in range(rounds):
         for name, call in calls.items():
             started = perf_counter()
             call(x)
-            found[name] = min(found[name], perf_counter() - started)
-    return found
+            seconds[name] = min(seconds[name], perf_counter() - started)
+    return seconds
 
 
 def candidates(
     weights: Sequence[Tensor], formats: dict[str, Linears], rows: int, limit: int
 ) -> dict[str, Recorded]:
-    """The products of so many rows by all weights, by who multiplies; "chosen" is what an engine
+    """The products of `rows` rows by all weights, by implementation; "chosen" is what an engine
     runs."""
 
     def ours(layer: Layer, choice: int) -> Product:
         return partial(replace(layer, choice=choice).multiply, adapter=None)
 
-    made = {
+    products_by_name = {
         f"C {name}": [ours(layer, ALWAYS) for layer in linears.layers]
         for name, linears in formats.items()
     }
-    made["chosen"] = [ours(layer, layer.choice) for layer in formats["float32"].layers]
-    made["torch"] = [partial(F.linear, weight=weight) for weight in weights]
+    products_by_name["chosen"] = [ours(layer, layer.choice) for layer in formats["float32"].layers]
+    products_by_name["torch"] = [partial(F.linear, weight=weight) for weight in weights]
     if sum(weight.nbytes for weight in weights) < limit:
-        made["oneDNN packed"] = [packed(weight, rows) for weight in weights]
-    return {name: recorded(products, weights[0].shape[1]) for name, products in made.items()}
+        products_by_name["oneDNN packed"] = [packed(weight, rows) for weight in weights]
+    return {
+        name: recorded(products, weights[0].shape[1]) for name, products in products_by_name.items()
+    }
 
 
 @torch.inference_mode()
 def measure(
     model: str, shape: Shape, options: argparse.Namespace, peak: dict[str, float]
 ) -> list[dict[str, object]]:
-    """A row for every row count and candidate."""
-    inner, out, number = shape
-    weights = [torch.randn(out, inner) for _ in range(number)]
+    """A result for every number of rows and every candidate."""
+    inner, out, count = shape
+    weights = [torch.randn(out, inner) for _ in range(count)]
     formats = {name: Linears([[weight] for weight in weights], name) for name in FORMATS}
     choose_linears(formats["float32"])
-    found: list[dict[str, object]] = []
+    results: list[dict[str, object]] = []
     for rows in options.rows:
         calls = candidates(weights, formats, rows, options.packed_limit)
         whole = best(calls, torch.randn(rows, inner), options.rounds)
-        seconds = {name: each / number for name, each in whole.items()}
+        seconds = {name: each / count for name, each in whole.items()}
         float32 = min(
             seconds[name] for name in ("C float32", "torch", "oneDNN packed") if name in seconds
         )
         for name, each in seconds.items():
             size = BYTES.get(name.removeprefix("C "), 4) * inner * out
             gflops, gbps = 2e-9 * rows * inner * out / each, 1e-9 * size / each
-            found.append(
+            results.append(
                 {
-                    "model": model, "inputs": inner, "outputs": out, "rows": rows, "candidate": name,
-                    "us": 1e6 * each, "gflops": gflops, "gbps": gbps,
-                    "of_arithmetic": gflops / peak["gflops"], "of_bandwidth": gbps / peak["copy_gbps"],
+                    "model": model,
+                    "inputs": inner,
+                    "outputs": out,
+                    "rows": rows,
+                    "candidate": name,
+                    "us": 1e6 * each,
+                    "gflops": gflops,
+                    "gbps": gbps,
+                    "of_arithmetic": gflops / peak["gflops"],
+                    "of_bandwidth": gbps / peak["copy_gbps"],
                     "over_best_float32": each / float32,
                 }
-            )  # fmt: skip
-    return found
+            )
+    return results
 
 
 def show(rows: Sequence[dict[str, object]]) -> None:
-    """A line for each shape and row count."""
+    """Print a line for each shape and number of rows."""
     keys = list(
         dict.fromkeys((row["model"], row["inputs"], row["outputs"], row["rows"]) for row in rows)
     )
@@ -143,15 +149,14 @@ def show(rows: Sequence[dict[str, object]]) -> None:
             row for row in rows if (row["model"], row["inputs"], row["outputs"], row["rows"]) == key
         ]
         cells = [
-            f"{row['candidate']} {row['us']:.1f} us {row['gbps']:.0f} GB/s {row['gflops']:.0f} GFLOP/s"
-            f" ({row['of_bandwidth']:.2f}, {row['of_arithmetic']:.2f})"
+            f"{row['candidate']} {row['us']:.1f} us {row['gbps']:.0f} GB/s "
+            f"{row['gflops']:.0f} GFLOP/s ({row['of_bandwidth']:.2f}, {row['of_arithmetic']:.2f})"
             for row in same
         ]
         print(f"{key[0]} {key[1]}x{key[2]}, {key[3]} rows: {'; '.join(cells)}")
 
 
 def main() -> None:
-    """Measure, print, write the file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,10 @@
-"""Write the model of a GGUF file as an ordinary folder of float32 safetensors; `make models` calls
-it.
+"""Write the model of a GGUF file as a folder of float32 safetensors; `make models` calls it.
 
-    python -m benchmarks.models build/models/SmolLM2-135M-Instruct-Q4_1.gguf
-    build/models/SmolLM2-135M-Instruct
+    python -m benchmarks.models build/models/SmolLM2-135M-Instruct-Q4_1.gguf \\
+                                build/models/SmolLM2-135M-Instruct
 
-The folder's weights are the file's, de-quantised, and its tokenizer is the file's: both decode to
-the same tokens.
+The folder has the de-quantised weights and the tokenizer of the file, so both decode to the same
+tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from idlm.models.loading import load
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,12 +1,11 @@
-"""All outcomes against the chain: tokens per forward, measured, and by the formulas of
-`idlm.decoding.plan`.
+"""All outcomes against the chain: tokens per forward, measured and by the formulas of the planner.
 
     python -m benchmarks.outcomes [--model nano] [--adapter A] [--strides 4 8] [--temperature 0]
-    [--requests 256]
+                                  [--requests 256]
 
-The formulas are about the long run, at the acceptance measured. A request's first forward has no
-drafts to verify and its last one is cut at its end, so both are left out of `tpf_decode`; `tpf`
-counts them, as everywhere else.
+The formulas of `idlm.decoding.plan` describe the long run, at the measured acceptance. A request's
+first forward has no drafts to verify and its last one is cut at its end, so `tpf_decode` leaves
+both out; `tpf` counts them, as everywhere else.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def decode(idlm: Idlm, plan: Plan, requests: Sequence[Request], temperature: float) -> list[Result]:
-    """All requests, 32 at once; request i has seed i."""
+    """Decode all requests, 32 at once; request i has seed i."""
     engine = build_engine(idlm, EngineConfig(plan.stride, plan.branches, max_num_seqs=32))
     for seed, request in enumerate(requests):
         engine.add(request.prompt_token_ids, replace(request.params, temperature=temperature), seed)
@@ -42,7 +41,6 @@ def decode(idlm: Idlm, plan: Plan, requests: Sequence[Request], temperature: flo
 
 
 def figures(plan: Plan, results: Sequence[Result]) -> dict[str, Any]:
-    """Of one plan."""
     totals, tpf = summary(results), tpf_decode(results)
     acceptance = [share for share in totals["acceptance"][: plan.drafts] if share is not None]
     expected = expected_tokens(plan, acceptance)
@@ -51,7 +49,6 @@ def figures(plan: Plan, results: Sequence[Result]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Decode, print, write the file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,18 +1,19 @@
-"""SmolLM2-135M-Instruct on our engine, llama.cpp, vLLM's CPU build and transformers, in turn: `make
+"""SmolLM2-135M-Instruct on idlm, llama.cpp, vLLM (CPU) and transformers, in turn: `make
 real-model`.
 
-    python -m benchmarks.real_model [--threads 1 2] [--concurrency 1 8] [--precisions float32
-    bfloat16 int8]
+    python -m benchmarks.real_model [--threads 1 2] [--concurrency 1 8]
+                                    [--precisions float32 bfloat16 int8]
                                     [--peers llamacpp vllm transformers] [--repeats 5] ...
 
-All engines get the same chat prompts and give 64 greedy tokens for each. Our float32 meets
-llama.cpp's F32, vLLM and transformers, our bfloat16 llama.cpp's F16 and BF16, our int8 its Q8_0;
-all weights come from one file. In every round every contestant runs once, so that what else the
-machine does hits them alike; ratios are of the same round. The first round warms up. The model was
-not trained to draft: modes other than "ar" run with SIMULATED acceptance, and their tokens mean
-nothing. The cost of a step by its rows is measured at each precision too. `make models` and `make
-peers` bring what this needs; peers without an environment are left out. Table on stdout, everything
-in benchmarks/results/real_model.json.
+All engines get the same chat prompts and give 64 greedy tokens for each. Our float32 is compared
+with llama.cpp's F32, vLLM and transformers, our bfloat16 with llama.cpp's F16 and BF16, our int8
+with its Q8_0; all weights come from one file. In every round each engine runs once, so that
+disturbances of the machine affect all alike; ratios are of the same round. The first round warms
+up. The model was not trained to draft: modes other than "ar" run with SIMULATED acceptance, and
+their tokens mean nothing. The cost of a step by its rows is measured at each precision too.
+
+`make models` and `make peers` install what this needs; missing peers are left out. Prints a table
+and writes benchmarks/results/real_model.json.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from idlm import LLM
 from idlm.cli.bench import MODES
 from idlm.cli.common import keep_what_is_loaded
 from idlm.decoding.plan import AR, Plan
-from idlm.evaluation.closed_loop import Contestant, Ours, Run
+from idlm.evaluation.closed_loop import BenchEngine, Ours, Run
 from idlm.evaluation.environment import environment
 from idlm.evaluation.simulation import simulate_acceptance
 from idlm.models.idlm_model import Idlm
@@ -53,7 +54,7 @@ NEEDED = {
     "vllm": VLLM / "python",
     "transformers": Path(sys.executable),
 }
-"""What each peer cannot be started without."""
+"""The file that each peer needs to start."""
 
 PLANS = (AR, Plan(2, "all"), Plan(4, "chain"), Plan(4, "all"))
 """Windows of 1, 4, 7 and 16 rows."""
@@ -61,25 +62,24 @@ KV_MEMORY = "256MiB"
 
 
 PRECISIONS = {"float32": ("F32",), "bfloat16": ("F16", "BF16"), "int8": ("Q8_0",)}
-"""What our linear layers hold, activations being float32, and what llama.cpp calls the like."""
+"""The weights of our linear layers (activations are float32), and llama.cpp's names for them."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A contestant and the precision that it is compared at."""
+    """An engine and the precision at which it is compared."""
 
     precision: str
-    contestant: Contestant
+    engine: BenchEngine
 
     @property
     def is_ar(self) -> bool:
-        """Whether the others of its precision are compared with it."""
-        return (self.contestant.engine, self.contestant.mode) == ("idlm", "ar")
+        """Whether the other engines of its precision are compared with it."""
+        return (self.engine.engine, self.engine.mode) == ("idlm", "ar")
 
 
 def loaded(folder: Path) -> Idlm:
-    """The model with its last token for a MASK: it has none, and what simulated drafts cost needs
-    one."""
+    """The model with its last token as MASK: it has none, and simulated drafts need one."""
     idlm = load(folder, dtype="float32")
     return replace(idlm, mask_id=idlm.vocab_size - 1)
 
@@ -108,7 +108,7 @@ def ours(idlm: Idlm, threads: int, options: argparse.Namespace) -> Iterator[Entr
 def peers(
     options: argparse.Namespace, precisions: Sequence[str], threads: int, stack: ExitStack
 ) -> Iterator[Entry]:
-    """The other engines, loaded; the processes end with `stack`."""
+    """The other engines, loaded; their processes end with `stack`."""
     slots = max(options.concurrency)
 
     def start(
@@ -134,7 +134,7 @@ def peers(
 
 
 def with_environment(names: Sequence[str]) -> list[str]:
-    """The peers that can be started; the others are named on stderr."""
+    """The peers that can be started; the missing ones are named on stderr."""
     missing = [name for name in names if not NEEDED[name].exists()]
     for name in missing:
         print(f"no {NEEDED[name]}: {name} left out; `make peers` builds it", file=sys.stderr)
@@ -142,37 +142,36 @@ def with_environment(names: Sequence[str]) -> list[str]:
 
 
 def gguf_files(source: Path, precisions: Sequence[str]) -> list[tuple[str, Path]]:
-    """The model's file in each format that a precision is compared with; written where it is
-    missing."""
-    from benchmarks.gguf_weights import ensure  # needs a package that nothing else here does
+    """The model's file in each format that a precision is compared with; missing ones are
+    written."""
+    from benchmarks.gguf_weights import ensure  # needs the package gguf
 
-    wanted = [(precision, kind) for precision in precisions for kind in PRECISIONS[precision]]
-    files = ensure(source, [kind for _, kind in wanted], source.parent)
-    return [(precision, files[kind]) for precision, kind in wanted]
+    pairs = [(precision, kind) for precision in precisions for kind in PRECISIONS[precision]]
+    files = ensure(source, [kind for _, kind in pairs], source.parent)
+    return [(precision, files[kind]) for precision, kind in pairs]
 
 
 def rounds(
     entries: Sequence[Entry], llm: LLM, concurrency: int, options: argparse.Namespace
 ) -> list[list[Run]]:
-    """Each entry's runs, one a round, the first round left out; new prompts in every round."""
+    """The runs of each entry, without the warm-up; every round has new prompts."""
     runs: list[list[Run]] = [[] for _ in entries]
     for seed in range(options.repeats + 1):
         requests = draw(llm, max(options.requests, 2 * concurrency), seed, options.tokens)
         for entry, laps in zip(entries, runs, strict=True):
-            laps.append(entry.contestant.run(requests, concurrency))
+            laps.append(entry.engine.run(requests, concurrency))
     return [laps[1:] for laps in runs]
 
 
 def decoding_rate(run: Run, concurrency: int) -> float:
     """Tokens per second of all requests in flight, from each one's first token to its last."""
-    return concurrency / fmean(one.tpot for one in run.served)
+    return concurrency / fmean(request.tpot for request in run.served)
 
 
 def equal_share(ours: Sequence[Run], theirs: Sequence[Run], eos: frozenset[int]) -> float:
-    """Of our tokens, the share that come before the first difference.
+    """The share of our tokens before the first difference.
 
-    Tokens from our first end token on are not counted: llama.cpp cannot give that token, the others
-    can.
+    Our first end token and what follows are not counted: llama.cpp cannot give that token.
     """
     same = total = 0
     for run, other in zip(ours, theirs, strict=True):
@@ -185,32 +184,31 @@ def equal_share(ours: Sequence[Run], theirs: Sequence[Run], eos: frozenset[int])
 
 
 def until(tokens: Sequence[int], eos: frozenset[int]) -> Sequence[int]:
-    """The tokens before the first one that ends a text."""
+    """The tokens before the first end token."""
     return tokens[: next((at for at, token in enumerate(tokens) if token in eos), len(tokens))]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most."""
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 def row(
     entry: Entry, runs: Sequence[Run], ar: Sequence[Run], concurrency: int, eos: frozenset[int]
 ) -> dict[str, object]:
-    """The figures of one contestant; `over_our_ar` are ratios to our AR of the same precision and
+    """The figures of one engine; `over_our_ar` are ratios to our AR of the same precision and
     round.
 
-    `peak_memory_mb` is the process's, and all of our engines run in one.
+    `peak_memory_mb` is that of the process; all of our engines run in one.
     """
-    one = entry.contestant
+    engine = entry.engine
     decoding = [decoding_rate(run, concurrency) for run in runs]
     base = [decoding_rate(run, concurrency) for run in ar]
     served = [request for run in runs for request in run.served]
     return {
         "precision": entry.precision,
-        "engine": one.engine,
-        "mode": one.mode,
-        "simulated": one.simulated,
+        "engine": engine.engine,
+        "mode": engine.mode,
+        "simulated": engine.simulated,
         "concurrency": concurrency,
         "tokens_per_second": spread([run.tokens_per_second for run in runs]),
         "decode_tokens_per_second": spread(decoding),
@@ -219,7 +217,7 @@ def row(
             [a.tokens_per_second / b.tokens_per_second for a, b in zip(runs, ar, strict=True)]
         ),
         "decode_over_our_ar": spread([a / b for a, b in zip(decoding, base, strict=True)]),
-        "equal_tokens": None if one.simulated else equal_share(ar, runs, eos),
+        "equal_tokens": None if engine.simulated else equal_share(ar, runs, eos),
         "ttft_ms": 1e3 * median(request.ttft for request in served),
         "tpot_ms": 1e3 * median(request.tpot for request in served),
         "peak_memory_mb": max(run.peak_memory_mb for run in runs),
@@ -231,8 +229,8 @@ def row(
 def compare(
     entries: Sequence[Entry], concurrency: int, options: argparse.Namespace
 ) -> list[dict[str, object]]:
-    """A row for every contestant."""
-    first = next(entry.contestant for entry in entries if entry.is_ar)
+    """A row for each engine, over all rounds at one concurrency."""
+    first = next(entry.engine for entry in entries if entry.is_ar)
     runs = rounds(entries, first.llm, concurrency, options)
     ar = {entry.precision: laps for entry, laps in zip(entries, runs, strict=True) if entry.is_ar}
     eos = first.llm.idlm.eos_ids
@@ -243,8 +241,8 @@ def compare(
 
 
 def costs(idlm: Idlm, threads: int, options: argparse.Namespace) -> list[dict[str, object]]:
-    """What a step of several rows costs over a step of one, by precision and requests in the batch."""
-    found = []
+    """The cost of a step of several rows over that of one row, by precision and batch size."""
+    measured = []
     slots = max(options.concurrency)
     for name in options.precisions:
         llm = LLM(
@@ -262,14 +260,13 @@ def costs(idlm: Idlm, threads: int, options: argparse.Namespace) -> list[dict[st
                 str(plan.width): {"plan": plan.name, "over_ar": cost / seconds[AR]}
                 for plan, cost in seconds.items()
             }
-            found.append(
+            measured.append(
                 {"precision": name, "batch": batch, "ar_step_ms": 1e3 * seconds[AR], "rows": over}
             )
-    return found
+    return measured
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -309,42 +306,44 @@ def arguments() -> argparse.Namespace:
 def show(
     threads: int, rows: Sequence[dict[str, object]], steps: Sequence[dict[str, object]]
 ) -> None:
-    """The table of one number of threads."""
+    """Print the tables for one number of threads."""
     print(
-        f"threads {threads}: tokens/s whole and decoding, median (min-max); ours/x: our AR over it, by round"
+        f"threads {threads}: tokens/s whole and decoding, median (min-max); "
+        "ours/x: our AR over it, by round"
     )
-    for found in rows:
-        name = f"{found['precision']} {found['engine']} {found['mode']}{' (simulated)' if found['simulated'] else ''}"
+    for row in rows:
+        name = f"{row['precision']} {row['engine']} {row['mode']}"
+        name += " (simulated)" if row["simulated"] else ""
         whole, decoding = (
-            bounds(found[key]) for key in ("tokens_per_second", "decode_tokens_per_second")
+            bounds(row[key]) for key in ("tokens_per_second", "decode_tokens_per_second")
         )
-        faster = 1 / found["over_our_ar"]["median"]
-        equal = "-" if found["equal_tokens"] is None else f"{found['equal_tokens']:.3f}"
-        head = f"{found['concurrency']:3d}  {name:36} {whole:>20} {decoding:>20}"
+        faster = 1 / row["over_our_ar"]["median"]
+        equal = "-" if row["equal_tokens"] is None else f"{row['equal_tokens']:.3f}"
+        head = f"{row['concurrency']:3d}  {name:36} {whole:>20} {decoding:>20}"
         print(f"{head}  ours/x {faster:5.2f}  equal tokens {equal}")
-    for found in steps:
-        over = ", ".join(f"{rows}: {entry['over_ar']:.2f}" for rows, entry in found["rows"].items())
+    for step in steps:
+        over = ", ".join(f"{rows}: {entry['over_ar']:.2f}" for rows, entry in step["rows"].items())
         print(
-            f"steps of {found['precision']}, batch {found['batch']}: AR {found['ar_step_ms']:.2f} ms; rows {over}"
+            f"steps of {step['precision']}, batch {step['batch']}: "
+            f"AR {step['ar_step_ms']:.2f} ms; rows {over}"
         )
 
 
-def bounds(found: dict[str, float]) -> str:
-    """A spread in one cell."""
-    return "{median:.1f} ({min:.1f}-{max:.1f})".format(**found)
+def bounds(figures: dict[str, float]) -> str:
+    """A median with its range, as text."""
+    return "{median:.1f} ({min:.1f}-{max:.1f})".format(**figures)
 
 
 def main() -> None:
-    """Run, print the tables, write the file after each number of threads."""
+    """The file is written after each number of threads."""
     options = arguments()
     idlm = loaded(options.model)
     report: dict[str, object] = {"rows": [], "steps": [], "versions": {}}
     report["settings"] = {
         key: value for key, value in vars(options).items() if not isinstance(value, Path)
     }
-    report["environment"] = {
-        key: value for key, value in environment().items() if key != "threads"
-    }  # each row's own
+    # each row has its own number of threads
+    report["environment"] = {k: value for k, value in environment().items() if k != "threads"}
     for threads in options.threads:
         torch.set_num_threads(threads)
         with ExitStack() as stack:
@@ -353,14 +352,12 @@ def main() -> None:
                 *peers(options, options.precisions, threads, stack),
             ]
             keep_what_is_loaded()
-            rows = [
-                found for each in options.concurrency for found in compare(entries, each, options)
-            ]
+            rows = [row for each in options.concurrency for row in compare(entries, each, options)]
         steps = costs(idlm, threads, options)
         show(threads, rows, steps)
-        report["rows"] += [{"threads": threads} | found for found in rows]
-        report["steps"] += [{"threads": threads} | found for found in steps]
-        others = [entry.contestant for entry in entries if isinstance(entry.contestant, Peer)]
+        report["rows"] += [{"threads": threads} | row for row in rows]
+        report["steps"] += [{"threads": threads} | step for step in steps]
+        others = [entry.engine for entry in entries if isinstance(entry.engine, Peer)]
         report["versions"] |= {f"{peer.engine} {peer.mode}": peer.versions for peer in others}
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(report, indent=1) + "\n")

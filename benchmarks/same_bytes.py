@@ -1,11 +1,11 @@
-"""Same bytes: ISD against AR over prompts x settings x plans, token by token.
+"""Same bytes: ISD against AR over prompts, settings and plans, token by token.
 
     python -m benchmarks.same_bytes MODEL ... [--dtype float64] [--prompts 4] [--max-tokens 40]
-    [--out FILE]
+                                    [--out FILE]
 
-A pair is one prompt under one setting; it counts as equal if every plan gives AR's tokens. Prompts
-run from one token to one short of the context. Where a pair differs (float32), the first difference
-is reported with AR's margin: how far its token's log p + noise stood above the best other one.
+A pair is one prompt under one setting. It is equal if every plan gives AR's tokens. The lengths of
+the prompts run from one token to the context less one. If a pair differs (in float32), the first
+difference is reported with AR's margin: its token's log p + noise less the best other one.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import sys
 import time
 from pathlib import Path
 
 import torch
-import transformers
 
 from idlm import LLM, Idlm, SamplingParams, load
+from idlm.evaluation.environment import environment
 from idlm.evaluation.parity import first_difference, margin, token_scores
 from tests.engine.tiny import FAMILIES, tiny_idlm
 
@@ -45,16 +44,17 @@ SETTINGS = [
 ]
 
 
-def prompts_for(idlm: Idlm, number: int) -> list[list[int]]:
-    """Token prompts whose lengths run from 1 to the context less one, real text where the model has
-    it."""
+def prompts_for(idlm: Idlm, count: int) -> list[list[int]]:
+    """`count` prompts with lengths from 1 to the context less one; real text if the model has
+    any."""
     text = list(itertools.islice(itertools.cycle(real_tokens(idlm)), idlm.context))
-    lengths = torch.linspace(1, idlm.context - 1, number).round().int().tolist()
+    lengths = torch.linspace(1, idlm.context - 1, count).round().int().tolist()
     return [text[:length] for length in lengths]
 
 
 def real_tokens(idlm: Idlm) -> list[int]:
-    """Tokens the model would meet: its own problem, or the story it tells from its first token."""
+    """Tokens that the model knows: its own problem, or the text that it writes after its first
+    token."""
     if idlm.name.startswith("nano") and idlm.tokenizer is not None:
         from idlm.nano.problems import held_out_problems
 
@@ -65,13 +65,13 @@ def real_tokens(idlm: Idlm) -> list[int]:
         )
     start = idlm.model.config.bos_token_id
     params = SamplingParams(max_tokens=idlm.context - 1, seed=0, ignore_eos=True)
-    told = LLM(idlm, stride=1).generate([[1 if start is None else start]], params)[0]
-    return told.prompt_token_ids + told.token_ids
+    result = LLM(idlm, stride=1).generate([[1 if start is None else start]], params)[0]
+    return result.prompt_token_ids + result.token_ids
 
 
 def named(name: str, dtype: str) -> Idlm:
-    """A checkpoint, with `FOLDER+ADAPTER` for one with an adapter; `random-qwen3` and the like are
-    made on the spot."""
+    """A checkpoint, `FOLDER+ADAPTER` with an adapter, or a new random model such as `random-
+    qwen3`."""
     family = name.removeprefix("random-")
     if family in FAMILIES and family != name:
         return tiny_idlm(family)
@@ -79,13 +79,13 @@ def named(name: str, dtype: str) -> Idlm:
     return load(folder, adapter=adapter or None, dtype=dtype)
 
 
-def sweep(idlm: Idlm, number: int, max_tokens: int) -> dict[str, object]:
-    """Count the pairs of one model."""
+def sweep(idlm: Idlm, count: int, max_tokens: int) -> dict[str, object]:
+    """Count the pairs of one model over `count` prompts."""
     llms = {plan: LLM(idlm, stride=plan[0], branches=plan[1]) for plan in PLANS}
     pairs = equal = tokens = 0
     differences = []
     for prompt, (index, setting) in itertools.product(
-        prompts_for(idlm, number), enumerate(SETTINGS)
+        prompts_for(idlm, count), enumerate(SETTINGS)
     ):
         params = SamplingParams(max_tokens=max_tokens, seed=index, ignore_eos=True, **setting)  # type: ignore[arg-type]
         outputs = {plan: llm.generate([prompt], params)[0].token_ids for plan, llm in llms.items()}
@@ -113,7 +113,7 @@ def sweep(idlm: Idlm, number: int, max_tokens: int) -> dict[str, object]:
 
 
 def main() -> int:
-    """Run the sweep; exit status 1 where a float64 pair differs."""
+    """Exit status 1 if a float64 pair differs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -126,14 +126,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    report: dict[str, object] = {
-        "dtype": args.dtype,
-        "environment": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "machine": platform.machine(),
-        },
-    }
+    report: dict[str, object] = {"dtype": args.dtype, "environment": environment()}
     rows: dict[str, dict[str, object]] = {}
     for name in args.models:
         started = time.perf_counter()

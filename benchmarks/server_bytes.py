@@ -1,13 +1,13 @@
 """The same bytes over HTTP as offline and as AR: `make server-bytes`.
 
-    python -m benchmarks.server_bytes [--model nano] [--requests 64] [--concurrency 1 32] [--out
-    FILE]
+    python -m benchmarks.server_bytes [--model nano] [--requests 64] [--concurrency 1 32]
+                                      [--out FILE]
 
 Half of the requests are greedy, half are seeded; half are streamed. Each goes to the model and to
-the model without drafts, at each concurrency, first with nothing of its prompt in the prefix cache
-and then again. Text, tokens and the reason to end have to be those of `LLM.generate`, whose own
-output has to be that of AR. In float64: everything is equal there, whatever runs beside it. Exit
-status 1 where something differs.
+the model without drafts, at each concurrency, first with a prefix cache that does not know its
+prompt and then again. Text, tokens and finish reason must be those of `LLM.generate`, whose own
+output must be that of AR. In float64, where all outputs are equal whatever runs beside them. Exit
+status 1 if something differs.
 """
 
 from __future__ import annotations
@@ -36,34 +36,34 @@ MAX_TOKENS = 96
 
 @dataclass(frozen=True)
 class Output:
-    """What has to be equal."""
+    """The parts of a response that must be equal."""
 
     text: str
     tokens: list[int]
     reason: str
 
 
-def params(number: int) -> dict[str, Any]:
-    """Greedy, seeded, greedy, seeded with filters and penalties, ..."""
+def params(index: int) -> dict[str, Any]:
+    """Greedy, seeded, greedy, seeded with filters and penalties, ..., by the request's index."""
     kinds: tuple[dict[str, Any], ...] = (
         {"temperature": 0.0},
-        {"temperature": 1.0, "seed": 1000 + number},
+        {"temperature": 1.0, "seed": 1000 + index},
         {"temperature": 0.0, "frequency_penalty": 0.3},
-        {"temperature": 0.8, "seed": number, "top_p": 0.9, "top_k": 40, "presence_penalty": 0.2},
+        {"temperature": 0.8, "seed": index, "top_p": 0.9, "top_k": 40, "presence_penalty": 0.2},
     )
-    return {"max_tokens": MAX_TOKENS} | kinds[number % 4]
+    return {"max_tokens": MAX_TOKENS} | kinds[index % 4]
 
 
-def body(model: str, prompt: Sequence[int], number: int) -> dict[str, Any]:
-    """The request over HTTP; its trace tells the tokens."""
-    stream = number // 4 % 2 == 1
+def body(model: str, prompt: Sequence[int], index: int) -> dict[str, Any]:
+    """The body of request `index`; its trace reports the tokens."""
+    stream = index // 4 % 2 == 1
     usage = {"stream_options": {"include_usage": True}} if stream else {}
-    asked = {"model": model, "prompt": list(prompt), "stream": stream, "idlm": {"trace": True}}
-    return asked | usage | params(number)
+    request = {"model": model, "prompt": list(prompt), "stream": stream, "idlm": {"trace": True}}
+    return request | usage | params(index)
 
 
 def output(answer: Answer) -> tuple[Output, int]:
-    """What was answered, and how many of the prompt's tokens were in the prefix cache.
+    """The output in a response, and how many of its prompt tokens were in the prefix cache.
 
     Raises:
         RuntimeError: it is an error.
@@ -72,27 +72,28 @@ def output(answer: Answer) -> tuple[Output, int]:
         raise RuntimeError(f"status {answer.status}: {answer.error}")
     parts = answer.events() if "event-stream" in answer.headers["content-type"] else [answer.json()]
     choices = [choice for part in parts for choice in part["choices"]]
-    tokens = [one["id"] for choice in choices for one in choice.get("idlm", {}).get("trace", [])]
+    traces = [choice.get("idlm", {}).get("trace", []) for choice in choices]
+    tokens = [entry["id"] for trace in traces for entry in trace]
     reason = next(choice["finish_reason"] for choice in choices if choice["finish_reason"])
     cached = parts[-1]["usage"]["prompt_tokens_details"]["cached_tokens"]
     return Output("".join(choice["text"] for choice in choices), tokens, reason), cached
 
 
 def offline(llm: LLM, prompts: Sequence[list[int]]) -> list[Output]:
-    """What `LLM.generate` gives."""
+    """The outputs of `LLM.generate` for the same requests."""
     results = llm.generate(
-        prompts, [SamplingParams(**params(number)) for number in range(len(prompts))]
+        prompts, [SamplingParams(**params(index)) for index in range(len(prompts))]
     )
-    return [Output(one.text, one.token_ids, one.finish_reason) for one in results]
+    return [Output(result.text, result.token_ids, result.finish_reason) for result in results]
 
 
 async def compare(
     port: int, name: str, prompts: Sequence[list[int]], expected: Iterable[Output], at: int
 ) -> list[Any]:
-    """A row each for a cold and a warm prefix cache; the prompts must not have been sent before."""
+    """A row each for a cold and a warm prefix cache; the prompts must be new to the server."""
     rows = []
     for cache in ("cold", "warm"):
-        bodies = [body(name, prompt, number) for number, prompt in enumerate(prompts)]
+        bodies = [body(name, prompt, index) for index, prompt in enumerate(prompts)]
         got = [output(answer) for answer in await ask_all(port, COMPLETIONS, bodies, at)]
         same = sum(mine == theirs for (mine, _), theirs in zip(got, expected, strict=True))
         cached = sum(tokens for _, tokens in got)
@@ -105,7 +106,7 @@ async def compare(
     return rows
 
 
-def run(model: str, number: int, concurrencies: Sequence[int]) -> dict[str, Any]:
+def run(model: str, count: int, concurrencies: Sequence[int]) -> dict[str, Any]:
     """All rows, and whether everything is equal."""
     idlm = load(model, dtype="float64")
     ar, isd = LLM(idlm, stride=1), LLM(idlm, stride=4, branches="planner")
@@ -118,8 +119,8 @@ def run(model: str, number: int, concurrencies: Sequence[int]) -> dict[str, Any]
         for seed, (at, name) in enumerate(
             (at, name) for at in concurrencies for name in (model, f"{model}:ar")
         ):
-            requests: list[Request] = workload(idlm)(number, 100 + seed)
-            prompts = [one.prompt_token_ids for one in requests]
+            requests: list[Request] = workload(idlm)(count, 100 + seed)
+            prompts = [request.prompt_token_ids for request in requests]
             expected = offline(ar, prompts)
             equal &= offline(isd, prompts) == expected
             rows += runner.run(compare(server.port, name, prompts, expected, at))
@@ -129,7 +130,7 @@ def run(model: str, number: int, concurrencies: Sequence[int]) -> dict[str, Any]
 
 
 def main() -> int:
-    """Run and report; the exit status."""
+    """Exit status 1 if something differs."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -140,9 +141,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "server_bytes.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    found = run(options.model, options.requests, options.concurrency)
-    report(found | {"served": options.model, "dtype": "float64"}, options.out)
-    return 0 if found["holds"] else 1
+    outcome = run(options.model, options.requests, options.concurrency)
+    report(outcome | {"served": options.model, "dtype": "float64"}, options.out)
+    return 0 if outcome["holds"] else 1
 
 
 if __name__ == "__main__":

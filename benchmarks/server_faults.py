@@ -1,19 +1,17 @@
-"""What a server does when things go wrong: `make server-faults`.
+"""A server's behaviour under faults: `make server-faults`.
 
     python -m benchmarks.server_faults [kill] [disconnect] [overload] [drain] [--model nano]
-    [--small] [--out FILE]
+                                       [--small] [--out FILE]
 
-kill        the engine is killed with 32 requests streaming, again and again: every client is told
-within 2 s, /ready
-            recovers, and the next requests give what they gave before
-disconnect  clients that leave at random points, streaming or not: slots, pages and queue come back
-to zero overload    four times the requests that the server can answer: those it accepts are as
-quick as when all its slots are
-            busy and nobody waits, the rest get 429, none hangs
-drain       SIGTERM with requests in flight: each is finished, or told
+    kill        the engine is killed with 32 streams, again and again: every client gets an error
+                within 2 s, /ready recovers, and the next requests have the same outputs as before
+    disconnect  clients leave at random points, streaming or not: slots, pages and queue come back
+                to zero
+    overload    four times the requests that the server can answer: accepted ones are as fast as
+                with all slots busy and none waiting, the rest get 429, none hangs
+    drain       SIGTERM with requests in flight: each is finished or gets an error
 
-Prints one JSON object with what was found and whether it holds; exit status 1 where something does
-not.
+Prints one JSON object with the figures and whether each part holds; exit status 1 if one does not.
 """
 
 from __future__ import annotations
@@ -38,7 +36,6 @@ PARTS = ("kill", "disconnect", "overload", "drain")
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -73,9 +70,8 @@ async def run_part(part: str, options: argparse.Namespace) -> dict[str, Any]:
             "too_late": await drain(command, 16, 0.2),
         }
     with ServerProcess(command) as server:
-        await ask_all(
-            server.port, COMPLETIONS, bodies(options.model, 8), 8
-        )  # the first steps are slow
+        # warm up: the first steps are slow
+        await ask_all(server.port, COMPLETIONS, bodies(options.model, 8), 8)
         if part == "kill":
             return await kill(server, options.model, 2 if small else 20, 32)
         if part == "disconnect":
@@ -85,23 +81,23 @@ async def run_part(part: str, options: argparse.Namespace) -> dict[str, Any]:
         )
 
 
-def holds(found: Any) -> bool:
-    """Whether every "holds" in there is true."""
-    if isinstance(found, dict):
-        return bool(found.get("holds", True)) and all(map(holds, found.values()))
+def holds(report: Any) -> bool:
+    """Whether every "holds" in a report is true."""
+    if isinstance(report, dict):
+        return bool(report.get("holds", True)) and all(map(holds, report.values()))
     return True
 
 
 def main() -> int:
-    """Run and report; the exit status."""
+    """Exit status 1 if a part does not hold."""
     options = arguments()
-    found: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     for part in options.parts:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            found[part] = runner.run(run_part(part, options))
-        print(f"{part}: {'holds' if holds(found[part]) else 'DOES NOT HOLD'}", file=sys.stderr)
-    report(found | {"model": options.model}, None if options.small else options.out)
-    return 0 if holds(found) else 1
+            parts[part] = runner.run(run_part(part, options))
+        print(f"{part}: {'holds' if holds(parts[part]) else 'DOES NOT HOLD'}", file=sys.stderr)
+    report(parts | {"model": options.model}, None if options.small else options.out)
+    return 0 if holds(parts) else 1
 
 
 if __name__ == "__main__":

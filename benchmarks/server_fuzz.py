@@ -2,11 +2,11 @@
 
     python -m benchmarks.server_fuzz [--cases 10000] [--seed 1] [--out FILE]
 
-Valid and invalid requests to every route. Every answer has to be of a status and a shape that the
-document declares, none may be a 500, what breaks the schema has to be refused, and an ordinary
-request still has to be answered in the end. One check is left out: that whatever fits the schema is
-accepted. JSON Schema cannot say all that a request has to hold to (ids of this vocabulary, JSON in
-strings, what fits the context). Exit status 1 where something is found.
+Valid and invalid requests to every route. Every response must have a status and a shape that the
+document declares; none may be 500; a request that breaks the schema must be refused; and ordinary
+requests must be answered in the end. One check is left out: that every request that fits the schema
+is accepted. JSON Schema cannot express all rules (ids of this vocabulary, JSON in strings, prompts
+that fit the context). Exit status 1 on any failure.
 """
 
 from __future__ import annotations
@@ -27,56 +27,43 @@ from benchmarks.harness.results import RESULTS, report
 from benchmarks.harness.workload import COMPLETIONS, bodies
 
 MAX_TOKENS = 16
-"""Of a sample; the cases that are valid are to be quick."""
+"""Of a sample, so that valid cases are quick."""
 LEFT_OUT = "positive_data_acceptance"
 
 
 def fuzz(port: int, examples: int, seed: int) -> dict[str, Any]:
-    """schemathesis' own report, with at most so many cases of its fuzzing phase for an operation."""
+    """The report of schemathesis, with at most `examples` cases of its fuzzing phase for an
+    operation."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
         command = [
-            *(
-                str(Path(sys.executable).with_name("schemathesis")),
-                "run",
-                f"http://127.0.0.1:{port}/openapi.json",
-            ),
-            *(
-                "--phases",
-                "examples,coverage,fuzzing",
-                "--exclude-checks",
-                LEFT_OUT,
-                "--continue-on-failure",
-            ),
-            *(
-                "--max-examples",
-                str(examples),
-                "--seed",
-                str(seed),
-                "--generation-database",
-                "none",
-            ),
+            *(str(Path(sys.executable).with_name("schemathesis")), "run"),
+            f"http://127.0.0.1:{port}/openapi.json",
+            *("--phases", "examples,coverage,fuzzing"),
+            *("--exclude-checks", LEFT_OUT, "--continue-on-failure"),
+            *("--max-examples", str(examples), "--seed", str(seed)),
+            *("--generation-database", "none"),
             *("--request-timeout", "60", "--suppress-health-check", "all", "--no-color"),
             *("--report", "json", "--report-json-path", str(out)),
         ]
         subprocess.run(command, stdout=sys.stderr, cwd=folder, check=False)
-        found: dict[str, Any] = json.loads(out.read_text())
-        return found
+        report: dict[str, Any] = json.loads(out.read_text())
+        return report
 
 
 def run(cases: int, seed: int) -> dict[str, Any]:
-    """Rounds of schemathesis with new seeds until there were so many cases, and a look at the
-    server afterwards."""
+    """Rounds of schemathesis with new seeds until there were `cases`, then a check of the
+    server."""
     total, rounds, failures = 0, 0, list[Any]()
     with ServerProcess(
         idlm_serve("nano", "--threads", "1", "--max-tokens", str(MAX_TOKENS))
     ) as server:
         while total < cases:
-            found = fuzz(
-                server.port, max(1, (cases - total) // 5), seed + rounds
-            )  # five routes have endless inputs
-            total, rounds = total + found["test_cases"]["generated"], rounds + 1
-            failures += found["failures"] + found["errors"]
+            # five routes have endless inputs
+            examples = max(1, (cases - total) // 5)
+            outcome = fuzz(server.port, examples, seed + rounds)
+            total, rounds = total + outcome["test_cases"]["generated"], rounds + 1
+            failures += outcome["failures"] + outcome["errors"]
         after = asyncio.run(ask_all(server.port, COMPLETIONS, bodies("nano", 4, MAX_TOKENS), 4))
         _, left = server.wait_idle()
         bugs = server.get("/metrics")[1].count('status="500"')
@@ -95,7 +82,7 @@ def run(cases: int, seed: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Run and report; the exit status."""
+    """Exit status 1 on any failure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -103,9 +90,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "server_fuzz.json")
     options = parser.parse_args()
-    found = run(options.cases, options.seed)
-    report(found, options.out)
-    return 0 if found["holds"] else 1
+    outcome = run(options.cases, options.seed)
+    report(outcome, options.out)
+    return 0 if outcome["holds"] else 1
 
 
 if __name__ == "__main__":

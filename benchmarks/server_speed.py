@@ -1,18 +1,18 @@
-"""The server's speed, against the offline engine's and vLLM's server: `make server-speed`.
+"""The server's speed against the offline engine and vLLM's server: `make server-speed`.
 
-    python -m benchmarks.server_speed [--concurrency 1 2 4 8 16 32 64] [--repeats 5] [--vllm PYTHON]
-    [--out FILE]
+    python -m benchmarks.server_speed [--concurrency 1 2 4 8 16 32 64] [--repeats 5]
+                                      [--vllm PYTHON] [--out FILE]
 
-The same greedy requests, of `idlm.evaluation.workload`, in a closed loop: to the engine in this
-process, to `idlm serve` with drafts (isd) and without (ar), and to `vllm serve` where PYTHON's
-environment has it. In turn within each round, each round with new requests; the first round is not
-counted. Servers have a process each, and one thread for their engine; give the command two cores or
+The same greedy requests of `idlm.evaluation.workload` in a closed loop go to the engine in this
+process, to `idlm serve` with drafts (isd) and without (ar), and to `vllm serve` if PYTHON's
+environment has it. They take turns within each round; each round has new requests; the first one is
+not counted. Each server has a process, and one thread for its engine. Run this on two cores or
 more, as a user would: one for an engine, one for HTTP and the client.
 
-    tokens_per_second    over a round: median and range ttft_ms, tpot_ms     to the first token and
-    per token after it, over all requests: p50 and p99 over_offline         tokens per second over
-    those of the engine alone, in the same round: median and range added_ttft_ms        p50 over the
-    engine's own, of the same decoding
+    tokens_per_second   over a round: median and range
+    ttft_ms, tpot_ms    to the first token, and per token after it, over all requests: p50 and p99
+    over_offline        tokens per second over the engine's in the same round: median and range
+    added_ttft_ms       p50 over the engine's, for the same kind of decoding
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from benchmarks.harness.client import ask_all
 from benchmarks.harness.process import ServerProcess, idlm_serve
 from benchmarks.harness.results import RESULTS, percentile, report
 from benchmarks.harness.workload import COMPLETIONS, body
-from idlm.evaluation.closed_loop import contestants
+from idlm.evaluation.closed_loop import bench_engines
 from idlm.evaluation.workload import Request, workload
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import load
@@ -48,7 +48,7 @@ VLLM_SERVER = Path(__file__).parent / "peers" / "vllm_server.py"
 
 @dataclass(frozen=True)
 class Lap:
-    """One round of one contestant: its seconds and tokens, and of each request times in seconds."""
+    """One round of one engine: seconds, tokens, and the times of each request in seconds."""
 
     seconds: float
     tokens: int
@@ -57,51 +57,47 @@ class Lap:
 
     @property
     def rate(self) -> float:
-        """Tokens per second."""
-        return self.tokens / self.seconds
+        return self.tokens / self.seconds  # tokens per second
 
 
-Contestant = Callable[[Sequence[Request], int], Lap]
+Measured = Callable[[Sequence[Request], int], Lap]
+"""(requests, concurrency) -> a round of an engine."""
 
 
-def offline(idlm: Idlm, mode: str) -> Contestant:
-    """The engine in this process, making text as a server does."""
-    (ours,) = contestants(idlm, [mode], 4, SLOTS)
+def offline(idlm: Idlm, mode: str) -> Measured:
+    """The engine in this process; it makes text, as a server does."""
+    (engine,) = bench_engines(idlm, [mode], 4, SLOTS)
 
     def lap(requests: Sequence[Request], concurrency: int) -> Lap:
-        run = ours.run([replace(one, detokenize=True) for one in requests], concurrency)
+        run = engine.run([replace(each, detokenize=True) for each in requests], concurrency)
         return Lap(
             run.seconds,
             run.tokens,
-            [one.ttft for one in run.served],
-            [one.tpot for one in run.served],
+            [served.ttft for served in run.served],
+            [served.tpot for served in run.served],
         )
 
     return lap
 
 
-def over_http(server: ServerProcess, model: str) -> Contestant:
-    """A server; any that speaks OpenAI's completions.
+def over_http(server: ServerProcess, model: str) -> Measured:
+    """A server with OpenAI's completions.
 
     Raises:
         RuntimeError: a request was not answered.
     """
 
     async def ask(requests: Sequence[Request], concurrency: int) -> Lap:
-        bodies = [body(model, one) for one in requests]
+        bodies = [body(model, request) for request in requests]
         started = perf_counter()
         answers = await ask_all(server.port, COMPLETIONS, bodies, concurrency)
         seconds = perf_counter() - started
-        for one in answers:
-            if not one.finished or one.error is not None:
-                raise RuntimeError(f"status {one.status}: {one.error}")
-        tpot = [(one.last - one.first) / max(1, one.tokens - 1) for one in answers]
-        return Lap(
-            seconds,
-            sum(one.tokens for one in answers),
-            [one.first - one.asked for one in answers],
-            tpot,
-        )
+        for answer in answers:
+            if not answer.finished or answer.error is not None:
+                raise RuntimeError(f"status {answer.status}: {answer.error}")
+        ttft = [answer.first - answer.asked for answer in answers]
+        tpot = [(answer.last - answer.first) / max(1, answer.tokens - 1) for answer in answers]
+        return Lap(seconds, sum(answer.tokens for answer in answers), ttft, tpot)
 
     def lap(requests: Sequence[Request], concurrency: int) -> Lap:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -110,65 +106,50 @@ def over_http(server: ServerProcess, model: str) -> Contestant:
     return lap
 
 
-def field(options: argparse.Namespace, idlm: Idlm, stack: ExitStack) -> dict[str, Contestant]:
-    """All who take part, by name; their processes end with `stack`."""
+def engines(options: argparse.Namespace, idlm: Idlm, stack: ExitStack) -> dict[str, Measured]:
+    """The engines by name; their processes end with `stack`."""
     threads = str(options.threads)
-    found = {"engine isd": offline(idlm, "planner"), "engine ar": offline(idlm, "ar")}
+    measured = {"engine isd": offline(idlm, "planner"), "engine ar": offline(idlm, "ar")}
     for name, model in (("server isd", options.model), ("server ar", f"{options.model}:ar")):
-        server = ServerProcess(
-            idlm_serve(options.model, "--threads", threads)
-        )  # two: a prefix cache each
-        found[name] = over_http(stack.enter_context(server), model)
+        # two servers, so that each has its own prefix cache
+        server = ServerProcess(idlm_serve(options.model, "--threads", threads))
+        measured[name] = over_http(stack.enter_context(server), model)
     if options.vllm is not None:
         folder = str(resolve(options.model)[0])
-        settings = (
-            "--dtype",
-            "float32",
-            "--max-num-seqs",
-            str(SLOTS),
-            "--no-enable-prefix-caching",
-        )
         command = [
-            str(options.vllm),
-            str(VLLM_SERVER),
-            "serve",
-            folder,
-            "--served-model-name",
-            "model",
-            *settings,
+            *(str(options.vllm), str(VLLM_SERVER), "serve", folder),
+            *("--served-model-name", "model", "--dtype", "float32"),
+            *("--max-num-seqs", str(SLOTS), "--no-enable-prefix-caching"),
         ]
         try:
-            found["vllm"] = over_http(
+            measured["vllm"] = over_http(
                 stack.enter_context(ServerProcess(command, "/health")), "model"
             )
         except RuntimeError as error:
             print(f"vLLM is left out: {error}", file=sys.stderr)
-    return found
+    return measured
 
 
 def rows_at(concurrency: int, laps: dict[str, list[Lap]]) -> list[dict[str, Any]]:
-    """A row for each contestant."""
+    """A row for each engine, over all rounds at one concurrency."""
     rows = []
-    for name, own in laps.items():
-        rates = [lap.rate for lap in own]
+    for name, rounds in laps.items():
+        rates = [lap.rate for lap in rounds]
         row: dict[str, Any] = {
             "name": name,
             "concurrency": concurrency,
             "tokens_per_second": _middle(rates),
         }
-        ttft, tpot = (
-            [one for lap in own for one in lap.ttft],
-            [one for lap in own for one in lap.tpot],
-        )
+        ttft = [seconds for lap in rounds for seconds in lap.ttft]
+        tpot = [seconds for lap in rounds for seconds in lap.tpot]
         row |= {"ttft_ms": _tail(ttft), "tpot_ms": _tail(tpot)}
         engine = laps.get(name.replace("server", "engine"))
         if name.startswith("server") and engine is not None:
             row["over_offline"] = _middle(
-                [lap.rate / other.rate for lap, other in zip(own, engine, strict=True)]
+                [lap.rate / other.rate for lap, other in zip(rounds, engine, strict=True)]
             )
-            row["added_ttft_ms"] = 1e3 * (
-                median(ttft) - median(one for lap in engine for one in lap.ttft)
-            )
+            alone = median(seconds for lap in engine for seconds in lap.ttft)
+            row["added_ttft_ms"] = 1e3 * (median(ttft) - alone)
         rows.append(row)
         print(_line(row), file=sys.stderr)
     return rows
@@ -191,27 +172,27 @@ def _line(row: dict[str, Any]) -> str:
     )
     return (
         f"{row['concurrency']:3} {row['name']:11} {row['tokens_per_second']['median']:8.0f} tok/s"
-        f"  ttft {ttft['p50']:7.1f} {ttft['p99']:7.1f}  tpot {tpot['p50']:6.2f} {tpot['p99']:6.2f} ms {over}"
+        f"  ttft {ttft['p50']:7.1f} {ttft['p99']:7.1f}"
+        f"  tpot {tpot['p50']:6.2f} {tpot['p99']:6.2f} ms {over}"
     )
 
 
 def bounds(rows: Sequence[dict[str, Any]]) -> dict[str, bool]:
-    """Which targets hold, of those that were measured."""
+    """Whether each target holds that was measured."""
     isd = {row["concurrency"]: row for row in rows if row["name"] == "server isd"}
-    found = {}
+    held = {}
     if 32 in isd:
-        found[f"at 32, {LEAST_OVER_OFFLINE} of the engine's tokens/s"] = (
+        held[f"at 32, {LEAST_OVER_OFFLINE} of the engine's tokens/s"] = (
             isd[32]["over_offline"]["median"] >= LEAST_OVER_OFFLINE
         )
     if 1 in isd:
-        found[f"at 1, p50 TTFT at most {MOST_ADDED_TTFT_MS:g} ms over the engine's"] = (
+        held[f"at 1, p50 TTFT at most {MOST_ADDED_TTFT_MS:g} ms over the engine's"] = (
             isd[1]["added_ttft_ms"] <= MOST_ADDED_TTFT_MS
         )
-    return found
+    return held
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -231,20 +212,20 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run and report; exit status 1 where a target is missed."""
+    """Exit status 1 if a target is missed."""
     options = arguments()
     torch.set_num_threads(options.threads)
     idlm = load(options.model)
     draw, rows = workload(idlm), list[dict[str, Any]]()
     with ExitStack() as stack:
-        everyone = field(options, idlm, stack)
+        measured = engines(options, idlm, stack)
         for concurrency in options.concurrency:
-            laps: dict[str, list[Lap]] = {name: [] for name in everyone}
+            laps: dict[str, list[Lap]] = {name: [] for name in measured}
             for seed in range(options.repeats + 1):
                 requests = draw(max(options.requests, 2 * concurrency), seed)
-                for name, contestant in everyone.items():
-                    laps[name].append(contestant(requests, concurrency))
-            rows += rows_at(concurrency, {name: own[1:] for name, own in laps.items()})
+                for name, engine in measured.items():
+                    laps[name].append(engine(requests, concurrency))
+            rows += rows_at(concurrency, {name: rounds[1:] for name, rounds in laps.items()})
     held = bounds(rows)
     settings = {"model": options.model, "repeats": options.repeats, "dtype": str(idlm.dtype)}
     report({"bounds": held, "rows": rows, **settings}, options.out)

@@ -1,12 +1,11 @@
-"""AR, chain, all outcomes and planner, transformers' `generate` and vLLM under load, in turn: `make
-bench`.
+"""AR, chain, all outcomes, planner, transformers and vLLM under load, in turn: `make bench`.
 
-    python -m benchmarks.serving [--model nano] [--stride 4] [--concurrency 1 8 32] [--peers
-    transformers vllm] ...
+    python -m benchmarks.serving [--model nano] [--stride 4] [--concurrency 1 8 32]
+                                 [--peers transformers vllm] ...
 
-All engines get the same greedy requests with the same output lengths, and the same weights (of a
-model with an adapter the peers get the base, whose tokens ours are). vLLM takes part where `make
-vllm` has built its environment. Table on stdout, everything in benchmarks/results/serving.json.
+All engines get the same greedy requests with the same output lengths, and the same weights. If the
+model has an adapter, the peers get the base, whose tokens are the same. vLLM needs the environment
+of `make vllm`. Prints a table and writes benchmarks/results/serving.json.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import torch
 from benchmarks.peers.process import Peer
 from idlm.cli.bench import MODES, show
 from idlm.cli.common import keep_what_is_loaded
-from idlm.evaluation.closed_loop import Contestant, contestants
+from idlm.evaluation.closed_loop import BenchEngine, bench_engines
 from idlm.evaluation.environment import environment
 from idlm.evaluation.serving_bench import bench
 from idlm.evaluation.workload import workload
@@ -35,21 +34,22 @@ RESULTS = ROOT / "results" / "serving.json"
 
 
 def peers(names: list[str], vllm: Path, model: Path, threads: int, stack: ExitStack) -> list[Peer]:
-    """The other engines, loaded; the processes end with `stack`."""
-    found: list[Peer] = []
+    """The other engines, loaded; their processes end with `stack`."""
+    started: list[Peer] = []
     if "transformers" in names:
-        found.append(Peer(sys.executable, "transformers_generate.py", model, threads))
+        started.append(Peer(sys.executable, "transformers_generate.py", model, threads))
     if "vllm" in names and vllm.exists():
-        found += [Peer(vllm, "vllm_cpu.py", model, threads, mode) for mode in ("eager", "compiled")]
+        started += [
+            Peer(vllm, "vllm_cpu.py", model, threads, mode) for mode in ("eager", "compiled")
+        ]
     elif "vllm" in names:
         print(f"no vLLM at {vllm}: left out; `make vllm` builds it", file=sys.stderr)
-    for peer in found:
+    for peer in started:
         stack.callback(peer.close)
-    return found
+    return started
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -70,7 +70,6 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run, print the table, write the file."""
     options = arguments()
     torch.set_num_threads(options.threads)
     with ExitStack() as stack:
@@ -78,23 +77,20 @@ def main() -> None:
             options.peers, options.vllm, resolve(options.model)[0], options.threads, stack
         )
         idlm = load(options.model, adapter=options.adapter)
-        ours = contestants(idlm, options.modes, options.stride, max(options.concurrency))
+        ours = bench_engines(idlm, options.modes, options.stride, max(options.concurrency))
         keep_what_is_loaded()
-        everyone: list[Contestant] = [*ours, *others]
+        engines: list[BenchEngine] = [*ours, *others]
         rows = bench(
-            everyone, workload(idlm), options.concurrency, options.requests, options.repeats
+            engines, workload(idlm), options.concurrency, options.requests, options.repeats
         )
     settings = {key: value for key, value in vars(options).items() if key not in ("vllm", "output")}
-    found = (
-        environment()
-        | settings
-        | {"dtype": str(idlm.dtype).removeprefix("torch."), "device": str(idlm.device)}
-    )
-    found |= {
+    settings |= {
+        "dtype": str(idlm.dtype).removeprefix("torch."),
+        "device": str(idlm.device),
         "simulated_acceptance": None,
-        "peers": {f"{peer.engine} {peer.mode}": peer.versions for peer in others},
     }
-    report = {"rows": rows, "environment": found}
+    versions = {f"{peer.engine} {peer.mode}": peer.versions for peer in others}
+    report = {"rows": rows, "environment": environment() | settings | {"peers": versions}}
     show(report)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Random models of given shapes, for costs that do not depend on what the weights say."""
+"""Random models of given shapes, for costs that do not depend on the weights."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 151_936,
     },
 }
-"""About 0.1 B parameters, Qwen3-0.6B's and Qwen3-8B's own."""
+"""A shape of about 0.1 B parameters, and those of Qwen3-0.6B and Qwen3-8B."""
 
 
 def random_model(shape: str, dtype: torch.dtype, device: str = "cpu", context: int = 2048) -> Idlm:
     """A Qwen3 of a shape, made on the device; its MASK is the last row of the embedding.
 
-    The weights are small and random: a decoder that verifies by them accepts about nothing.
+    The weights are small and random, so its drafts are hardly ever accepted.
     """
     sizes = SHAPES[shape]
     extra: dict[str, Any] = {"attn_implementation": attention.NAME, "dtype": dtype}

@@ -1,10 +1,9 @@
-"""A long run of one engine: many requests, random aborts, a small pool; memory, slots and pages
-must come back.
+"""A long run of one engine: many requests, random aborts, a small page pool.
 
     python -m benchmarks.soak [--requests 10000] [--seed 0] [--out FILE]
 
-Prints one JSON object: resident memory over the run, pre-emptions, evictions, and whether every
-request was answered.
+Memory, slots and pages must come back. Prints one JSON object: resident memory over the run,
+pre-emptions, evictions, and whether every request was answered.
 """
 
 from __future__ import annotations
@@ -28,21 +27,21 @@ from idlm.evaluation.environment import environment
 IN_FLIGHT = 48
 
 
-def ask(engine: Engine, choice: random.Random) -> str:
-    """One request with random settings; some share their first tokens."""
-    prompt = [choice.randrange(4, 600) for _ in range(choice.choice([0, 3, 20, 90]))]
+def ask(engine: Engine, rng: random.Random) -> str:
+    """Add a request with random settings; some share their first tokens."""
+    prompt = [rng.randrange(4, 600) for _ in range(rng.choice([0, 3, 20, 90]))]
     params = SamplingParams(
-        max_tokens=choice.randint(1, 60),
-        temperature=choice.choice([0.0, 1.0]),
-        top_p=choice.choice([1.0, 1.0, 0.9]),
-        presence_penalty=choice.choice([0.0, 0.0, 0.5]),
+        max_tokens=rng.randint(1, 60),
+        temperature=rng.choice([0.0, 1.0]),
+        top_p=rng.choice([1.0, 1.0, 0.9]),
+        presence_penalty=rng.choice([0.0, 0.0, 0.5]),
         ignore_eos=True,
     )
-    return engine.add([5, 6, 7] * choice.randint(1, 20) + prompt, params, choice.randrange(2**31))
+    return engine.add([5, 6, 7] * rng.randint(1, 20) + prompt, params, rng.randrange(2**31))
 
 
 def main() -> None:
-    """Run and report; exit status 1 when something was lost."""
+    """Exit status 1 if a request or a page was lost."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -51,29 +50,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    choice = random.Random(options.seed)
+    rng = random.Random(options.seed)
     engine = build_engine(load("nano"), EngineConfig(4, "chain", max_num_seqs=32, kv_memory="6MiB"))
     memory: list[float] = []
-    asked = answered = aborted = 0
+    added = answered = aborted = 0
     waiting: list[str] = []
     process, started = psutil.Process(), time.perf_counter()
-    while asked < options.requests or engine.busy:
-        while asked < options.requests and asked - answered < IN_FLIGHT:
-            waiting.append(ask(engine, choice))
-            asked += 1
-        if choice.random() < 0.05:
-            aborted += engine.abort(choice.choice(waiting[-IN_FLIGHT:]))
+    while added < options.requests or engine.busy:
+        while added < options.requests and added - answered < IN_FLIGHT:
+            waiting.append(ask(engine, rng))
+            added += 1
+        if rng.random() < 0.05:
+            aborted += engine.abort(rng.choice(waiting[-IN_FLIGHT:]))
         for update in engine.step():
             answered += update.result is not None
-        if asked % 250 == 0 and len(memory) < asked // 250:
+        if added % 250 == 0 and len(memory) < added // 250:
             engine.check()
             memory.append(process.memory_info().rss / 2**20)
-            print(f"{asked} asked, {answered} answered, {memory[-1]:.0f} MiB", file=sys.stderr)
+            print(f"{added} asked, {answered} answered, {memory[-1]:.0f} MiB", file=sys.stderr)
     engine.check()
     pool = engine.scheduler.pool
     late = memory[len(memory) // 4 :]
     report = {
-        "requests": asked,
+        "requests": added,
         "answered": answered,
         "aborted": aborted,
         "pool_intact": pool.live == 0 and pool.free + pool.cached == pool.total,
@@ -93,7 +92,7 @@ def main() -> None:
     print(text)
     if options.out:
         options.out.write_text(text + "\n")
-    sys.exit(0 if answered == asked and report["pool_intact"] else 1)
+    sys.exit(0 if answered == added and report["pool_intact"] else 1)
 
 
 if __name__ == "__main__":

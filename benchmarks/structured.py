@@ -1,18 +1,17 @@
 """Structured output: random JSON schemas of growing size, by AR and by ISD.
 
     python -m benchmarks.structured [MODEL] [--adapter FOLDER] [--schemas 500] [--max-tokens 200]
-    [--out FILE]
+                                    [--out FILE]
 
-Each output is checked with the `jsonschema` library unless it ended at max_tokens; AR and ISD are
-compared token by token (float64). What a model says inside its strings means nothing here: the
-schemas have nothing to do with it.
+Outputs that ended before max_tokens are validated with the `jsonschema` library; AR and ISD are
+compared token by token (float64). The schemas are unrelated to the model, so the content of its
+strings is meaningless.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import time
@@ -26,15 +25,15 @@ import torch
 
 from idlm import LLM, Guide, Idlm, Result, SamplingParams, load
 from idlm.engine.guide import Guides
+from idlm.evaluation.environment import environment
 
 Schema = dict[str, Any]
 PROMPT = "Mia has 5 boxes."
 NAMES = ("id", "name", "tags", "total", "items", "is_open", "größe", "a b", 'quo"te', "x")
 PATTERNS = ("^[A-Z][a-z]{2,6}$", r"^\d{3}-\d{4}$", "^(red|green|blue)$", "^[^a-z]{1,4}$")
 LARGEST = 30
-PENALTY = {
-    "frequency_penalty": 0.7
-}  # or a model that knows no JSON writes most numbers without end
+PENALTY = {"frequency_penalty": 0.7}
+"""Without it a model that was not trained on JSON writes most numbers without end."""
 SETTINGS: list[dict[str, float]] = [
     {"temperature": 0.0, **PENALTY},
     {"temperature": 1.0},
@@ -45,8 +44,7 @@ FORMATS = ("date", "time", "uuid", "ipv4", "email")
 
 
 def random_schema(chance: random.Random, size: int) -> Schema:
-    """An object schema of about `size` subschemas; from 6 on it may refer to definitions, itself
-    among them."""
+    """An object schema of about `size` subschemas; from 6 on it may have recursive definitions."""
     root = _object(chance, size)
     if size >= 6 and chance.random() < 0.5:
         root["$defs"] = {"node": _object(chance, size // 3)}
@@ -64,9 +62,9 @@ def _schema(chance: random.Random, size: int) -> Schema:
 
 
 def _parts(chance: random.Random, size: int, most: int) -> list[Schema]:
-    """Up to `most` schemas of about `size` together."""
-    number = chance.randint(1, max(1, min(most, size)))
-    return [_schema(chance, max(1, size // number)) for _ in range(number)]
+    """Up to `most` schemas with about `size` subschemas together."""
+    count = chance.randint(1, max(1, min(most, size)))
+    return [_schema(chance, max(1, size // count)) for _ in range(count)]
 
 
 def _object(chance: random.Random, size: int) -> Schema:
@@ -135,15 +133,15 @@ def _plain(chance: random.Random) -> Schema:
     return {"type": chance.choice(["boolean", "null", ["string", "null"]])}
 
 
-def schemas(number: int) -> list[Schema]:
-    """Of growing size: 1 for the first, `LARGEST` for the last."""
+def schemas(count: int) -> list[Schema]:
+    """`count` schemas of growing size, from 1 to `LARGEST`."""
     return [
-        random_schema(random.Random(seed), 1 + LARGEST * seed // number) for seed in range(number)
+        random_schema(random.Random(seed), 1 + LARGEST * seed // count) for seed in range(count)
     ]
 
 
-def params_for(wanted: Sequence[Schema], max_tokens: int) -> list[SamplingParams]:
-    """The settings in turn."""
+def params_for(schemas: Sequence[Schema], max_tokens: int) -> list[SamplingParams]:
+    """Parameters for each schema; `SETTINGS` take turns."""
     return [
         SamplingParams(
             guide=Guide("json_schema", json.dumps(schema)),
@@ -151,12 +149,12 @@ def params_for(wanted: Sequence[Schema], max_tokens: int) -> list[SamplingParams
             seed=index,
             **SETTINGS[index % len(SETTINGS)],
         )
-        for index, schema in enumerate(wanted)
+        for index, schema in enumerate(schemas)
     ]
 
 
 def fault(schema: Schema, result: Result) -> str | None:
-    """What is wrong with an output; one that ended at its limit has no faults."""
+    """What is wrong with an output, or None; one that was cut at max_tokens has no faults."""
     if result.finish_reason == "length":
         return None
     if result.finish_reason != "stop":
@@ -171,13 +169,13 @@ def fault(schema: Schema, result: Result) -> str | None:
 def mask_times(
     idlm: Idlm, params: Sequence[SamplingParams], results: Sequence[Result]
 ) -> dict[str, float]:
-    """Microseconds of the masks along the outputs, and milliseconds to compile a guide."""
+    """Microseconds for the masks along the outputs, and milliseconds to compile a guide."""
     guides, masks, compiled = Guides(idlm), [], []
     guides.matcher(Guide("json_object"))
-    for one, result in zip(params, results, strict=True):
-        assert one.guide is not None  # noqa: S101
+    for requested, result in zip(params, results, strict=True):
+        assert requested.guide is not None
         started = time.perf_counter()
-        matcher = guides.matcher(one.guide)
+        matcher = guides.matcher(requested.guide)
         compiled.append(time.perf_counter() - started)
         for token in result.token_ids:
             started = time.perf_counter()
@@ -195,20 +193,20 @@ def mask_times(
 
 
 def compare(
-    idlm: Idlm, number: int, max_tokens: int, plans: Sequence[tuple[int, str]]
+    idlm: Idlm, count: int, max_tokens: int, plans: Sequence[tuple[int, str]]
 ) -> dict[str, Any]:
-    """Run all schemas by each plan, the first of which is AR."""
-    wanted = schemas(number)
-    params = params_for(wanted, max_tokens)
+    """Run all schemas by each plan; the first plan is AR."""
+    requested = schemas(count)
+    params = params_for(requested, max_tokens)
     report: dict[str, Any] = {
-        "schemas": number,
-        "characters": [len(one.guide.text) for one in params if one.guide],
+        "schemas": count,
+        "characters": [len(each.guide.text) for each in params if each.guide],
     }
     runs: list[list[Result]] = []
     for stride, branches in plans:
         llm = LLM(idlm, stride=stride, branches=branches)
         started = time.perf_counter()
-        runs.append(llm.generate([PROMPT] * number, params))
+        runs.append(llm.generate([PROMPT] * count, params))
         seconds = time.perf_counter() - started
         tokens, forwards = (
             sum(values)
@@ -220,8 +218,8 @@ def compare(
             "seconds": seconds,
         }
     report["ended"] = dict(Counter(result.finish_reason for result in runs[0]))
-    faults = [fault(schema, result) for schema, result in zip(wanted, runs[0], strict=True)]
-    report["faults"] = [f"{index}: {one}" for index, one in enumerate(faults) if one is not None]
+    faults = [fault(schema, result) for schema, result in zip(requested, runs[0], strict=True)]
+    report["faults"] = [f"{index}: {text}" for index, text in enumerate(faults) if text is not None]
     report["differ"] = [
         index
         for index, (ar, *others) in enumerate(zip(*runs, strict=True))
@@ -231,7 +229,7 @@ def compare(
 
 
 def main() -> int:
-    """Run and report; exit status 1 where an output is invalid or ISD differs from AR."""
+    """Exit status 1 if an output is invalid or ISD differs from AR."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -243,12 +241,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     idlm = load(args.model, adapter=args.adapter, dtype="float64")
-    report = {
-        "model": idlm.name,
-        "dtype": "float64",
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-    }
+    report = {"model": idlm.name, "dtype": "float64", "environment": environment()}
     report |= compare(idlm, args.schemas, args.max_tokens, [(1, "all"), (4, "all"), (4, "chain")])
     sizes = report.pop("characters")
     report["characters"] = {

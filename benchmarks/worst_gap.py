@@ -1,11 +1,12 @@
-"""How long running requests wait for their next tokens while a context-length prompt is admitted.
+"""How long running requests wait for their next tokens while a prompt of context length is
+admitted.
 
     python -m benchmarks.worst_gap [--running 1 8] [--stride 4] [--branches chain] [--rounds 7]
-    [--out FILE]
+                                   [--out FILE]
 
-Each round: `running` requests decode; after twenty steps a prompt of nearly the whole context
-joins. Reported are the worst gap between two steps from then on until the prompt is in, over the
-median gap before it; beside it, the same with the whole prompt in one piece.
+In each round `running` requests decode, and after twenty steps a prompt of nearly the whole context
+joins. The result is the worst gap between two steps until the prompt is in, over the median gap
+before it; and the same with the whole prompt in one chunk.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from idlm.evaluation.environment import environment
 from idlm.models.idlm_model import Idlm
 
 
-def one_round(
+def measure_round(
     idlm: Idlm, options: argparse.Namespace, running: int, whole: bool
 ) -> tuple[list[float], list[float]]:
     """Seconds between steps before the long prompt came, and while it was prefilled."""
@@ -79,7 +80,6 @@ def _gaps(engine: Engine, steps: int) -> list[float]:
 
 
 def main() -> None:
-    """Run, print, write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -93,7 +93,9 @@ def main() -> None:
     idlm, rows = load("nano"), []
     for running in options.running:
         for whole in (False, True):
-            laps = [one_round(idlm, options, running, whole) for _ in range(options.rounds + 6)][6:]
+            laps = [
+                measure_round(idlm, options, running, whole) for _ in range(options.rounds + 6)
+            ][6:]
             ratios = [max(during) / median(before) for before, during in laps]
             row = {
                 "running": running,

@@ -1,9 +1,8 @@
-"""From a model to a converted one: train a gated LoRA, load it, compare with AR.
+"""Convert a model: train a gated LoRA, load it, compare with AR.
 
     python examples/convert.py [--model nano-base] [--folder runs/example] [--quick]
 
---quick trains for two steps: it shows the way, and its drafts are worth nothing. The output is AR's
-all the same.
+--quick trains for two steps only, so hardly any draft is accepted; the output is AR's all the same.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from pathlib import Path
 from idlm import LLM, SamplingParams
 
 IDLM = Path(sys.executable).with_name("idlm")
-
-"""The command of this Python's environment."""
+"""The command in this Python's environment."""
 PROMPT = "Mia has 14 apples."
 
 parser = argparse.ArgumentParser(

@@ -1,4 +1,4 @@
-"""A server through the `openai` package.
+"""A client with the `openai` package, for a running server.
 
 idlm serve nano
 python examples/openai_client.py --url http://127.0.0.1:8000/v1 [--model nano] [--key KEY]

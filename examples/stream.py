@@ -1,4 +1,4 @@
-"""Text as it comes, then where its tokens came from: `python examples/stream.py [MODEL]`."""
+"""Text as it comes, then the sources of its tokens: `python examples/stream.py [MODEL]`."""
 
 from __future__ import annotations
 

@@ -62,7 +62,8 @@ def test_a_missing_extra_is_one_line(words: list[str], extra: str) -> None:
         assert done.returncode == 2
         assert done.stdout == ""
         assert done.stderr == (
-            f"error: {command} needs the package {module}; install it with pip install 'idlm[{extra}]'\n"
+            f"error: {command} needs the package {module}; "
+            f"install it with pip install 'idlm[{extra}]'\n"
         )
 
 

@@ -1,2 +1,1 @@
-"""What the server's benchmarks share: a server as a process, a light HTTP client, and how results
-are written."""
+"""Parts of the server's benchmarks: a server process, a light HTTP client, faults, and reports."""

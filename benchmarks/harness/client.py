@@ -1,7 +1,6 @@
-"""`Connection`: one HTTP connection that costs next to nothing, so that the server is what is
-measured.
+"""`Connection`: an HTTP client so cheap that the server is what is measured.
 
-An answer's pieces are stamped as they come and looked at only when it is over.
+The pieces of a response get time stamps as they come, and are parsed when it is over.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ import httptools
 
 @dataclass
 class Answer:
-    """What came back; times are of `perf_counter`.
+    """A response; times are of `perf_counter`.
 
     Attributes:
-        tokens: that were asked for.
-        status: 0: the connection ended before there was one.
-        complete: the server ended the answer as HTTP has it.
+        tokens: the max_tokens of the request.
+        status: 0 if the connection ended before a status came.
+        complete: whether the response ended as HTTP requires.
     """
 
     asked: float
@@ -40,26 +39,25 @@ class Answer:
 
     @property
     def last(self) -> float:
-        """When the last bytes of the body came, or nothing did."""
+        """When the last bytes of the body came; now, if there are none."""
         return self.pieces[-1][0] if self.pieces else perf_counter()
 
     @property
     def body(self) -> bytes:
-        """All of it."""
         return b"".join(piece for _, piece in self.pieces)
 
     def json(self) -> Any:
-        """The body of an answer that is no stream."""
+        """The body of a response that is not a stream."""
         return json.loads(self.body)
 
     def events(self) -> list[dict[str, Any]]:
-        """The events of a stream, without its [DONE]."""
+        """The events of a stream, without [DONE]."""
         lines = (line.removeprefix(b"data: ") for line in self.body.split(b"\n\n") if line)
         return [json.loads(line) for line in lines if line != b"[DONE]"]
 
     @property
     def error(self) -> dict[str, Any] | None:
-        """What the server said went wrong, as a status or as the last event of a stream."""
+        """The error that the server reports, by status code or by the last event of a stream."""
         if self.status != 200:
             return dict(self.json()["error"]) if self.body else None
         if "event-stream" not in self.headers.get("content-type", ""):
@@ -69,7 +67,7 @@ class Answer:
 
     @property
     def finished(self) -> bool:
-        """Whether it is an answer to the end, and no error."""
+        """Whether the response is complete and successful."""
         if self.status != 200 or not self.complete:
             return False
         stream = "event-stream" in self.headers.get("content-type", "")
@@ -77,8 +75,8 @@ class Answer:
 
 
 class Connection(asyncio.Protocol):
-    """A connection to the server at `port`, kept open from request to request; made anew where the
-    server closed it."""
+    """A connection to the server at `port`, kept open between requests and opened again if
+    closed."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -89,19 +87,23 @@ class Connection(asyncio.Protocol):
         self.answer = Answer(0.0)
 
     async def ask(self, path: str, body: Mapping[str, Any], send: int | None = None) -> Answer:
-        """POST, and wait for the end of the answer; `send` bytes of the request only, where given.
+        """POST, and wait for the end of the response; with `send`, only so many bytes of the
+        request.
 
         Raises:
-            ConnectionError: nobody listens.
+            ConnectionError: no server listens.
         """
         loop = asyncio.get_running_loop()
         content = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: x\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(content)}"
+        )
         self._over = loop.create_future()
         self._parser = httptools.HttpResponseParser(self)
         if self._transport is None:
             self._transport, _ = await loop.create_connection(lambda: self, "127.0.0.1", self._port)
-        if self._left:  # while it was made
+        if self._left:  # closed while it was opened
             self._transport.abort()
         self.answer = Answer(perf_counter(), body.get("max_tokens", 0))
         self._transport.write((head.encode() + b"\r\n\r\n" + content)[:send])
@@ -109,35 +111,29 @@ class Connection(asyncio.Protocol):
         return self.answer
 
     def close(self) -> None:
-        """Leave, whatever is under way; for good."""
+        """Disconnect for good, even in the middle of a response."""
         self._left = True
         if self._transport is not None:
             self._transport.abort()
             self._transport = None
 
     def data_received(self, data: bytes) -> None:
-        """Of asyncio."""
         self._parser.feed_data(data)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Of asyncio."""
         self._transport = None
         self._end()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Of httptools."""
         self.answer.headers[name.decode().lower()] = value.decode()
 
     def on_headers_complete(self) -> None:
-        """Of httptools."""
         self.answer.status = self._parser.get_status_code()
 
     def on_body(self, body: bytes) -> None:
-        """Of httptools."""
         self.answer.pieces.append((perf_counter(), body))
 
     def on_message_complete(self) -> None:
-        """Of httptools."""
         self.answer.complete = True
         if not self._parser.should_keep_alive() and self._transport is not None:
             self._transport.abort()
@@ -152,18 +148,17 @@ class Connection(asyncio.Protocol):
 async def ask_all(
     port: int, path: str, bodies: Iterable[Mapping[str, Any]], concurrency: int
 ) -> list[Answer]:
-    """Ask all, so many at once, over kept connections, the next one taken when one is answered;
-    answers in order."""
+    """Send all requests, `concurrency` at once, over kept connections; answers in order."""
     answers: dict[int, Answer] = {}
     waiting = enumerate(bodies)
 
     async def client() -> None:
         connection = Connection(port)
-        for number, body in waiting:
-            answers[number] = await connection.ask(path, body)
+        for index, body in waiting:
+            answers[index] = await connection.ask(path, body)
         connection.close()
 
     async with asyncio.TaskGroup() as group:
         for _ in range(concurrency):
             group.create_task(client())
-    return [answers[number] for number in sorted(answers)]
+    return [answers[index] for index in sorted(answers)]

@@ -1,4 +1,4 @@
-"""Killed engines, clients that leave, and shutdowns; see `benchmarks.server_faults`."""
+"""Killed engines, clients that disconnect, and shutdowns; see `benchmarks.server_faults`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ async def kill(
     streams: int,
     most_seconds: float = MOST_SECONDS_TO_ERROR,
 ) -> dict[str, Any]:
-    """Kill the engine while so many requests stream, again and again; each is told within
-    `most_seconds`."""
+    """Kill the engine while `streams` requests stream, again and again.
+
+    Each client must get an error within `most_seconds`.
+    """
     reference = await _reference(server, model)
     laps = [await _kill_once(server, model, streams) for _ in range(rounds)]
     same = [lap.pop("texts") == reference for lap in laps]
@@ -37,15 +39,19 @@ async def kill(
         [lap["recovery_seconds"] for lap in laps],
     )
     restarts = int(server.metrics()["idlm_engine_restarts_total"])
-    told = sum(lap["told"] for lap in laps)
-    good = (
-        told == rounds * streams and all(same) and max(latest) < most_seconds and restarts == rounds
+    informed = sum(lap["told"] for lap in laps)
+    holds = (
+        informed == rounds * streams
+        and all(same)
+        and max(latest) < most_seconds
+        and restarts == rounds
+        and all(lap["not_ready_at_once"] for lap in laps)
     )
     return {
-        "holds": good and all(lap["not_ready_at_once"] for lap in laps),
+        "holds": holds,
         "rounds": rounds,
         "streams": streams,
-        "told": told,
+        "told": informed,
         "latest_error_seconds": {"median": median(latest), "max": max(latest)},
         "recovery_seconds": {"median": median(recovery), "max": max(recovery)},
         "same_answers_after": sum(same),
@@ -55,22 +61,22 @@ async def kill(
 
 
 async def _reference(server: ServerProcess, model: str) -> list[str]:
-    """The answers to a few requests, which have to be the same from every engine."""
+    """The answers to a few requests, which must be the same from every engine process."""
     answers = await ask_all(server.port, COMPLETIONS, bodies(model, 4, 24, seed=1), 1)
     return [text(answer.events()) if answer.finished else str(answer.error) for answer in answers]
 
 
 async def _kill_once(server: ServerProcess, model: str, streams: int) -> dict[str, Any]:
     connections = [Connection(server.port) for _ in range(streams)]
-    asked = [
-        asyncio.create_task(one.ask(COMPLETIONS, body))
-        for one, body in zip(connections, bodies(model, streams, 450), strict=True)
+    tasks = [
+        asyncio.create_task(connection.ask(COMPLETIONS, body))
+        for connection, body in zip(connections, bodies(model, streams, 450), strict=True)
     ]
-    while not all(one.answer.pieces for one in connections):
+    while not all(connection.answer.pieces for connection in connections):
         await asyncio.sleep(0.005)
     server.engine().kill()
     killed = perf_counter()
-    answers = await _answered(asked)
+    answers = await _answered(tasks)
     ready = (await asyncio.to_thread(server.get, "/ready"))[0]
     await asyncio.to_thread(server.wait_ready)
     return {
@@ -82,16 +88,16 @@ async def _kill_once(server: ServerProcess, model: str, streams: int) -> dict[st
     }
 
 
-async def _answered(asked: Sequence[asyncio.Task[Answer]]) -> list[Answer]:
+async def _answered(tasks: Sequence[asyncio.Task[Answer]]) -> list[Answer]:
     """All answers.
 
     Raises:
         RuntimeError: some did not come.
     """
-    _, hanging = await asyncio.wait(asked, timeout=HANG_SECONDS)
+    _, hanging = await asyncio.wait(tasks, timeout=HANG_SECONDS)
     if hanging:
-        raise RuntimeError(f"{len(hanging)} of {len(asked)} requests hang")
-    return [one.result() for one in asked]
+        raise RuntimeError(f"{len(hanging)} of {len(tasks)} requests hang")
+    return [task.result() for task in tasks]
 
 
 async def disconnect(
@@ -101,10 +107,12 @@ async def disconnect(
     concurrency: int,
     most_seconds: float = MOST_SECONDS_TO_IDLE,
 ) -> dict[str, Any]:
-    """So many clients that leave in the middle of their request; nothing is left of them after
-    `most_seconds`."""
+    """`clients` clients that disconnect during their request.
+
+    Nothing may be left of them after `most_seconds`.
+    """
     rng = random.Random(0)
-    # all drawn before the first asks: who leaves how is then the same on every machine
+    # all drawn before the first request, so that the clients do the same on every machine
     waiting = iter([_visit(server.port, body, rng) for body in bodies(model, clients, 300)])
     left: Counter[str] = Counter()
 
@@ -126,8 +134,10 @@ async def disconnect(
 
 
 def _visit(port: int, body: dict[str, Any], rng: random.Random) -> Coroutine[Any, Any, str]:
-    """Ask and leave: with half a request sent, at some time, or after some of the answer; where
-    that was."""
+    """Ask and disconnect: with half a request sent, after some time, or after some of the response.
+
+    Returns where that was.
+    """
     body = body | {"stream": rng.random() < 0.5}
     if rng.random() < 0.1:
         return _leave_after(port, body, send=rng.randint(1, 250), seconds=0.1 * rng.random())
@@ -144,13 +154,13 @@ async def _leave_after(
     pieces: int = sys.maxsize,
 ) -> str:
     connection = Connection(port)
-    asked = asyncio.create_task(connection.ask(COMPLETIONS, body, send))
+    task = asyncio.create_task(connection.ask(COMPLETIONS, body, send))
     end = perf_counter() + seconds
-    while perf_counter() < end and len(connection.answer.pieces) < pieces and not asked.done():
+    while perf_counter() < end and len(connection.answer.pieces) < pieces and not task.done():
         await asyncio.sleep(0.005)
     answer = connection.answer
     connection.close()
-    await asked
+    await task
     if send is not None:
         return "in the request"
     if answer.complete:
@@ -165,35 +175,33 @@ def _statuses(server: ServerProcess) -> dict[str, int]:
         for line in server.get("/metrics")[1].splitlines()
         if line.startswith("idlm_http_requests_total{")
     ]
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for line in lines:
         if COMPLETIONS in line:
-            found[line.partition('status="')[2].partition('"')[0]] += int(float(line.split()[-1]))
-    return dict(found)
+            counts[line.partition('status="')[2].partition('"')[0]] += int(float(line.split()[-1]))
+    return dict(counts)
 
 
 async def drain(command: Sequence[str], streams: int, seconds: float) -> dict[str, Any]:
-    """SIGTERM with so many requests in flight, half of them streamed, and so many seconds for them."""
+    """SIGTERM with `streams` requests in flight, half of them streamed, and `seconds` to finish
+    them."""
     with ServerProcess([*command, "--drain-seconds", str(seconds)]) as server:
         model = command[2]
-        asked_for = bodies(model, streams, 400)
-        connections = [Connection(server.port) for _ in asked_for]
-        asked = [
-            asyncio.create_task(one.ask(COMPLETIONS, body | {"stream": bool(index % 2)}))
-            for index, (one, body) in enumerate(zip(connections, asked_for, strict=True))
+        tasks = [
+            asyncio.create_task(
+                Connection(server.port).ask(COMPLETIONS, body | {"stream": bool(index % 2)})
+            )
+            for index, body in enumerate(bodies(model, streams, 400))
         ]
-        while (
-            server.metrics()["idlm_queue_samples"] < streams
-        ):  # what the engine says of itself is a second late
+        # the server's own count; the engine's metrics are up to a second old
+        while server.metrics()["idlm_queue_samples"] < streams:
             await asyncio.sleep(0.01)
         server.process.send_signal(signal.SIGTERM)
-        told = perf_counter()
-        answers = await _answered(asked)
+        ended = perf_counter()
+        answers = await _answered(tasks)
         status = await asyncio.to_thread(server.process.wait, HANG_SECONDS)
-    finished, reported = (
-        sum(one.finished and one.error is None for one in answers),
-        [one.error for one in answers],
-    )
+    finished = sum(answer.finished and answer.error is None for answer in answers)
+    reported = [answer.error for answer in answers]
     expected = (
         finished == streams if seconds > 1 else finished + sum(map(bool, reported)) == streams
     )
@@ -203,7 +211,7 @@ async def drain(command: Sequence[str], streams: int, seconds: float) -> dict[st
         "in_flight": streams,
         "finished": finished,
         "told_with_an_error": sum(map(bool, reported)),
-        "messages": sorted({one["message"] for one in reported if one}),
-        "seconds_to_exit": perf_counter() - told,
+        "messages": sorted({error["message"] for error in reported if error}),
+        "seconds_to_exit": perf_counter() - ended,
         "exit_status": status,
     }

@@ -19,15 +19,15 @@ from benchmarks.harness.workload import COMPLETIONS, bodies
 FACTOR = 4.0
 MOST_RATIO = 1.5
 LEAST_PER_SLOT = 4
-"""Requests of either part, however long they take: on a slow machine none may come to an end within
-the time."""
+"""The least number of requests of each part for each slot, however long they take: on a slow
+machine none may finish within the seconds."""
 Body = dict[str, Any]
 
 
 async def overload(server: ServerProcess, model: str, slots: int, seconds: float) -> dict[str, Any]:
-    """As many clients as there are slots, for so long; then as long four times the requests that
-    were answered."""
-    # thousands of answers are kept: a pause to look through them would count as the server's
+    """As many clients as slots for `seconds`; then for as long `FACTOR` times the requests
+    answered."""
+    # thousands of answers are kept: a garbage collection would count as the server's time
     gc.disable()
     try:
         started, least = perf_counter(), LEAST_PER_SLOT * slots
@@ -39,29 +39,29 @@ async def overload(server: ServerProcess, model: str, slots: int, seconds: float
         answers, hanging = await open_loop(server.port, FACTOR * rate, seconds, least, model)
     finally:
         gc.enable()
-    accepted = [one for one in answers if one.finished and one.error is None]
-    # without those that filled the slots, one or all at once: what counts is how it goes on
+    accepted = [answer for answer in answers if answer.finished and answer.error is None]
+    # without the first ones, which fill the slots
     quiet, loaded = latencies(alone[slots:]), latencies(accepted[slots:])
     if not quiet["ttft"] or not loaded["ttft"]:
         raise RuntimeError(
             f"{len(accepted)} requests of {len(answers)} were answered, too few for {slots} slots"
         )
     ratios = {name: loaded[name]["p99"] / quiet[name]["p99"] for name in quiet}
-    refused = [one for one in answers if one.status == 429]
+    refused = [answer for answer in answers if answer.status == 429]
     span = max(seconds, answers[-1].asked - answers[0].asked)
-    as_told = len(accepted) + len(refused) == len(answers) and all(
-        "retry-after" in one.headers for one in refused
+    expected = len(accepted) + len(refused) == len(answers) and all(
+        "retry-after" in answer.headers for answer in refused
     )
     return {
-        "holds": as_told and not hanging and max(ratios.values()) <= MOST_RATIO,
+        "holds": expected and not hanging and max(ratios.values()) <= MOST_RATIO,
         "slots": slots,
         "seconds": seconds,
         "without_overload": {"requests_per_second": rate, "latency_ms": quiet},
         "overload": {
             "offered_per_second": len(answers) / span,
             "accepted_per_second": len(accepted) / span,
-            "statuses": Counter(str(one.status) for one in answers),
-            "refusal_ms": _spread([one.last - one.asked for one in refused]),
+            "statuses": Counter(str(answer.status) for answer in answers),
+            "refusal_ms": _spread([answer.last - answer.asked for answer in refused]),
             "hanging": hanging,
             "latency_ms": loaded,
         },
@@ -71,15 +71,14 @@ async def overload(server: ServerProcess, model: str, slots: int, seconds: float
 
 
 def _requests(model: str, seed: int) -> Iterator[Body]:
-    """No end of requests."""
     while True:
         yield from bodies(model, 256, seed=seed)
         seed += 1
 
 
 def _until(end: float, least: int, model: str) -> Iterator[Body]:
-    for number, body in enumerate(_requests(model, 1000)):
-        if perf_counter() > end and number >= least:
+    for count, body in enumerate(_requests(model, 1000)):
+        if perf_counter() > end and count >= least:
             return
         yield body
 
@@ -87,24 +86,23 @@ def _until(end: float, least: int, model: str) -> Iterator[Body]:
 async def open_loop(
     port: int, rate: float, seconds: float, least: int, model: str
 ) -> tuple[list[Answer], int]:
-    """Requests at random times, `rate` a second, whatever becomes of those before; answers, and how
-    many never came.
+    """Requests at random times, `rate` a second, for `seconds` and until there are `least`.
 
-    They come for so many seconds, and until there were `least`.
+    Returns the answers, and how many never came.
     """
-    rng, free, asked = random.Random(0), list[Connection](), list[asyncio.Task[Answer]]()
+    rng, free, tasks = random.Random(0), list[Connection](), list[asyncio.Task[Answer]]()
     due, end = perf_counter(), perf_counter() + seconds
     for body in _requests(model, 2000):
         due += rng.expovariate(rate)
-        if due > end and len(asked) >= least:
+        if due > end and len(tasks) >= least:
             break
         await asyncio.sleep(max(0.0, due - perf_counter()))
         connection = free.pop() if free else Connection(port)
-        asked.append(asyncio.create_task(_borrowed(connection, body, free.append)))
-    done, hanging = await asyncio.wait(asked, timeout=HANG_SECONDS)
-    for one in free:
-        one.close()
-    return sorted((one.result() for one in done), key=lambda answer: answer.asked), len(hanging)
+        tasks.append(asyncio.create_task(_borrowed(connection, body, free.append)))
+    done, hanging = await asyncio.wait(tasks, timeout=HANG_SECONDS)
+    for connection in free:
+        connection.close()
+    return sorted((task.result() for task in done), key=lambda answer: answer.asked), len(hanging)
 
 
 async def _borrowed(
@@ -116,11 +114,11 @@ async def _borrowed(
 
 
 def latencies(answers: Sequence[Answer]) -> dict[str, dict[str, float]]:
-    """Time to the first token, per token after it, and from first to last; in milliseconds."""
+    """Milliseconds to the first token, per token after it, and in all per token."""
     return {
-        "ttft": _spread([one.first - one.asked for one in answers]),
-        "tpot": _spread([(one.last - one.first) / (one.tokens - 1) for one in answers]),
-        "total_per_token": _spread([(one.last - one.asked) / one.tokens for one in answers]),
+        "ttft": _spread([a.first - a.asked for a in answers]),
+        "tpot": _spread([(a.last - a.first) / (a.tokens - 1) for a in answers]),
+        "total_per_token": _spread([(a.last - a.asked) / a.tokens for a in answers]),
     }
 
 

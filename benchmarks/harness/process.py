@@ -1,4 +1,4 @@
-"""`ServerProcess`: `idlm serve` (or another server) as users start it, watched from outside."""
+"""`ServerProcess`: `idlm serve` (or another server) as users start it, seen from outside."""
 
 from __future__ import annotations
 
@@ -17,32 +17,31 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 HANG_SECONDS = 600.0
-"""No start, answer or end takes so long, also on a machine that has four other things to do: what
-does, hangs."""
+"""A start, an answer or an end that takes longer than this hangs, even on a busy machine."""
 IDLE = (
     *("idlm_samples_running", "idlm_samples_waiting", "idlm_kv_pages_live"),
     *("idlm_queue_samples", "idlm_queue_tokens"),
 )
-"""Gauges that are zero when nothing is left of any request."""
+"""Gauges that are zero when no request is left."""
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
+    """A port on which nothing listens."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
 
 
 def idlm_serve(*options: str) -> list[str]:
-    """The command, before `--port`; of this environment."""
+    """The command of this environment's `idlm serve`, without `--port`."""
     return [str(Path(sys.executable).with_name("idlm")), "serve", *options]
 
 
 class ServerProcess:
-    """A server in a process of its own, ready inside `with`; its log is a temporary file.
+    """A server process that is ready inside `with`; its log is a temporary file.
 
     Args:
-        command: what starts it; `--port` is added.
-        ready: the path that answers 200 once it can be asked.
+        command: starts it; `--port` is added.
+        ready: the path that answers 200 once the server takes requests.
 
     Raises:
         RuntimeError: it ended, or was not ready in time; the message holds the end of its log.
@@ -74,7 +73,7 @@ class ServerProcess:
         self.stop()
 
     def stop(self, seconds: float = 30.0) -> int:
-        """End it, with all it started; the exit status."""
+        """End it and its child processes; returns the exit status."""
         family = self._family() if self.process.poll() is None else []
         self.process.terminate()
         try:
@@ -83,11 +82,11 @@ class ServerProcess:
             self.process.kill()
             return self.process.wait()
         finally:
-            for one in psutil.wait_procs(family, 5)[1]:
-                one.kill()
+            for child in psutil.wait_procs(family, 5)[1]:
+                child.kill()
 
     def wait_ready(self, seconds: float = HANG_SECONDS) -> float:
-        """Wait until it can be asked; the seconds that took."""
+        """Wait until it takes requests; returns the seconds that took."""
         started = time.perf_counter()
         while self.get(self._ready)[0] != 200:
             if self.process.poll() is not None:
@@ -102,7 +101,7 @@ class ServerProcess:
         return time.perf_counter() - started
 
     def get(self, path: str) -> tuple[int, str]:
-        """Status and body; status 0 where nobody listens."""
+        """Status and body of a GET; status 0 if no server listens."""
         try:
             with urllib.request.urlopen(
                 f"http://127.0.0.1:{self.port}{path}", timeout=60
@@ -114,31 +113,29 @@ class ServerProcess:
             return 0, ""
 
     def metrics(self) -> dict[str, float]:
-        """Metrics without labels, by name."""
+        """Values of the metrics without labels, by name."""
         families = text_string_to_metric_families(self.get("/metrics")[1])
-        return {
-            one.name: one.value for family in families for one in family.samples if not one.labels
-        }
+        samples = [sample for family in families for sample in family.samples]
+        return {sample.name: sample.value for sample in samples if not sample.labels}
 
     def wait_idle(self, seconds: float = HANG_SECONDS) -> tuple[float, dict[str, float]]:
-        """Wait until nothing is left of any request: the seconds that took, and what is still there
-        (nothing)."""
+        """Wait until no request is left; returns the seconds that took, and the gauges that are not
+        zero."""
         started = time.perf_counter()
         while True:
-            found = self.metrics()
-            left = {name: found[name] for name in IDLE if found[name]}
+            metrics = self.metrics()
+            left = {name: metrics[name] for name in IDLE if metrics[name]}
             if not left or time.perf_counter() - started > seconds:
                 return time.perf_counter() - started, left
             time.sleep(0.05)
 
     def engine(self) -> psutil.Process:
-        """The engine's process."""
-        return next(one for one in self._family() if "idlm.serving.worker" in one.cmdline())
+        return next(p for p in self._family() if "idlm.serving.worker" in p.cmdline())
 
     def _family(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def log_end(self, characters: int = 2000) -> str:
-        """The last lines that it logged."""
+        """The last characters of its log."""
         self._log.seek(0)
         return self._log.read()[-characters:]

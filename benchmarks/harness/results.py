@@ -1,4 +1,4 @@
-"""Figures of many, and the file they go to."""
+"""Percentiles, and the files of results."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ PACKAGES = ("fastapi", "starlette", "uvicorn", "uvloop", "httptools", "msgspec")
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that so large a share of all does not exceed."""
+    """The smallest value that at least `share` of all values do not exceed."""
     return sorted(values)[max(0, ceil(share * len(values)) - 1)]
 
 
-def report(found: dict[str, Any], out: Path | None) -> None:
-    """Print it with what it depends on, and write it where told."""
+def report(figures: dict[str, Any], out: Path | None) -> None:
+    """Print the figures with their environment, and write them to `out`."""
     versions = {name: version(name) for name in PACKAGES}
-    text = json.dumps(found | {"environment": environment() | versions}, indent=1)
+    text = json.dumps(figures | {"environment": environment() | versions}, indent=1)
     print(text)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

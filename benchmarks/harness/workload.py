@@ -1,4 +1,4 @@
-"""Requests as a server is asked for them."""
+"""Bodies of requests to a server."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 def body(model: str, request: Request, **fields: Any) -> dict[str, Any]:
     """A request of `idlm.evaluation.workload` as the body of a streamed completion."""
-    asked = {"model": model, "prompt": request.prompt_token_ids, "max_tokens": request.max_tokens}
-    return asked | {"temperature": 0, "ignore_eos": True, "stream": True} | fields
+    size = {"prompt": request.prompt_token_ids, "max_tokens": request.max_tokens}
+    settings = {"model": model, "temperature": 0, "ignore_eos": True, "stream": True}
+    return settings | size | fields
 
 
 def bodies(
-    model: str, number: int, tokens: int | None = None, seed: int = 0, **fields: Any
+    model: str, count: int, tokens: int | None = None, seed: int = 0, **fields: Any
 ) -> list[dict[str, Any]]:
-    """Word problems that a bundled model knows, as streamed completions of 16 to 128 tokens, or of
-    so many."""
+    """Word problems for a bundled model, as streamed completions of `tokens` tokens (None: 16 to
+    128)."""
     rng = random.Random(seed)
     return [
         {
             "model": model,
-            "prompt": f"Tom has {rng.randint(2, 99)} apples and buys {rng.randint(2, 99)} more. How many has he now?",
+            "prompt": f"Tom has {rng.randint(2, 99)} apples and buys {rng.randint(2, 99)} more. "
+            "How many has he now?",
             "max_tokens": rng.randint(16, 128) if tokens is None else tokens,
             "seed": rng.randrange(2**31),
             "ignore_eos": True,
             "stream": True,
         }
         | fields
-        for _ in range(number)
+        for _ in range(count)
     ]
 
 

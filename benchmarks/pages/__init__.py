@@ -1,1 +1,1 @@
-"""Pages and pictures of docs/ that are made from the code and from benchmarks/results."""
+"""Pages and pictures in docs/ that are generated from the code and from benchmarks/results."""

@@ -1,8 +1,8 @@
-"""Write everything in the documents that is made by a script: `make docs`.
+"""Write all generated pages: `make docs`.
 
     python -m benchmarks.pages [--check]
 
---check writes nothing, names what is stale, and exits with status 1 if anything is.
+--check writes nothing, names the stale pages, and exits with status 1 if there are any.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from benchmarks.pages import generated
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md: every result of benchmarks/results, with what it was measured on."""
+"""docs/benchmarks.md: the results in benchmarks/results, each with its command and machine."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Section:
     """A result and how it is shown.
 
     Attributes:
-        command: what writes the file, for files that do not record it.
+        command: that writes the file; used if the file does not record its own.
         about: what is measured, in a sentence or two.
-        table: makes the tables of the file's content.
+        table: makes the tables from the content of the file.
     """
 
     title: str
@@ -146,7 +146,6 @@ SECTIONS = {
 
 
 def render(results: Path = RESULTS) -> str:
-    """The page as Markdown."""
     return "\n".join([HEAD, *_body(results)])
 
 
@@ -171,23 +170,23 @@ def _section(section: Section, report: Mapping[str, Any]) -> Iterator[str]:
 def is_earlier(report: Mapping[str, Any]) -> bool:
     """Whether a file is older than the kernels of entry 24 of the log.
 
-    Files name the processor's instructions since then.
+    Newer files record the processor's instructions.
     """
     return "instructions" not in report | report.get("environment", {})
 
 
 def _source(section: Section, report: Mapping[str, Any]) -> str:
     """Where the figures come from: file, command, machine, versions, date."""
-    found = report | report.get("environment", {})
+    recorded = report | report.get("environment", {})
     age = "**Earlier engine.** " if is_earlier(report) else ""
-    command = found.get("command", section.command)
-    cpu, cores = found.get("cpu", NOT_RECORDED), found.get("cores")
+    command = recorded.get("command", section.command)
+    cpu, cores = recorded.get("cpu", NOT_RECORDED), recorded.get("cores")
     machine = f"{cpu}, {cores} cores" if cores else f"{cpu}"
-    threads = found.get("threads", NOT_RECORDED)
+    threads = recorded.get("threads", NOT_RECORDED)
     versions = ", ".join(
-        f"{name} {found.get(name, NOT_RECORDED)}" for name in ("idlm", "torch", "transformers")
+        f"{name} {recorded.get(name, NOT_RECORDED)}" for name in ("idlm", "torch", "transformers")
     )
     return (
         f"{age}[{section.file}](../benchmarks/results/{section.file}): `{command}`. Machine: {machine}; threads: "
-        f"{threads}. Versions: {versions}. Date: {found.get('date', NOT_RECORDED)}.\n"
+        f"{threads}. Versions: {versions}. Date: {recorded.get('date', NOT_RECORDED)}.\n"
     )

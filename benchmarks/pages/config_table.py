@@ -1,5 +1,4 @@
-"""The part of docs/converting.md that lists the keys of a training config, made from the
-dataclasses."""
+"""The part of docs/converting.md that lists the keys of a training config, from its dataclasses."""
 
 from __future__ import annotations
 
@@ -23,12 +22,12 @@ NAMES = {
 
 
 def render() -> str:
-    """The sections of the page, from the top of the config down."""
+    """The sections, from the top of the config down."""
     return "\n".join(_section(TrainConfig, "The top of the config"))
 
 
 def _section(config: type, title: str) -> Iterator[str]:
-    """A dataclass: its docstring, its keys, then the sections under it."""
+    """A dataclass: its docstring, its keys, then the sections in it."""
     hints = get_type_hints(config)
     fields = dataclasses.fields(config)
     sections = [(f, _dataclass_in(hints[f.name])) for f in fields]
@@ -48,18 +47,18 @@ def _section(config: type, title: str) -> Iterator[str]:
 
 
 def _key(field: dataclasses.Field[Any]) -> str:
-    """The YAML key: `lambda` is a word of Python, so its field ends in an underscore."""
+    """The YAML key; `lambda` is a keyword of Python, so its field ends in an underscore."""
     return field.name.rstrip("_")
 
 
 def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass that a hint is, or is a tuple of."""
+    """The dataclass of a hint, or of the items of a tuple."""
     inner = next(iter(get_args(hint)), None) if get_origin(hint) is tuple else hint
     return inner if isinstance(inner, type) and dataclasses.is_dataclass(inner) else None
 
 
 def _type(hint: Any) -> str:
-    """A type as a reader of YAML calls it."""
+    """The name of a type for readers of YAML."""
     if get_origin(hint) is Literal:
         return ", ".join(f"`{option}`" for option in get_args(hint))
     if get_origin(hint) in (Union, types.UnionType):
@@ -71,7 +70,7 @@ def _type(hint: Any) -> str:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    """The default as YAML has it; a key without one is required."""
+    """The default in YAML; a key without one is required."""
     if field.default is dataclasses.MISSING:
         return "required"
     value = as_tree(field.default)

@@ -20,18 +20,21 @@ def render() -> str:
     peer = [times(1 / cells["vllm", "compiled", count]["speedup_over_ar"]) for count in (1, 32)]
     return "\n".join(
         (
-            f"* **The same bytes**: {pairs['equal']:,} of {pairs['pairs']:,} pairs of a prompt and a setting, "
-            f"in float64, whatever the plan ([table](docs/benchmarks.md#same-bytes){age(pairs)}).",
-            f"* **{run['tpf']:.2f} tokens per forward** at stride 8 on {problems['problems']:,} held-out problems "
+            f"* **The same bytes**: {pairs['equal']:,} of {pairs['pairs']:,} pairs of a prompt "
+            "and a setting, in float64, whatever the plan "
+            f"([table](docs/benchmarks.md#same-bytes){age(pairs)}).",
+            f"* **{run['tpf']:.2f} tokens per forward** at stride 8 "
+            f"on {problems['problems']:,} held-out problems "
             f"([table](docs/benchmarks.md#tokens-per-forward){age(problems)}).",
-            f"* **{faster} AR's speed** for one request on a CPU; this AR is {peer[0]} vLLM's for one request, "
-            f"{peer[1]} for 32 ([table](docs/benchmarks.md#speed){age(load)}).",
+            f"* **{faster} AR's speed** for one request on a CPU; "
+            f"this AR is {peer[0]} vLLM's for one request, {peer[1]} for 32 "
+            f"([table](docs/benchmarks.md#speed){age(load)}).",
         )
     )
 
 
 def age(report: Any) -> str:
-    """The mark of an earlier engine."""
+    """The mark of a file of an earlier engine."""
     return ", earlier engine" if is_earlier(report) else ""
 
 

@@ -1,4 +1,4 @@
-"""Markdown tables of the results, one function for each kind of file."""
+"""Markdown tables of the results: a function for each benchmark, named after it."""
 
 from __future__ import annotations
 
@@ -23,19 +23,16 @@ PRODUCT_ROWS = (1, 4, 64)
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
-    """The lines of a table."""
     yield f"| {' | '.join(head)} |"
     yield "|---" * len(head) + "|"
     yield from (f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
 def times(ratio: float) -> str:
-    """A ratio as 1.23x."""
     return f"{ratio:.2f}x"
 
 
 def spread(figures: Mapping[str, float]) -> str:
-    """A median with its range."""
     return f"{figures['median']:.2f} ({figures['min']:.2f}-{figures['max']:.2f})"
 
 
@@ -45,7 +42,6 @@ def shares(values: Iterable[float | None]) -> str:
 
 
 def same_bytes(report: Report) -> Iterator[str]:
-    """Of `benchmarks.same_bytes`."""
     rows = [
         (name, m["pairs"], m["equal"], m["plans"], m["ar_tokens"])
         for name, m in report["models"].items()
@@ -54,7 +50,6 @@ def same_bytes(report: Report) -> Iterator[str]:
 
 
 def drafted_bytes(report: Report) -> Iterator[str]:
-    """Of `benchmarks.drafted_bytes`."""
     rows = [
         (plan, report["prompts"], p["equal"], f"{p['tpf']:.2f}")
         for plan, p in report["plans"].items()
@@ -63,7 +58,6 @@ def drafted_bytes(report: Report) -> Iterator[str]:
 
 
 def server_bytes(report: Report) -> Iterator[str]:
-    """Of `benchmarks.server_bytes`."""
     keys = ("model", "concurrency", "cache", "requests", "same", "tokens", "cached_prompt_tokens")
     head = (
         "model",
@@ -78,35 +72,47 @@ def server_bytes(report: Report) -> Iterator[str]:
 
 
 def structured(report: Report) -> Iterator[str]:
-    """Of `benchmarks.structured`."""
     ended = report["ended"]
     yield from markdown(
-        ("schemas", "outputs that ended", "cut at their limit", "invalid", "ISD differs from AR", "a mask, mean"),
+        (
+            "schemas",
+            "outputs that ended",
+            "cut at their limit",
+            "invalid",
+            "ISD differs from AR",
+            "a mask, mean",
+        ),
         [
             (
-                report["schemas"], ended["stop"], ended["length"], len(report["faults"]), len(report["differ"]),
+                report["schemas"],
+                ended["stop"],
+                ended["length"],
+                len(report["faults"]),
+                len(report["differ"]),
                 f"{report['mask_us_mean']:.0f} us",
             )
         ],
-    )  # fmt: skip
+    )
 
 
 def problems(report: Report) -> Iterator[str]:
-    """Of `idlm.nano.evaluate`."""
+    """The results of `idlm.nano.evaluate`: accuracy and TPF by run."""
     rows = []
     for name, run in report["runs"].items():
         same, tpf = run.get("same_tokens_as_transformers"), run.get("tpf")
         rows.append(
             (
-                name, f"{run['accuracy']:.2%}", "-" if same is None else f"{same:.0%}",
-                "-" if tpf is None else f"{tpf:.2f}", shares(run.get("acceptance", ())),
+                name,
+                f"{run['accuracy']:.2%}",
+                "-" if same is None else f"{same:.0%}",
+                "-" if tpf is None else f"{tpf:.2f}",
+                shares(run.get("acceptance", ())),
             )
-        )  # fmt: skip
+        )
     yield from markdown(("run", "exact answers", "same tokens", "TPF", "acceptance by depth"), rows)
 
 
 def outcomes(report: Report) -> Iterator[str]:
-    """Of `benchmarks.outcomes`."""
     rows = []
     for row in report["rows"]:
         for plan in row["plans"]:
@@ -126,9 +132,9 @@ def outcomes(report: Report) -> Iterator[str]:
 
 
 def serving(report: Report) -> Iterator[str]:
-    """Of `benchmarks.serving`: tokens per second, then ratios of the same round."""
+    """Tokens per second, then ratios of the same round."""
     cells = {(_series(row), row["concurrency"]): row for row in report["rows"]}
-    series = [name for name in ENGINES if any(name == found for found, _ in cells)]
+    series = [name for name in ENGINES if any(name == column for column, _ in cells)]
     counts = sorted({count for _, count in cells})
     speeds = [
         [count, *(f"{cells[name, count]['tokens_per_second']:,.0f}" for name in series)]
@@ -172,7 +178,6 @@ def _inverse(row: Report) -> str:
 
 
 def real_model(report: Report) -> Iterator[str]:
-    """Of `benchmarks.real_model`."""
     rows = []
     for row in sorted(
         report["rows"], key=lambda row: (row["threads"], row["concurrency"], row["precision"])
@@ -180,12 +185,16 @@ def real_model(report: Report) -> Iterator[str]:
         ours = row["engine"] == "idlm"
         rows.append(
             (
-                row["threads"], row["concurrency"], row["precision"], _series(row),
-                f"{row['tokens_per_second']['median']:.1f}", f"{row['decode_tokens_per_second']['median']:.1f}",
+                row["threads"],
+                row["concurrency"],
+                row["precision"],
+                _series(row),
+                f"{row['tokens_per_second']['median']:.1f}",
+                f"{row['decode_tokens_per_second']['median']:.1f}",
                 "" if ours else times(1 / row["over_our_ar"]["median"]),
                 "" if ours else times(1 / row["decode_over_our_ar"]["median"]),
             )
-        )  # fmt: skip
+        )
     yield from markdown(
         (
             "threads",
@@ -205,38 +214,40 @@ def real_model(report: Report) -> Iterator[str]:
         ("threads", "requests", "precision", "AR step", *(f"{width} rows" for width in widths)),
         [
             (
-                step["threads"], step["batch"], step["precision"], f"{step['ar_step_ms']:.1f} ms",
+                step["threads"],
+                step["batch"],
+                step["precision"],
+                f"{step['ar_step_ms']:.1f} ms",
                 *(f"{step['rows'][width]['over_ar']:.2f}" for width in widths),
             )
             for step in report["steps"]
         ],
-    )  # fmt: skip
+    )
 
 
 def cost_curve(report: Report) -> Iterator[str]:
-    """Of `benchmarks.cost_curve`."""
     widths = list(next(iter(report["models"].values()))["batches"]["1"]["overhead"])
     rows = []
     for name, model in report["models"].items():
-        for batch, found in model["batches"].items():
-            best = found["planner"]
-            overhead = [f"{found['overhead'][width]:.2f}" for width in widths]
-            speed = times(found["expected_speedup"][best])
-            rows.append((name, batch, f"{found['ar_step_ms']:.1f} ms", *overhead, best, speed))
-    wanted = ", ".join(str(a) for a in report["acceptance"])
+        for batch, costs in model["batches"].items():
+            best = costs["planner"]
+            overhead = [f"{costs['overhead'][width]:.2f}" for width in widths]
+            speed = times(costs["expected_speedup"][best])
+            rows.append((name, batch, f"{costs['ar_step_ms']:.1f} ms", *overhead, best, speed))
+    acceptance = ", ".join(str(a) for a in report["acceptance"])
     head = (
         "model",
         "requests",
         "AR step",
         *widths,
         "the planner picks",
-        f"speed-up at acceptance {wanted}",
+        f"speed-up at acceptance {acceptance}",
     )
     yield from markdown(head, rows)
 
 
 def kernels(report: Report) -> Iterator[str]:
-    """Of `benchmarks.kernels`: what an engine chooses in float32, and PyTorch."""
+    """What an engine chooses in float32, against PyTorch."""
     cells = {
         (r["model"], r["inputs"], r["outputs"], r["rows"], r["candidate"]): r
         for r in report["rows"]
@@ -244,14 +255,19 @@ def kernels(report: Report) -> Iterator[str]:
     rows = []
     for model, inputs, outputs, count, candidate in cells:
         if candidate == "chosen" and count in PRODUCT_ROWS:
-            own = cells[model, inputs, outputs, count, candidate]
+            chosen = cells[model, inputs, outputs, count, candidate]
             torch = cells[model, inputs, outputs, count, "torch"]
             rows.append(
                 (
-                    model, f"{inputs}x{outputs}", count, f"{own['us']:.1f}", f"{torch['us']:.1f}",
-                    f"{own['of_bandwidth']:.2f}", f"{own['of_arithmetic']:.2f}",
+                    model,
+                    f"{inputs}x{outputs}",
+                    count,
+                    f"{chosen['us']:.1f}",
+                    f"{torch['us']:.1f}",
+                    f"{chosen['of_bandwidth']:.2f}",
+                    f"{chosen['of_arithmetic']:.2f}",
                 )
-            )  # fmt: skip
+            )
     yield from markdown(
         (
             "model",
@@ -267,17 +283,19 @@ def kernels(report: Report) -> Iterator[str]:
 
 
 def server_speed(report: Report) -> Iterator[str]:
-    """Of `benchmarks.server_speed`."""
     rows = []
     for row in report["rows"]:
         over, ttft = row.get("over_offline"), row["ttft_ms"]
         rows.append(
             (
-                row["concurrency"], row["name"], f"{row['tokens_per_second']['median']:,.0f}",
-                f"{ttft['p50']:.1f}, {ttft['p99']:.1f}", f"{row['tpot_ms']['p50']:.1f}",
+                row["concurrency"],
+                row["name"],
+                f"{row['tokens_per_second']['median']:,.0f}",
+                f"{ttft['p50']:.1f}, {ttft['p99']:.1f}",
+                f"{row['tpot_ms']['p50']:.1f}",
                 spread(over) if over else "",
             )
-        )  # fmt: skip
+        )
     yield from markdown(
         (
             "requests at once",
@@ -292,7 +310,6 @@ def server_speed(report: Report) -> Iterator[str]:
 
 
 def server_faults(report: Report) -> Iterator[str]:
-    """Of `benchmarks.server_faults`."""
     load, left, kill, drain = (report[name] for name in ("overload", "disconnect", "kill", "drain"))
     worst = max(load["p99_ratio"].values())
     over = load["overload"]
@@ -301,8 +318,9 @@ def server_faults(report: Report) -> Iterator[str]:
         [
             (
                 f"{over['offered_per_second']:.0f} requests/s offered for {load['seconds']:.0f} s",
-                f"{over['accepted_per_second']:.0f}/s answered, with a p99 at most {worst:.2f} times that without "
-                f"overload; {over['statuses']['429']:,} refused in {over['refusal_ms']['p50']:.1f} ms (p50); "
+                f"{over['accepted_per_second']:.0f}/s answered, "
+                f"with a p99 at most {worst:.2f} times that without overload; "
+                f"{over['statuses']['429']:,} refused in {over['refusal_ms']['p50']:.1f} ms (p50); "
                 f"{over['hanging']} hung",
             ),
             (
@@ -317,18 +335,17 @@ def server_faults(report: Report) -> Iterator[str]:
             ),
             *(
                 (
-                    f"SIGTERM, {found['drain_seconds']:g} s allowed, {found['in_flight']} in flight",
-                    f"{found['finished']} finished, {found['told_with_an_error']} told with an error",
+                    f"SIGTERM, {part['drain_seconds']:g} s allowed, {part['in_flight']} in flight",
+                    f"{part['finished']} finished, {part['told_with_an_error']} told with an error",
                 )
-                for found in drain.values()
+                for part in drain.values()
             ),
         ],
     )
 
 
 def server_fuzz(report: Report) -> Iterator[str]:
-    """Of `benchmarks.server_fuzz`."""
-    found = ", ".join(
+    titles = ", ".join(
         f"{failure['count']} {failure['title'].lower()}" for failure in report["failures"]
     )
     yield from markdown(
@@ -337,7 +354,7 @@ def server_fuzz(report: Report) -> Iterator[str]:
             (
                 f"{report['cases']:,}",
                 report["routes_with_a_500"],
-                found or "none",
+                titles or "none",
                 len(report["left_behind"]),
             )
         ],
@@ -345,7 +362,6 @@ def server_fuzz(report: Report) -> Iterator[str]:
 
 
 def worst_gap(report: Report) -> Iterator[str]:
-    """Of `benchmarks.worst_gap`."""
     rows = [
         (
             row["running"],
@@ -361,33 +377,47 @@ def worst_gap(report: Report) -> Iterator[str]:
 
 
 def soak(report: Report) -> Iterator[str]:
-    """Of `benchmarks.soak`."""
     memory = report["memory_mb"]
     yield from markdown(
-        ("requests", "answered", "aborted", "pre-emptions", "evictions", "pool intact",
-         "memory after warm-up, at the end"),
+        (
+            "requests",
+            "answered",
+            "aborted",
+            "pre-emptions",
+            "evictions",
+            "pool intact",
+            "memory after warm-up, at the end",
+        ),
         [
             (
-                f"{report['requests']:,}", f"{report['answered']:,}", report["aborted"], report["preemptions"],
-                f"{report['evictions']:,}", "yes" if report["pool_intact"] else "no",
+                f"{report['requests']:,}",
+                f"{report['answered']:,}",
+                report["aborted"],
+                report["preemptions"],
+                f"{report['evictions']:,}",
+                "yes" if report["pool_intact"] else "no",
                 f"{memory['after_warm_up']:.0f}, {memory['end']:.0f} MiB",
             )
         ],
-    )  # fmt: skip
+    )
 
 
 def ablation(report: Report) -> Iterator[str]:
-    """Of `benchmarks.ablation`; older files hold one run of a variant, newer ones a list."""
+    """Older files hold one run of a variant, newer ones a list."""
     rows = []
     for name, runs in report["variants"].items():
         for run in runs if isinstance(runs, list) else [runs]:
             small, large = run["N=4"], run["N=8"]
             rows.append(
                 (
-                    name, f"{small['tpf']:.2f}", f"{small['accuracy']:.1%}",
-                    f"{large['tpf']:.2f}", f"{large['accuracy']:.1%}", f"{run['seconds']:.0f} s",
+                    name,
+                    f"{small['tpf']:.2f}",
+                    f"{small['accuracy']:.1%}",
+                    f"{large['tpf']:.2f}",
+                    f"{large['accuracy']:.1%}",
+                    f"{run['seconds']:.0f} s",
                 )
-            )  # fmt: skip
+            )
     head = (
         "variant",
         "TPF, N=4",

@@ -1,4 +1,4 @@
-"""docs/throughput.svg: tokens per second by requests at once, of this engine and of its peers."""
+"""docs/throughput.svg: tokens per second by requests at once, of idlm and its peers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SERIES = {
     ("vllm", "eager"): ("vLLM, eager", svg.PURPLE),
     ("transformers", "static"): ("transformers", svg.GREY),
 }
-"""Engine and mode of a row: the label and colour of its line. Rows of other modes are not drawn."""
+"""Label and colour of a line, by engine and mode; other rows are not drawn."""
 WIDTH, HEIGHT = 760, 400
 LEFT, RIGHT, TOP, BOTTOM = 70, 620, 70, 342
 SPREAD = 16
@@ -26,11 +26,7 @@ Line = list[tuple[int, float]]
 
 
 def render(report: Mapping[str, Any]) -> str:
-    """The picture as SVG.
-
-    Args:
-        report: what `benchmarks.serving` wrote.
-    """
+    """The picture as SVG; `report` is a file of `benchmarks.serving`."""
     lines = _lines(report["rows"])
     most = max(value for line in lines.values() for _, value in line)
     counts = sorted({count for line in lines.values() for count, _ in line})
@@ -39,13 +35,13 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Line]:
-    """Points of each series: requests at once, tokens per second."""
-    found: dict[tuple[str, str], Line] = {}
+    """The points of each series: requests at once, tokens per second."""
+    points: dict[tuple[str, str], Line] = {}
     for row in rows:
         key = (row["engine"], row["mode"])
         if key in SERIES:
-            found.setdefault(key, []).append((row["concurrency"], row["tokens_per_second"]))
-    return {key: sorted(found[key]) for key in SERIES if key in found}
+            points.setdefault(key, []).append((row["concurrency"], row["tokens_per_second"]))
+    return {key: sorted(points[key]) for key in SERIES if key in points}
 
 
 def _head(environment: Mapping[str, Any]) -> Iterator[str]:
@@ -76,7 +72,7 @@ def _axes(counts: Sequence[int], most: float) -> Iterator[str]:
 def _drawn(
     lines: Mapping[tuple[str, str], Line], counts: Sequence[int], most: float
 ) -> Iterator[str]:
-    """The lines, and a label at the end of each; labels give way to the one above."""
+    """The lines, with a label at the end of each; a label that would overlap moves down."""
     ends = {key: _y(line[-1][1], most) for key, line in lines.items()}
     order = sorted(ends, key=ends.__getitem__)
     for above, below in pairwise(order):
@@ -90,7 +86,7 @@ def _drawn(
 
 
 def _x(count: int, counts: Sequence[int]) -> float:
-    """Doubling the requests is a step of equal length everywhere."""
+    """The horizontal position of a count, on a logarithmic scale."""
     return LEFT + 20 + (RIGHT - LEFT - 20) * log2(count / counts[0]) / log2(counts[-1] / counts[0])
 
 

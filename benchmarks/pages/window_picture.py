@@ -1,4 +1,4 @@
-"""docs/window.svg: the rows of one window at stride 4, and the window after it."""
+"""docs/window.svg: the rows of one window at stride 4, and the next window."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from benchmarks.pages import svg
 from idlm.decoding.window import Window, window
 
 STRIDE, ACCEPTED = 4, 2
-"""The window drawn, and how many of its drafts are accepted in the example."""
+"""The stride of the window, and how many of its drafts are accepted in the example."""
 LEFT, CELL, GAP, HEIGHT, PITCH = 190, 72, 6, 30, 38
-"""Pixels: of the labels, a cell with its gap, a cell's height, a row."""
+"""Pixels: width of the labels, of a cell with its gap, and of the gap; height of a cell, of a row.
+"""
 CACHE = 118
 TOP = 74
 PALE = {
@@ -21,15 +22,16 @@ PALE = {
     svg.INK: "#e4e6eb",
 }
 NOTE = (
-    "The row of position i gives the token at i+1. The MASK rows of the outcome that came true have drafted",
-    "the next tokens already. A row sees the cache, the pending token, the drafts that its outcome accepts,",
+    "The row of position i gives the token at i+1. "
+    "The MASK rows of the outcome that came true have drafted",
+    "the next tokens already. "
+    "A row sees the cache, the pending token, the drafts that its outcome accepts,",
     "and the MASK rows before it in its own group. MASK rows never enter the cache.",
 )
 DIGITS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 def render() -> str:
-    """The picture as SVG."""
     layout = window(STRIDE, "all")
     parts = [*_head(layout), *_verify_row(), *_mask_rows(layout), *_next_window(layout)]
     height = TOP + PITCH * (layout.groups + 3) + 92
@@ -38,7 +40,7 @@ def render() -> str:
 
 
 def _x(offset: int) -> float:
-    """Of a cell whose position is `offset` past the pending token's."""
+    """The left edge of a cell whose position is `offset` after the pending token's."""
     return LEFT + CACHE + 16 + offset * CELL
 
 
@@ -62,7 +64,8 @@ def _label(row: float, words: str, colour: str = svg.INK) -> str:
 
 
 def _head(layout: Window) -> Iterator[str]:
-    words = f"One forward pass at stride N = {STRIDE}: {layout.stride} verify rows, {layout.mask_rows} MASK rows"
+    rows = f"{layout.stride} verify rows, {layout.mask_rows} MASK rows"
+    words = f"One forward pass at stride N = {STRIDE}: {rows}"
     yield svg.text(24, 30, words, font_weight="600", font_size="15")
     yield svg.text(LEFT - 14, TOP - 10, "position in the text", svg.MUTED, "end", font_size="12")
     for offset in range(int(layout.offsets[-1].max()) + 1):
@@ -81,7 +84,7 @@ def _verify_row() -> Iterator[str]:
 
 
 def _mask_rows(layout: Window) -> Iterator[str]:
-    """A row of the picture for each outcome: its masks, at their positions."""
+    """A row of the picture for each outcome, with its MASK rows at their positions."""
     offsets = (
         layout.offsets[-1, layout.stride :].unflatten(0, (layout.groups, layout.masks)).tolist()
     )
@@ -98,7 +101,7 @@ def _mask_rows(layout: Window) -> Iterator[str]:
 
 
 def _next_window(layout: Window) -> Iterator[str]:
-    """What is committed in the example, and the next window's verify rows."""
+    """What is committed in the example, and the verify rows of the next window."""
     row = layout.groups + 1.3
     yield svg.line([(24, _y(row) - 8), (_x(7), _y(row) - 8)], svg.LINE)
     wrong = _sub("d", ACCEPTED + 1)

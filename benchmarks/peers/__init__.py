@@ -1,2 +1,2 @@
-"""Other engines on the same workload, each in a process of its own that speaks lines of JSON
-(`protocol`)."""
+"""Other engines on the same workload, each in a process that speaks lines of JSON: see
+`protocol`."""

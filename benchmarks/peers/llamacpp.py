@@ -1,18 +1,17 @@
-"""llama.cpp's server over HTTP on this machine: `concurrency` requests in flight in a closed loop,
-greedy.
+"""llama.cpp's server over HTTP on this machine: a greedy closed loop of `concurrency` requests.
 
 `make llamacpp` builds its environment.
 
-    build/llamacpp/bin/python benchmarks/peers/llamacpp.py --model FILE-F32.gguf [--slots 8] ... <
-    workload.jsonl
+    build/llamacpp/bin/python benchmarks/peers/llamacpp.py --model FILE-F32.gguf [--slots 8] ... \\
+        < workload.jsonl
 
-"native" is `llama-server` compiled for this machine's instruction set, a process of its own;
+"native" is `llama-server` compiled for this machine's instruction set, in a process of its own;
 "wheel" is the server of the binary package xllamacpp, which is compiled for AVX2 and runs in this
-process. Each has a slot for every request in flight and no prompt cache: no round may live off the
-one before. The KV cache is float16 whatever the weights are: it is the server's own choice, and it
-was measured to be faster than float32. Answers come whole, so that no token pays for HTTP; times of
-tokens are the server's own, which does not tell the worst gap. Under `ignore_eos` this server never
-gives a token that ends a text, where the other engines give it and go on. See protocol.py.
+process. Each has a slot for every request in flight and no prompt cache, so that no round profits
+from the one before. The KV cache is float16 whatever the weights are: that is the server's default,
+and it was measured to be faster than float32. Responses come whole, so that tokens do not pay for
+HTTP; times of tokens are the server's own, which do not include the worst gap. With `ignore_eos`
+this server never gives an end token, whereas the other engines give it and go on. See protocol.py.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ START_SECONDS = 120
 
 
 class Answer:
-    """One request's answer: its tokens and the server's own times."""
+    """The response to one request: its tokens and the server's own times."""
 
     def __init__(self, body: dict[str, Any], seconds: float) -> None:
         self.token_ids: list[int] = body["tokens"]
@@ -49,7 +48,6 @@ class Answer:
         self.tpot = decoding / max(1, len(self.token_ids) - 1)
 
     def report(self) -> dict[str, object]:
-        """The request's entry in the answer."""
         return {
             "token_ids": self.token_ids,
             "ttft": self.ttft,
@@ -59,7 +57,7 @@ class Answer:
 
 
 def fields(request: protocol.Request) -> dict[str, object]:
-    """The body of a request: greedy, to its limit, and the tokens themselves in the answer."""
+    """The body of a request: greedy, up to its limit, with the tokens in the response."""
     return {
         "prompt": request["prompt_token_ids"],
         "n_predict": request["max_tokens"],
@@ -73,13 +71,13 @@ def fields(request: protocol.Request) -> dict[str, object]:
 
 
 def ask(address: str, request: protocol.Request) -> Answer:
-    """Post one request and wait for the whole answer."""
+    """Post one request and wait for the whole response."""
     started = time.perf_counter()
     body = json.dumps(fields(request)).encode()
-    asked = urllib.request.Request(
+    post = urllib.request.Request(
         f"{address}/completion", body, {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(asked) as answer:
+    with urllib.request.urlopen(post) as answer:
         return Answer(json.load(answer), time.perf_counter() - started)
 
 
@@ -89,8 +87,8 @@ def closed_loop(address: str, requests: list[protocol.Request], concurrency: int
     taking = threading.Lock()
 
     def work() -> None:
-        while (number := take()) is not None:
-            answers[number] = ask(address, requests[number])
+        while (index := take()) is not None:
+            answers[index] = ask(address, requests[index])
 
     def take() -> int | None:
         with taking:
@@ -107,35 +105,34 @@ def closed_loop(address: str, requests: list[protocol.Request], concurrency: int
 
 
 class Native:
-    """`llama-server` beside this environment's Python, in a process of its own."""
+    """`llama-server` from beside this environment's Python, in a process of its own."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
         self.address = f"http://127.0.0.1:{port}"
         command = [str(PROGRAM), *arguments(options), "--port", str(port)]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2)
         wait_until_ready(self.address, self.process)
 
     def cpu_seconds(self) -> float:
-        """Of the server so far."""
+        """CPU time of the server so far."""
         after_name = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
 
     def peak_memory_mb(self) -> float:
-        """Of the server so far."""
+        """The server's high-water mark so far."""
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
     def close(self) -> None:
-        """End the server."""
         self.process.terminate()
         self.process.wait(timeout=30)
 
 
 def arguments(options: argparse.Namespace) -> list[str]:
-    """`llama-server`'s command line, but for the port."""
+    """The command line of `llama-server`, without the port."""
     named = {
         "--model": options.model,
         "--host": "127.0.0.1",
@@ -162,20 +159,20 @@ def wait_until_ready(address: str, process: subprocess.Popen[bytes]) -> None:
         try:
             with urllib.request.urlopen(f"{address}/health"):
                 return
-        except OSError:  # nobody listens yet, or the model is still loading
+        except OSError:  # it does not listen yet, or it is still loading the model
             time.sleep(0.1)
     raise RuntimeError("llama-server did not start; see its messages above")
 
 
 def native(options: argparse.Namespace) -> protocol.Engine:
-    """The compiled server, and a run over it."""
+    """The compiled server as an engine."""
     server = Native(options)
     run = partial(closed_loop, server.address)
     return protocol.Engine(run, server.cpu_seconds, server.peak_memory_mb, server.close)
 
 
 def wheel(options: argparse.Namespace) -> protocol.Engine:
-    """The binary package's server, and a run over it."""
+    """The server of the binary package as an engine."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -196,11 +193,13 @@ def wheel(options: argparse.Namespace) -> protocol.Engine:
 
 
 def versions(mode: str) -> dict[str, str]:
-    """The package's, or what the program says of itself."""
+    """The version of the package, or what the program reports."""
     if mode == "wheel":
         return protocol.installed("xllamacpp")
-    said = subprocess.run([PROGRAM, "--version"], capture_output=True, text=True, check=True)
-    return {"llama.cpp": (said.stdout + said.stderr).partition("version: ")[2].partition("\n")[0]}
+    output = subprocess.run([PROGRAM, "--version"], capture_output=True, text=True, check=True)
+    return {
+        "llama.cpp": (output.stdout + output.stderr).partition("version: ")[2].partition("\n")[0]
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`Peer`: another engine as a contestant of `idlm.evaluation.closed_loop`, in a process of its own."""
+"""`Peer`: another engine as a `BenchEngine`, in a process of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 
 
 class Peer:
-    """A process that speaks `benchmarks/peers/protocol.py`; it loads now, and waits without work
+    """A process that speaks `benchmarks/peers/protocol.py`. It loads its model now, and idles
     between runs.
 
     Args:
@@ -48,12 +48,11 @@ class Peer:
         self.versions: dict[str, str] = introduction["versions"]
 
     def run(self, requests: Sequence[Request], concurrency: int) -> Run:
-        """See `Contestant`."""
-        asked = {"concurrency": concurrency, "requests": [asdict(request) for request in requests]}
+        line = {"concurrency": concurrency, "requests": [asdict(request) for request in requests]}
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.write(json.dumps(line) + "\n")
         answer = self._read()
-        served = [Served(**one) for one in answer["requests"]]
+        served = [Served(**request) for request in answer["requests"]]
         return Run(answer["seconds"], answer["cpu_seconds"], answer["peak_memory_mb"], served)
 
     def _read(self) -> dict[str, Any]:
@@ -67,7 +66,6 @@ class Peer:
         return answer
 
     def close(self) -> None:
-        """End the process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=600)

@@ -1,15 +1,13 @@
-"""How a peer is asked: one JSON object a line on stdin, one a line on stdout; no package of ours is
-needed.
+"""The protocol of a peer: one JSON object a line on stdin, one a line on stdout. It needs no idlm.
 
-    first, unasked    {"engine": "vllm", "mode": "eager", "versions": {"vllm": "..."}} asked
-    {"concurrency": 8, "requests": [{"prompt_token_ids": [5, 6], "max_tokens": 40}, ...]} answered
-    {"seconds": 1.2, "cpu_seconds": 1.2, "peak_memory_mb": 900.0,
-                       "requests": [{"token_ids": [...], "ttft": 0.1, "tpot": 0.01, "worst_gap":
-                       0.02}, ...]}
+    at first  {"engine": "vllm", "mode": "eager", "versions": {"vllm": "..."}}
+    stdin     {"concurrency": 8, "requests": [{"prompt_token_ids": [5, 6], "max_tokens": 40}, ...]}
+    stdout    {"seconds": 1.2, "cpu_seconds": 1.2, "peak_memory_mb": 900.0, "requests": [
+                {"token_ids": [...], "ttft": 0.1, "tpot": 0.01, "worst_gap": 0.02}, ...]}
 
-Every request is greedy and ends at its `max_tokens`, not before: every engine does the same work.
-Times are in seconds: `ttft` from arrival to the first token, `tpot` per token after it, `worst_gap`
-the longest wait between the tokens of two steps; NaN where the engine does not tell.
+Every request is greedy and ends at its `max_tokens`, so that all engines do the same work. Times
+are in seconds: `ttft` from arrival to the first token, `tpot` per token after it, `worst_gap` the
+longest wait between the tokens of two steps; NaN if the engine does not report it.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from typing import Protocol, TypedDict
 
 
 class Request(TypedDict):
-    """One line's entry of `requests`."""
+    """An entry of `requests` on stdin."""
 
     prompt_token_ids: list[int]
     max_tokens: int
@@ -35,7 +33,7 @@ class Request(TypedDict):
 
 @dataclass
 class Clock:
-    """When the tokens of one request came; made when it arrives."""
+    """When the tokens of one request came; create it when the request arrives."""
 
     limit: int
     arrival: float = field(default_factory=perf_counter)
@@ -45,9 +43,9 @@ class Clock:
     worst_gap: float = 0.0
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Take a step's tokens, as far as the request wants them."""
-        wanted = tokens[: self.limit - len(self.token_ids)]
-        if not wanted:
+        """Add the tokens of a step, up to the request's limit."""
+        added = tokens[: self.limit - len(self.token_ids)]
+        if not added:
             return
         now = perf_counter()
         if self.token_ids:
@@ -55,10 +53,9 @@ class Clock:
         else:
             self.first = now
         self.last = now
-        self.token_ids += wanted
+        self.token_ids += added
 
     def report(self) -> dict[str, object]:
-        """The request's entry in the answer."""
         tpot = (self.last - self.first) / max(1, len(self.token_ids) - 1)
         ttft = self.first - self.arrival
         return {
@@ -70,25 +67,25 @@ class Clock:
 
 
 class Report(Protocol):
-    """How one request was served: a `Clock`, or what the engine tells itself."""
+    """The service of one request: a `Clock`, or the engine's own times."""
 
     def report(self) -> dict[str, object]:
-        """The request's entry in the answer."""
+        """The entry of this request in the line on stdout."""
         ...
 
 
 Run = Callable[[list[Request], int], Sequence[Report]]
-"""Serves the requests, so many of them in flight; reports in the order of the requests."""
+"""(requests, concurrency) -> reports in the order of the requests."""
 
 
 def own_peak_memory() -> float:
-    """This process's, in MiB."""
+    """The high-water mark of this process, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A loaded engine; the process that it runs in is this one unless the functions say otherwise."""
+    """A loaded engine, in this process unless the functions measure another one."""
 
     run: Run
     cpu_seconds: Callable[[], float] = process_time
@@ -97,13 +94,14 @@ class Engine:
 
 
 def installed(*packages: str) -> dict[str, str]:
-    """The packages' versions."""
     return {name: version(name) for name in packages}
 
 
 def parse(doc: str | None, *modes: str) -> argparse.Namespace:
-    """The command line of every peer; the threads are set here, before anything that counts them is
-    imported."""
+    """The command line of every peer.
+
+    The number of threads is set here, before libraries that read it are imported.
+    """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -119,7 +117,7 @@ def parse(doc: str | None, *modes: str) -> argparse.Namespace:
 
 
 def serve(name: str, mode: str, versions: dict[str, str], load: Callable[[], Engine]) -> None:
-    """Load, introduce the engine, and answer until stdin ends; whatever libraries print goes to
+    """Load the engine, introduce it, and answer until stdin ends; what libraries print goes to
     stderr."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -132,13 +130,13 @@ def serve(name: str, mode: str, versions: dict[str, str], load: Callable[[], Eng
         engine.close()
 
 
-def answer(engine: Engine, asked: dict[str, object]) -> dict[str, object]:
-    """Run what a line asks for."""
+def answer(engine: Engine, line: dict[str, object]) -> dict[str, object]:
+    """Run the requests of a line."""
     started, cpu = perf_counter(), engine.cpu_seconds()
-    served = engine.run(asked["requests"], asked["concurrency"])  # type: ignore[arg-type]
+    served = engine.run(line["requests"], line["concurrency"])  # type: ignore[arg-type]
     return {
         "seconds": perf_counter() - started,
         "cpu_seconds": engine.cpu_seconds() - cpu,
         "peak_memory_mb": engine.peak_memory_mb(),
-        "requests": [one.report() for one in served],
+        "requests": [request.report() for request in served],
     }

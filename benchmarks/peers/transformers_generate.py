@@ -1,10 +1,10 @@
-"""transformers' own `generate`: static batches of `concurrency` requests, padded on the left,
-greedy, float32.
+"""transformers' own `generate`: static greedy batches of `concurrency` requests, float32,
+left-padded.
 
     python benchmarks/peers/transformers_generate.py --model FOLDER [--threads 1] < workload.jsonl
 
-A batch runs until its longest request is done, as `generate` does; only wanted tokens count. See
-protocol.py.
+A batch runs until its longest request is done, as `generate` does; only the tokens of a request
+count. See protocol.py.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ class Steps:
         self.prompts = True
 
     def put(self, tokens: Tensor) -> None:
-        """Take one step's tokens [B]."""
+        """Add the tokens of one step, [B]."""
         if not self.prompts:
             for clock, token in zip(self.clocks, tokens.tolist(), strict=True):
                 clock.extend([token])
         self.prompts = False
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Called by `generate`; there is nothing to do."""
 
 
 def load(folder: str, threads: int) -> protocol.Run:
-    """The stock model, and a run over it."""
+    """Load the model; returns its `Run`."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,12 +1,13 @@
-"""vLLM's CPU build: `concurrency` requests in flight in a closed loop, greedy, float32.
+"""vLLM's CPU build: a greedy closed loop of `concurrency` requests, float32.
 
 `make vllm` builds its environment.
 
-    build/vllm/bin/python benchmarks/peers/vllm_cpu.py --model FOLDER [--threads 1] [--mode
-    compiled] < workload.jsonl
+    build/vllm/bin/python benchmarks/peers/vllm_cpu.py --model FOLDER [--threads 1] \\
+        [--mode compiled] < workload.jsonl
 
-The engine runs in this process, which was measured to be faster on a CPU than vLLM's own default of
-two processes, and without the prefix cache: no round may live off the one before. See protocol.py.
+The engine runs in this process, which was measured to be faster on a CPU than vLLM's default of two
+processes, and without the prefix cache, so that no round profits from the one before. See
+protocol.py.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import protocol
 
 
 def load(folder: str, eager: bool, slots: int) -> protocol.Run:
-    """vLLM's engine, and a run over it."""
+    """Load vLLM's engine; returns its `Run`."""
     from vllm import LLM, SamplingParams, TokensPrompt
     from vllm.sampling_params import RequestOutputKind
 
@@ -39,14 +40,14 @@ def load(folder: str, eager: bool, slots: int) -> protocol.Run:
     def add(request: protocol.Request, clocks: dict[str, protocol.Clock]) -> None:
         name = next(names)
         clocks[name] = protocol.Clock(request["max_tokens"])
-        wanted = SamplingParams(
+        params = SamplingParams(
             temperature=0.0,
             max_tokens=request["max_tokens"],
             ignore_eos=True,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        engine.add_request(name, TokensPrompt(prompt_token_ids=request["prompt_token_ids"]), wanted)
+        engine.add_request(name, TokensPrompt(prompt_token_ids=request["prompt_token_ids"]), params)
 
     def run(requests: list[protocol.Request], concurrency: int) -> list[protocol.Clock]:
         clocks: dict[str, protocol.Clock] = {}
@@ -64,21 +65,20 @@ def load(folder: str, eager: bool, slots: int) -> protocol.Run:
 
 
 def preload() -> None:
-    """Start again with the libraries that vLLM advises for a CPU: its OpenMP, and tcmalloc where
-    the system has it."""
+    """Restart with the libraries that vLLM recommends for a CPU: its OpenMP, and tcmalloc if
+    installed."""
     openmp, tcmalloc = Path(sys.prefix) / "lib" / "libiomp5.so", find_library("tcmalloc_minimal")
-    wanted = [*filter(None, [tcmalloc]), *filter(Path.exists, [openmp])]
-    if wanted and "LD_PRELOAD" not in os.environ:
-        os.environ["LD_PRELOAD"] = ":".join(map(str, wanted))
+    libraries = [*filter(None, [tcmalloc]), *filter(Path.exists, [openmp])]
+    if libraries and "LD_PRELOAD" not in os.environ:
+        os.environ["LD_PRELOAD"] = ":".join(map(str, libraries))
         os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 if __name__ == "__main__":
     options = protocol.parse(__doc__, "eager", "compiled")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-    os.environ.setdefault(
-        "VLLM_CPU_OMP_THREADS_BIND", "nobind"
-    )  # OMP_NUM_THREADS counts, not the number of cores
+    # OMP_NUM_THREADS counts, not the number of cores
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

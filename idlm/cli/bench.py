@@ -1,5 +1,4 @@
-"""`idlm bench MODEL`: AR, chain ISD, all-outcomes ISD and the planner under load, in turn, on the
-same weights."""
+"""`idlm bench MODEL`: AR, chain, all outcomes and the planner under load, in turn, on one model."""
 
 from __future__ import annotations
 
@@ -72,11 +71,11 @@ def bench(
     in_flight = [_count("concurrency", text, 1024) for text in _split("concurrency", concurrency)]
     shares = None if simulate_acceptance is None else _shares(simulate_acceptance)
     _check(stride, chosen, requests=requests, repeats=repeats, threads=threads)
-    asked = prompts.given([], prompts_file)
+    given = prompts.given([], prompts_file)
 
     import torch
 
-    from idlm.evaluation.closed_loop import contestants
+    from idlm.evaluation.closed_loop import bench_engines
     from idlm.evaluation.environment import environment
     from idlm.evaluation.serving_bench import bench as run
     from idlm.evaluation.workload import workload
@@ -84,12 +83,12 @@ def bench(
 
     torch.set_num_threads(threads)
     idlm = load(model, adapter=adapter, dtype=dtype, device=device)
-    draw = workload(idlm, [one.encode(idlm, chat=True) for one in asked])
-    ours = contestants(idlm, chosen, stride, max(in_flight), shares, weights=weights)
+    draw = workload(idlm, [prompt.encode(idlm, chat=True) for prompt in given])
+    engines = bench_engines(idlm, chosen, stride, max(in_flight), shares, weights=weights)
     common.keep_what_is_loaded()
-    runs = len(in_flight) * (repeats + 1) * len(ours)
+    runs = len(in_flight) * (repeats + 1) * len(engines)
     with common.progress("measuring in turn", runs) as advance:
-        rows = run(ours, draw, in_flight, requests, repeats, advance)
+        rows = run(engines, draw, in_flight, requests, repeats, advance)
     settings: dict[str, object] = {
         "model": model,
         "adapter": adapter,
@@ -138,14 +137,15 @@ def _count(name: str, text: str, most: int) -> int:
 
 
 def _shares(text: str) -> list[float]:
-    """The entries may repeat, unlike the others'."""
+    """Acceptance by depth; unlike the entries of other options, these may repeat."""
     try:
         shares = [float(part) for part in text.split(",")]
     except ValueError:
         shares = [-1.0]
     if not all(0 <= share <= 1 for share in shares):
         raise InputError(
-            f"--simulate-acceptance {text!r} is not by-depth acceptance; write for example 0.9,0.88,0.85"
+            f"--simulate-acceptance {text!r} is not by-depth acceptance; "
+            "write for example 0.9,0.88,0.85"
         )
     return shares
 
@@ -166,30 +166,31 @@ def _check(stride: int, modes: Sequence[str], **counts: int) -> None:
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "": lambda row: str(row["concurrency"]),
     "mode": lambda row: _name(row),
-    "tok/s": lambda row: _number(row["tokens_per_second"], 0),
-    "x AR": lambda row: _number(row["speedup_over_ar"], 2),
-    "TPF": lambda row: _number(row["tpf"], 2),
+    "tok/s": lambda row: _figure(row["tokens_per_second"], 0),
+    "x AR": lambda row: _figure(row["speedup_over_ar"], 2),
+    "TPF": lambda row: _figure(row["tpf"], 2),
     "TTFT": lambda row: _pair(row, "ttft_ms"),
     "TPOT": lambda row: _pair(row, "tpot_ms"),
-    "gap": lambda row: _number(row["worst_gap_ms"], 0),
-    "FLOPs": lambda row: _number(row["flops_per_token_over_ar"], 2),
+    "gap": lambda row: _figure(row["worst_gap_ms"], 0),
+    "FLOPs": lambda row: _figure(row["flops_per_token_over_ar"], 2),
 }
 LEGEND = (
-    "First column: requests in flight. TTFT, TPOT: ms to the first token and per token after it, median/p99. "
-    "gap: worst ms between two steps of a running request. FLOPs: per token, AR's are 1."
+    "First column: requests in flight. TTFT, TPOT: ms to the first token and per token after it, "
+    "median/p99. gap: worst ms between two steps of a running request. "
+    "FLOPs: per token, AR's are 1."
 )
 
 
 def _name(row: Row) -> str:
-    own = str(row["mode"]) if row["engine"] == "idlm" else f"{row['engine']} {row['mode']}"
-    return f"{own} (simulated)" if row["simulated"] else own
+    name = str(row["mode"]) if row["engine"] == "idlm" else f"{row['engine']} {row['mode']}"
+    return f"{name} (simulated)" if row["simulated"] else name
 
 
 def _float(value: Any) -> float:
     return float(value)
 
 
-def _number(value: Any, digits: int) -> str:
+def _figure(value: Any, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
@@ -201,7 +202,7 @@ def _pair(row: Row, name: str) -> str:
 
 
 def show(report: dict[str, Any]) -> None:
-    """The table, the planner's reasons, and a plot of tokens per second."""
+    """Print the table, the planner's reasons, and a plot of tokens per second."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -229,7 +230,7 @@ def _title(environment: dict[str, Any]) -> str:
 
 
 def _plot(rows: Sequence[Row], title: str) -> Table:
-    """A bar for every mode, a section for every number in flight."""
+    """A bar for each mode, grouped by requests in flight."""
     from rich.bar import Bar
     from rich.table import Table
 

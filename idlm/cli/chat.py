@@ -15,7 +15,7 @@ from idlm.extras import need
 from idlm.params import SamplingParams
 
 if TYPE_CHECKING:
-    from idlm.ui.partner import Partner
+    from idlm.ui.backend import ChatBackend
 
 KEY_VARIABLES = ("IDLM_API_KEY", "OPENAI_API_KEY")
 
@@ -67,24 +67,26 @@ def chat(
 
     from idlm.ui.chat import Chat, reader
 
-    partner: Partner
+    backend: ChatBackend
     if url is not None:
         need("chat", "idlm chat --url")
-        from idlm.ui.chat_remote import RemotePartner
+        from idlm.ui.chat_remote import RemoteBackend
 
-        partner = RemotePartner(url, _key(api_key), name, sampling)
+        backend = RemoteBackend(url, _key(api_key), name, sampling)
     else:
         from idlm.engine.llm import LLM
         from idlm.models.loading import load
-        from idlm.ui.chat_local import LocalPartner
+        from idlm.ui.chat_local import LocalBackend
 
         config = EngineConfig(  # before the model is loaded, which can take minutes
             stride, branches, max_num_seqs=1, weights=weights, threads=threads
         )
         idlm = load(str(model), adapter=adapter, dtype=dtype, device=device)
-        partner = LocalPartner(LLM(idlm, config=config), sampling)
-    Chat(partner, colors).run(reader())
+        backend = LocalBackend(LLM(idlm, config=config), sampling)
+    Chat(backend, colors).run(reader())
 
 
-def _key(given: str | None) -> str | None:
-    return given or next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
+def _key(option: str | None) -> str | None:
+    return option or next(
+        (os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None
+    )

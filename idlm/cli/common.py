@@ -1,4 +1,4 @@
-"""What several commands share: their options, JSON output, and a progress bar on stderr."""
+"""What several commands share: options, JSON output, and a progress bar on stderr."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ Stride = Annotated[
 BranchesOption = Annotated[
     Literal["all", "chain", "planner"],
     typer.Option(
-        help="Draft for every outcome, or for full acceptance only; or whichever plan up to stride N is fastest here.",
+        help="Draft for every outcome, or for full acceptance only; "
+        "or whichever plan up to stride N is fastest here.",
         rich_help_panel="Decoding",
     ),
 ]
@@ -64,21 +65,23 @@ Json = Annotated[
 
 
 def keep_what_is_loaded() -> None:
-    """Once the models are there: they stay, and looking through them again for garbage, every
-    thousand steps or so, would take a tenth of a small model's time."""
+    """Exempt all objects from garbage collection; call it once the models are loaded.
+
+    Collections that visit them, every thousand steps or so, take a tenth of a small model's time.
+    """
     gc.collect()
     gc.freeze()
 
 
 def print_json(value: Mapping[str, object]) -> None:
-    """The one object that `--json` promises, on one line."""
+    """Print the object of `--json` on one line."""
     typer.echo(json.dumps(value, ensure_ascii=False))
 
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr while the block runs (none where stderr is no terminal); call what it gives
-    after each step."""
+    """A bar on stderr, if that is a terminal; call the function that this yields after each
+    step."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

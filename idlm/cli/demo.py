@@ -43,11 +43,11 @@ def demo(
 
     torch.set_num_threads(threads)
     idlm = load("nano")
-    asked = [problem.question for problem in held_out_problems(questions)]
+    problems = [problem.question for problem in held_out_problems(questions)]
     params = SamplingParams(max_tokens=256, temperature=0.0)
 
     def run(llm: LLM) -> list[Result]:
-        return [llm.chat([{"role": "user", "content": question}], params) for question in asked]
+        return [llm.chat([{"role": "user", "content": problem}], params) for problem in problems]
 
     ar = LLM(idlm, stride=1, max_num_seqs=1)
     isd = LLM(idlm, stride=stride, branches=branches, max_num_seqs=1)
@@ -64,7 +64,7 @@ def demo(
     if as_json:
         common.print_json(report)
     else:
-        _show(idlm, asked, laps["isd"].results, report)
+        _show(idlm, problems, laps["isd"].results, report)
     raise typer.Exit(0 if report["identical"] else 1)
 
 
@@ -98,7 +98,7 @@ def _report(laps: Any) -> dict[str, Any]:
 
 
 def _show(idlm: Idlm, questions: list[str], results: list[Result], report: dict[str, Any]) -> None:
-    """The answers with each token in the colour of its source, a legend, and the table."""
+    """Print the answers with each token in the colour of its source, a legend, and a table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -134,7 +134,7 @@ def _show(idlm: Idlm, questions: list[str], results: list[Result], report: dict[
 
 
 def _coloured(idlm: Idlm, result: Result) -> Text:
-    """The answer, token by token; special tokens left out."""
+    """The answer, token by token, without special tokens."""
     from rich.text import Text
 
     text = Text()

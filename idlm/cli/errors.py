@@ -1,5 +1,4 @@
-"""What the command line does with an error: one line on stderr that names the value and the fix,
-and exit status 2."""
+"""Errors on the command line: one line on stderr that names the value and the fix, and status 2."""
 
 from __future__ import annotations
 
@@ -17,12 +16,11 @@ INTERRUPTED = 130
 
 
 class OneLineErrors(TyperGroup):
-    """The commands of the program; every other exception than bad input is a bug, and keeps its
-    traceback."""
+    """The commands of the program. Any error but bad input is a bug and keeps its traceback."""
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
         """Run the program and exit with its status."""
-        extra["standalone_mode"] = False  # else Typer prints errors itself, in several lines
+        extra["standalone_mode"] = False  # otherwise Typer prints errors itself, on several lines
         try:
             status = super().main(*args, **extra)
         except TyperException as error:
@@ -40,13 +38,14 @@ def _complain(message: str) -> int:
 
 
 def usage_message(error: TyperException) -> str:
-    """Typer's own message, the value it is about (Typer leaves out numbers it cannot read), and
-    where to look."""
+    """Typer's message, the value that it is about, and the command whose help to read.
+
+    Typer leaves out numbers that it cannot parse.
+    """
     message = error.format_message().removesuffix(".")
     validation = error.__cause__
-    if validation is not None and hasattr(
-        validation, "errors"
-    ):  # pydantic's ValidationError, not imported: it is slow
+    # pydantic's ValidationError, which is not imported because that is slow
+    if validation is not None and hasattr(validation, "errors"):
         value = repr(validation.errors()[0]["input"])
         if value not in message:
             message += f", got {value}"

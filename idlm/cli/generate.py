@@ -43,8 +43,8 @@ def generate(
     sampling: SamplingParams,
 ) -> None:
     """Complete prompts, several tokens per forward pass."""
-    asked = prompts.given(prompt or [], prompts_file)
-    if not asked:
+    given = prompts.given(prompt or [], prompts_file)
+    if not given:
         raise InputError(
             "no prompt given; write one after the model's name, or name a file with --prompts"
         )
@@ -57,17 +57,17 @@ def generate(
     idlm = load(model, adapter=adapter, dtype=dtype, device=device)
     llm = LLM(idlm, config=config)
     common.keep_what_is_loaded()
-    ids = [one.encode(llm.idlm, chat) for one in asked]
+    ids = [each.encode(llm.idlm, chat) for each in given]
     started = perf_counter()
     first = llm.generate(ids, sampling, progress=True)
-    results = [sample for one in first for sample in (one, *one.samples)]
+    results = [sample for result in first for sample in (result, *result.samples)]
     report(model, stride, branches, results, perf_counter() - started, as_json)
 
 
 def report(
     model: str, stride: int, branches: str, results: list[Result], seconds: float, as_json: bool
 ) -> None:
-    """Texts on stdout and a summary on stderr, or everything as one object."""
+    """Print texts on stdout and a summary on stderr, or everything as one JSON object."""
     from idlm.evaluation.metrics import summary
 
     totals = {**summary(results), "seconds": seconds}

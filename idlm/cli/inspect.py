@@ -29,19 +29,19 @@ def inspect(
     read."""
     from idlm.models.checkpoint import inspect_checkpoint
 
-    found = asdict(inspect_checkpoint(path, adapter))
+    report = asdict(inspect_checkpoint(path, adapter))
     if weights is not None:
-        found |= {"weights": weights} | _accuracy(path, weights)
+        report |= {"weights": weights} | _accuracy(path, weights)
     if as_json:
-        common.print_json(found)
+        common.print_json(report)
         return
-    for key, value in found.items():
+    for key, value in report.items():
         if value is not None:
             typer.echo(f"{key.replace('_', ' '):23} {_shown(key, value)}")
 
 
 def _accuracy(path: str, weights: str) -> dict[str, float]:
-    """The format against float32, over a built-in text; see `WeightsAccuracy`."""
+    """The format against float32 on a built-in text; see `WeightsAccuracy`."""
     from idlm.engine.weights_accuracy import weights_accuracy
     from idlm.models.loading import load
 

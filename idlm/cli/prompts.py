@@ -1,4 +1,4 @@
-"""Where prompts come from: arguments, a file, or what fits the model; as token ids either way."""
+"""Prompts from arguments, from a file, or built in; all become token ids."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ BUILT_IN = (
     "def main():",
 )
 HELD_OUT = 8
-"""Held-out problems that the bundled models are asked."""
+"""How many held-out problems the bundled models get."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What was asked: a text, a conversation, or token ids."""
+    """A text, a conversation, or token ids."""
 
     text: str | None = None
     messages: Sequence[Mapping[str, str]] | None = None
     token_ids: Sequence[int] | None = None
 
     def encode(self, idlm: Idlm, chat: bool) -> list[int]:
-        """Its tokens; a text goes through the model's chat template if `chat` and there is one.
+        """Its token ids; a text goes through the model's chat template if `chat` and if there is
+        one.
 
         Raises:
             InputError: the model has no tokenizer, or no chat template for a conversation.
@@ -48,7 +49,7 @@ class Prompt:
 
 
 def given(texts: Sequence[str], file: Path | None) -> list[Prompt]:
-    """The prompts of the command line and of `file`; none where neither was given."""
+    """The prompts of the command line and of `file`, if any."""
     return [Prompt(text) for text in texts] + (read(file) if file else [])
 
 
@@ -61,26 +62,27 @@ def read(file: Path) -> list[Prompt]:
     """
     if file.suffix not in (".txt", ".jsonl"):
         raise InputError(
-            f"prompts file '{file}' is neither .txt (one prompt a line) nor .jsonl; rename or convert it"
+            f"prompts file '{file}' is neither .txt (one prompt a line) nor .jsonl; "
+            "rename or convert it"
         )
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
         raise InputError(f"prompts file '{file}': {reason}; give a readable UTF-8 file") from None
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    numbered = [(at, line) for at, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
         raise InputError(f"prompts file '{file}' holds no prompt; write one a line")
     if file.suffix == ".txt":
         return [Prompt(line) for _, line in numbered]
-    return [_parse(line, f"{file}:{number}") for number, line in numbered]
+    return [_parse(line, f"{file}:{at}") for at, line in numbered]
 
 
-def _parse(line: str, place: str) -> Prompt:
+def _parse(line: str, where: str) -> Prompt:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise InputError(f"{place} is not JSON ({error.msg}); write one object a line") from None
+        raise InputError(f"{where} is not JSON ({error.msg}); write one object a line") from None
     if isinstance(record, dict):
         text, messages, ids = (
             record.get(key) for key in ("prompt", "messages", "prompt_token_ids")
@@ -92,8 +94,9 @@ def _parse(line: str, place: str) -> Prompt:
         if isinstance(ids, list) and ids:
             return Prompt(token_ids=ids)
     raise InputError(
-        f"{place} is no prompt: {line[:60]!r}; "
-        'write {"prompt": "..."}, {"messages": [{"role": "user", "content": "..."}]} or {"prompt_token_ids": [1, 2]}'
+        f"{where} is no prompt: {line[:60]!r}; "
+        'write {"prompt": "..."}, {"messages": [{"role": "user", "content": "..."}]} '
+        'or {"prompt_token_ids": [1, 2]}'
     )
 
 
@@ -104,8 +107,10 @@ def _is_message(message: object) -> bool:
 
 
 def defaults(idlm: Idlm) -> list[Prompt]:
-    """Prompts for a model about which none were given: problems for ours, a few openings, or the
-    start token alone."""
+    """Built-in prompts: problems for bundled models, else beginnings of texts.
+
+    Without a tokenizer it is the BOS token alone.
+    """
     if idlm.name in ("nano", "nano-base", "nano-full"):
         from idlm.nano.problems import held_out_problems
 

@@ -1,5 +1,4 @@
-"""The sampling options, written once: `@with_sampling` gives them to a command as one
-`SamplingParams`."""
+"""The sampling options: `@with_sampling` gives them to a command as one `SamplingParams`."""
 
 from __future__ import annotations
 
@@ -56,7 +55,7 @@ def sampling_params(
         float | None, _option("Relaxed only: the share of the likeliest that is enough.")
     ] = None,
 ) -> SamplingParams:
-    """The options as `SamplingParams`, which checks them."""
+    """The options as `SamplingParams`, which validates them."""
     return SamplingParams(
         n=n,
         max_tokens=max_tokens,
@@ -90,16 +89,20 @@ def _bias(entry: str) -> tuple[int, float]:
 
 def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
     """Replace the parameter `sampling` of a command by the sampling options."""
-    own = inspect.signature(command, eval_str=True)
+    signature = inspect.signature(command, eval_str=True)
     options = inspect.signature(sampling_params, eval_str=True).parameters
 
     def run(**values: Any) -> None:
         chosen = {name: values.pop(name) for name in options}
         command(sampling=sampling_params(**chosen), **values)
 
-    kept = [parameter for parameter in own.parameters.values() if parameter.name != "sampling"]
+    remaining = [
+        parameter for parameter in signature.parameters.values() if parameter.name != "sampling"
+    ]
     added = [option.replace(kind=inspect.Parameter.KEYWORD_ONLY) for option in options.values()]
     run.__doc__ = command.__doc__
-    run.__signature__ = own.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*kept, *added]}
+    run.__signature__ = signature.replace(parameters=[*remaining, *added])  # type: ignore[attr-defined]
+    run.__annotations__ = {
+        parameter.name: parameter.annotation for parameter in [*remaining, *added]
+    }
     return run

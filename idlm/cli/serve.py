@@ -107,7 +107,7 @@ def serve(
 
 
 def _announce(config: ServeConfig, url: str) -> None:
-    """One line on stdout, and a warning where it is due."""
+    """Print the URL, and a warning if others can reach a server without a key."""
     if not config.api_keys and not _is_loopback(config.host):
         typer.echo(
             f"warning: {config.host} can be reached by others, and there is no key; give --api-key",
@@ -147,21 +147,21 @@ def _at_least(option: str, value: int, least: int) -> int:
 
 
 def _adapters(entries: list[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
+    adapters: dict[str, str] = {}
     for entry in entries:
         name, _, path = entry.partition("=")
         if not name or not path:
             raise InputError(
                 f"--adapter {entry!r} is not NAME=PATH; write for example --adapter math=runs/math"
             )
-        if name in found:
+        if name in adapters:
             raise InputError(f"--adapter {name!r} is given twice; use two names")
-        found[name] = path
-    return found
+        adapters[name] = path
+    return adapters
 
 
 def _name(name: str, adapters: dict[str, str]) -> str:
-    """The model's name; those of the adapters have to differ from it."""
+    """The model's name, which must differ from those of the adapters."""
     if not name.strip():
         raise InputError("--name is empty; give a name, or leave the option out")
     taken = {name, name + AR_SUFFIX, "default"} & set(adapters)
@@ -177,7 +177,8 @@ def _keys(options: list[str]) -> tuple[str, ...]:
     for key in keys:
         if not key.isascii() or not key.isprintable() or not key or " " in key:
             raise InputError(
-                f"an API key is empty, or holds what no header can; use letters and digits ({len(key)} long)"
+                "an API key is empty, or holds what no header can; "
+                f"use letters and digits ({len(key)} long)"
             )
     return tuple(keys)
 

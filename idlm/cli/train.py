@@ -11,7 +11,7 @@ import typer
 from idlm.extras import need
 
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""Settings of the command: what Typer does not know is an override of the config."""
+"""Typer's settings: options that it does not know are overrides of the config."""
 
 
 def train(
@@ -28,13 +28,13 @@ def train(
     Any key of the config can be set here: --optimizer.lr=0.001 --stages.0.steps=50 --resume=true
     """
     need("train", "idlm train")
-    import idlm.nano.source  # noqa: F401  # makes its data known; here, because torch takes seconds to import
+    import idlm.nano.source  # noqa: F401  # registers its data
     from idlm.training.config import load_config
     from idlm.training.run import train as run
 
     result = run(load_config(config, context.args))
     if os.environ.get("RANK", "0") != "0":
-        return  # under torchrun one process speaks for all
+        return  # under torchrun the first process prints for all
     typer.echo(
         json.dumps(result)
         if as_json

@@ -41,17 +41,17 @@ def verify(
     probability integral transform under AR's law, by Kolmogorov-Smirnov with a false-alarm rate of
     one in a million.
     """
-    asked = prompts.given([], prompts_file)
+    given = prompts.given([], prompts_file)
 
     from idlm.decoding.plan import plans_for
     from idlm.models.loading import load
 
     plans_for(stride, branches)  # before the model is loaded, which can take minutes
     idlm = load(model, adapter=adapter, dtype=dtype, device=device)
-    ids = [one.encode(idlm, chat) for one in asked or prompts.defaults(idlm)]
+    ids = [prompt.encode(idlm, chat) for prompt in given or prompts.defaults(idlm)]
     check = _law if sampling.verification == "ratio" else _tokens
     with common.progress("verifying", len(ids)) as advance:
-        passed, found = check(idlm, ids, sampling, stride, branches, advance)
+        passed, figures = check(idlm, ids, sampling, stride, branches, advance)
     settings = {
         "model": model,
         "stride": stride,
@@ -62,7 +62,7 @@ def verify(
         **settings,
         "dtype": str(idlm.dtype).removeprefix("torch."),
         "prompts": len(ids),
-        **found,
+        **figures,
     }
     if as_json:
         common.print_json(report)
@@ -101,18 +101,18 @@ def _law(idlm: Idlm, ids: list[list[int]], *settings: Any) -> tuple[bool, dict[s
 
 
 def _show(idlm: Idlm, report: dict[str, Any]) -> None:
-    """The verdict in words, and each difference on a line of its own."""
+    """Print the verdict, and each difference on a line of its own."""
     rule = report["verification"] + (
         " (approximate)" if report["verification"] == "relaxed" else ""
     )
-    where = "stride {stride}, branches {branches}, {rule}, {dtype}, {prompts} prompts, TPF {tpf:.2f}".format(
-        **report, rule=rule
-    )
+    where = (
+        "stride {stride}, branches {branches}, {rule}, {dtype}, {prompts} prompts, TPF {tpf:.2f}"
+    ).format(**report, rule=rule)
     if "same_law" in report:
         verdict = "the law is AR's" if report["same_law"] else "the law is NOT AR's"
-        line = "statistic {statistic:.3f}, bound {bound:.3f}, {tokens} tokens, {impossible} impossible".format(
-            **report
-        )
+        line = (
+            "statistic {statistic:.3f}, bound {bound:.3f}, {tokens} tokens, {impossible} impossible"
+        ).format(**report)
     else:
         verdict = "identical" if report["identical"] else "DIFFERENT"
         line = "{compared_tokens} tokens compared".format(**report)

@@ -1,1 +1,1 @@
-"""What a model's decoding is worth, measured: same bytes, tokens per forward, speed, exact answers."""
+"""Measurements of a model's decoding: same bytes, tokens per forward, speed, exact answers."""

@@ -1,4 +1,4 @@
-"""Exact answers to verifiable problems."""
+"""How many problems with a known answer a model solves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from idlm.params import SamplingParams
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many of the problems were answered exactly, and the decoding that did it."""
+    """Exact answers, and the decoding that gave them."""
 
     correct: int
     results: list[Result]
@@ -26,16 +26,16 @@ class Accuracy:
 
 
 def evaluate(llm: LLM, problems: Sequence[Problem], params: SamplingParams) -> Accuracy:
-    """Ask every problem through the chat template, all in one batch, and read the answers.
+    """Give the model each problem through its chat template, in one batch, and compare the answers.
 
     Raises:
         InputError: the model has no chat template.
     """
     started = perf_counter()
-    asked = [[{"role": "user", "content": problem.question}] for problem in problems]
-    results = llm.chat(asked, params)
-    right = [
-        read_answer(one.text) == problem.answer
-        for one, problem in zip(results, problems, strict=True)
+    chats = [[{"role": "user", "content": problem.question}] for problem in problems]
+    results = llm.chat(chats, params)
+    correct = [
+        read_answer(result.text) == problem.answer
+        for result, problem in zip(results, problems, strict=True)
     ]
-    return Accuracy(sum(right), results, perf_counter() - started)
+    return Accuracy(sum(correct), results, perf_counter() - started)

@@ -1,7 +1,6 @@
-"""A closed loop: a fixed number of requests in flight, each finished one replaced by the next; and
-what that run shows.
+"""A closed loop: a fixed number of requests in flight; a finished one is replaced by the next.
 
-A `Contestant` is any engine that can be run so: `Ours` here, others in `benchmarks/peers`.
+A `BenchEngine` is any engine that can run such a loop: `Ours` here, others in `benchmarks/peers`.
 """
 
 from __future__ import annotations
@@ -27,14 +26,18 @@ from idlm.evaluation.workload import Request
 from idlm.models.idlm_model import Idlm
 
 WARM_UP_SECONDS = 60.0
-"""More than a server takes: a plan's first steps, which are recorded, are no part of what is
-measured."""
+"""More than a server takes, so that no step is recorded while it is measured."""
 
 
 @dataclass(frozen=True)
 class Served:
-    """How one request was served: seconds to its first token, per token after it, and the worst
-    wait between steps."""
+    """The service of one request, in seconds.
+
+    Attributes:
+        ttft: from arrival to the first token.
+        tpot: for each token after it.
+        worst_gap: the longest wait between the tokens of two steps.
+    """
 
     token_ids: list[int]
     ttft: float
@@ -44,14 +47,16 @@ class Served:
 
 @dataclass(frozen=True)
 class Decoding:
-    """What only our own engine tells of a run.
+    """What only our own engine reports of a run.
 
     Attributes:
-        plan: the one that was run; None where the planner chose.
+        plan: the plan of the run; None if the planner chose.
         rows: rows of decode windows, over all requests and steps.
         plans: decode steps by plan.
-        host_share: of the steps' time, what the host took for scheduling, text and bookkeeping.
-        reason: what the planner makes of its costs and acceptance with all requests in flight.
+        host_share: share of the steps' time that the host took for scheduling, text and
+            bookkeeping.
+        reason: the planner's decision, with figures, for the costs and acceptance with all requests
+            in flight.
     """
 
     plan: Plan | None
@@ -64,8 +69,11 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a contestant; `peak_memory_mb` is the process's on a CPU, the allocator's on a
-    GPU."""
+    """One run of an engine.
+
+    Attributes:
+        peak_memory_mb: of the process on a CPU, of the allocator on a GPU.
+    """
 
     seconds: float
     cpu_seconds: float
@@ -75,17 +83,21 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all requests."""
-        return sum(len(one.token_ids) for one in self.served)
+        return sum(len(request.token_ids) for request in self.served)
 
     @property
     def tokens_per_second(self) -> float:
-        """Over the whole run, prefills and the thinning out at its end included."""
+        """Over the whole run: prefills and the last requests, which run with fewer beside them,
+        count."""
         return self.tokens / self.seconds
 
 
-class Contestant(Protocol):
-    """An engine in one mode; `simulated` where its acceptance is not a model's."""
+class BenchEngine(Protocol):
+    """An engine in one mode.
+
+    Attributes:
+        simulated: whether its acceptance is simulated.
+    """
 
     engine: str
     mode: str
@@ -106,7 +118,6 @@ class Ours:
     engine: str = "idlm"
 
     def run(self, requests: Sequence[Request], concurrency: int) -> Run:
-        """See `Contestant`."""
         device = self.llm.idlm.device
         metrics, planner = self.llm.engine.metrics, self.llm.engine.planner
         plan = planner.plans[0] if len(planner.plans) == 1 else None
@@ -126,7 +137,7 @@ class Ours:
         )
 
 
-def contestants(
+def bench_engines(
     idlm: Idlm,
     modes: Sequence[str],
     stride: int,
@@ -137,10 +148,10 @@ def contestants(
 ) -> list[Ours]:
     """Our engine in each of the modes, over the same weights; `stride` is the planner's largest.
 
-    Each has its own KV cache of `kv_memory`. Raises what `LLM` raises. With `shares`, drafts are
-    accepted by chance; see `simulate_acceptance`.
+    Each has a KV cache of `kv_memory`. Raises the errors of `LLM`. With `shares`, drafts are accepted
+    by chance; see `simulate_acceptance`.
     """
-    found = []
+    engines = []
     for mode in modes:
         n, branches = (1, "all") if mode == "ar" else (stride, mode)
         config = EngineConfig(n, branches, max_num_seqs=slots, kv_memory=kv_memory, weights=weights)
@@ -148,31 +159,34 @@ def contestants(
         if simulated is not None:
             simulate_acceptance(llm.engine, simulated)
         llm.engine.warm_up(WARM_UP_SECONDS)
-        found.append(Ours(llm, mode, simulated is not None))
-    return found
+        engines.append(Ours(llm, mode, simulated is not None))
+    return engines
 
 
 def closed_loop(llm: LLM, requests: Sequence[Request], concurrency: int) -> list[Result]:
-    """Serve the requests, each finished one replaced by the next; results in the order of the
-    requests."""
+    """Serve the requests in a closed loop; results in the order of the requests."""
     engine, waiting = llm.engine, iter(requests)
-    order = [
-        engine.add(one.prompt_token_ids, one.params, seed=0) for one in islice(waiting, concurrency)
-    ]
+
+    def add(count: int) -> list[str]:
+        return [
+            engine.add(request.prompt_token_ids, request.params, seed=0)
+            for request in islice(waiting, count)
+        ]
+
+    order = add(concurrency)
     results: dict[str, Result] = {}
     while engine.busy:
         for update in engine.step():
             if update.result is None:
                 continue
             results[update.request_id] = update.result
-            order += [
-                engine.add(one.prompt_token_ids, one.params, seed=0) for one in islice(waiting, 1)
-            ]
+            order += add(1)
     return [results[name] for name in order]
 
 
 def _reason(planner: Planner, batch: int) -> str:
-    """The planner's own last reason would be that of the run's end, when few are left."""
+    """The planner's reason for a full batch; `planner.reason` is that of the run's end, when few
+    are left."""
     if planner.costs is None:
         return planner.reason
     return choose(planner.plans, planner.costs.costs(batch), planner.acceptance.values).reason
@@ -186,8 +200,7 @@ def _served(result: Result) -> Served:
 
 
 def _forget_peak(device: torch.device) -> None:
-    """Start the high-water mark of memory anew; where Linux does not let us, it stays the
-    process's."""
+    """Reset the high-water mark of memory; if Linux refuses, it stays that of the process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:

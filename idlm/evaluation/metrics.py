@@ -1,4 +1,4 @@
-"""The figures of a list of results, under the names used everywhere: TPF, acceptance by depth."""
+"""Totals over results under the names used everywhere: TPF, acceptance by depth."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Summary(TypedDict):
     """Totals over results.
 
     Attributes:
-        tpf: tokens per forward, prefills counted.
-        reached, accepted: drafts by depth (index k - 1): looked at, and of those accepted.
-        acceptance: accepted / reached; None where no draft of that depth was reached.
+        tpf: tokens per forward, prefills included.
+        reached, accepted: drafts by depth (index k - 1) that were reached, and those accepted.
+        acceptance: accepted / reached; None if no draft of that depth was reached.
     """
 
     tokens: int
@@ -42,14 +42,14 @@ def summary(results: Sequence[Result]) -> Summary:
 
 
 def tpf_decode(results: Sequence[Result]) -> float | None:
-    """Tokens per whole window, prefills and windows cut short by a request's end left out; None
-    where there is none.
+    """Tokens per complete window, or None if there is none.
 
-    A window ends with the first token that is no accepted draft.
+    A window ends with the first token that is not an accepted draft. Prefills and windows cut short
+    by the end of a request are left out.
     """
     ends = [
-        [at for at, source in enumerate(one.sources) if source in ("corrected", "bonus")]
-        for one in results
+        [at for at, source in enumerate(result.sources) if source in ("corrected", "bonus")]
+        for result in results
     ]
     windows = sum(map(len, ends))
     return sum(end[-1] for end in ends if end) / windows if windows else None

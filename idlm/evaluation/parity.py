@@ -1,5 +1,6 @@
-"""Is the output of ISD the AR model's own? Token by token for the exact rules, as a test of the law
-for the ratio rule.
+"""Is the output of ISD that of the AR model?
+
+The exact rules are compared token by token; for the ratio rule a test compares the law.
 
 Shapes: n tokens of one output, V tokens of the vocabulary.
 """
@@ -20,22 +21,21 @@ from idlm.models.idlm_model import Idlm
 from idlm.params import SEED_LIMIT, SamplingParams
 
 FALSE_ALARM = 1e-6
-"""Chance that the law test refuses a decoder that is right."""
+"""Probability that the law test rejects a correct decoder."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first token at which AR and ISD part on one prompt; later ones have different texts
-    before them.
+    """The first token at which AR and ISD differ on a prompt; later tokens follow different texts.
 
     Attributes:
-        prompt: which prompt, from 0.
+        prompt: its index.
         position: of the token in the output, from 0.
-        ar_token, isd_token: what came out; None where that output had ended.
-        ar_margin, isd_margin: how far the token's score lies above the best other one in a full
-            recomputation, where the score is what the argmax runs over (log p + noise, or the logit
-            when greedy). The likelier of the two has a positive margin, the other a negative one; a
-            tiny pair is rounding.
+        ar_token, isd_token: None if that output had ended.
+        ar_margin, isd_margin: the token's score less the best other score, in a full recomputation.
+            The score is what the argmax runs over: log p + noise, or the logit when greedy. One of
+            the two margins is positive, the other negative; if both are tiny, the difference is
+            rounding.
     """
 
     prompt: int
@@ -48,8 +48,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Parity:
-    """AR against ISD on some prompts; `compared_tokens` counts each prompt's up to its first
-    difference, inclusive."""
+    """AR against ISD on some prompts.
+
+    Attributes:
+        compared_tokens: up to and including each prompt's first difference.
+    """
 
     prompts: int
     compared_tokens: int
@@ -62,14 +65,14 @@ class Parity:
         return not self.differences
 
 
-def numbered_seeds(params: SamplingParams, number: int) -> list[SamplingParams]:
-    """`params` for each of `number` prompts, their seeds counting up from its own (0 if it has
+def numbered_seeds(params: SamplingParams, count: int) -> list[SamplingParams]:
+    """`params` for each of `count` prompts, with seeds that count up from its own (0 if it has
     none).
 
-    Two prompts with one seed would meet the same noise, and their tokens would not be independent.
+    With one seed for two prompts their noise would be the same and their tokens not independent.
     """
     first = params.seed or 0
-    return [replace(params, seed=(first + index) % SEED_LIMIT) for index in range(number)]
+    return [replace(params, seed=(first + index) % SEED_LIMIT) for index in range(count)]
 
 
 def compare(
@@ -80,7 +83,7 @@ def compare(
     branches: str | Iterable[int] = "all",
     advance: Callable[[], None] = lambda: None,
 ) -> Parity:
-    """Decode each prompt with AR and with ISD, the same seed for both, and compare.
+    """Decode each prompt with AR and with ISD, with the same seed, and compare the tokens.
 
     Raises:
         InputError: a prompt or a parameter cannot be used.
@@ -88,22 +91,24 @@ def compare(
     ar = LLM(idlm, stride=1, max_num_seqs=1)
     isd = LLM(idlm, stride=stride, branches=branches, max_num_seqs=1)
     compared, differences, results = 0, [], []
-    for number, (prompt, one) in enumerate(
+    for index, (prompt, seeded) in enumerate(
         zip(prompts, numbered_seeds(params, len(prompts)), strict=True)
     ):
-        left, right = ar.generate([list(prompt)], one)[0], isd.generate([list(prompt)], one)[0]
+        left, right = (
+            ar.generate([list(prompt)], seeded)[0],
+            isd.generate([list(prompt)], seeded)[0],
+        )
         results.append(right)
         at = first_difference(left.token_ids, right.token_ids)
         compared += len(left.token_ids) if at is None else at + 1
         if at is not None:
-            differences.append(_difference(idlm, number, at, left, right, one))
+            differences.append(_difference(idlm, index, at, left, right, seeded))
         advance()
     return Parity(len(prompts), compared, differences, results)
 
 
 def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
-    """The first index at which two outputs differ, or at which one has ended; None where they are
-    equal."""
+    """The first index at which two outputs differ or one has ended; None if they are equal."""
     for index, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:
             return index
@@ -120,7 +125,7 @@ def _difference(
 
 
 def margin(scores: Tensor, token: int) -> float:
-    """Score of `token` less the best score of any other token; `scores` is [V]."""
+    """The score of `token` less the best score of any other token; `scores` is [V]."""
     others = scores.clone()
     others[token] = -math.inf
     return float(scores[token] - others.max())
@@ -129,7 +134,7 @@ def margin(scores: Tensor, token: int) -> float:
 def token_scores(
     idlm: Idlm, prompt: list[int], output: list[int], params: SamplingParams
 ) -> Tensor:
-    """What the argmax runs over after `output`, [V], in float64 from logits of the model's own
+    """What the argmax runs over after `output`: float64 [V], from logits of the model's own
     precision."""
     soft = (
         replace(params, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) if params.greedy else params
@@ -146,10 +151,10 @@ def token_scores(
 def _laws(
     idlm: Idlm, prompt: Sequence[int], output: Sequence[int], params: SamplingParams, first: int = 0
 ) -> Tensor:
-    """AR's law of each token of `output` from index `first` on, and of the one after it: float64 [n
-    + 1 - first, V].
+    """AR's law of each token of `output` from index `first` on, and of the one after it.
 
-    One causal forward over the whole text: no window, no cache, no mask.
+    float64 [n + 1 - first, V], from one causal forward over the whole text: no window, no cache, no
+    MASK.
     """
     text = torch.tensor([*prompt, *output], device=idlm.device)
     causal = torch.ones(len(text), len(text), dtype=torch.bool, device=idlm.device).tril()
@@ -168,8 +173,8 @@ class LawTest:
         tokens: n.
         statistic: sqrt(n) times the largest distance between the empirical and the uniform
             distribution.
-        bound: what it exceeds with probability at most `FALSE_ALARM` if the law is right.
-        impossible: tokens to which AR's law gives probability 0; a right decoder has none but for
+        bound: exceeded with probability at most `FALSE_ALARM` if the law is right.
+        impossible: tokens to which AR's law gives probability 0; 0 for a correct decoder, but for
             rounding.
     """
 
@@ -180,7 +185,7 @@ class LawTest:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing speaks against the law being AR's."""
+        """Whether the test finds no evidence against AR's law."""
         return self.statistic <= self.bound and self.impossible == 0
 
 
@@ -192,10 +197,10 @@ def check_law(
     branches: str | Iterable[int] = "all",
     advance: Callable[[], None] = lambda: None,
 ) -> tuple[LawTest, list[Result]]:
-    """Test whether ISD's tokens follow AR's law, given what stands before each.
+    """Test whether each token of ISD follows AR's law, given the text before it.
 
-    The end token is ignored: with outputs of fixed length the number of tokens does not depend on
-    what they are, so the bound holds as it stands.
+    The end token is ignored: for outputs of a fixed length the number of tokens does not depend on
+    the tokens, so the bound holds.
 
     Raises:
         InputError: a prompt or a parameter cannot be used.
@@ -203,12 +208,12 @@ def check_law(
     llm = LLM(idlm, stride=stride, branches=branches, max_num_seqs=1)
     values, impossible, results = [], 0, []
     generator = torch.Generator().manual_seed(params.seed or 0)
-    for prompt, one in zip(
+    for prompt, seeded in zip(
         prompts, numbered_seeds(replace(params, ignore_eos=True), len(prompts)), strict=True
     ):
-        result = llm.generate([list(prompt)], one)[0]
+        result = llm.generate([list(prompt)], seeded)[0]
         results.append(result)
-        log_p = _laws(idlm, prompt, result.token_ids, one)[:-1]
+        log_p = _laws(idlm, prompt, result.token_ids, seeded)[:-1]
         tokens = torch.tensor(result.token_ids)
         impossible += int((log_p.gather(1, tokens[:, None]) == -math.inf).sum())
         values.append(
@@ -221,23 +226,26 @@ def check_law(
 
 
 def transform(log_p: Tensor, tokens: Tensor, uniform: Tensor) -> Tensor:
-    """Randomised probability integral transform of `tokens` [n] under the laws `log_p` [n, V]; in
-    [0, 1], [n].
+    """Randomised probability integral transform of `tokens` [n] under the laws `log_p` [n, V]; [n]
+    in [0, 1].
 
-    With a row's tokens in the order of falling probability, the value is the probability before the
-    token plus a uniform share of its own. The values are independent and uniform if and only if
-    each token follows its row's law (Rosenblatt 1952, "Remarks on a multivariate transformation").
+    With the tokens of a row in the order of falling probability, the value is the probability
+    before the token plus a uniform share of its own. The values are independent and uniform if and
+    only if each token follows its row's law (Rosenblatt 1952, "Remarks on a multivariate
+    transformation").
     """
     probabilities, order = log_p.exp().sort(dim=-1, descending=True, stable=True)
-    place = (order == tokens[:, None]).to(torch.int64).argmax(dim=-1, keepdim=True)
-    own = probabilities.gather(1, place)[:, 0]
-    before = probabilities.cumsum(dim=-1).gather(1, place)[:, 0] - own
-    return (before + uniform * own).clamp(0, 1)
+    rank = (order == tokens[:, None]).to(torch.int64).argmax(dim=-1, keepdim=True)
+    probability = probabilities.gather(1, rank)[:, 0]
+    before = probabilities.cumsum(dim=-1).gather(1, rank)[:, 0] - probability
+    return (before + uniform * probability).clamp(0, 1)
 
 
 def kolmogorov_smirnov(values: Tensor, impossible: int = 0) -> LawTest:
-    """Test `values` [n] for uniformity, by the bound of Dvoretzky, Kiefer and Wolfowitz (Massart's
-    constant, 1990)."""
+    """Test `values` [n] for uniformity.
+
+    The bound is that of Dvoretzky, Kiefer and Wolfowitz with Massart's constant (1990).
+    """
     n = len(values)
     ordered = values.sort().values
     steps = torch.arange(n + 1, dtype=torch.float64) / n

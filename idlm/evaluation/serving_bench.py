@@ -1,8 +1,8 @@
 """Engines under load, in turn, and the figures of each.
 
-Contestants run A B A B ... within one call, so that what else the machine does hits them alike;
-ratios are taken round by round. Every round has new requests, the same for all contestants: no
-cache lives off the round before.
+Engines run A B A B ... within one call, so that disturbances of the machine affect them alike;
+ratios are taken round by round. Every round has new requests, the same for all engines, so that no
+prefix cache profits from the round before.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from math import ceil
 from statistics import median
 
 from idlm.decoding.plan import expected_tokens
-from idlm.evaluation.closed_loop import Contestant, Decoding, Run
+from idlm.evaluation.closed_loop import BenchEngine, Decoding, Run
 from idlm.evaluation.metrics import summary, tpf_decode
 from idlm.evaluation.workload import Draw
 
@@ -21,70 +21,68 @@ Row = dict[str, object]
 
 
 def bench(
-    contestants: Sequence[Contestant],
+    engines: Sequence[BenchEngine],
     draw: Draw,
     concurrencies: Sequence[int],
-    number: int,
+    count: int,
     repeats: int,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Row]:
-    """A row for every concurrency and contestant.
+    """A row for each concurrency and engine.
 
-    A round has `number` requests, but at least twice as many as are in flight. The first of
-    `repeats` + 1 rounds warms up and is not counted. `advance` is called after each run.
+    Args:
+        draw: gives the requests of a round.
+        count: requests of a round; at least twice those in flight are used.
+        repeats: rounds that count, after one to warm up.
+        advance: called after each run.
     """
     rows: list[Row] = []
     for concurrency in concurrencies:
-        runs: list[list[Run]] = [[] for _ in contestants]
+        runs: list[list[Run]] = [[] for _ in engines]
         for seed in range(repeats + 1):
-            requests = draw(max(number, 2 * concurrency), seed)
-            for contestant, laps in zip(contestants, runs, strict=True):
-                laps.append(contestant.run(requests, concurrency))
+            requests = draw(max(count, 2 * concurrency), seed)
+            for engine, laps in zip(engines, runs, strict=True):
+                laps.append(engine.run(requests, concurrency))
                 advance()
         counted = [laps[1:] for laps in runs]
-        ar = next(
-            (laps for one, laps in zip(contestants, counted, strict=True) if _is_ar(one)), None
-        )
-        rows += [
-            row(one, concurrency, laps, ar) for one, laps in zip(contestants, counted, strict=True)
-        ]
+        pairs = list(zip(engines, counted, strict=True))
+        ar = next((laps for engine, laps in pairs if _is_ar(engine)), None)
+        rows += [row(engine, concurrency, laps, ar) for engine, laps in pairs]
     return rows
 
 
-def _is_ar(contestant: Contestant) -> bool:
-    return (contestant.engine, contestant.mode) == ("idlm", "ar")
+def _is_ar(engine: BenchEngine) -> bool:
+    return (engine.engine, engine.mode) == ("idlm", "ar")
 
 
 def row(
-    contestant: Contestant, concurrency: int, runs: Sequence[Run], ar: Sequence[Run] | None
+    engine: BenchEngine, concurrency: int, runs: Sequence[Run], ar: Sequence[Run] | None
 ) -> Row:
-    """The figures of one contestant: medians over rounds, or over all requests of all rounds; None
-    where unknown.
+    """The figures of one engine: medians over rounds, or over all requests of all rounds.
 
-    `same_as_ar` is the share of requests with AR's tokens, which simulated acceptance cannot give.
-    Ratios are of the same round.
+    None for unknown figures. `same_as_ar` is the share of requests with AR's tokens; simulated
+    acceptance has none. Ratios are of the same round.
     """
     rates = [run.tokens_per_second for run in runs]
-    served = [one for run in runs for one in run.served]
-    found: Row = {
-        "engine": contestant.engine,
-        "mode": contestant.mode,
-        "simulated": contestant.simulated,
+    served = [request for run in runs for request in run.served]
+    return {
+        "engine": engine.engine,
+        "mode": engine.mode,
+        "simulated": engine.simulated,
         "concurrency": concurrency,
         "tokens_per_second": median(rates),
         "tokens_per_second_range": [min(rates), max(rates)],
         **_against(runs, ar),
-        **({"same_as_ar": None} if contestant.simulated else {}),
+        **({"same_as_ar": None} if engine.simulated else {}),
         **_decoded([run.decoding for run in runs if run.decoding is not None]),
-        **_latency("ttft_ms", [one.ttft for one in served]),
-        **_latency("tpot_ms", [one.tpot for one in served]),
-        "worst_gap_ms": 1e3 * max(one.worst_gap for one in served),
+        **_latency("ttft_ms", [request.ttft for request in served]),
+        **_latency("tpot_ms", [request.tpot for request in served]),
+        "worst_gap_ms": 1e3 * max(request.worst_gap for request in served),
         "peak_memory_mb": max(run.peak_memory_mb for run in runs),
         "tokens_per_cpu_second": median(run.tokens / run.cpu_seconds for run in runs),
         "requests": len(served),
         "tokens": sum(run.tokens for run in runs),
     }
-    return found
 
 
 def _against(runs: Sequence[Run], ar: Sequence[Run] | None) -> Row:
@@ -107,11 +105,11 @@ def _against(runs: Sequence[Run], ar: Sequence[Run] | None) -> Row:
 
 
 def _decoded(runs: Sequence[Decoding]) -> Row:
-    """What our engine tells.
+    """Figures that only our engine reports.
 
-    `tpf` counts prefills and windows cut short by a request's end; `tpf_decode` does not, and is
-    what `tpf_expected` predicts from the acceptance. FLOPs per token are window rows run for each
-    token: AR runs one.
+    `tpf` counts prefills and windows cut short by the end of a request; `tpf_decode` does not, and
+    is what `tpf_expected` predicts from the acceptance. FLOPs per token are window rows for each
+    token; AR has one.
     """
     if not runs:
         names = (
@@ -127,13 +125,13 @@ def _decoded(runs: Sequence[Decoding]) -> Row:
         return dict.fromkeys(names)
     results = [result for run in runs for result in run.results]
     totals, plan = summary(results), runs[0].plan
-    known = [share for share in totals["acceptance"] if share is not None]
+    acceptance = [share for share in totals["acceptance"] if share is not None]
     return {
         "tpf": totals["tpf"],
         "tpf_decode": tpf_decode(results),
         "tpf_expected": None
-        if plan is None or (plan.drafts and not known)
-        else expected_tokens(plan, known),
+        if plan is None or (plan.drafts and not acceptance)
+        else expected_tokens(plan, acceptance),
         "acceptance": totals["acceptance"],
         "flops_per_token_over_ar": sum(run.rows for run in runs) / totals["tokens"],
         "plans": dict(sum((run.plans for run in runs), Counter())),

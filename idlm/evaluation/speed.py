@@ -1,5 +1,4 @@
-"""Wall-clock comparison of decoders that take turns, so that what else the machine does hits them
-alike."""
+"""Wall-clock comparison of decoders that take turns, so that disturbances affect them alike."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ Run = Callable[[], list[Result]]
 
 @dataclass
 class Lap:
-    """What one contestant did: its results (of the last round; they are the same each time) and its
-    rounds' seconds."""
+    """The rounds of one decoder: seconds of each, and the results, which are the same each time."""
 
     results: list[Result] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -29,21 +27,20 @@ class Lap:
 
     @property
     def tokens_per_second(self) -> float:
-        """The median of the rounds."""
-        return median(self.rates)
+        return median(self.rates)  # over the rounds
 
 
 def race(
-    contestants: Mapping[str, Run], rounds: int, advance: Callable[[], None] = lambda: None
+    decoders: Mapping[str, Run], rounds: int, advance: Callable[[], None] = lambda: None
 ) -> dict[str, Lap]:
-    """Run every contestant once to warm up, then `rounds` times in turn; `advance` is called after
-    each run."""
-    laps = {name: Lap() for name in contestants}
-    for number in range(rounds + 1):
-        for name, run in contestants.items():
+    """Run each decoder once to warm up, then `rounds` times in turn; `advance` is called after each
+    run."""
+    laps = {name: Lap() for name in decoders}
+    for attempt in range(rounds + 1):
+        for name, run in decoders.items():
             started = perf_counter()
             laps[name].results = run()
-            if number > 0:
+            if attempt > 0:
                 laps[name].seconds.append(perf_counter() - started)
             advance()
     return laps

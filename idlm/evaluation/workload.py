@@ -1,11 +1,10 @@
-"""Requests for a bench: prompt and output lengths mixed, from a fixed seed, the same for every
-engine.
+"""Requests for a bench: prompt and output lengths mixed, from a fixed seed, the same for all
+engines.
 
-Every request is greedy and ends at its own `max_tokens`, whatever the model says, so that all
-engines do equal work. No engine makes text of the tokens unless a bench asks for it, as those of
-servers do. Drafts of real text are accepted as users will see it: the bundled models are asked
-their held-out problems, and no output is longer than the problem's solution. Without prompts that
-fit, a model gets random tokens: right for speed at a given acceptance, worthless as a measure of
+Every request is greedy and ends at its own `max_tokens`, so that all engines do equal work. Engines
+make text only if the bench asks for it, as servers do. Acceptance is measured on real text: bundled
+models get their held-out problems, with outputs no longer than the solutions. A model without
+prompts gets random tokens: good for the speed at a given acceptance, worthless as a measure of
 acceptance.
 """
 
@@ -22,12 +21,12 @@ from idlm.nano.problems import held_out_problems
 from idlm.params import SamplingParams
 
 SHORTEST, LONGEST_OUTPUT, LONGEST_PROMPT = 16, 128, 256
-"""Tokens: outputs are 16 to 128, random prompts 16 to 256, less where the context is short."""
+"""Tokens: outputs have 16 to 128, random prompts 16 to 256, or fewer if the context is short."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request: its prompt, how many tokens it gets, and whether as text too."""
+    """A prompt, the tokens to generate, and whether they become text."""
 
     prompt_token_ids: list[int]
     max_tokens: int
@@ -35,20 +34,18 @@ class Request:
 
     @property
     def params(self) -> SamplingParams:
-        """What every engine is asked for."""
+        """Greedy, without an early end, the same for every engine."""
         return SamplingParams(
             max_tokens=self.max_tokens, temperature=0.0, ignore_eos=True, detokenize=self.detokenize
         )
 
 
 Draw = Callable[[int, int], list[Request]]
-"""Gives (number of requests, seed) -> the requests; another seed gives others, which no prefix
-cache remembers."""
+"""(count of requests, seed) -> the requests; each seed gives others, so no prefix cache helps."""
 
 
 def workload(idlm: Idlm, prompts: Sequence[Sequence[int]] = ()) -> Draw:
-    """The workload that fits a model: `prompts` where given, else held-out problems, else random
-    tokens.
+    """`prompts` if there are any, else held-out problems for bundled models, else random tokens.
 
     Raises:
         InputError: a prompt leaves no room for the shortest output.
@@ -60,39 +57,38 @@ def workload(idlm: Idlm, prompts: Sequence[Sequence[int]] = ()) -> Draw:
                 f"a prompt has {len(prompt)} tokens; for a bench with this model give 1 to {room}"
             )
     if prompts:
-        return lambda number, seed: _given(idlm, prompts, number, seed)
+        return lambda count, seed: _given(idlm, prompts, count, seed)
     if idlm.name in BUNDLED:
-        return lambda number, seed: _problems(idlm, number, seed)
-    return lambda number, seed: _random(idlm, number, seed)
+        return lambda count, seed: _problems(idlm, count, seed)
+    return lambda count, seed: _random(idlm, count, seed)
 
 
-def _given(idlm: Idlm, prompts: Sequence[Sequence[int]], number: int, seed: int) -> list[Request]:
-    """The prompts in random order, again and again if need be."""
+def _given(idlm: Idlm, prompts: Sequence[Sequence[int]], count: int, seed: int) -> list[Request]:
+    """The prompts in random order, repeated as needed."""
     rng = random.Random(f"given/{seed}")
     chosen = [
         list(prompt)
-        for _ in range(-(-number // len(prompts)))
+        for _ in range(-(-count // len(prompts)))
         for prompt in rng.sample(prompts, len(prompts))
     ]
     return [
         Request(prompt, rng.randint(SHORTEST, min(LONGEST_OUTPUT, idlm.context - len(prompt))))
-        for prompt in chosen[:number]
+        for prompt in chosen[:count]
     ]
 
 
-def _problems(idlm: Idlm, number: int, seed: int) -> list[Request]:
+def _problems(idlm: Idlm, count: int, seed: int) -> list[Request]:
     """Held-out problems, each answered up to a random point of its solution."""
     rng = random.Random(f"problems/{seed}")
     requests = []
-    for problem in held_out_problems(number, seed=1000 + seed):
+    for problem in held_out_problems(count, seed=1000 + seed):
         question = [{"role": "user", "content": problem.question}]
         solution = idlm.encoder.text(problem.solution, add_special_tokens=False, trusted=True)
         requests.append(Request(idlm.encoder.chat(question), rng.randint(SHORTEST, len(solution))))
     return requests
 
 
-def _random(idlm: Idlm, number: int, seed: int) -> list[Request]:
-    """Random tokens, special ones left out."""
+def _random(idlm: Idlm, count: int, seed: int) -> list[Request]:
     rng = random.Random(f"random/{seed}")
     usable = sorted(set(range(idlm.vocab_size)) - {idlm.mask_id, *idlm.eos_ids})
     half = idlm.context // 2
@@ -102,6 +98,6 @@ def _random(idlm: Idlm, number: int, seed: int) -> list[Request]:
             rng.randint(shortest, min(LONGEST_PROMPT, half)),
             rng.randint(shortest, min(LONGEST_OUTPUT, half)),
         )
-        for _ in range(number)
+        for _ in range(count)
     ]
     return [Request(rng.choices(usable, k=length), max_tokens) for length, max_tokens in lengths]

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from idlm.chat_template import PromptEncoder
 from idlm.engine.llm import LLM
 from idlm.evaluation.accuracy import evaluate
+from idlm.evaluation.environment import environment
 from idlm.evaluation.metrics import summary
 from idlm.models.loading import load
 from idlm.nano.problems import Problem, held_out_problems, read_answer
@@ -103,10 +104,9 @@ def main() -> None:
             "seconds": found.seconds,
         }
         print(name, json.dumps(report[name]), file=sys.stderr)
-    environment = {"torch": torch.__version__, "threads": options.threads}
     print(
         json.dumps(
-            {"problems": len(problems), "environment": environment, "runs": report}, indent=1
+            {"problems": len(problems), "environment": environment(), "runs": report}, indent=1
         )
     )
 

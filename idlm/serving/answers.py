@@ -1,5 +1,7 @@
-"""From a `Job` to an HTTP response: whole, or as server-sent events; a client that leaves ends its
-samples."""
+"""From a `Job` to an HTTP response: whole, or as server-sent events.
+
+When the client disconnects, its samples are aborted.
+"""
 
 from __future__ import annotations
 
@@ -44,14 +46,14 @@ from idlm.serving.wire import Delta, Finished
 
 T = TypeVar("T")
 Entry = Mapping[int, Logprob]
-"""Log-probabilities of a token's place, its own first."""
+"""Log-probabilities at one position by token id; the sampled token is the first."""
 DONE = b"data: [DONE]\n\n"
 LOWEST_LOGPROB = -9999.0
-"""OpenAI's number for a token that cannot come out; JSON has no infinity."""
+"""Stands for log 0, as in OpenAI's API; JSON has no infinity."""
 
 
 class Answer(ABC):
-    """The answer to one request, whole or in chunks."""
+    """Builds the response to one request, whole or in chunks."""
 
     def __init__(self, job: Job, body: Body, prompts: Prompts) -> None:
         self.job, self.prompts = job, prompts
@@ -61,30 +63,30 @@ class Answer(ABC):
 
     @abstractmethod
     def response(self, samples: Sequence[Sequence[Delta]], usage: Usage) -> msgspec.Struct:
-        """All of it."""
+        """The whole response; `samples` are the updates of each sample."""
 
     @abstractmethod
     def chunks(self, index: int, event: Delta | Finished) -> list[msgspec.Struct]:
-        """What an event adds to a stream, in one write; the last chunk of a sample has its reason
-        to end."""
+        """The chunks that an event adds to a stream; the last chunk of a sample has its finish
+        reason."""
 
     @abstractmethod
     def chunk(self, choices: list[Any], usage: Usage | None = None) -> msgspec.Struct:
-        """One event of a stream; the last one has no choices, and the usage if that was asked for."""
+        """A chunk of a stream; the last one has no choices, but the usage if the request asked for
+        it."""
 
     def begins(self, index: int) -> bool:
-        """Whether this is the first that is said of a sample."""
+        """Whether this is the first call for a sample."""
         first = index not in self._begun
         self._begun.add(index)
         return first
 
     def shown(self, usage: Usage | None) -> Usage | None | UnsetType:
-        """The field `usage` of a chunk."""
+        """The value of a chunk's field `usage`."""
         return usage if self.include_usage else UNSET
 
     def trace(self, index: int, *events: Delta | Finished) -> Trace | UnsetType:
-        """Where the tokens of some events came from, and the tokens per forward once the sample has
-        ended."""
+        """The source of each token in `events`, and the TPF once the sample has finished."""
         if not self._traced:
             return UNSET
         trace = Trace([])
@@ -102,7 +104,7 @@ class Answer(ABC):
 
 
 class ChatAnswer(Answer):
-    """The answer to one chat request."""
+    """Builds the response to a chat request."""
 
     def __init__(
         self, job: Job, body: ChatRequest, prompts: Prompts, family: Family | None
@@ -120,7 +122,6 @@ class ChatAnswer(Answer):
         return CallParser(family, names, self.prompts.tokenizer.all_special_tokens)
 
     def response(self, samples: Sequence[Sequence[Delta]], usage: Usage) -> ChatCompletion:
-        """All of it."""
         choices = [self._choice(index, deltas) for index, deltas in enumerate(samples)]
         return ChatCompletion(**self.job.head, choices=choices, usage=usage)
 
@@ -128,7 +129,7 @@ class ChatAnswer(Answer):
         parser, end = self._parsers[index], self.job.ends[index]
         text, calls = "".join(delta.text for delta in deltas), list[ToolCall]()
         if parser is not None:
-            text, calls = _parted([*parser.push(text), *parser.finish()])
+            text, calls = _split([*parser.push(text), *parser.finish()])
         for call in calls:
             call.index = UNSET
         return ChatChoice(
@@ -140,7 +141,7 @@ class ChatAnswer(Answer):
         )
 
     def chunks(self, index: int, event: Delta | Finished) -> list[msgspec.Struct]:
-        """The role first, then what is new."""
+        """The chunk with the role comes first."""
         choices = [ChunkChoice(index, ChoiceDelta("assistant", ""))] if self.begins(index) else []
         choices += (
             self._delta(index, event) if isinstance(event, Delta) else self._end(index, event)
@@ -148,24 +149,24 @@ class ChatAnswer(Answer):
         return [self.chunk([choice]) for choice in choices]
 
     def _delta(self, index: int, event: Delta) -> list[ChunkChoice]:
-        """What a step adds; nothing where its text is held and nobody asked for more."""
+        """What a step adds: nothing if its text is held back and no log-probabilities or trace are
+        due."""
         parser, calls = self._parsers[index], list[ToolCall]()
         text = event.text
         if parser is not None:
-            text, calls = _parted(parser.push(text))
+            text, calls = _split(parser.push(text))
         logprobs, trace = self._logprobs(event.logprobs or ()), self.trace(index, event)
         choice = ChunkChoice(index, _choice_delta(text, calls), logprobs=logprobs, idlm=trace)
         return [choice] if text or calls or logprobs or trace is not UNSET else []
 
     def _end(self, index: int, event: Finished) -> list[ChunkChoice]:
         parser = self._parsers[index]
-        text, calls = _parted(parser.finish()) if parser is not None else ("", [])
+        text, calls = _split(parser.finish()) if parser is not None else ("", [])
         held = [ChunkChoice(index, _choice_delta(text, calls))] if text or calls else []
         reason = _reason(event, bool(parser and parser.calls))
         return [*held, ChunkChoice(index, ChoiceDelta(), reason, idlm=self.trace(index, event))]
 
     def chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> ChatChunk:
-        """One event of a stream."""
         return ChatChunk(**self.job.head, choices=choices, usage=self.shown(usage))
 
     def _logprobs(self, entries: Sequence[Entry]) -> ChatLogprobs | None:
@@ -176,20 +177,22 @@ class ChatAnswer(Answer):
         )
 
     def _logprob(self, entry: Entry) -> ChatLogprob:
-        """An entry's first is the token itself; it is among the likeliest only if it is one of
+        """The sampled token is the first of `entry`; `top_logprobs` has it only if it is among
         them."""
         likeliest = sorted(entry, key=lambda token: -entry[token].logprob)[
             : self._body.top_logprobs or 0
         ]
-        own, *others = [self._top(token, entry[token]) for token in (next(iter(entry)), *likeliest)]
-        return ChatLogprob(own.token, own.logprob, own.bytes, others)
+        sampled = next(iter(entry))
+        chosen, *top = [self._top(token, entry[token]) for token in (sampled, *likeliest)]
+        return ChatLogprob(chosen.token, chosen.logprob, chosen.bytes, top)
 
     def _top(self, token: int, logprob: Logprob) -> TopLogprob:
         text = self.prompts.token(token)
         return TopLogprob(text, max(logprob.logprob, LOWEST_LOGPROB), list(text.encode()))
 
 
-def _parted(pieces: Sequence[str | ToolCall]) -> tuple[str, list[ToolCall]]:
+def _split(pieces: Sequence[str | ToolCall]) -> tuple[str, list[ToolCall]]:
+    """Joins the pieces of content; returns the content and the tool calls."""
     text = "".join(piece for piece in pieces if isinstance(piece, str))
     return text, [piece for piece in pieces if isinstance(piece, ToolCall)]
 
@@ -205,17 +208,16 @@ def _reason(end: Finished, calls: bool = False) -> FinishReason:
 
 
 class CompletionAnswer(Answer):
-    """The answer to one completions request. Choice i * n + k is sample k of prompt i."""
+    """Builds the response to a completions request. Choice i * n + k is sample k of prompt i."""
 
     def __init__(
         self, job: Job, body: CompletionRequest, prompts: Prompts, ids: Sequence[Sequence[int]]
     ) -> None:
         super().__init__(job, body, prompts)
         self._body, self._ids = body, ids
-        self._written = [0] * len(job.tickets)  # characters, for the offsets of a stream
+        self._written = [0] * len(job.tickets)  # characters so far, for `text_offset` in a stream
 
     def response(self, samples: Sequence[Sequence[Delta]], usage: Usage) -> Completion:
-        """All of it."""
         if self._body.prompt_only:
             samples = [() for _ in samples]
             usage.total_tokens, usage.completion_tokens = usage.prompt_tokens, 0
@@ -238,14 +240,14 @@ class CompletionAnswer(Answer):
         )
 
     def _echoed(self, index: int) -> str:
-        """The text that echo puts before the sample."""
+        """The prompt's text if the request has `echo`, else ""."""
         if not self._body.echo:
             return ""
         prompt = self._body.prompts[index // self.job.samples]
         return prompt if isinstance(prompt, str) else self.prompts.decode(prompt)
 
     def chunks(self, index: int, event: Delta | Finished) -> list[msgspec.Struct]:
-        """What is new; nothing where a step's text is held and nobody asked for more."""
+        """No chunk if a step's text is held back and no log-probabilities or trace are due."""
         choice = CompletionChoice(index, self._echoed(index) if self.begins(index) else "")
         choice.idlm = self.trace(index, event)
         if isinstance(event, Finished):
@@ -255,36 +257,41 @@ class CompletionAnswer(Answer):
         if self._body.logprobs is not None:
             choice.logprobs = self._logprobs(event.logprobs or (), offset=self._written[index])
             self._written[index] += sum(map(len, choice.logprobs.tokens))
-        wanted = choice.text or choice.logprobs is not None or choice.idlm is not UNSET
-        return [self.chunk([choice])] if wanted else []
+        has_content = choice.text or choice.logprobs is not None or choice.idlm is not UNSET
+        return [self.chunk([choice])] if has_content else []
 
     def chunk(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
-        """One event of a stream."""
         return Completion(**self.job.head, choices=choices, usage=self.shown(usage))
 
     def _logprobs(
         self, entries: Sequence[Entry | None], first: str = "", offset: int = 0
     ) -> CompletionLogprobs:
-        """OpenAI's four lists; `first` is the text of a token without a law, the first of a prompt.
+        """OpenAI's four lists, one entry for each token.
 
-        Offsets count the tokens' own texts.
+        Args:
+            entries: None for the first token of a prompt, which has no law.
+            first: the text of that token.
+            offset: where the first token begins; offsets count the characters of the tokens' own
+                texts.
         """
         shown = CompletionLogprobs([], [], [], [])
         for entry in entries:
             token = first if entry is None else self.prompts.token(next(iter(entry)))
-            own = None if entry is None else max(next(iter(entry.values())).logprob, LOWEST_LOGPROB)
+            logprob = (
+                None if entry is None else max(next(iter(entry.values())).logprob, LOWEST_LOGPROB)
+            )
             shown.tokens.append(token)
             shown.text_offset.append(offset)
-            shown.token_logprobs.append(own)
+            shown.token_logprobs.append(logprob)
             shown.top_logprobs.append(None if entry is None else self._by_text(entry))
             offset += len(token)
         return shown
 
-    def _by_text(self, entry: Entry) -> dict[str, float]:
-        """Where two tokens have the same text, the likelier one's number is shown."""
-        rising = sorted(entry.items(), key=lambda pair: pair[1].logprob)
+    def _by_text(self, entries: Entry) -> dict[str, float]:
+        """If two tokens have the same text, the likelier one's log-probability is shown."""
+        rising = sorted(entries.items(), key=lambda pair: pair[1].logprob)
         return {
-            self.prompts.token(token): max(one.logprob, LOWEST_LOGPROB) for token, one in rising
+            self.prompts.token(token): max(entry.logprob, LOWEST_LOGPROB) for token, entry in rising
         }
 
 
@@ -292,16 +299,15 @@ async def respond(request: Request, answer: Answer, stream: bool) -> Response:
     """Run an answer's job to its end, or begin to stream it.
 
     Raises:
-        ApiError, InputError, EngineDown: what ended it before anything was sent.
+        ApiError, InputError, EngineDown: the job failed before any byte was sent.
     """
     job = answer.job
     try:
         if not stream:
             return as_json(await _unless_gone(request, _collect(answer)))
         events = job.events()
-        first = await _unless_gone(
-            request, anext(events)
-        )  # an early refusal is a status, and no event in a stream
+        # before the response begins: an early refusal gets a status code, not an event
+        first = await _unless_gone(request, anext(events))
     except BaseException:
         job.cancel()
         raise
@@ -309,15 +315,14 @@ async def respond(request: Request, answer: Answer, stream: bool) -> Response:
 
 
 def as_json(value: msgspec.Struct, status: int = 200) -> Response:
-    """A JSON response."""
     return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """Wait for work while the client does; the body must have been read.
+    """Await `work` while the client is connected. The body must have been read.
 
     Raises:
-        ApiError: 499, which nobody sees: the client has left.
+        ApiError: 499: the client has disconnected, so only the log sees it.
     """
     task = asyncio.ensure_future(work)
     watcher = asyncio.create_task(_left(request))
@@ -345,7 +350,7 @@ async def _collect(answer: Answer) -> msgspec.Struct:
 
 
 async def _sse(first: Event, events: AsyncIterator[Event], answer: Answer) -> AsyncIterator[bytes]:
-    """The events of a stream; an error is one more event, and the last."""
+    """The events of a stream; an error is the last event."""
     try:
         yield _encode(answer.chunks(*first))
         async for event in events:
@@ -364,7 +369,7 @@ def _encode(chunks: Sequence[msgspec.Struct]) -> bytes:
 
 
 class _EventStream(StreamingResponse):
-    """Ends its job in any case, also if the client left before the first byte."""
+    """Cancels its job at the end, even if the client disconnects before the first byte."""
 
     def __init__(self, job: Job, content: AsyncIterator[bytes]) -> None:
         super().__init__(

@@ -1,5 +1,4 @@
-"""The routes and what they do; `create_app` adds limits, keys and the log, and makes every failure
-an error body."""
+"""The routes; `create_app` adds limits, authentication, the access log and the error bodies."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from idlm.serving.client import EngineClient
 from idlm.serving.config import ServeConfig
 from idlm.serving.errors import ApiError, ErrorBody, Expected, as_api_error
 from idlm.serving.jobs import Server, admit, the_server
-from idlm.serving.limits import Guard
+from idlm.serving.limits import AuthAndLimits
 from idlm.serving.observe import CONTENT_TYPE, AccessLog, Meters
 from idlm.serving.prompts import Prompts
 from idlm.serving.schema import (
@@ -60,7 +59,7 @@ SHAPES = (
     ),
     *(responses.Tokenized, responses.Detokenized, responses.Status, responses.Version, ErrorBody),
 )
-"""Everything that can be a whole body."""
+"""Every type of a response body."""
 
 
 def ref(shape: type) -> dict[str, Any]:
@@ -71,15 +70,21 @@ def ref(shape: type) -> dict[str, Any]:
 def answers(
     shape: type, *errors: int, chunk: type | None = None
 ) -> dict[int | str, dict[str, Any]]:
-    """How a route may answer; `chunk` is what the events of its stream hold."""
+    """The `responses` of a route in the OpenAPI document.
+
+    Args:
+        shape: the type of the body.
+        errors: status codes besides `ALWAYS`.
+        chunk: the type of the events, if the route can stream.
+    """
     content = {JSON: {"schema": ref(shape)}}
     if chunk is not None:
-        said = (
+        description = (
             f"A {chunk.__name__} as JSON; an ErrorBody where the engine fails; [DONE] in the end."
         )
         event = {
             "type": "object",
-            "properties": {"data": {"type": "string", "description": said}},
+            "properties": {"data": {"type": "string", "description": description}},
             "required": ["data"],
         }
         content[EVENTS] = {"schema": event}
@@ -92,10 +97,9 @@ def answers(
 
 
 class StrictRoute(APIRoute):
-    """Reads its body strictly."""
+    """A route that reads its body with `StrictRequest`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The handler."""
         handle = super().get_route_handler()
 
         async def strict(request: Request) -> Response:
@@ -112,7 +116,7 @@ router = APIRouter(route_class=StrictRoute)
     responses=answers(responses.ChatCompletion, *READS, *RUNS, chunk=responses.ChatChunk),
 )
 async def create_chat_completion(request: Request, body: ChatRequest) -> Response:
-    """Answer a conversation."""
+    """Answer a conversation, as one body or as a stream."""
     server = the_server(request)
     server.accept(body)
     family = family_of(server.prompts.template) if body.tools_in_use else None
@@ -128,12 +132,12 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     responses=answers(responses.Completion, *READS, *RUNS, chunk=responses.Completion),
 )
 async def create_completion(request: Request, body: CompletionRequest) -> Response:
-    """Complete one prompt or several."""
+    """Complete one prompt or several, as one body or as a stream."""
     server = the_server(request)
     server.accept(body)
     text = server.prompts.text
     prompts = await server.prompts.in_thread(
-        lambda: [text(one) if isinstance(one, str) else one for one in body.prompts]
+        lambda: [text(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
     )
     job = admit(request, body, prompts)
     return await respond(
@@ -143,14 +147,14 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
 
 @router.get("/v1/models", responses=answers(responses.ModelList))
 async def list_models(request: Request) -> Response:
-    """What can be named as `model`."""
+    """List the names that a request can give as `model`."""
     server = the_server(request)
     return as_json(responses.ModelList([_card(server, name) for name in server.targets]))
 
 
 @router.get("/v1/models/{id:path}", responses=answers(responses.ModelCard, 404))
 async def get_model(request: Request, id: str) -> Response:
-    """Whether a name is one of them."""
+    """Describe one model; 404 if it is not served."""
     server = the_server(request)
     server.target(id)
     return as_json(_card(server, id))
@@ -170,7 +174,7 @@ Tokenizable = Annotated[
 
 @router.post("/tokenize", responses=answers(responses.Tokenized, *READS, 404))
 async def tokenize(request: Request, body: Tokenizable) -> Response:
-    """The ids that a text or a conversation has in a request."""
+    """Token ids of a text or of a conversation, as a request would have them."""
     server = the_server(request)
     if body.model is not None:
         server.target(body.model)
@@ -186,7 +190,7 @@ async def tokenize(request: Request, body: Tokenizable) -> Response:
 
 @router.post("/detokenize", responses=answers(responses.Detokenized, *READS, 404))
 async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
-    """The text of ids."""
+    """The text of token ids, special tokens included."""
     server = the_server(request)
     if body.model is not None:
         server.target(body.model)
@@ -196,13 +200,13 @@ async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
 
 @router.get("/health", responses=answers(responses.Status))
 async def health() -> Response:
-    """Whether the server's process is alive. Needs no key."""
+    """Always 200 while the HTTP process runs. Needs no API key."""
     return as_json(responses.Status("alive"))
 
 
 @router.get("/ready", responses=answers(responses.Status, 503))
 async def ready(request: Request) -> Response:
-    """Whether requests can be run."""
+    """200 if the engine takes requests, else 503."""
     the_server(request).engine()
     return as_json(responses.Status("ready"))
 
@@ -213,28 +217,28 @@ async def ready(request: Request) -> Response:
     | {200: {"description": "Done.", "content": {"text/plain": {}}}},
 )
 async def metrics(request: Request) -> Response:
-    """For Prometheus."""
+    """Counters, gauges and histograms in Prometheus' text format."""
     return Response(the_server(request).meters.render(), media_type=CONTENT_TYPE)
 
 
 @router.get("/version", responses=answers(responses.Version))
 async def version() -> Response:
-    """Of the server."""
+    """The version of idlm that serves."""
     return as_json(responses.Version(__version__))
 
 
 def components() -> dict[str, Any]:
-    """The schemas of all bodies that we send."""
+    """JSON schemas of all response bodies, by name."""
     _, schemas = msgspec.json.schema_components(SHAPES, ref_template="#/components/schemas/{name}")
     return schemas
 
 
 class App(FastAPI):
-    """FastAPI, with our bodies in its document."""
+    """FastAPI with the schemas of the response bodies in its OpenAPI document."""
 
     def openapi(self) -> dict[str, Any]:
-        """The OpenAPI document, with the models there are, and without FastAPI's 422, which is
-        never sent."""
+        """The OpenAPI document: `model` lists the models served; FastAPI's 422 is never sent and
+        left out."""
         if not self.openapi_schema:
             document = get_openapi(title=self.title, version=self.version, routes=self.routes)
             for path in document["paths"].values():
@@ -251,14 +255,14 @@ class App(FastAPI):
 
 
 def create_app(config: ServeConfig, client: EngineClient, prompts: Prompts) -> FastAPI:
-    """The server's application; the engine is started, stopped and drained by the caller."""
+    """The ASGI application. The caller starts, drains and stops the engine."""
     app = App(
         title="idlm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
     meters = Meters(client)
     app.state.server = Server(config, client, prompts, meters)
     app.include_router(router)
-    app.add_middleware(Guard, api_keys=config.api_keys, limits=config.limits)
+    app.add_middleware(AuthAndLimits, api_keys=config.api_keys, limits=config.limits)
     app.add_middleware(AccessLog, meters=meters)  # the last one added is the outermost
     app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
     for kind in Expected:

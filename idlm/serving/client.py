@@ -1,8 +1,7 @@
-"""`EngineClient`: the server's side of the engine process; `Ticket`: one sample that is with it.
+"""`EngineClient`: the engine process as the server sees it; `Ticket`: a sample in that process.
 
-The socket is always read, and what comes goes to the tickets at once: a slow reader of one ticket
-holds up neither the engine nor another ticket. What gathers in a ticket is bounded by its sample's
-max_tokens.
+The socket is always read and every message goes to its ticket at once, so a slow reader of one
+ticket delays neither the engine nor another ticket. A ticket holds at most its sample's max_tokens.
 """
 
 from __future__ import annotations
@@ -32,16 +31,15 @@ from idlm.serving.wire import (
 )
 
 GUARD_SECONDS = 5.0
-"""What a sample's own timeout, which the engine keeps, may be overdrawn by before its reader is
-told."""
+"""How long after a sample's timeout, which the engine enforces, the ticket fails by itself."""
 
 
 class Ticket:
-    """One sample that is with the engine, for one reader.
+    """A sample in the engine process, with one reader.
 
     Args:
-        tokens: its share of the queue.
-        abort: called to end it.
+        tokens: what it takes of the quota.
+        abort: called with the id to abort the sample.
     """
 
     def __init__(self, id: str, tokens: int, abort: Callable[[str], None]) -> None:
@@ -54,10 +52,10 @@ class Ticket:
         return self
 
     async def __anext__(self) -> Delta | Finished:
-        """What the engine says of it next; `Finished` is the last.
+        """The next event; `Finished` is the last.
 
         Raises:
-            EngineDown: the engine is gone. InputError: it refused the sample.
+            EngineDown: the engine process ended. InputError: the engine refused the sample.
         """
         if self._read:
             raise StopAsyncIteration
@@ -68,25 +66,27 @@ class Ticket:
         return item
 
     def cancel(self) -> None:
-        """End it; any number of times, also after its end. Its share of the queue is free once the
-        engine is done."""
+        """Abort the sample; may be called again, and after its end.
+
+        Its share of the quota is free once the engine confirms.
+        """
         if self._abort is not None:
             self._abort(self.id)
         self._abort = None
 
     def put(self, item: Delta | Finished | Exception) -> None:
-        """Hand its reader something; anything but a `Delta` is the last it reads."""
+        """Queue an event for the reader; anything but a `Delta` is the last."""
         self._items.put_nowait(item)
 
 
 class EngineClient:
-    """Starts the engine's process, starts it again when it dies, and gives it samples to run.
+    """Starts and restarts the engine process, and submits samples to it.
 
     Attributes:
-        info: what the engine said of itself; None before it was ready for the first time.
-        stats: its counters; they begin anew with each process.
-        restarts: processes that were lost, each followed by another; changes together with `stats`.
-        quota: the samples that are with the engine, running or waiting.
+        info: what the engine reports when it is ready; None before it was ready for the first time.
+        stats: the engine's counters; they restart at zero with each process.
+        restarts: how many processes were lost; changes together with `stats`.
+        quota: the samples in the engine, running or waiting.
     """
 
     def __init__(self, config: WorkerConfig, limits: Limits) -> None:
@@ -103,18 +103,18 @@ class EngineClient:
 
     @property
     def ready(self) -> bool:
-        """Whether there is an engine that takes samples."""
+        """Whether the engine takes samples: it is up and not draining."""
         return self._up.is_set() and not self._draining
 
     async def start(self) -> None:
-        """Start the engine's process; `wait_ready` tells when it is there."""
+        """Start the engine process without waiting for it; see `wait_ready`."""
         self._supervising = asyncio.create_task(self._supervisor.run())
 
     async def wait_ready(self, timeout: float) -> Ready:
-        """Wait for the engine, so many seconds at most; after `start`.
+        """Wait up to `timeout` seconds for the engine; call `start` before.
 
         Raises:
-            InputError: it cannot start as configured. EngineDown: it was not ready in time.
+            InputError: the engine cannot start as configured. EngineDown: it was not ready in time.
         """
         if self._supervising is None:
             raise RuntimeError("wait_ready before start")
@@ -132,8 +132,10 @@ class EngineClient:
         return self.info
 
     async def drain(self, seconds: float) -> None:
-        """Take no more samples and wait for those there are; after so many seconds the rest raise
-        `EngineDown`."""
+        """Take no more samples and wait for the running ones.
+
+        After `seconds` the rest are aborted and raise `EngineDown`.
+        """
         self._draining = True
         deadline = asyncio.get_running_loop().time() + seconds
         while self._tickets and asyncio.get_running_loop().time() < deadline:
@@ -143,41 +145,40 @@ class EngineClient:
             ticket.put(self._down())
 
     async def close(self) -> None:
-        """End the engine's process; samples still with it raise `EngineDown`."""
+        """End the engine process; samples that are still in it raise `EngineDown`."""
         self._draining = True
         if self._supervising is not None:
             self._supervising.cancel()
             await asyncio.gather(self._supervising, return_exceptions=True)
 
     def submit(self, submits: Sequence[Submit]) -> list[Ticket]:
-        """Give the engine all samples of one request, or none; a ticket for each, in order.
+        """Submit all samples of one request, or none; returns a ticket for each, in order.
 
-        Each runs for `limits.timeout` at most. Prompts and token ids are checked here, for the
-        engine too.
+        A sample runs for at most `limits.timeout`. Prompts and token ids are checked here and not
+        again in the engine.
 
         Raises:
-            Busy: the queue has no room for them. EngineDown: there is no engine. Neither is waited
-                for.
-            InputError: they are more than the queue ever takes, or hold what the model does not
-                take.
+            Busy: the quota has no room now. EngineDown: there is no engine now.
+            InputError: the samples are more than the quota ever takes, or a token id is out of
+                range.
         """
         if not self.ready or self.info is None:
             raise self._down()
-        submits = [self._checked(one, self.info) for one in submits]
-        frames = [_frame(one) for one in submits]
-        tokens = [_tokens(one, self.info.context) for one in submits]
+        submits = [self._checked(submit, self.info) for submit in submits]
+        frames = [_frame(submit) for submit in submits]
+        tokens = [_tokens(submit, self.info.context) for submit in submits]
         self.quota.take(len(submits), sum(tokens))
-        tickets = [self._register(one, share) for one, share in zip(submits, tokens, strict=True)]
+        tickets = [self._register(*pair) for pair in zip(submits, tokens, strict=True)]
         self._supervisor.send(b"".join(frames))
         return tickets
 
     def _checked(self, submit: Submit, model: Ready) -> Submit:
-        """The sample with the time that it has."""
+        """The sample with its timeout, after its checks."""
         check_ids(submit.prompt, model)
         submit.params.check_vocabulary(model.vocab_size)
         if submit.timeout is None:
             return replace(submit, timeout=self.limits.timeout)
-        if not submit.timeout > 0:  # NaN neither
+        if not submit.timeout > 0:  # false for NaN too
             raise InputError(f"timeout={submit.timeout}; give seconds, more than 0")
         return replace(submit, timeout=min(submit.timeout, self.limits.timeout))
 
@@ -193,7 +194,7 @@ class EngineClient:
             self._supervisor.send(frame([Abort(id)]))
 
     def _overdue(self, ticket: Ticket) -> None:
-        """The engine should have ended it by itself."""
+        """Fail a ticket whose sample the engine should have ended at its timeout."""
         ticket.cancel()
         ticket.put(EngineDown("the engine did not answer within the request's timeout"))
 
@@ -212,7 +213,7 @@ class EngineClient:
             self._up.set()
 
     def _settle(self, id: str, end: Finished | Exception) -> None:
-        """A sample is no longer with the engine."""
+        """Close the ticket of a sample that has left the engine."""
         if id in self._tickets:
             ticket, guard = self._tickets.pop(id)
             guard.cancel()
@@ -220,7 +221,7 @@ class EngineClient:
             ticket.put(end)
 
     def _lose(self) -> None:
-        """The process is gone, and with it all that it ran."""
+        """Fail all tickets: the engine process has ended."""
         self._up.clear()
         self.stats = Stats()
         self.restarts += not self._draining
@@ -234,7 +235,7 @@ class EngineClient:
 
 
 def _tokens(submit: Submit, context: int) -> int:
-    """The most tokens the sample's text may come to have, as far as the engine lets it grow."""
+    """The most tokens that the prompt and the output can have together."""
     return min(len(submit.prompt) + submit.params.max_tokens, context)
 
 

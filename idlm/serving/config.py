@@ -1,4 +1,4 @@
-"""`ServeConfig`: what `idlm serve` can be told, with its defaults and bounds."""
+"""`ServeConfig`: the options of `idlm serve`, with defaults and bounds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from idlm.config import EngineConfig
 
 AR_SUFFIX = ":ar"
-"""`model` names with this ending decode without drafts, in the same engine."""
+"""A `model` name with this suffix decodes without drafts, in the same engine."""
 
 
 @dataclass(frozen=True)
@@ -24,22 +24,23 @@ class WorkerConfig:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on what one request and all requests together may take; see docs/security.md.
+    """Bounds on one request and on all requests together; see docs/security.md.
 
     Attributes:
-        queue_requests, queue_tokens: samples, and prompt tokens plus max_tokens of them, that may
-            be with the engine at once, running or waiting; more are answered 429. As many samples
-            as the engine has slots: none waits for one, so whatever the load, those that are
-            accepted are as quick as with all slots busy. Room to wait in delays the first token of
-            all that come later.
+        queue_requests: samples in the engine at once, running or waiting; more are answered 429.
+            The default is the engine's slots, so that no accepted sample waits for a slot. A longer
+            queue delays the first token of every later sample.
+        queue_tokens: prompt tokens plus max_tokens of those samples.
         max_tokens: of one sample; None: what the context leaves.
-        n: samples of one request; prompts: of one completions request.
-        body_bytes: of a request; body_seconds: to send it in, and to read what waits of an answer.
-        header_seconds: to send the first line and the headers in.
-        timeout: seconds a request may take; its own `timeout` may only be lower.
-        schema_bytes: of a JSON schema, regular expression or grammar; llguidance's own limits bound
+        n: samples of one request.
+        prompts: prompts of one completions request.
+        body_bytes: size of a request body.
+        body_seconds: time to send a body, and to read a full output buffer.
+        header_seconds: time to send the request line and the headers.
+        timeout: seconds for a request; a request can only ask for less.
+        schema_bytes: size of a JSON schema, regular expression or grammar; llguidance itself bounds
             its compilation.
-        drain_seconds: what running requests get after SIGTERM.
+        drain_seconds: how long running requests may continue after SIGTERM.
     """
 
     queue_requests: int = EngineConfig.max_num_seqs
@@ -60,8 +61,9 @@ class ServeConfig:
     """The whole server.
 
     Attributes:
-        name: under which the model is served; the adapters are served under theirs.
-        api_keys: any of them opens every route but /health; none: all routes are open.
+        name: of the model in requests; adapters have their own names.
+        api_keys: any of them opens every route; without keys all routes are open. /health needs
+            none.
         salt_by_key: requests share cached prefixes only with those of the same key.
         log_prompts: write prompts and outputs to the log.
     """

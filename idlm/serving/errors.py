@@ -1,4 +1,4 @@
-"""What a request that fails is answered: an OpenAI error body, whatever went wrong and wherever."""
+"""Failed requests: every one is answered with an OpenAI error body."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TYPES = {
 
 
 class ErrorDetail(msgspec.Struct, frozen=True):
-    """What went wrong; `param` is the field of the request that caused it."""
+    """Why a request failed; `param` is the field of the request that caused it."""
 
     message: str
     type: str
@@ -33,14 +33,13 @@ class ErrorDetail(msgspec.Struct, frozen=True):
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
-    """The body of every answer that is not a success, and of an error event in a stream."""
+    """The body of every failed response, and of an error event in a stream."""
 
     error: ErrorDetail
 
 
 class Busy(Exception):
-    """The queue is full; `retry_after` says in how many whole seconds (at least 1) it may have
-    room."""
+    """The queue is full. `retry_after`: whole seconds (at least 1) until it may have room."""
 
     def __init__(self, retry_after: int) -> None:
         super().__init__(f"the server is busy; try again in {retry_after} s")
@@ -48,11 +47,11 @@ class Busy(Exception):
 
 
 class EngineDown(Exception):
-    """There is no engine for this now; the message says why."""
+    """No engine takes requests now; the message says why."""
 
 
 class ApiError(HTTPException):
-    """A request that ends with this status and message."""
+    """A failed request with its status code and message."""
 
     def __init__(
         self,
@@ -67,22 +66,21 @@ class ApiError(HTTPException):
 
     @property
     def body(self) -> ErrorBody:
-        """As the client sees it."""
+        """The error body; its `type` follows from the status code."""
         kind = TYPES.get(self.status_code, "invalid_request_error")
         return ErrorBody(ErrorDetail(str(self.detail), kind, self.param, self.code))
 
     def response(self) -> Response:
-        """The whole answer."""
         content = msgspec.json.encode(self.body)
         return Response(content, self.status_code, self.headers, media_type="application/json")
 
 
 Expected = (AnyHTTPException, InputError, Busy, EngineDown)
-"""Exceptions that are answers; any other one is a bug, and a 500."""
+"""Exceptions with a status code of their own; any other exception is a bug and answered 500."""
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """The answer to one of `Expected`."""
+    """The status code and message of an exception of `Expected`."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, AnyHTTPException):

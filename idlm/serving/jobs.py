@@ -1,5 +1,4 @@
-"""`Server`: what every route needs. `Job`: the samples of one HTTP request, from their admission to
-their end."""
+"""`Server`: the parts that every route needs. `Job`: the samples of one HTTP request."""
 
 from __future__ import annotations
 
@@ -28,13 +27,14 @@ from idlm.serving.wire import Delta, Finished, Ready, Submit
 
 Body = ChatRequest | CompletionRequest
 Event = tuple[int, Delta | Finished]
-"""The number of a sample among the request's, and what happened to it."""
+"""The index of a sample in its request, and its event."""
 MOST_TOKENS = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Target:
-    """Who answers a request: an adapter by name (None: the engine's first), with or without drafts."""
+    """What a model name stands for: an adapter (None: the engine's default), with or without
+    drafts."""
 
     adapter: str | None = None
     drafting: bool = True
@@ -45,7 +45,7 @@ class Server:
     """The parts of a server.
 
     Attributes:
-        started: when, in seconds of the epoch.
+        started: seconds since the epoch.
     """
 
     config: ServeConfig
@@ -56,22 +56,22 @@ class Server:
 
     @property
     def targets(self) -> dict[str, Target]:
-        """What a request can name as its model."""
+        """The model itself, its AR variant and the adapters, by name."""
         name = self.config.name
-        adapters = {one: Target(one) for one in self.config.worker.adapters}
+        adapters = {adapter: Target(adapter) for adapter in self.config.worker.adapters}
         return {name: Target(), name + AR_SUFFIX: Target(drafting=False)} | adapters
 
     @property
     def fingerprint(self) -> str:
-        """Changes when anything does that may change an output."""
+        """Changes with the version and the engine's options, which may change an output."""
         digest = hashlib.blake2b(repr((__version__, self.config.worker)).encode(), digest_size=6)
         return f"idlm-{digest.hexdigest()}"
 
     def target(self, model: str) -> Target:
-        """Who answers for this name.
+        """The target of a model name.
 
         Raises:
-            ApiError: 404: nobody does.
+            ApiError: 404: no such model.
         """
         if model not in self.targets:
             names = ", ".join(self.targets)
@@ -84,11 +84,11 @@ class Server:
         return self.targets[model]
 
     def accept(self, body: Body) -> None:
-        """Look at what a request asks for before anything is done for it.
+        """Check a request before any work is done for it.
 
         Raises:
-            ApiError: nobody answers for its model, or it is out of bounds. EngineDown, Busy: there
-                is no engine, or no room.
+            ApiError: there is no such model, or a field is out of bounds.
+            EngineDown, Busy: there is no engine, or no room in the queue.
         """
         self.target(body.model)
         body.check(self.config.limits)
@@ -96,10 +96,10 @@ class Server:
         self.client.quota.check()
 
     def engine(self) -> Ready:
-        """What the engine said of itself.
+        """What the engine reported when it became ready.
 
         Raises:
-            EngineDown: it is not there.
+            EngineDown: it is not ready now.
         """
         if self.client.info is None:
             raise EngineDown("the engine is starting; try again soon")
@@ -111,17 +111,17 @@ class Server:
 
 
 def the_server(request: Request) -> Server:
-    """The server that a request came to."""
+    """The `Server` of the application that received the request."""
     server: Server = request.app.state.server
     return server
 
 
 class Job:
-    """Samples that are with the engine: n of the first prompt, n of the second, and so on.
+    """The samples of one request in the engine: n of the first prompt, n of the second, and so on.
 
     Attributes:
-        head: id, created, model and system_fingerprint of the answer.
-        ends: the end of each sample, once it is there.
+        head: id, created, model and system_fingerprint of the response.
+        ends: the end of each finished sample, by its index.
     """
 
     def __init__(self, server: Server, request: Request, body: Body) -> None:
@@ -139,11 +139,11 @@ class Job:
         self._started = perf_counter()
 
     async def events(self) -> AsyncIterator[Event]:
-        """What happens to the samples, as it happens.
+        """The events of all samples in the order in which they come.
 
         Raises:
-            EngineDown: the engine is gone. InputError: it refused a sample.
-            ApiError: 408: the time is over. 503: the server ended it.
+            EngineDown: the engine process ended. InputError: it refused a sample.
+            ApiError: 408: the timeout is over. 503: the engine aborted the sample.
         """
         timings = [Timing(self._meters, self._started) for _ in self.tickets]
         async for index, event in _merged(self.tickets):
@@ -164,20 +164,20 @@ class Job:
                 "the request took longer than its timeout; raise it or ask for less",
                 code="timeout",
             )
-        if event.reason == "error":  # the guide leaves nothing, or has become too costly
+        if event.reason == "error":  # the guide allows no token, or exceeds its limits
             raise ApiError(400, f"the output cannot go on: {event.stop}")
         if event.reason not in ("stop", "length"):
             raise ApiError(503, "the server ended the request", code="aborted")
 
     def cancel(self) -> None:
-        """End every sample that has not ended."""
+        """Abort every sample that has not finished."""
         if len(self.ends) < len(self.tickets):
             self._facts["cancelled"] = True
         for ticket in self.tickets:
             ticket.cancel()
 
     def usage(self) -> Usage:
-        """Over all samples; call it when all have ended."""
+        """Token counts of all samples; call it when all have finished."""
         ends = [self.ends[index] for index in range(len(self.tickets))]
         prompts = ends[:: self.samples]
         prompt, completion = (
@@ -195,7 +195,7 @@ class Job:
 
 
 async def _merged(tickets: Sequence[Ticket]) -> AsyncIterator[Event]:
-    """The events of all tickets, whoever has one; the first error ends it."""
+    """The events of all tickets as they come; the first error ends it."""
     if len(tickets) == 1:
         async for event in tickets[0]:
             yield 0, event
@@ -222,15 +222,15 @@ async def _merged(tickets: Sequence[Ticket]) -> AsyncIterator[Event]:
             else:
                 yield item
     finally:
-        for one in pumps:
-            one.cancel()
+        for task in pumps:
+            task.cancel()
 
 
 def admit(request: Request, body: Body, prompts: Sequence[list[int]]) -> Job:
-    """Give the engine all samples of a request, or none.
+    """Submit all samples of a request to the engine, or none.
 
     Raises:
-        ApiError, InputError: the request cannot be run. Busy, EngineDown: not now.
+        ApiError, InputError: the request cannot be run. Busy, EngineDown: it cannot be run now.
     """
     server = the_server(request)
     context, limits = server.engine().context, server.config.limits
@@ -244,7 +244,7 @@ def admit(request: Request, body: Body, prompts: Sequence[list[int]]) -> Job:
     submits = []
     for ids in prompts:
         params = body.sampling(room(body.asked_tokens, len(ids), context, limits), guide)
-        submits += [_submit(server, request, body, ids, one) for one in _samples(params)]
+        submits += [_submit(server, request, body, ids, sample) for sample in _samples(params)]
     job.tickets = server.client.submit(submits)
     if server.config.log_prompts:
         facts |= {
@@ -255,7 +255,7 @@ def admit(request: Request, body: Body, prompts: Sequence[list[int]]) -> Job:
 
 
 def _samples(params: SamplingParams) -> list[SamplingParams]:
-    """Of each sample of a prompt; sample i has seed + i, as in `LLM`."""
+    """The parameters of each sample of a prompt; sample i has seed + i, as in `LLM`."""
     seed = secrets.randbelow(SEED_LIMIT) if params.seed is None else params.seed
     return [replace(params, n=1, seed=(seed + sample) % SEED_LIMIT) for sample in range(params.n)]
 
@@ -277,20 +277,20 @@ def _submit(
     )
 
 
-def room(asked: int | None, prompt_tokens: int, context: int, limits: Limits) -> int:
-    """max_tokens of a sample: what is asked for, or all that the context and the server's bound
-    leave.
+def room(requested: int | None, prompt_tokens: int, context: int, limits: Limits) -> int:
+    """max_tokens of a sample: what the request asks for, or what the context and `limits` leave.
 
-    More than the context leaves is not refused: the output then ends at the context, as in `LLM`.
+    A request for more than the context leaves is accepted: the output then ends at the context, as
+    in `LLM`.
 
     Raises:
-        ApiError: 400: more than the server's bound.
+        ApiError: 400: more than `limits.max_tokens`.
     """
     bound = MOST_TOKENS if limits.max_tokens is None else limits.max_tokens
-    if asked is not None and asked > bound:
+    if requested is not None and requested > bound:
         raise ApiError(
             400,
-            f"max_tokens={asked} is more than the {bound} of this server; lower it",
+            f"max_tokens={requested} is more than the {bound} of this server; lower it",
             "max_tokens",
         )
-    return min(bound if asked is None else asked, max(1, context - prompt_tokens))
+    return min(bound if requested is None else requested, max(1, context - prompt_tokens))

@@ -1,4 +1,4 @@
-"""Bounds on what clients may take: connections and headers, keys and bodies, room in the engine's
+"""Bounds on what clients may use: connections, headers, API keys, bodies, and the engine's
 queue."""
 
 from __future__ import annotations
@@ -28,26 +28,28 @@ STATUS = {
 }
 OPEN_PATH = "/health"
 CLOSE = {"Connection": "close"}
-"""For answers given before the whole body was read."""
+"""Header of responses that are sent before the whole body was read."""
 WINDOW = 30.0
-"""Seconds of which the pace of ended samples is taken; what was longer ago says nothing of the load
-now."""
+"""Seconds over which `Quota` measures the rate of finished samples; older ones say nothing about
+the load now."""
 LONGEST_WAIT = 60
 
 
 def _headers_too_large() -> ApiError:
-    """The answer to them."""
     message = f"the headers are larger than {HEADER_BYTES} bytes; send less"
     return ApiError(431, message, headers={"Connection": "close"})
 
 
 class Connection(HttpToolsProtocol):
-    """Closed when there are too many connections, when headers take too long or are too large, and
-    when nobody reads.
+    """An HTTP connection with limits.
+
+    It is closed if there are too many connections, if headers take too long or are too large, and
+    if the client does not read.
 
     Args:
-        header_seconds: to send the headers in.
-        stall_seconds: how long a full buffer may wait to be read; the request then counts as left.
+        header_seconds: time to send the headers.
+        stall_seconds: how long a full output buffer may wait to be read; after that the client
+            counts as disconnected.
         most: connections at once.
     """
 
@@ -61,22 +63,20 @@ class Connection(HttpToolsProtocol):
         self._header_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client is there; its headers have to follow."""
+        """Expect the headers of the first request."""
         super().connection_made(transport)
         self._expect_headers()
         if len(self.connections) > self._most:
             transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It is gone."""
         self._headers_done()
         if self._stall is not None:
             self._stall.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes came: of headers that are awaited, of the next request on a kept connection, or of
-        a body."""
+        """Bytes of headers, of the next request on a kept connection, or of a body."""
         if self._timer is None and (self.cycle is None or self.cycle.response_complete):
             self._expect_headers()
         self._header_bytes += len(data)
@@ -85,29 +85,27 @@ class Connection(HttpToolsProtocol):
             self._refuse(_headers_too_large())
 
     def on_message_begin(self) -> None:
-        """A request begins; it may be one sent before the last was answered."""
+        """Also called for a request that is sent before the last one was answered."""
         if self._timer is None:
             self._expect_headers()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """All headers are there."""
         self._headers_done()
         super().on_headers_complete()
 
     def pause_writing(self) -> None:
-        """The client does not read as fast as we write."""
+        """The output buffer is full: cut the connection unless the client reads in time."""
         super().pause_writing()
         self._stall = self.loop.call_later(self._stall_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """It reads again."""
         if self._stall is not None:
             self._stall.cancel()
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        """What is no HTTP."""
+        """Refuse bytes that are not HTTP."""
         self._refuse(ApiError(400, msg))
 
     def _expect_headers(self) -> None:
@@ -123,30 +121,33 @@ class Connection(HttpToolsProtocol):
             self._timer = None
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer what is not a request yet, and close."""
+        """Send an error response and close the connection."""
         self._headers_done()
         if self.transport.is_closing():
             return
         body = msgspec.json.encode(error.body)
-        head = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
+        head = (
+            b"HTTP/1.1 %b\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\nconnection: close\r\n\r\n"
+        )
         self.transport.write(head % (STATUS[error.status_code], len(body)) + body)
         self.transport.close()
 
 
-class Guard:
-    """ASGI middleware; every path but /health needs a key where there are keys, also paths that
-    nobody has.
+class AuthAndLimits:
+    """ASGI middleware: API keys, and the sizes of headers and bodies.
 
-    A request's `scope["state"]["salt"]` is a digest of its key: empty without keys.
+    If the server has keys, every path but /health needs one, even a path without a route.
+    `scope["state"]["salt"]` is the digest of the request's key, or empty without keys.
     """
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str], limits: Limits) -> None:
         self.app, self.limits = app, limits
-        # equal lengths: a comparison then takes the same time for every guess
+        # digests have equal lengths, so a comparison takes the same time for every guess
         self._keys = [hashlib.sha256(key.encode()).digest() for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request pass, or answer it."""
+        """Pass a request on, or answer it with an error."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -163,17 +164,16 @@ class Guard:
         """The digest of the request's key.
 
         Raises:
-            ApiError: 401: it has none of ours.
+            ApiError: 401: no key, or one that the server does not have.
         """
         if not self._keys or scope["path"] == OPEN_PATH:
             return b""
         scheme, _, key = _header(scope, b"authorization").partition(b" ")
-        given = hashlib.sha256(key.strip()).digest()
-        known = [
-            hmac.compare_digest(given, one) for one in self._keys
-        ]  # all of them, whichever it is
-        if scheme.lower() == b"bearer" and any(known):
-            return given
+        digest = hashlib.sha256(key.strip()).digest()
+        # a list, since `any` over a generator stops at the first match and so leaks which key it is
+        matches = [hmac.compare_digest(digest, valid) for valid in self._keys]
+        if scheme.lower() == b"bearer" and any(matches):
+            return digest
         raise ApiError(
             401,
             "no valid API key; send the header 'Authorization: Bearer KEY'",
@@ -183,9 +183,8 @@ class Guard:
 
     def _check_declared_length(self, scope: Scope) -> None:
         text = _header(scope, b"content-length")
-        if (
-            text.isdigit() and int(text[:20]) > self.limits.body_bytes
-        ):  # what is no number the parser refuses
+        # the parser refuses a length that is not a number
+        if text.isdigit() and int(text[:20]) > self.limits.body_bytes:
             raise _too_large(self.limits)
 
 
@@ -194,7 +193,7 @@ def _header(scope: Scope, name: bytes) -> bytes:
 
 
 def _check_headers(scope: Scope) -> None:
-    """Those that came whole; `Connection` refuses what grows too large while it comes."""
+    """Headers that came in one piece; `Connection` bounds them while they come."""
     if sum(len(key) + len(value) for key, value in scope["headers"]) > HEADER_BYTES:
         raise _headers_too_large()
 
@@ -206,7 +205,8 @@ def _too_large(limits: Limits) -> ApiError:
 
 
 class _Body:
-    """Counts and times a body while it is read; afterwards only tells when the client leaves."""
+    """Bounds the size and the time of a body; after its end it only reports that the client
+    disconnects."""
 
     def __init__(self, receive: Receive, limits: Limits) -> None:
         self._receive, self._limits = receive, limits
@@ -215,10 +215,11 @@ class _Body:
         self._complete = False
 
     async def receive(self) -> Message:
-        """The next message.
+        """The next ASGI message.
 
         Raises:
-            ApiError: 413: too much; 408: too slow; 499, which nobody sees: the client has left.
+            ApiError: 413: too large. 408: too slow. 499: the client has disconnected, so only the
+                log sees it.
         """
         if self._complete:
             return await self._receive()
@@ -240,10 +241,10 @@ class _Body:
 
 
 class Quota:
-    """Counts samples, and their tokens: those of the prompt and the most the output may have.
+    """The room in the engine's queue, in samples and in tokens: the prompt's and max_tokens.
 
     Attributes:
-        samples, tokens: with the engine now.
+        samples, tokens: what is in the engine now.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -253,24 +254,25 @@ class Quota:
         self._returned: deque[tuple[float, int]] = deque(maxlen=256)
 
     def check(self) -> None:
-        """Refuse at once where no sample at all has room, before its prompt costs anything.
+        """Refuse a request if there is no room for any sample, before its prompt is tokenized.
 
         Raises:
-            Busy: so it is.
+            Busy: there is no room.
         """
         if self.samples >= self.most_samples:
             raise Busy(self._wait(1, 0))
 
     def take(self, samples: int, tokens: int) -> None:
-        """Make room for a request's samples, or for none of them.
+        """Reserve room for all samples of a request, or for none.
 
         Raises:
-            Busy: there is not enough now. InputError: there never is.
+            Busy: there is not enough room now. InputError: the quota is smaller than the request.
         """
         if samples > self.most_samples or tokens > self.most_tokens:
             raise InputError(
-                f"a request of {samples} samples and {tokens} tokens (prompts and max_tokens); this server takes "
-                f"{self.most_samples} samples and {self.most_tokens} tokens at once: lower n or max_tokens"
+                f"a request of {samples} samples and {tokens} tokens (prompts and max_tokens); "
+                f"this server takes {self.most_samples} samples and {self.most_tokens} tokens "
+                "at once: lower n or max_tokens"
             )
         more_samples = self.samples + samples - self.most_samples
         more_tokens = self.tokens + tokens - self.most_tokens
@@ -280,20 +282,20 @@ class Quota:
         self.tokens += tokens
 
     def give_back(self, tokens: int) -> None:
-        """A sample of so many tokens has ended."""
+        """Free the room of a finished sample that had reserved `tokens`."""
         self.samples -= 1
         self.tokens -= tokens
         self._returned.append((monotonic(), tokens))
 
     def _wait(self, samples: int, tokens: int) -> int:
-        """Seconds in which so many samples and tokens come back, at the pace of late; 1 where it is
-        not known."""
+        """Seconds until so much is free at the rate of the last `WINDOW` seconds; 1 if there is no
+        rate."""
         now = monotonic()
         while self._returned and now - self._returned[0][0] > WINDOW:
             self._returned.popleft()
         if not self._returned:
             return 1
         span = now - self._returned[0][0]
-        returned = sum(one for _, one in self._returned)
+        returned = sum(freed for _, freed in self._returned)
         seconds = span * max(samples / len(self._returned), tokens / returned)
         return min(max(1, math.ceil(seconds)), LONGEST_WAIT)

@@ -1,6 +1,6 @@
-"""What a server tells of itself: logs, one JSON object a line on stderr, and Prometheus metrics.
+"""Logs (one JSON object a line on stderr) and Prometheus metrics.
 
-No line holds a prompt or an output, unless the server was told so.
+No line holds a prompt or an output unless `ServeConfig.log_prompts` is set.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ access = logging.getLogger("idlm.serving.access")
 errors = logging.getLogger("idlm.serving")
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 QUIET = ("/health", "/ready", "/metrics")
-"""Asked every few seconds by machines: logged only when they fail."""
+"""Paths that monitors poll every few seconds; they are logged only if they fail."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -57,17 +57,16 @@ COUNTERS = {
         "idlm_forwards",
         "Forwards that committed tokens, summed over samples; tokens by it is TPF.",
     ),
-    "preemptions": ("idlm_preemptions", "Samples put back to wait for want of pages."),
-    "evictions": ("idlm_evictions", "Cached pages given up for new ones."),
+    "preemptions": ("idlm_preemptions", "Samples that wait again because pages ran out."),
+    "evictions": ("idlm_evictions", "Cached pages given to a new owner."),
 }
-"""Fields of `Stats`, and what they are called here."""
+"""Name and help text of the metric of each field of `Stats`."""
 
 
 class JsonLines(logging.Formatter):
-    """A record as one JSON object; `extra={"facts": {..}}` adds fields."""
+    """Formats a record as one JSON object; `extra={"facts": {..}}` adds fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
         line = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
             "level": record.levelname.lower(),
@@ -81,7 +80,8 @@ class JsonLines(logging.Formatter):
 
 
 def configure() -> None:
-    """Send the logs of the server, and warnings of everything else, to stderr as JSON lines."""
+    """Log to stderr as JSON lines: the server's records from INFO on, all others from WARNING
+    on."""
     logging.config.dictConfig(
         {
             "version": 1,
@@ -95,17 +95,17 @@ def configure() -> None:
 
 
 class AccessLog:
-    """ASGI middleware, the outermost: names every request, answers what failed without an answer,
-    and counts.
+    """ASGI middleware, the outermost: request ids, the access log, counters, and 500 for unexpected
+    errors.
 
-    What routes put into `scope["state"]["facts"]` comes into the request's line.
+    Routes put fields of the request's log line into `scope["state"]["facts"]`.
     """
 
     def __init__(self, app: ASGIApp, meters: Meters) -> None:
         self.app, self.meters = app, meters
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request pass, and write about it."""
+        """Pass a request on and log it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -118,7 +118,7 @@ class AccessLog:
         except Exception:
             errors.exception("bug", extra={"facts": {"request_id": id}})
             if answer.status is not None:
-                raise  # too late for an answer; the connection is closed
+                raise  # the response has begun: the server closes the connection
             await ApiError(500, "an error inside the server; its log has the details").response()(
                 scope, receive, answer.send
             )
@@ -128,9 +128,8 @@ class AccessLog:
     def _write(
         self, scope: Scope, id: str, status: int, seconds: float, facts: dict[str, Any]
     ) -> None:
-        route = getattr(
-            scope.get("route"), "path", "none"
-        )  # the pattern, or scanners would make endless labels
+        # the route's pattern: a label for every path that a scanner tries would have no bound
+        route = getattr(scope.get("route"), "path", "none")
         self.meters.requests.labels(route, str(status)).inc()
         self.meters.request_seconds.labels(route).observe(seconds)
         if status < 400 and scope["path"] in QUIET:
@@ -147,20 +146,19 @@ class AccessLog:
 
 
 def _request_id(scope: Scope) -> str:
-    """The client's own X-Request-Id if it is harmless, else a new one."""
-    given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
-    return given.decode() if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+    """The client's X-Request-Id if it is short and has only plain characters, else a new id."""
+    header = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
+    return header.decode() if REQUEST_ID.fullmatch(header) else secrets.token_hex(16)
 
 
 class _Watched:
-    """Adds the request's id to an answer and notes its status."""
+    """Adds the request id to a response and records its status code."""
 
     def __init__(self, send: Send, id: str) -> None:
         self._send, self._id = send, id
         self.status: int | None = None
 
     async def send(self, message: Message) -> None:
-        """Pass a message on."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = [*message.get("headers", []), (b"x-request-id", self._id.encode())]
@@ -168,7 +166,7 @@ class _Watched:
 
 
 class Meters:
-    """All metrics of one server."""
+    """The metrics of one server, in a registry of their own."""
 
     def __init__(self, client: EngineClient) -> None:
         self._registry = CollectorRegistry()
@@ -181,7 +179,7 @@ class Meters:
         )
         self.request_seconds = self._histogram(
             "idlm_http_request_seconds",
-            "From a request's first byte to its answer's last.",
+            "From the first byte of a request to the last byte of its response.",
             SECONDS,
             ("route",),
         )
@@ -195,8 +193,12 @@ class Meters:
             "Between tokens of a sample, the first not counted.",
             TOKEN_SECONDS,
         )
-        self.prompt_tokens = self._histogram("idlm_prompt_tokens", "Of a sample.", TOKENS)
-        self.completion_tokens = self._histogram("idlm_completion_tokens", "Of a sample.", TOKENS)
+        self.prompt_tokens = self._histogram(
+            "idlm_prompt_tokens", "Prompt tokens of a sample.", TOKENS
+        )
+        self.completion_tokens = self._histogram(
+            "idlm_completion_tokens", "Output tokens of a sample.", TOKENS
+        )
 
     def _histogram(
         self, name: str, text: str, buckets: Iterable[float], labels: Iterable[str] = ()
@@ -204,19 +206,19 @@ class Meters:
         return Histogram(name, text, labels, buckets=tuple(buckets), registry=self._registry)
 
     def render(self) -> bytes:
-        """All of them in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
 class Timing:
-    """Times one sample, whose request came at `started` of `perf_counter`."""
+    """Latencies of one sample; `started` is when its request came, by `perf_counter`."""
 
     def __init__(self, meters: Meters, started: float) -> None:
         self._meters, self._started = meters, started
         self._first: float | None = None
 
     def see(self, event: Delta | Finished) -> None:
-        """Something came."""
+        """Observe an event at the time at which it comes."""
         if isinstance(event, Finished):
             self._end(event)
         elif self._first is None and event.tokens:
@@ -233,10 +235,10 @@ class Timing:
 
 
 class EngineCollector(Collector):
-    """The engine's own counters, read when somebody asks.
+    """The engine's counters, read when Prometheus asks.
 
-    An engine that starts again counts from zero; what the one before had counted is added, so
-    nothing goes backwards.
+    A new engine process counts from zero; the totals of earlier processes are added, so that no
+    counter decreases.
     """
 
     def __init__(self, client: EngineClient) -> None:
@@ -245,7 +247,7 @@ class EngineCollector(Collector):
         self._before, self._last = Stats(), Stats()
 
     def _stats(self) -> Stats:
-        """Gauges of now, totals of all engines so far."""
+        """Gauges of the running process, totals of all processes."""
         now = self._client.stats
         if self._client.restarts != self._restarts:
             self._restarts = self._client.restarts
@@ -254,19 +256,18 @@ class EngineCollector(Collector):
         return add_totals(self._before, now)
 
     def collect(self) -> Iterator[Metric]:
-        """Everything, as families."""
         stats = self._stats()
         yield GaugeMetricFamily(
             "idlm_engine_ready", "Whether the engine takes samples.", float(self._client.ready)
         )
         yield CounterMetricFamily(
-            "idlm_engine_restarts", "Engines started again.", self._client.restarts
+            "idlm_engine_restarts", "Restarts of the engine process.", self._client.restarts
         )
         yield GaugeMetricFamily(
             "idlm_queue_samples", "Samples with the engine.", self._client.quota.samples
         )
         yield GaugeMetricFamily(
-            "idlm_queue_tokens", "Tokens that they may come to.", self._client.quota.tokens
+            "idlm_queue_tokens", "The most tokens that they can have.", self._client.quota.tokens
         )
         yield GaugeMetricFamily(
             "idlm_tokens_per_forward",
@@ -278,9 +279,9 @@ class EngineCollector(Collector):
         for field, (name, text) in COUNTERS.items():
             yield CounterMetricFamily(name, text, getattr(stats, field))
         yield _labelled("idlm_plan_steps", "Steps by plan.", "plan", stats.plans.items())
-        for field, text in (("reached", "Drafts looked at."), ("accepted", "Drafts accepted.")):
+        for field, text in (("reached", "Drafts reached."), ("accepted", "Drafts accepted.")):
             depths = (
-                (str(depth), number) for depth, number in enumerate(getattr(stats, field), start=1)
+                (str(depth), count) for depth, count in enumerate(getattr(stats, field), start=1)
             )
             yield _labelled(f"idlm_drafts_{field}", text, "depth", depths)
 
@@ -289,13 +290,13 @@ def _labelled(
     name: str, text: str, label: str, values: Iterable[tuple[str, int]]
 ) -> CounterMetricFamily:
     family = CounterMetricFamily(name, text, labels=[label])
-    for value, number in values:
-        family.add_metric([value], number)
+    for value, count in values:
+        family.add_metric([value], count)
     return family
 
 
 def add_totals(before: Stats, now: Stats) -> Stats:
-    """`now` with its totals raised by those of `before`."""
+    """`now` with the totals of `before` added; gauges are those of `now`."""
     totals = {field: getattr(before, field) + getattr(now, field) for field in COUNTERS}
     plans = {
         plan: before.plans.get(plan, 0) + now.plans.get(plan, 0)

@@ -1,4 +1,4 @@
-"""`Prompts`: the prompts of requests, made token ids beside the event loop."""
+"""`Prompts`: encodes the prompts of requests, beside the event loop."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ T = TypeVar("T")
 
 
 class Prompts(PromptEncoder):
-    """Encodes and decodes for a server, in a thread: the loop stays free, and the other cores are
-    the engine's."""
+    """Encodes and decodes in one thread: the event loop stays free, and so do the engine's
+    cores."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, name: str, context: int) -> None:
         super().__init__(tokenizer, name, context)
@@ -27,15 +27,12 @@ class Prompts(PromptEncoder):
         self._tokens: dict[int, str] = {}
         self._thread = ThreadPoolExecutor(1, "prompts")
         if tokenizer is not None:
-            _ = (
-                self._specials,
-                self._plain,
-                self._longest,
-            )  # now, and not in the first request that needs them
+            # cached properties: computed now and not in the first request that needs them
+            _ = (self._specials, self._plain, self._longest)
 
     @classmethod
     def load(cls, model: str) -> Prompts:
-        """For a model as `idlm.load` knows it; no weights are read.
+        """For a model as `idlm.load` names it, without reading its weights.
 
         Raises:
             InputError: there is no such model, or its tokenizer is broken.
@@ -45,11 +42,11 @@ class Prompts(PromptEncoder):
         return cls(read_tokenizer(folder, config), model, int(config.max_position_embeddings))
 
     async def in_thread(self, work: Callable[[], T]) -> T:
-        """Run what takes long away from the event loop."""
+        """Run `work` in the thread, one piece of work after the other."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of a prompt's ids, special tokens included; empty without a tokenizer."""
+        """The text of token ids, special tokens included; "" without a tokenizer."""
         return (
             ""
             if self._tokenizer is None
@@ -57,16 +54,16 @@ class Prompts(PromptEncoder):
         )
 
     def token(self, token: int) -> str:
-        """The text of one token."""
+        """The text of one token, cached."""
         if token not in self._tokens:
             self._tokens[token] = self.decode([token])
         return self._tokens[token]
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of any ids.
+        """The text of token ids of a client.
 
         Raises:
-            InputError: one is outside the tokenizer's vocabulary, or there is no tokenizer.
+            InputError: an id is outside the vocabulary, or there is no tokenizer.
         """
         size = len(self.tokenizer)
         for token in ids:

@@ -1,5 +1,7 @@
-"""What the server answers, in OpenAI's shapes; msgspec, since a chunk of a stream has to cost
-microseconds."""
+"""Bodies of responses, in OpenAI's format.
+
+They are msgspec structs because a chunk of a stream must cost microseconds.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +14,20 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class PromptDetails(msgspec.Struct):
-    """Prompt tokens that were in the prefix cache."""
+    """Prompt tokens found in the prefix cache."""
 
     cached_tokens: int
 
 
 class CompletionDetails(msgspec.Struct):
-    """Drafts that became tokens, and drafts that were looked at and did not."""
+    """Drafts that became tokens, and drafts that were verified and rejected."""
 
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
 
 
 class Usage(msgspec.Struct):
-    """Tokens of a request; a prompt counts once, however many samples it has."""
+    """Token counts of a request; a prompt counts once, however many samples it has."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -35,7 +37,8 @@ class Usage(msgspec.Struct):
 
 
 class TraceEntry(msgspec.Struct):
-    """A token, its id, where it came from, and the number of its forward."""
+    """A token: its text, its id, its source, and the forward pass that committed it, counted from
+    1."""
 
     token: str
     id: int
@@ -44,14 +47,14 @@ class TraceEntry(msgspec.Struct):
 
 
 class Trace(msgspec.Struct):
-    """The tokens of a sample, and at its end its tokens per forward."""
+    """The source of each token of a sample, and at the end its tokens per forward."""
 
     trace: list[TraceEntry]
     tpf: float | UnsetType = UNSET
 
 
 class TopLogprob(msgspec.Struct):
-    """A likely token; `bytes` of its text."""
+    """A likely token; `bytes` is its text in UTF-8."""
 
     token: str
     logprob: float
@@ -59,7 +62,7 @@ class TopLogprob(msgspec.Struct):
 
 
 class ChatLogprob(msgspec.Struct):
-    """A token, and the likeliest in its place."""
+    """A token with its log-probability, and the likeliest tokens at its position."""
 
     token: str
     logprob: float
@@ -68,21 +71,21 @@ class ChatLogprob(msgspec.Struct):
 
 
 class ChatLogprobs(msgspec.Struct):
-    """One entry a token."""
+    """Log-probabilities of a sample, one entry for each token."""
 
     content: list[ChatLogprob]
     refusal: None = None
 
 
 class FunctionCall(msgspec.Struct):
-    """A function's name and its arguments, JSON as text."""
+    """The name of a function, and its arguments as JSON text."""
 
     name: str
     arguments: str
 
 
 class ToolCall(msgspec.Struct):
-    """A call that the model asks for; `index` in streams."""
+    """A tool call of the model; only streams have `index`."""
 
     id: str
     function: FunctionCall
@@ -91,7 +94,7 @@ class ToolCall(msgspec.Struct):
 
 
 class Message(msgspec.Struct):
-    """An answer."""
+    """The message that the model wrote; `content` is null if it only calls tools."""
 
     content: str | None
     role: Literal["assistant"] = "assistant"
@@ -100,7 +103,7 @@ class Message(msgspec.Struct):
 
 
 class ChatChoice(msgspec.Struct):
-    """One sample."""
+    """One sample of a chat completion."""
 
     index: int
     message: Message
@@ -110,7 +113,7 @@ class ChatChoice(msgspec.Struct):
 
 
 class Head(msgspec.Struct):
-    """What every answer, and every event of a stream, begins with."""
+    """Fields that all responses and all chunks have."""
 
     id: str
     created: int
@@ -119,7 +122,7 @@ class Head(msgspec.Struct):
 
 
 class ChatCompletion(Head):
-    """Answer of /v1/chat/completions."""
+    """The response of /v1/chat/completions, with a choice for each sample."""
 
     choices: list[ChatChoice]
     usage: Usage
@@ -127,7 +130,7 @@ class ChatCompletion(Head):
 
 
 class ChoiceDelta(msgspec.Struct):
-    """What a chunk adds to an answer."""
+    """The part of a message that a chunk adds."""
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
@@ -135,7 +138,7 @@ class ChoiceDelta(msgspec.Struct):
 
 
 class ChunkChoice(msgspec.Struct):
-    """What a chunk adds to a sample."""
+    """The part of a sample that a chunk adds."""
 
     index: int
     delta: ChoiceDelta
@@ -145,7 +148,7 @@ class ChunkChoice(msgspec.Struct):
 
 
 class ChatChunk(Head):
-    """An event of a chat stream."""
+    """An event in the stream of a chat completion."""
 
     choices: list[ChunkChoice]
     usage: Usage | None | UnsetType = UNSET
@@ -153,7 +156,7 @@ class ChatChunk(Head):
 
 
 class CompletionLogprobs(msgspec.Struct):
-    """Four lists with one entry a token; a prompt's first token has no law, so null."""
+    """Four lists with one entry for each token; the first token of a prompt has null."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -162,7 +165,7 @@ class CompletionLogprobs(msgspec.Struct):
 
 
 class CompletionChoice(msgspec.Struct):
-    """One sample, or what a chunk adds to it."""
+    """One sample, or the part of it that a chunk adds."""
 
     index: int
     text: str
@@ -172,7 +175,7 @@ class CompletionChoice(msgspec.Struct):
 
 
 class Completion(Head):
-    """Answer of /v1/completions, and an event of its stream."""
+    """The response of /v1/completions, and an event in its stream."""
 
     choices: list[CompletionChoice]
     usage: Usage | None | UnsetType = UNSET
@@ -180,7 +183,7 @@ class Completion(Head):
 
 
 class ModelCard(msgspec.Struct):
-    """A name that requests can give as `model`."""
+    """A model; requests name it by `id`."""
 
     id: str
     created: int
@@ -190,14 +193,14 @@ class ModelCard(msgspec.Struct):
 
 
 class ModelList(msgspec.Struct):
-    """All of them."""
+    """The models that this server serves."""
 
     data: list[ModelCard]
     object: Literal["list"] = "list"
 
 
 class Tokenized(msgspec.Struct):
-    """Answer of /tokenize."""
+    """The response of /tokenize: token ids, their count, and the model's context."""
 
     count: int
     max_model_len: int
@@ -206,18 +209,18 @@ class Tokenized(msgspec.Struct):
 
 
 class Detokenized(msgspec.Struct):
-    """Answer of /detokenize."""
+    """The response of /detokenize: the text in `prompt`."""
 
     prompt: str
 
 
 class Status(msgspec.Struct):
-    """Answer of /health and /ready."""
+    """The response of /health and of /ready."""
 
     status: str
 
 
 class Version(msgspec.Struct):
-    """Answer of /version."""
+    """The response of /version: the version of idlm."""
 
     version: str

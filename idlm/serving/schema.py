@@ -1,11 +1,11 @@
-"""Bodies of requests, read strictly: what is not JSON, too deep, of a wrong type or unknown is a
-400 that says so.
+"""Bodies of requests, read strictly.
 
-OpenAI's fields that say nothing here, or whose default is all we do, are taken at that value and
+A body that is not JSON or is nested too deep, a value of the wrong type and an unknown field are
+answered 400. OpenAI's fields that have no effect here are accepted at the values of this table and
 refused at any other:
 
-    field                                                   taken
-    user, safety_identifier, prompt_cache_key, metadata     any value; never used, never logged
+    field                                                   accepted
+    user, safety_identifier, prompt_cache_key, metadata     any value; not used, not logged
     store                                                   false
     service_tier                                            "auto", "default"
     best_of (completions)                                   n
@@ -37,7 +37,7 @@ MOST_KEYS = 4096
 SHOWN = 60
 """Characters of a wrong value that an error repeats."""
 DEFAULT_MAX_TOKENS = 16
-"""OpenAI's, for completions."""
+"""OpenAI's default for completions."""
 MOST_STOPS = 16
 LONGEST_STOP = 256
 LONGEST_KEY = 10
@@ -61,12 +61,11 @@ SHARED = (
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "verification"),
     *("include_stop_str_in_output", "skip_special_tokens"),
 )
-"""Fields that mean what they mean in `SamplingParams`, which checks their values."""
+"""Fields with the meaning that they have in `SamplingParams`, which checks their values."""
 
 
 class Strict(BaseModel):
-    """A part of a request: no unknown fields, no conversions ("1" is no number, true is no
-    integer), no NaN."""
+    """A part of a request: no unknown fields, no conversions ("1" is not a number), no NaN."""
 
     model_config = ConfigDict(
         strict=True, extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=()
@@ -80,7 +79,7 @@ def _boolean(value: object) -> object:
 
 
 Boolean = BeforeValidator(_boolean)
-"""For fields of one boolean: `Literal` alone takes 0 for False and 1 for True."""
+"""For fields that accept one boolean: `Literal` alone accepts 0 for False and 1 for True."""
 
 
 def decode(text: bytes | str, what: str) -> Any:
@@ -100,20 +99,21 @@ def decode(text: bytes | str, what: str) -> Any:
 
 
 def check_shape(value: object, what: str) -> None:
-    """Refuse what is nested too deep, or has an object with too many keys: both cost more than
-    their bytes.
+    """Refuse a value that is nested too deep, or has an object with too many keys.
+
+    Both cost more time than their bytes suggest.
 
     Raises:
         ApiError: 400.
     """
     level = [value]
     for _ in range(DEEPEST):
-        if any(isinstance(one, dict) and len(one) > MOST_KEYS for one in level):
+        if any(isinstance(node, dict) and len(node) > MOST_KEYS for node in level):
             raise ApiError(400, f"{what} has an object of more than {MOST_KEYS} keys; send fewer")
         children = (
-            one.values() if isinstance(one, dict) else one
-            for one in level
-            if isinstance(one, dict | list)
+            node.values() if isinstance(node, dict) else node
+            for node in level
+            if isinstance(node, dict | list)
         )
         level = [child for group in children for child in group if isinstance(child, dict | list)]
         if not level:
@@ -122,15 +122,14 @@ def check_shape(value: object, what: str) -> None:
 
 
 class StrictRequest(Request):
-    """A request whose body is read by `decode`."""
+    """A request whose body is read with `decode`."""
 
     async def json(self) -> Any:
-        """The body; FastAPI calls this."""
         return decode(await self.body(), "the request body")
 
 
 def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first of pydantic's errors, as a sentence that names the field."""
+    """The first of pydantic's errors as a sentence that names the field."""
     first = errors[0]
     field = ".".join(str(part) for part in first["loc"][1:] if not _is_type(part))
     where, kind = field or "the request body", first["type"]
@@ -155,24 +154,24 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 
 
 def _is_type(part: object) -> bool:
-    """Whether a part of pydantic's location is the name of a union's member, and not of a field."""
+    """Whether a part of pydantic's location names a member of a union and not a field."""
     return isinstance(part, str) and (part in ("str", "int", "float", "bool") or "[" in part)
 
 
 class StreamOptions(Strict):
-    """Options of a stream."""
+    """Options of a stream; with `include_usage` its last chunk has the token counts."""
 
     include_usage: bool | None = None
 
 
 class Extras(Strict):
-    """What only this server has: `trace` adds where each token came from."""
+    """Options that only this server has: `trace` reports the source of each token."""
 
     trace: bool = False
 
 
 class Neutral(Strict):
-    """Fields taken only where they change nothing; see the table above."""
+    """Fields accepted only at values without effect; see the table above."""
 
     user: str | None = None
     safety_identifier: str | None = None
@@ -183,7 +182,7 @@ class Neutral(Strict):
 
 
 class Generation(Neutral):
-    """Fields of both kinds of request. Null is as good as absent everywhere."""
+    """Fields of chat and of completions requests. Null means absent."""
 
     model: str
     n: int | None = None
@@ -215,26 +214,25 @@ class Generation(Neutral):
 
     @property
     def top(self) -> int | None:
-        """Likeliest tokens to tell of for each token; None: no log-probabilities."""
+        """Number of likeliest tokens to report for each token; None: no log-probabilities."""
         raise NotImplementedError
 
     @property
     def prompt_top(self) -> int | None:
-        """The same for the prompt's tokens."""
+        """The same for the tokens of the prompt."""
         return None
 
     @property
     def samples(self) -> int:
-        """How many of each prompt."""
         return 1 if self.n is None else self.n
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream ends with a chunk of usage."""
+        """Whether the last chunk of a stream has the token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def check(self, limits: Limits) -> None:
-        """Refuse what the server's bounds or other fields forbid.
+        """Refuse values that the server's bounds or other fields forbid.
 
         Raises:
             ApiError: 400, naming the field.
@@ -247,26 +245,27 @@ class Generation(Neutral):
             )
 
     def sampling(self, max_tokens: int, guide: Guide | None = None) -> SamplingParams:
-        """As `SamplingParams`, whose errors it raises."""
-        given = {name: getattr(self, name) for name in SHARED}
-        fields: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        """The request as `SamplingParams`, which raises InputError for wrong values."""
+        shared = {name: getattr(self, name) for name in SHARED}
+        fields: dict[str, Any] = {k: value for k, value in shared.items() if value is not None}
         fields |= {"logprobs": self.top, "prompt_logprobs": self.prompt_top, "guide": guide}
         return SamplingParams(
             max_tokens=max_tokens, logit_bias=_token_biases(self.logit_bias or {}), **fields
         )
 
     def guide(self, limits: Limits) -> Guide | None:
-        """The one guide of a request, if it has any.
+        """The guide of the request, or None.
 
         Raises:
-            ApiError: 400: more than one, or one that is too long. InputError: one is no guide.
+            ApiError: 400: more than one guide, or one that is too long. InputError: it is not
+                valid.
         """
-        given = self.guides()
-        if len(given) > 1:
+        guides = self.guides()
+        if len(guides) > 1:
             raise ApiError(
                 400, "more than one of response_format, guided_* and a forced tool_choice; use one"
             )
-        for kind, text in given:
+        for kind, text in guides:
             if len(text.encode()) > limits.schema_bytes:
                 raise ApiError(
                     400, f"a {kind} of more than {limits.schema_bytes} bytes; give a shorter one"
@@ -275,7 +274,7 @@ class Generation(Neutral):
         return None
 
     def guides(self) -> list[tuple[str, str]]:
-        """Kind and text of every guide that the request names."""
+        """Kind and text of each guide in the request."""
         guides = []
         if self.guided_json is not None:
             guides.append(schema_guide(self.guided_json, "guided_json"))
@@ -296,7 +295,7 @@ def _token_biases(biases: Mapping[str, float]) -> dict[int, float]:
 
 
 def schema_guide(schema: str | dict[str, Any], what: str) -> tuple[str, str]:
-    """A guide for a JSON schema, given as an object or as its text."""
+    """Kind and text of the guide for a JSON schema, which is an object or its JSON text."""
     value = decode(schema, what) if isinstance(schema, str) else schema
     if not isinstance(value, dict):
         raise ApiError(400, f"{what} is not a JSON object; give a JSON schema", what)
@@ -305,10 +304,10 @@ def schema_guide(schema: str | dict[str, Any], what: str) -> tuple[str, str]:
 
 
 class CompletionRequest(Generation):
-    """Body of /v1/completions. `prompt` is a text, token ids, or a list of either."""
+    """The body of /v1/completions. `prompt` is a text, token ids, or a list of either."""
 
     kind: ClassVar = "cmpl"
-    """What the answer's id begins with."""
+    """Prefix of the response's id."""
     prompt: (
         str
         | Ids
@@ -322,7 +321,7 @@ class CompletionRequest(Generation):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
-        """One or several, always as a list."""
+        """The prompts as a list, even if there is one."""
         prompt = self.prompt
         if isinstance(prompt, str):
             return [prompt]
@@ -332,13 +331,13 @@ class CompletionRequest(Generation):
 
     @property
     def prompt_only(self) -> bool:
-        """Whether nothing but the prompt is asked for; the engine then makes one token, which is
+        """Whether the response is the prompt alone; the engine makes one token, which is
         dropped."""
         return bool(self.echo) and self.max_tokens == 0
 
     @property
     def asked_tokens(self) -> int:
-        """How many tokens the engine is to make."""
+        """max_tokens for the engine: 1 for the prompt alone, else the request's or the default."""
         return (
             1
             if self.prompt_only
@@ -349,7 +348,6 @@ class CompletionRequest(Generation):
 
     @property
     def top(self) -> int | None:
-        """What `logprobs` says."""
         return self.logprobs
 
     @property
@@ -358,7 +356,7 @@ class CompletionRequest(Generation):
         return self.logprobs if self.echo else None
 
     def check(self, limits: Limits) -> None:
-        """As for every request, and what only completions have.
+        """The checks of every request, and those of completions.
 
         Raises:
             ApiError: 400, naming the field.
@@ -383,7 +381,7 @@ class CompletionRequest(Generation):
 
 
 class TokenizeText(Strict):
-    """Body of /tokenize for a text."""
+    """The body of /tokenize for a text."""
 
     model: str | None = None
     prompt: str
@@ -392,7 +390,7 @@ class TokenizeText(Strict):
 
 
 class DetokenizeRequest(Strict):
-    """Body of /detokenize."""
+    """The body of /detokenize: token ids to convert to text."""
 
     model: str | None = None
     tokens: Ids

@@ -17,7 +17,7 @@ Scalar = str | bool | int | float | None
 
 
 class TextPart(Strict):
-    """A part of a content that is text, the only kind there is."""
+    """A text as a part of a message's content; no other type is supported."""
 
     type: Literal["text"]
     text: str
@@ -27,29 +27,29 @@ Content = str | Annotated[list[TextPart], Field(fail_fast=True)]
 
 
 class AnyMessage(Strict):
-    """What every message may have; lm-evaluation-harness sends the type."""
+    """Fields that all messages may have; lm-evaluation-harness sends `type`."""
 
     name: str | None = None
     type: Literal["text"] | None = Field(None, exclude=True)
 
 
 class PlainMessage(AnyMessage):
-    """Instructions (the developer's are the system's, by OpenAI's newer word), or what the user
-    says."""
+    """Instructions, or a message of the user. The role "developer" is OpenAI's newer name of
+    "system"."""
 
     role: Literal["system", "developer", "user"]
     content: Content
 
 
 class CalledFunction(Strict):
-    """Name and arguments (JSON, as text) of a call."""
+    """The name of a called function, and its arguments as JSON text."""
 
     name: str
     arguments: str
 
 
 class CallMade(Strict):
-    """A tool call of an earlier answer."""
+    """A tool call in an earlier message of the assistant."""
 
     id: str
     type: Literal["function"] = "function"
@@ -57,7 +57,7 @@ class CallMade(Strict):
 
 
 class AssistantMessage(AnyMessage):
-    """An earlier answer; clients send back all fields that they know, with null."""
+    """An earlier answer. Clients send all fields that they know, with null."""
 
     role: Literal["assistant"]
     content: Content | None = None
@@ -69,7 +69,7 @@ class AssistantMessage(AnyMessage):
 
 
 class ToolMessage(AnyMessage):
-    """What a tool returned."""
+    """The result of a tool call."""
 
     role: Literal["tool"]
     content: Content
@@ -80,7 +80,7 @@ Message = Annotated[PlainMessage | AssistantMessage | ToolMessage, Discriminator
 
 
 class Function(Strict):
-    """What a tool does; `parameters` is a JSON schema."""
+    """The function of a tool; `parameters` is a JSON schema."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
@@ -96,13 +96,13 @@ class Tool(Strict):
 
 
 class NamedFunction(Strict):
-    """The name of a function."""
+    """The name of a function in `tool_choice`."""
 
     name: str
 
 
 class NamedTool(Strict):
-    """The tool that has to be called."""
+    """The tool that the model must call."""
 
     type: Literal["function"]
     function: NamedFunction
@@ -114,9 +114,9 @@ class PlainFormat(Strict):
     type: Literal["text", "json_object"]
 
 
-# pydantic keeps "schema" for itself, hence the other name
+# `BaseModel.schema` exists, hence the alias
 class JsonSchema(Strict):
-    """A JSON schema with OpenAI's wrapping; it is always obeyed strictly."""
+    """A JSON schema in OpenAI's wrapping. The output always obeys it, as if `strict` were true."""
 
     name: str
     description: str | None = None
@@ -125,7 +125,7 @@ class JsonSchema(Strict):
 
 
 class SchemaFormat(Strict):
-    """JSON that obeys a schema."""
+    """JSON that obeys a JSON schema."""
 
     type: Literal["json_schema"]
     json_schema: JsonSchema
@@ -135,7 +135,7 @@ ResponseFormat = Annotated[PlainFormat | SchemaFormat, Discriminator("type")]
 
 
 class Conversation(Strict):
-    """What a chat template is given."""
+    """The input of a chat template."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     tools: list[Tool] | None = None
@@ -143,10 +143,10 @@ class Conversation(Strict):
     chat_template_kwargs: dict[str, Scalar] | None = None
 
     def encoder(self, prompts: PromptEncoder) -> Callable[[], list[int]]:
-        """Gives the token ids; what the template is given is ready before.
+        """A function that gives the token ids; the template's input is converted now.
 
         Raises:
-            ApiError: 400: the arguments of a call are not a JSON object.
+            ApiError: 400: the arguments of a tool call are not a JSON object.
         """
         messages, tools = self.template_messages(), self.template_tools()
         return lambda: prompts.chat(
@@ -154,20 +154,21 @@ class Conversation(Strict):
         )
 
     def template_messages(self) -> list[dict[str, Any]]:
-        """The messages as templates know them: contents are text, "developer" is "system",
-        arguments are objects.
+        """The messages as templates expect them.
+
+        Contents become texts, "developer" becomes "system", and arguments become objects.
 
         Raises:
-            ApiError: 400: the arguments of a call are not a JSON object.
+            ApiError: 400: the arguments of a tool call are not a JSON object.
         """
-        return [_as_template_has_it(message) for message in self.messages]
+        return [_template_message(message) for message in self.messages]
 
     def template_tools(self) -> list[dict[str, Any]] | None:
-        """The tools as templates know them."""
+        """The tools as templates expect them."""
         return [tool.model_dump(exclude_none=True) for tool in self.tools] if self.tools else None
 
 
-def _as_template_has_it(message: Message) -> dict[str, Any]:
+def _template_message(message: Message) -> dict[str, Any]:
     fields = message.model_dump(exclude_none=True)
     fields["role"] = "system" if message.role == "developer" else message.role
     content = message.content or ""
@@ -187,10 +188,10 @@ def _as_template_has_it(message: Message) -> dict[str, Any]:
 
 
 class ChatRequest(Conversation, Generation):
-    """Body of /v1/chat/completions."""
+    """The body of /v1/chat/completions, with OpenAI's fields and those of idlm."""
 
     kind: ClassVar = "chatcmpl"
-    """What the answer's id begins with."""
+    """Prefix of the response's id."""
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
@@ -208,26 +209,26 @@ class ChatRequest(Conversation, Generation):
 
     @property
     def asked_tokens(self) -> int | None:
-        """The newer name of `max_tokens` goes first; None: what the context leaves."""
+        """max_completion_tokens, else max_tokens; None: what the context leaves."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def top(self) -> int | None:
-        """What `top_logprobs` says, if there are to be any."""
+        """`top_logprobs` if `logprobs` is set, else None."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def tools_in_use(self) -> list[Tool]:
-        """The tools that may be called."""
+        """The tools that the model may call."""
         return [] if self.tool_choice == "none" else list(self.tools or ())
 
     @property
     def forced_tool(self) -> str | None:
-        """The name of the function that has to be called."""
+        """The name of the function that the model must call."""
         return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
 
     def check(self, limits: Limits) -> None:
-        """As for every request, and what only chat has.
+        """The checks of every request, and those of chat.
 
         Raises:
             ApiError: 400, naming the field.
@@ -249,7 +250,7 @@ class ChatRequest(Conversation, Generation):
             )
 
     def guides(self) -> list[tuple[str, str]]:
-        """Also those of `response_format` and of a forced `tool_choice`."""
+        """Includes the guides of `response_format` and of a forced `tool_choice`."""
         guides = super().guides()
         if isinstance(self.response_format, SchemaFormat):
             guides.append(schema_guide(self.response_format.json_schema.body, "response_format"))
@@ -260,7 +261,7 @@ class ChatRequest(Conversation, Generation):
         return guides
 
     def _calls_schema(self) -> dict[str, Any]:
-        """The arguments of the named function, or a list of calls of any."""
+        """The arguments of the forced function, or a list of calls of any function."""
         parameters = {
             tool.function.name: tool.function.parameters or {"type": "object"}
             for tool in self.tools or ()
@@ -280,7 +281,7 @@ class ChatRequest(Conversation, Generation):
 
 
 class TokenizeMessages(Conversation):
-    """Body of /tokenize for messages."""
+    """The body of /tokenize for messages."""
 
     model: str | None = None
     return_token_strs: bool | None = None

@@ -1,4 +1,4 @@
-"""`serve`: a socket, an engine and an HTTP server, from the first line to the last signal."""
+"""`serve`: the socket, the HTTP server and the engine, until a signal ends them."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ BACKLOG = 2048
 MOST_CONNECTIONS = 4096
 KEEP_ALIVE_SECONDS = 60
 START_SECONDS = 3600.0
-"""A large model can take long to load, and longer to download."""
+"""A large model takes long to load, and longer to download."""
 GRACE_SECONDS = 5
-"""After the drain: for the last bytes of answers to be read."""
+"""After the drain: time for clients to read the last bytes."""
 
 
 def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
-    """Serve until a signal comes; `announce` is called with the URL once the engine is ready.
+    """Serve until a signal; `announce` is called with the URL once the engine is ready.
 
-    The first SIGTERM or SIGINT ends it after what is running, the second at once.
+    The first SIGTERM or SIGINT drains the server, the second ends it at once.
 
     Raises:
-        InputError: the address cannot be had, or the model cannot be served as configured.
+        InputError: the address is not available, or the model cannot be served as configured.
     """
     with (
         bind(config.host, config.port) as listener,
@@ -46,10 +46,10 @@ def serve(config: ServeConfig, announce: Callable[[str], None]) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes any that is free.
+    """A listening socket; port 0 takes a free port.
 
     Raises:
-        InputError: the address is taken, or not ours.
+        InputError: the address is in use or not of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -74,24 +74,24 @@ async def _serve(
     try:
         await server.serve(sockets=[listener])
         if starting.done():
-            starting.result()  # the engine's error, which ended the server
+            starting.result()  # raises the engine's error, if that ended the server
     finally:
         starting.cancel()
         await client.close()
 
 
 def url(host: str, listener: socket.socket) -> str:
-    """Where clients find the API."""
+    """The base URL of the API."""
     return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
 
 
 async def _start(client: EngineClient, server: HttpServer, announce: Callable[[], None]) -> None:
-    """Start the engine beside the HTTP server, which says meanwhile that it is not ready."""
+    """Start the engine while the HTTP server already runs and answers that it is not ready."""
     try:
         await client.start()
         await client.wait_ready(START_SECONDS)
         gc.collect()
-        gc.freeze()  # what is here now stays; looking through it again would hold all streams up
+        gc.freeze()  # these objects stay; a collection that visits them would delay all streams
         announce()
     except (InputError, EngineDown) as error:
         server.should_exit = True
@@ -108,7 +108,7 @@ def _connection(limits: Limits) -> Callable[..., Connection]:
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn's server, whose shutdown drains the engine."""
+    """uvicorn's server; its shutdown drains the engine."""
 
     def __init__(self, config: ServeConfig, client: EngineClient, prompts: Prompts) -> None:
         limits = config.limits
@@ -128,12 +128,12 @@ class HttpServer(uvicorn.Server):
         self._client, self._drain_seconds = client, limits.drain_seconds
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal came."""
+        """The first signal ends the server after the drain, the second at once."""
         self.force_exit = self.should_exit
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no connections and no samples, let those there are end, and leave."""
+        """Refuse new connections and samples, wait for the running ones, and close."""
         draining = asyncio.create_task(self._client.drain(self._drain_seconds))
         await super().shutdown(sockets)
         draining.cancel()

@@ -1,8 +1,8 @@
-"""`Supervisor`: keeps an engine process running and reads what it says.
+"""`Supervisor`: keeps an engine process running and reads its messages.
 
 spawn -> loading -> ready -> gone (killed, crashed, stalled) -> spawn again
             |
-         Failed: it cannot start as configured; the first time that is the end
+         Failed: it cannot start as configured; if none ever was ready, the server ends
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from idlm.serving.wire import Failed, FromEngine, Ready, read
 log = logging.getLogger("idlm.serving")
 
 STALL_SECONDS = 120.0
-"""A ready engine speaks once a second, but not within a step. The longest step is a prefill of 2048
-tokens alone, on a CPU and of a large model up to a minute; one that is silent for twice that
-hangs."""
+"""A ready engine that sends nothing for this long is killed. It sends a message every second,
+except within a step; the longest step, a prefill of 2048 tokens of a large model on a CPU, takes up
+to a minute."""
 END_SECONDS = 1.0
 FIRST_DELAY, LONGEST_DELAY = 0.5, 10.0
 
 
 class Supervisor:
-    """One engine process after the other.
+    """Runs one engine process after the other.
 
     Args:
         receive: called with each message of the process.
-        lost: called as soon as a process is gone, or given up.
+        lost: called as soon as a process ends or is given up.
     """
 
     def __init__(
@@ -48,13 +48,15 @@ class Supervisor:
         self._ready = self._ever_ready = False
 
     def send(self, framed: bytes) -> None:
-        """Send frames to the process, which has to be ready; never waits: what is under way is
-        bounded by the quota."""
+        """Send frames to the process, which must be ready.
+
+        It never waits: the quota bounds what is buffered.
+        """
         if self._writer is not None:
             self._writer.write(framed)
 
     async def run(self) -> None:
-        """Until cancelled.
+        """Run until cancelled.
 
         Raises:
             InputError: the engine cannot start as configured and never did.
@@ -69,7 +71,7 @@ class Supervisor:
             delay = min(max(FIRST_DELAY, 2 * delay), LONGEST_DELAY)
 
     async def _life(self) -> None:
-        """Start a process and read from it until it is gone."""
+        """Start a process and read from it until it ends."""
         try:
             async with self._worker() as reader:
                 await self._listen(reader)
@@ -83,7 +85,7 @@ class Supervisor:
             if not self._ever_ready:
                 raise
             log.error("the engine cannot start: %s", error)
-        except Exception:  # whatever it was: the server needs an engine
+        except Exception:  # after any error the server still needs an engine
             log.exception("the engine's process was given up")
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
@@ -105,7 +107,7 @@ class Supervisor:
 
     @asynccontextmanager
     async def _worker(self) -> AsyncIterator[asyncio.StreamReader]:
-        """A process, ended at exit; gives what it says."""
+        """A process that is ended at exit; gives the reader of its messages."""
         ours, theirs = socket.socketpair()
         reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=2**20)
         process: Process | None = None
@@ -124,7 +126,7 @@ class Supervisor:
 
 
 async def _end(process: Process) -> None:
-    """Wait for a process whose socket is closed, which ends it; not for long."""
+    """Wait for a process that ends because its socket is closed; kill it after `END_SECONDS`."""
     try:
         async with asyncio.timeout(END_SECONDS):
             status = await process.wait()

@@ -1,11 +1,11 @@
-"""Tool calls: found in the text of models whose chat template writes them in a standard form.
+"""Tool calls in the text of models whose chat template writes them in a known format.
 
     hermes   <tool_call>{"name": .., "arguments": {..}}</tool_call>          Hermes, Qwen 2.5 and 3
     llama    {"name": .., "parameters": {..}}, all of the text               Llama 3.1 and later
     mistral  [TOOL_CALLS][{"name": .., "arguments": {..}}, ..]               Mistral up to 0.3
 
-Text is passed on until a call may begin; from there it is held until the call ends. What is no call
-in the end (broken JSON, a tool nobody offered) is text.
+Text is passed on until a call may begin; from there it is held back until the call ends. If it
+turns out to be no call (broken JSON, an unknown tool), it is passed on as text.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from idlm.serving.responses import FunctionCall, ToolCall
 
 LETTERS = string.ascii_letters + string.digits
 ID_LENGTH = 9
-"""Mistral's templates take no other."""
+"""The only length that Mistral's templates accept."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A form of tool calls.
+    """A format of tool calls.
 
     Attributes:
-        marker: in the chat template of those who use it; without: not in it (newer forms that we do
-            not read).
-        opening: begins a call, `closing` ends it (None: the end of the text does).
-        bare: the opening may be missing if the text begins with a brace.
-        special: the opening is a special token, which has to be kept in the text.
+        marker: a text that the chat templates with this format contain.
+        without: a text that they do not contain; it marks newer formats that are not supported.
+        opening, closing: the texts around a call; closing None: the end of the output.
+        bare: the opening may be missing if the output begins with a brace.
+        special: the opening is a special token, which decoding must keep.
     """
 
     marker: str
@@ -52,26 +52,27 @@ FAMILIES = (HERMES, MISTRAL, LLAMA)
 
 
 def family_of(template: str) -> Family:
-    """The form in which models with this chat template call tools.
+    """The format of tool calls in a chat template.
 
     Raises:
-        InputError: none that we know.
+        InputError: it has none that is known here.
     """
     for family in FAMILIES:
         if family.marker in template and family.without not in template:
             return family
     raise InputError(
-        "tools: this model's chat template has no form of tool calls that is known here; leave tools out"
+        "tools: this model's chat template has no form of tool calls that is known here; "
+        "leave tools out"
     )
 
 
 class CallParser:
-    """Parts text, as it comes, into content and calls.
+    """Splits the output, as it comes, into content and tool calls.
 
     Args:
-        family: the form of calls.
-        names: of the tools there are.
-        specials: special tokens that are no content, for families that keep them in the text.
+        family: the format of calls.
+        names: of the tools in the request.
+        specials: special tokens to drop, for families whose output keeps special tokens.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class CallParser:
     ) -> None:
         self._family, self._names = family, names
         self._specials = (
-            [one for one in specials if one != family.opening] if family.special else []
+            [token for token in specials if token != family.opening] if family.special else []
         )
         self._held = ""
         self._inside = False
@@ -87,24 +88,24 @@ class CallParser:
         self.calls = 0
 
     def push(self, text: str) -> list[str | ToolCall]:
-        """What new text settles: pieces of content, and calls."""
+        """Add text; returns the pieces of content and the calls that are certain now."""
         for special in self._specials:
             text = text.replace(special, "")
         self._held += text
-        found: list[str | ToolCall] = []
-        while self._step(found):
+        pieces: list[str | ToolCall] = []
+        while self._step(pieces):
             pass
-        return found
+        return pieces
 
     def finish(self) -> list[str | ToolCall]:
-        """What is held at the end of the text."""
+        """The rest, at the end of the output."""
         rest, self._held = self._held, ""
         if self._inside:
             return self._parse(rest)
         return self._content(rest)
 
-    def _step(self, found: list[str | ToolCall]) -> bool:
-        """Settle the next piece, if it is all there."""
+    def _step(self, pieces: list[str | ToolCall]) -> bool:
+        """Append the next complete piece to `pieces`; whether there may be another."""
         if self._inside:
             closing = self._family.closing
             at = -1 if closing is None else self._held.find(closing)
@@ -112,16 +113,17 @@ class CallParser:
                 return False
             raw, self._held = self._held[: at + len(closing)], self._held[at + len(closing) :]
             self._inside = False
-            found += self._parse(raw)
+            pieces += self._parse(raw)
             return True
         at, sure = self._opening()
         content, self._held = self._held[:at], self._held[at:]
         self._inside = sure
-        found += self._content(content)
+        pieces += self._content(content)
         return sure
 
     def _opening(self) -> tuple[int, bool]:
-        """Where a call begins, or may begin once more text is there, and whether it surely does."""
+        """Where a call begins, or may begin once more text is there; and whether it certainly
+        does."""
         opening = self._family.opening
         if self._family.bare and not self._started:
             stripped = self._held.lstrip()
@@ -136,7 +138,7 @@ class CallParser:
         return len(self._held) - length, False
 
     def _content(self, text: str) -> list[str | ToolCall]:
-        """Text that is no call; space after a call is nothing."""
+        """Text that is not a call; white space after a call is dropped."""
         if not text or (self.calls and not text.strip()):
             return []
         self._started = True
@@ -157,8 +159,8 @@ class CallParser:
 
 
 class ForcedParser:
-    """For a `tool_choice` that forces a call: all of the text is the arguments of `name`, or a list
-    of calls."""
+    """For a `tool_choice` that forces a call: the output is the arguments of `name`, or a list of
+    calls."""
 
     def __init__(self, name: str | None, names: Collection[str]) -> None:
         self._name, self._names = name, names
@@ -166,12 +168,12 @@ class ForcedParser:
         self.calls = 0
 
     def push(self, text: str) -> list[str | ToolCall]:
-        """Nothing is settled before the end."""
+        """Nothing is certain before the end."""
         self._text += text
         return []
 
     def finish(self) -> list[str | ToolCall]:
-        """The calls; the text itself where it ended too early."""
+        """The calls, or the text itself if the output was cut."""
         if self._name is None:
             calls = read_calls(self._text, self._names)
         else:
@@ -187,11 +189,11 @@ Parser = CallParser | ForcedParser
 
 
 def read_calls(text: str, names: Collection[str]) -> list[tuple[str, Any]] | None:
-    """Names and arguments of one call, or of a list of them, in JSON; None if it is anything else."""
+    """Names and arguments of one call or of a list of calls, in JSON; None for anything else."""
     value = _value(text)
     calls = value if isinstance(value, list) else [value]
-    read = [_call(call, names) for call in calls]
-    return None if None in read or not read else read  # type: ignore[return-value]
+    parsed = [_call(call, names) for call in calls]
+    return None if None in parsed or not parsed else parsed  # type: ignore[return-value]
 
 
 def _value(text: str) -> Any:
@@ -209,6 +211,6 @@ def _call(value: Any, names: Collection[str]) -> tuple[str, Any] | None:
 
 
 def tool_call(name: str, arguments: Any, index: int) -> ToolCall:
-    """A call as the answer holds it, with a new id."""
+    """A call for the response, with a new id."""
     id = "".join(secrets.choice(LETTERS) for _ in range(ID_LENGTH))
     return ToolCall(id, FunctionCall(name, json.dumps(arguments, ensure_ascii=False)), index=index)

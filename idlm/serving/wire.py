@@ -1,8 +1,8 @@
-"""What the server and the engine's process say to each other, and the frames it travels in.
+"""The messages between the server and the engine process, and their frames.
 
-A frame is 4 bytes of length and that much msgpack of a list of messages: whatever a step brings
-costs one write and one read, however many samples run. Every message is checked against its type
-when it is read; nothing in it is executed.
+A frame is 4 bytes of length and then a list of messages in msgpack: one write and one read for all
+that a step produces, however many samples run. Every message is validated against its type when it
+is read; nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from idlm.params import SamplingParams
 T = TypeVar("T")
 HEADER = 4
 MAX_FRAME = 64 * 2**20
-"""Bytes of a message list. A prompt of a million tokens takes 5 MB; what a step brings, far less.
-"""
+"""Bytes of a list of messages. A prompt of a million tokens takes 5 MB, a step far less."""
 
 
 class Message(msgspec.Struct, tag=True, omit_defaults=True):
-    """Any message; its type's name is its tag."""
+    """Any message; its tag is the name of its type."""
 
 
 class Submit(Message):
-    """One sample, to be run.
+    """Run one sample.
 
     Attributes:
-        id: chosen by the server, unique.
+        id: unique, made by the server.
         params: with the sample's own seed.
-        adapter: its name; None: the engine's first. drafting: False is plain AR.
-        timeout: seconds. salt: of the prefix cache.
-        trace: send where every token came from.
+        adapter: by name; None: the engine's default.
+        drafting: False: AR.
+        timeout: in seconds.
+        salt: of the prefix cache.
+        trace: report the source of each token.
     """
 
     id: str
@@ -50,17 +51,17 @@ class Submit(Message):
 
 
 class Abort(Message):
-    """End a sample in whatever state it is; unknown ids are ignored."""
+    """End a sample in any state; unknown ids are ignored."""
 
     id: str
 
 
 class Delta(Message):
-    """What a step brought a sample: one forward, if there are tokens.
+    """What one step adds to a sample; with tokens it counts as one forward.
 
     Attributes:
-        sources: as in `Result`, one a token, if asked for.
-        logprobs: as in `Result`, one entry a token, if asked for.
+        sources: as in `Result`, for each token, if the request traces.
+        logprobs: as in `Result`, for each token, if the request asks for them.
     """
 
     id: str
@@ -71,12 +72,12 @@ class Delta(Message):
 
 
 class Finished(Message):
-    """A sample's end; its last tokens came in the `Delta` before.
+    """The end of a sample; its last tokens came in the `Delta` before.
 
     Attributes:
-        reason, stop: finish and stop reason of `Result`.
-        drafted, accepted: drafts looked at and accepted, over all depths.
-        prompt_logprobs: if asked for; the first prompt token has none.
+        reason, stop: `finish_reason` and `stop_reason` of `Result`.
+        drafted, accepted: drafts reached and accepted, over all depths.
+        prompt_logprobs: if the request asks for them; None for the first prompt token.
     """
 
     id: str
@@ -92,14 +93,14 @@ class Finished(Message):
 
 
 class Refused(Message):
-    """A sample that cannot be run; the others are not touched."""
+    """A sample that cannot be run; other samples are not affected."""
 
     id: str
     reason: str
 
 
 class Ready(Message):
-    """The engine is there; what its prompts are checked with."""
+    """The engine takes requests; the fields bound the token ids and lengths of prompts."""
 
     vocab_size: int
     mask_id: int
@@ -113,11 +114,11 @@ class Failed(Message):
 
 
 class Stats(Message):
-    """Counters of the engine, sent at least once a second while it lives; totals since its start
-    unless said otherwise.
+    """Counters of the engine, sent at least once a second; totals since its start unless noted.
 
     Attributes:
-        running, waiting: samples now. pages_total, pages_live, pages_cached: now.
+        running, waiting: samples now.
+        pages_total, pages_live, pages_cached: pages now.
         plans: steps by plan.
         reached, accepted: drafts by depth.
     """
@@ -148,14 +149,14 @@ _from_engine: msgspec.msgpack.Decoder[list[FromEngine]] = msgspec.msgpack.Decode
 
 
 class FrameError(Exception):
-    """What came, or was to be sent, is no list of messages of a size that is allowed."""
+    """A frame that is too long, or that does not hold a valid list of messages."""
 
 
 def frame(messages: Sequence[Message]) -> bytes:
     """The bytes that carry `messages`.
 
     Raises:
-        FrameError: they are too long, or hold a number or text that msgpack has no form for.
+        FrameError: they are too long, or hold an integer or a text that msgpack cannot encode.
     """
     try:
         body = _encoder.encode(messages)
@@ -165,10 +166,10 @@ def frame(messages: Sequence[Message]) -> bytes:
 
 
 def receive(file: BinaryIO) -> Iterator[list[ToEngine]]:
-    """The engine's side: what comes, until the other side closes.
+    """The engine's side: lists of messages until the server closes the socket.
 
     Raises:
-        FrameError: it is too long, or no list of these messages.
+        FrameError: a list is too long or not valid.
     """
     while len(header := file.read(HEADER)) == HEADER:
         body = file.read(_size(int.from_bytes(header, "big")))
@@ -176,10 +177,10 @@ def receive(file: BinaryIO) -> Iterator[list[ToEngine]]:
 
 
 async def read(reader: asyncio.StreamReader) -> list[FromEngine]:
-    """The server's side: the next list.
+    """The server's side: the next list of messages.
 
     Raises:
-        EOFError: the other side has closed. FrameError: as `receive`.
+        EOFError: the engine closed the socket. FrameError: as in `receive`.
     """
     header = await reader.readexactly(HEADER)
     return _decode(_from_engine, await reader.readexactly(_size(int.from_bytes(header, "big"))))

@@ -1,12 +1,12 @@
-"""The engine's process: `python -m idlm.serving.worker SOCKET CONFIG`.
+"""The engine process: `python -m idlm.serving.worker SOCKET CONFIG`.
 
-SOCKET is the number of an inherited file descriptor, CONFIG an `WorkerConfig` as JSON.
+SOCKET is the number of an inherited file descriptor, CONFIG a `WorkerConfig` as JSON.
 
-    reader thread: socket -> inbox        loop: inbox -> engine.step() -> one frame for all that the
-    step brought
+    reader thread: socket -> inbox
+    loop:          inbox -> engine.step() -> one frame with all that the step produced
 
-It lives as long as its socket. Whatever the engine raises ends the process; the server starts
-another.
+The process ends when its socket is closed. Any error of the engine ends it too; the server then
+starts another.
 """
 
 from __future__ import annotations
@@ -56,20 +56,21 @@ log = logging.getLogger("idlm.serving")
 
 STATS_SECONDS, STATS_AFTER_END_SECONDS = 1.0, 0.2
 MOST_PROMPT_LOGPROBS = 500_000
-"""Entries of one sample's prompt log-probabilities: they come in one frame, of about 30 bytes an
-entry."""
+"""Entries of one sample's prompt log-probabilities, which are sent in one frame, about 30 bytes for
+each entry."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A sample whose guide has been compiled, or refused."""
+    """A sample whose guide has been compiled, or refused with `error`."""
 
     submit: Submit
     error: Exception | None = None
 
 
 class Link:
-    """The worker's end of the socket. A thread reads; the process ends when the server closes it."""
+    """The worker's end of the socket. A thread reads it; the process ends when the server closes
+    it."""
 
     def __init__(self, file_descriptor: int) -> None:
         self._socket = socket.socket(fileno=file_descriptor)
@@ -78,8 +79,8 @@ class Link:
         threading.Thread(target=self._read, daemon=True).start()
 
     def send(self, messages: Sequence[Message]) -> None:
-        """Write one frame; waits where the server does not read."""
-        with suppress(ConnectionError):  # the server is gone: the other thread sees it too
+        """Write one frame; blocks while the server does not read."""
+        with suppress(ConnectionError):  # the server is gone; the reader thread ends the process
             if messages:
                 self._socket.sendall(frame(messages))
 
@@ -87,16 +88,16 @@ class Link:
         try:
             for messages in receive(self._socket.makefile("rb")):
                 self.inbox.put(messages)
-        except ConnectionError:  # closed, with something unread
+        except ConnectionError:  # closed with unread data
             pass
         except (OSError, FrameError):
             log.exception("the server's socket failed")
-        os._exit(0)  # at once, whatever the other thread does: there is nobody left to tell
+        os._exit(0)  # at once, whatever the main thread does: there is no server to answer
 
 
 @dataclass
 class Sample:
-    """A sample in the engine: what was asked, its result as it grows, and how much of it has been
+    """A sample in the engine: its request, its growing result, and how many tokens were
     reported."""
 
     submit: Submit
@@ -105,37 +106,37 @@ class Sample:
 
 
 class Reports:
-    """The samples of one engine, and what has been said of them.
+    """The samples of one engine, and what has been reported of them.
 
     Attributes:
-        numbers: the engine's id of each sample that runs or waits, by the server's.
+        engine_ids: the engine's id of each unfinished sample, by the server's id.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.numbers: dict[str, str] = {}
+        self.engine_ids: dict[str, str] = {}
         self._samples: dict[str, Sample] = {}
         self._ended = Stats()
 
-    def open(self, number: str, submit: Submit) -> None:
-        """Follow a sample that the engine has just been given, by the engine's own id."""
-        self.numbers[submit.id] = number
-        self._samples[number] = Sample(submit, self.engine.result(number))
+    def open(self, engine_id: str, submit: Submit) -> None:
+        """Follow a sample that the engine has accepted under `engine_id`."""
+        self.engine_ids[submit.id] = engine_id
+        self._samples[engine_id] = Sample(submit, self.engine.result(engine_id))
 
     def of(self, update: Update) -> list[Message]:
-        """The messages that an update comes to; its last closes the sample."""
+        """The messages for an update; the last update closes the sample."""
         sample = self._samples[update.request_id]
         out: list[Message] = []
         if update.tokens or update.text:
             out.append(self._delta(sample, update))
         if update.result is not None:
-            del self._samples[update.request_id], self.numbers[sample.submit.id]
+            del self._samples[update.request_id], self.engine_ids[sample.submit.id]
             self._ended = add_totals(self._ended, _counted(update.result))
             out.append(self._finished(sample))
         return out
 
     def stats(self) -> Stats:
-        """The counters."""
+        """The engine's counters and those of all samples so far."""
         scheduler, metrics = self.engine.scheduler, self.engine.metrics
         samples = (_counted(sample.result) for sample in self._samples.values())
         now = Stats(
@@ -154,7 +155,7 @@ class Reports:
         return add_totals(reduce(add_totals, samples, self._ended), now)
 
     def _delta(self, sample: Sample, update: Update) -> Delta:
-        """An update; the result may be further already."""
+        """Log-probabilities are those of the update alone: the result may be ahead of it."""
         delta = Delta(sample.submit.id, update.tokens, update.text)
         new = slice(sample.tokens, sample.tokens + len(update.tokens))
         sample.tokens = new.stop
@@ -181,7 +182,7 @@ class Reports:
 
 
 def _counted(result: Result) -> Stats:
-    """What one sample adds to the totals that the engine itself does not keep."""
+    """What one sample adds to the totals that the engine does not keep itself."""
     return Stats(
         cached_tokens=result.cached_tokens,
         forwards=result.forwards,
@@ -191,7 +192,7 @@ def _counted(result: Result) -> Stats:
 
 
 class Worker:
-    """Runs what comes over a link on an LLM's engine."""
+    """Runs the samples that come over a link on the engine of an LLM."""
 
     def __init__(self, llm: LLM, link: Link) -> None:
         self.llm, self.engine, self.link = llm, llm.engine, link
@@ -200,10 +201,9 @@ class Worker:
         self._next_stats = 0.0
         self._compiler = ThreadPoolExecutor(1)
         self._compiling: dict[str, bool] = {}
-        """Samples whose guide is being compiled; True: aborted meanwhile."""
+        """By id, the samples whose guide is being compiled; True: aborted meanwhile."""
 
     def run(self) -> NoReturn:
-        """Until the process ends."""
         while True:
             out = self._take()
             if self.engine.busy:
@@ -213,7 +213,8 @@ class Worker:
             self.link.send(out)
 
     def _take(self) -> list[Message]:
-        """Act on all that has come; with nothing to run, wait for it, till the next stats are due."""
+        """Act on all messages in the inbox; an idle engine waits for one until the next stats are
+        due."""
         refused: list[Message] = []
         wait = not self.engine.busy
         try:
@@ -228,8 +229,8 @@ class Worker:
         if isinstance(message, Abort):
             if message.id in self._compiling:
                 self._compiling[message.id] = True
-            elif message.id in self._reports.numbers:
-                self.engine.abort(self._reports.numbers[message.id])
+            elif message.id in self._reports.engine_ids:
+                self.engine.abort(self._reports.engine_ids[message.id])
             return []
         if isinstance(message, Submit) and message.params.guide is not None:
             self._compiling[message.id] = False
@@ -246,12 +247,12 @@ class Worker:
         return []
 
     def _compile(self, submit: Submit) -> None:
-        """Beside the loop, since it takes up to a second; `Engine.add` then finds the guide
-        compiled."""
+        """Compile a guide beside the loop, since it takes up to a second; `Engine.add` then finds
+        it."""
         try:
             self.engine.admission.matcher(submit.params)
             self.link.inbox.put([Compiled(submit)])
-        # the loop refuses or fails with it: a sample must not wait for what never comes
+        # the loop refuses the sample or fails: it must not wait for ever
         except Exception as error:
             self.link.inbox.put([Compiled(submit, error)])
 
@@ -261,10 +262,10 @@ class Worker:
             raise compiled.error
         self._add(compiled.submit)
         if aborted:
-            self.engine.abort(self._reports.numbers[compiled.submit.id])
+            self.engine.abort(self._reports.engine_ids[compiled.submit.id])
 
     def _add(self, submit: Submit) -> None:
-        """Give the engine a sample, whose ids the server has checked.
+        """Submit a sample to the engine; the server has checked its token ids.
 
         Raises:
             InputError: it cannot be run.
@@ -275,17 +276,16 @@ class Worker:
             and len(prompt) * (params.prompt_logprobs + 1) > MOST_PROMPT_LOGPROBS
         ):
             raise InputError(
-                f"prompt_logprobs={params.prompt_logprobs} of {len(prompt)} prompt tokens are more than "
-                f"{MOST_PROMPT_LOGPROBS} entries; ask for fewer"
+                f"prompt_logprobs={params.prompt_logprobs} of {len(prompt)} prompt tokens "
+                f"are more than {MOST_PROMPT_LOGPROBS} entries; ask for fewer"
             )
         options = submit.adapter, submit.drafting, submit.priority, submit.timeout, submit.salt
         self._reports.open(self.engine.add(prompt, params, params.seed or 0, *options), submit)
 
     def _step(self) -> list[Message]:
         updates = self.engine.step()
-        if any(
-            update.result is not None for update in updates
-        ):  # the server is to see soon what has become free
+        if any(update.result is not None for update in updates):
+            # the server should soon see which slots and pages are free
             self._next_stats = min(self._next_stats, self._sent_stats + STATS_AFTER_END_SECONDS)
         return [message for update in updates for message in self._reports.of(update)]
 
@@ -296,12 +296,10 @@ class Worker:
 
 
 def main(file_descriptor: int, config: WorkerConfig) -> int:
-    """Load the model, say so, and run; returns the exit status."""
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # they reach the whole group; the server drains, then closes
-        signal.signal(number, signal.SIG_IGN)
+    """Load the model, report that it is ready, and run; returns the exit status."""
+    # signals reach the whole process group; the server drains and then closes the socket
+    for ignored in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ignored, signal.SIG_IGN)
     link = Link(file_descriptor)
     try:
         llm = LLM(
@@ -313,7 +311,7 @@ def main(file_descriptor: int, config: WorkerConfig) -> int:
         )
         llm.engine.warm_up()
         gc.collect()
-        gc.freeze()  # what is here now stays; looking through it again would hold all requests up
+        gc.freeze()  # these objects stay; a collection that visits them would delay all requests
         link.send([Ready(llm.idlm.vocab_size, llm.idlm.mask_id, llm.idlm.context)])
         Worker(llm, link).run()
     except InputError as error:

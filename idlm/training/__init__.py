@@ -1,4 +1,4 @@
-"""Conversion of a causal LM into an I-DLM, and the training of its base: one config, one run."""
+"""Training: the conversion of a causal LM into an I-DLM, and the training of a base model."""
 
 from idlm.extras import need
 

@@ -1,10 +1,10 @@
-"""The output folder of a run: its config, its checkpoints, and nothing half-written.
+"""The output folder of a run.
 
-config.yaml           what a resumed run must agree with
-checkpoint-N/         the adapter or the whole model after N steps, loadable as it is, and
-    optimizer.safetensors   <parameter>.<key>: the optimizers' state
-    state.json              the rest (`loop.State`)
-.writing/             a folder being written; it gets its name when it is complete
+config.yaml                   the config, which a resumed run must match
+checkpoint-N/                 the adapter or the whole model after N steps, loadable as it is
+    optimizer.safetensors     <parameter>.<key>: the state of the optimizers
+    state.json                the rest: `state.State`
+.writing/                     a folder being written; it is renamed when it is complete
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ STAGING = ".writing"
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
 FREE_KEYS = ("resume", "device", "threads", "log_steps", "eval_steps", "save_steps")
-"""Keys that a resumed run may change: they do not touch the weights (threads may, in the last
-bits)."""
+"""Keys that a resumed run may change: they do not affect the weights (threads may, by rounding)."""
 
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `folder` at the end: a kill leaves no half of one."""
+    """A folder to write into, which is renamed to `folder` at the end: a kill leaves no partial
+    folder."""
     staging = folder.parent / STAGING / folder.name
     shutil.rmtree(staging.parent, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -45,7 +45,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 
 def save_optimizers(model: nn.Module, optimizers: Iterable[Optimizer], folder: Path) -> None:
-    """Write the optimizers' tensors under their parameters' names."""
+    """Write the optimizers' tensors under the names of their parameters."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     states = [(names[p], state) for each in optimizers for p, state in each.state.items()]
     tensors = {
@@ -55,7 +55,7 @@ def save_optimizers(model: nn.Module, optimizers: Iterable[Optimizer], folder: P
 
 
 def load_optimizers(model: nn.Module, optimizers: Iterable[Optimizer], folder: Path) -> None:
-    """Give the optimizers back what `save_optimizers` wrote."""
+    """Restore the optimizers from what `save_optimizers` wrote."""
     parameters = dict(model.named_parameters())
     owner = {p: each for each in optimizers for group in each.param_groups for p in group["params"]}
     for name, tensor in load_file(folder / OPTIMIZER).items():
@@ -65,9 +65,9 @@ def load_optimizers(model: nn.Module, optimizers: Iterable[Optimizer], folder: P
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint folders, oldest first; only complete ones bear the name."""
-    found = [p for p in folder.glob("checkpoint-*") if _step(p).isdecimal()]
-    return sorted(found, key=lambda p: int(_step(p)))
+    """The checkpoint folders, oldest first; incomplete ones have another name."""
+    folders = [p for p in folder.glob("checkpoint-*") if _step(p).isdecimal()]
+    return sorted(folders, key=lambda p: int(_step(p)))
 
 
 def _step(checkpoint: Path) -> str:
@@ -75,7 +75,7 @@ def _step(checkpoint: Path) -> str:
 
 
 def prepare_folder(config: TrainConfig) -> Path | None:
-    """Make the output folder, keep the config in it, and return the checkpoint to resume from.
+    """Make the output folder, write the config into it, and return the checkpoint to resume from.
 
     Raises:
         InputError: the folder holds a run and `resume` is not set, or that run had another config.
@@ -96,22 +96,23 @@ def prepare_folder(config: TrainConfig) -> Path | None:
 
 
 def _keep_config(config: TrainConfig, file: Path, resumes: bool) -> None:
-    """Write the config, unless it is there: several processes may come here at once."""
-    kept = file.read_text(encoding="utf-8") if file.exists() else None
-    if resumes and kept is not None:
-        _same_config(yaml.safe_load(kept), as_tree(config), "")
+    """Write the config unless it is there: several processes may do this at once."""
+    written = file.read_text(encoding="utf-8") if file.exists() else None
+    if resumes and written is not None:
+        _same_config(yaml.safe_load(written), as_tree(config), "")
     text = yaml.safe_dump(as_tree(config), sort_keys=False)
-    if text != kept:
+    if text != written:
         file.write_text(text, encoding="utf-8")
 
 
 def _same_config(old: Any, new: Any, where: str) -> None:
-    """Refuse to resume a run under another config."""
+    """Raise InputError if a key differs, other than `FREE_KEYS`."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
             if where or key not in FREE_KEYS:
                 _same_config(old.get(key), new.get(key), f"{where}.{key}" if where else key)
     elif old != new:
         raise InputError(
-            f"cannot resume: {where} was {old!r}, now it is {new!r}; restore it or name another output_dir"
+            f"cannot resume: {where} was {old!r}, now it is {new!r}; "
+            "restore it or name another output_dir"
         )

@@ -1,8 +1,8 @@
-"""The training config: YAML read strictly into dataclasses.
+"""The training config: YAML, read strictly into dataclasses.
 
-Every key is checked: an unknown one is refused with the nearest known key, a value of another type
-with the type expected. `--a.b=c` on the command line overrides the key b of section a; list items
-go by number: `--stages.0.steps=5`.
+An unknown key is refused with the nearest known key, and a value of the wrong type with the type
+expected. `--a.b=c` on the command line overrides the key b of section a; items of lists have
+numbers: `--stages.0.steps=5`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ __all__ = ["TrainConfig", "as_tree", "load_config", "parse_config"]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model trained: a checkpoint (`path`: folder, hub id or bundled name), or an
-    `architecture` from scratch."""
+    """The model to train: a checkpoint (`path`: folder, hub id or bundled name), or a new model of
+    an `architecture`, whose keys are those of a transformers config."""
 
     path: str | None = None
     architecture: dict[str, Any] | None = None
@@ -47,13 +47,13 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on.
+    """The texts to train on.
 
-    `jsonl`: rows {prompt | messages, response} of the file `path`. `self`: responses that the model
-    generates, before training, to `prompts`: `bos` (the empty prompt), a registered source, or a
-    jsonl file of {prompt | messages}. Else the name of a registered source, such as `nano`, the
-    project's own problems. `examples` limits the rows; of `jsonl` and `self` the last `held_out`
-    rows are held out.
+    `source` is `jsonl`: rows {prompt | messages, response} of the file `path`; or `self`: responses
+    that the model generates before the training; or the name of a registered source, such as
+    `nano`, the project's own problems. The prompts of `self` are `prompts`: `bos` (the empty
+    prompt), a registered source, or a jsonl file of {prompt | messages}. `examples` limits the
+    rows. Of `jsonl` and `self` the last `held_out` rows are held out.
     """
 
     source: str = "nano"
@@ -70,11 +70,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A stretch of the curriculum: the block size b and the weights of the loss for `steps` steps.
+    """A stretch of the training: the block size b and the weights of the loss for `steps` steps.
 
     The loss is `hard` CE_noisy + `lambda` CE_clean + `soft_weight` times the soft term. `lambda` is
-    a number or `auto` (CE_noisy / CE_clean of the step before, 1 at first); left out, it is 0.2 for
-    a full fine-tune and 0 for a gated LoRA, whose clean rows are frozen.
+    a number or `auto` (CE_noisy / CE_clean of the step before, 1 at first). Its default is 0.2 for
+    a full fine-tune, and 0 for a gated LoRA, whose clean rows are frozen.
     """
 
     steps: int
@@ -89,7 +89,8 @@ class StageConfig:
 class OptimizerConfig:
     """AdamW, or Muon for the hidden matrices and AdamW for the rest; one schedule over all stages.
 
-    `wsd` warms up, stays, and falls linearly to 0 over the last share `decay` of the steps.
+    `wsd` warms up, stays constant, and falls linearly to 0 over the last share `decay` of the
+    steps.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -106,9 +107,9 @@ class OptimizerConfig:
 class TrainConfig:
     """One training run.
 
-    `batch_size` counts sequences per forward, `accumulation` forwards per step (and rank). `resume`
-    continues from the newest checkpoint in `output_dir` and starts from the beginning where there
-    is none.
+    `batch_size` counts sequences for each forward, `accumulation` forwards for each step and rank.
+    `resume` continues from the newest checkpoint in `output_dir`, or starts from the beginning if
+    there is none.
     """
 
     output_dir: str
@@ -133,11 +134,12 @@ class TrainConfig:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimizer steps of the whole run."""
         return sum(stage.steps for stage in self.stages)
 
     def stage(self, step: int) -> StageConfig:
-        """The stage of the optimiser step number `step`, counted from 0; the last one ever after."""
+        """The stage of optimizer step `step`, counted from 0; after the end it is the last
+        stage."""
         for stage in self.stages:
             if step < stage.steps:
                 return stage
@@ -167,7 +169,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     tree = read_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise InputError(
-            f"the config {str(path)!r} is a {type(tree).__name__}, not a mapping of keys; see configs/"
+            f"the config {str(path)!r} is a {type(tree).__name__}, not a mapping of keys; "
+            "see configs/"
         )
     for override in overrides:
         override_key(tree, override)
@@ -175,24 +178,33 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 
 def parse_config(tree: dict[str, Any]) -> TrainConfig:
-    """Turn a tree of plain values into a checked config; raises InputError as `load_config` does."""
+    """Convert plain values to a validated config.
+
+    Raises:
+        InputError: as in `load_config`.
+    """
     config: TrainConfig = build(TrainConfig, tree, "")
     _check(config)
     return config
 
 
 def _check(config: TrainConfig) -> None:
-    """The checks across keys: each message names the key to change."""
+    """Checks that concern several keys; each message names the key to change."""
     positive = {
         "stages.*.steps": min((s.steps for s in config.stages), default=0),
         "stages.*.block_size": min((s.block_size for s in config.stages), default=0),
-        "batch_size": config.batch_size, "accumulation": config.accumulation, "log_steps": config.log_steps,
-        "eval_steps": config.eval_steps, "save_steps": config.save_steps, "data.held_out": config.data.held_out,
-        "data.max_tokens": config.data.max_tokens, "data.generate_batch": config.data.generate_batch,
+        "batch_size": config.batch_size,
+        "accumulation": config.accumulation,
+        "log_steps": config.log_steps,
+        "eval_steps": config.eval_steps,
+        "save_steps": config.save_steps,
+        "data.held_out": config.data.held_out,
+        "data.max_tokens": config.data.max_tokens,
+        "data.generate_batch": config.data.generate_batch,
         "threads": 1 if config.threads is None else config.threads,
         "data.examples": 1 if config.data.examples is None else config.data.examples,
         "data.max_length": 2 if config.data.max_length is None else config.data.max_length - 1,
-    }  # fmt: skip
+    }
     for key, value in positive.items():
         if value < 1:
             raise InputError(
@@ -202,7 +214,8 @@ def _check(config: TrainConfig) -> None:
         raise InputError(f"optimizer.lr is {config.optimizer.lr}; it must be a positive number")
     if not 0 < config.optimizer.decay <= 1:
         raise InputError(
-            f"optimizer.decay is {config.optimizer.decay}; it is a share of the steps, above 0 and up to 1"
+            f"optimizer.decay is {config.optimizer.decay}; "
+            "it is a share of the steps, above 0 and up to 1"
         )
     if (config.model.path is None) == (config.model.architecture is None):
         raise InputError("model.path and model.architecture: give exactly one of the two")
@@ -214,5 +227,6 @@ def _check(config: TrainConfig) -> None:
         raise InputError("method is 'lora'; objective: ar trains all weights, set method: full")
     if config.method == "lora" and any(stage.lambda_ for stage in config.stages):
         raise InputError(
-            "lambda has no effect with method: lora, whose clean rows are the frozen base; leave it out"
+            "lambda has no effect with method: lora, whose clean rows are the frozen base; "
+            "leave it out"
         )

@@ -1,4 +1,5 @@
-"""The examples of a config: from a registered source, a jsonl file, or the model itself."""
+"""The examples of a config: from a registered source, from a jsonl file, or from the model
+itself."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from idlm.training.distill import distill
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and held-out examples, and how many responses were cut at the length limit."""
+    """Training and held-out examples; `cut` counts the training responses cut at the length
+    limit."""
 
     training: list[Example]
     held_out: list[Example]
@@ -23,17 +25,21 @@ class Corpus:
 
 
 def check_source(config: DataConfig) -> None:
-    """Refuse a `data.source` that nobody knows, before anything is made or loaded."""
+    """Refuse an unknown `data.source` before anything is made or loaded."""
     known = (*SOURCES, "jsonl", "self")
     if config.source not in known:
         raise InputError(f"data.source is {config.source!r}; expected {' or '.join(known)}")
 
 
 def corpus(config: DataConfig, idlm: Idlm, draws: int, folder: Path) -> Corpus:
-    """The examples; `draws` is how many the run needs, `folder` where generated responses are kept.
+    """The examples of a run.
+
+    Args:
+        draws: how many texts the run takes.
+        folder: for generated responses.
 
     Raises:
-        InputError: naming the row that is broken, or too few rows.
+        InputError: a row is broken (the message names it), or there are too few rows.
     """
     check_source(config)
     limit = min(config.max_length or idlm.context, idlm.context)
@@ -46,7 +52,8 @@ def corpus(config: DataConfig, idlm: Idlm, draws: int, folder: Path) -> Corpus:
         rows = _rows(config, idlm, folder)
         if len(rows) <= config.held_out:
             raise InputError(
-                f"data.held_out is {config.held_out} but there are {len(rows)} rows; lower it or add rows"
+                f"data.held_out is {config.held_out} but there are {len(rows)} rows; "
+                "lower it or add rows"
             )
         training, held_out = rows[: -config.held_out], rows[-config.held_out :]
     cut = sum(e.length > limit for e in training)

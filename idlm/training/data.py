@@ -1,7 +1,7 @@
-"""What is trained on: examples, their order, and batches.
+"""Examples, their order, and batches.
 
-The order and every random number are functions of (seed, number of the draw) alone, so a resumed
-run, or one that splits its batches otherwise, sees the same texts with the same phases.
+The order and every random number are functions of (seed, index of the draw) alone. So a resumed
+run, or one with another split into batches, has the same texts with the same phases.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from idlm.training.config import DataConfig
 from idlm.training.objective import Texts
 
 WINDOW = 16
-"""Batches among which texts are sorted by length: long enough to save padding, short enough to stay
-shuffled."""
+"""Batches in which texts are sorted by length: enough to save padding, few enough to stay shuffled.
+"""
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of a prompt and of its response, both non-empty; `row` says where it came from."""
+    """Token ids of a prompt and of its response, both non-empty; `row` names it in messages."""
 
     prompt: list[int]
     response: list[int]
@@ -38,18 +38,18 @@ class Example:
 
     @property
     def length(self) -> int:
-        """Tokens of both."""
+        """Tokens of the prompt and the response."""
         return len(self.prompt) + len(self.response)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Texts that a package brings along: pairs of a question and its answer, and a tokenizer.
+    """Texts that a package provides: pairs of a question and an answer, and a tokenizer.
 
     Attributes:
         training: the endless stream of pairs of a seed.
         held_out: the first n pairs that no stream contains.
-        tokenizer: for a model from scratch.
+        tokenizer: for a new model.
     """
 
     training: Callable[[int], Iterator[tuple[str, str]]]
@@ -58,18 +58,18 @@ class Source:
 
 
 SOURCES: dict[str, Source] = {}
-"""By the names that `data.source`, `data.prompts` and `model.tokenizer` give them.
+"""By their names in `data.source`, `data.prompts` and `model.tokenizer`.
 
-A package adds its own when it is imported, as `idlm.nano.source` does; training imports none.
+A package registers its source when it is imported, as `idlm.nano.source` does; training imports no
+source.
 """
 
 
 def fit(example: Example, limit: int) -> Example:
-    """The rule for long texts: a prompt must leave room for one token; a response is cut at `limit`
-    tokens in all.
+    """Cut the response so that the example has at most `limit` tokens.
 
     Raises:
-        InputError: a prompt or response is empty, or the prompt leaves no room.
+        InputError: the prompt or the response is empty, or the prompt leaves no room for a token.
     """
     if not example.prompt:
         raise InputError(
@@ -79,8 +79,8 @@ def fit(example: Example, limit: int) -> Example:
         raise InputError(f"{example.row}: the response has no tokens; remove the row or fill it")
     if len(example.prompt) >= limit:
         raise InputError(
-            f"{example.row}: the prompt has {len(example.prompt)} tokens, the limit is {limit} for prompt and "
-            "response; shorten it or raise data.max_length"
+            f"{example.row}: the prompt has {len(example.prompt)} tokens, "
+            f"the limit is {limit} for prompt and response; shorten it or raise data.max_length"
         )
     return Example(example.prompt, example.response[: limit - len(example.prompt)], example.row)
 
@@ -88,7 +88,7 @@ def fit(example: Example, limit: int) -> Example:
 def chat_examples(
     pairs: Iterable[tuple[str, str]], tokenizer: PreTrainedTokenizerBase
 ) -> list[Example]:
-    """Chat prompt, answer and end token of each (question, answer)."""
+    """The chat prompt, the answer and the end token of each (question, answer)."""
     chosen = list(pairs)
     prompts = PromptEncoder(tokenizer, "data").chats(
         [{"role": "user", "content": q}] for q, _ in chosen
@@ -100,31 +100,35 @@ def chat_examples(
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a jsonl file, each with its name for error messages."""
+    """The rows of a jsonl file, each with its name for error messages.
+
+    Raises:
+        InputError: the file cannot be read, or a line is not a JSON object.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"cannot read {str(path)!r} ({error}); give the path of a jsonl file"
         ) from None
-    for number, line in enumerate(lines, start=1):
+    for at, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(
-                f"{path} line {number} is not JSON ({error}); write one object per line"
+                f"{path} line {at} is not JSON ({error}); write one object per line"
             ) from None
         if not isinstance(row, dict):
             raise InputError(
-                f'{path} line {number} is not an object; write {{"prompt": ..., "response": ...}}'
+                f'{path} line {at} is not an object; write {{"prompt": ..., "response": ...}}'
             )
-        yield f"{path} line {number}", row
+        yield f"{path} line {at}", row
 
 
 def prompt_ids(row: dict[str, Any], name: str, idlm: Idlm) -> list[int]:
-    """Token ids of a row's prompt: {"prompt": text or token ids} or {"messages": [...]} under the
+    """Token ids of a row's prompt: {"prompt": text or token ids}, or {"messages": [...]} by the
     chat template."""
     if "messages" not in row and "prompt" not in row:
         raise InputError(f'{name} has no prompt; give it a "prompt" or "messages"')
@@ -132,7 +136,8 @@ def prompt_ids(row: dict[str, Any], name: str, idlm: Idlm) -> list[int]:
 
 
 def _ids(row: dict[str, Any], what: str, name: str, idlm: Idlm) -> list[int]:
-    """Token ids of the "messages" of a row, or of its "prompt" or "response", a text or token ids."""
+    """Token ids of a row's "messages", or of its "prompt" or "response", each a text or token
+    ids."""
     value = row[what]
     try:
         if what == "messages":
@@ -147,7 +152,7 @@ def _ids(row: dict[str, Any], what: str, name: str, idlm: Idlm) -> list[int]:
 
 
 def jsonl_examples(config: DataConfig, idlm: Idlm) -> list[Example]:
-    """Examples of a jsonl file; the end token is added to responses that are texts."""
+    """The examples of a jsonl file; responses that are texts get the end token."""
     end = [] if idlm.tokenizer is None else [idlm.tokenizer.eos_token_id]
     examples = []
     for name, row in islice(read_jsonl(str(config.path)), config.examples):
@@ -162,13 +167,12 @@ def jsonl_examples(config: DataConfig, idlm: Idlm) -> list[Example]:
 
 
 def draw_order(lengths: Sequence[int], draws: int, batch: int, seed: int) -> list[int]:
-    """Which example each draw takes: shuffled passes over all, sorted by length within windows of
-    batches.
+    """The example of each draw: shuffled passes over all, sorted by length in windows of batches.
 
     Args:
         lengths: of the examples.
         draws: how many, a multiple of `batch`.
-        batch: sequences of one optimiser step.
+        batch: sequences of one optimizer step.
     """
     order: list[int] = []
     passes = 0
@@ -187,22 +191,22 @@ def draw_order(lengths: Sequence[int], draws: int, batch: int, seed: int) -> lis
 
 
 class Draw(NamedTuple):
-    """One text as it is drawn: the example's number, the example, and the phase of its blocks."""
+    """A text of the run: the index of the example, the example, and the phase of its blocks."""
 
-    number: int
+    example_index: int
     example: Example
     phase: int
 
 
 class Batch(NamedTuple):
-    """Texts for one forward, padded on the right with 0, and the numbers of their examples."""
+    """Texts for one forward, padded on the right with 0, and the indices of their examples."""
 
     texts: Texts
-    numbers: list[int]
+    indices: list[int]
 
 
-class Draws:
-    """The run as one list: draw k is example `order[k]` with the phase of k."""
+class TrainOrder:
+    """All texts of a run in order: draw k is example `order[k]` with the phase of k."""
 
     def __init__(
         self, examples: list[Example], order: list[int], seed: int, random_phase: bool
@@ -221,14 +225,14 @@ class Draws:
             phase = random.Random(f"{self.seed}/phase/{draw}").getrandbits(31)
         return Draw(self.order[draw], self.examples[self.order[draw]], phase)
 
-    def batch(self, number: int, size: int) -> Batch:
-        """The batch `number` of the run cut into batches of `size`; the last may be shorter."""
-        draws = range(number * size, min((number + 1) * size, len(self)))
+    def batch(self, index: int, size: int) -> Batch:
+        """Batch `index` of the run cut into batches of `size`; the last one may be shorter."""
+        draws = range(index * size, min((index + 1) * size, len(self)))
         return collate([self[k] for k in draws])
 
 
 def collate(draws: list[Draw]) -> Batch:
-    """The draws as one batch."""
+    """Pad the texts of the draws to one batch."""
     examples = [draw.example for draw in draws]
     tokens = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(e.prompt + e.response) for e in examples], batch_first=True
@@ -236,4 +240,4 @@ def collate(draws: list[Draw]) -> Batch:
     prompt = torch.tensor([len(e.prompt) for e in examples])
     length = torch.tensor([e.length for e in examples])
     phase = torch.tensor([draw.phase for draw in draws])
-    return Batch(Texts(tokens, prompt, length, phase), [draw.number for draw in draws])
+    return Batch(Texts(tokens, prompt, length, phase), [draw.example_index for draw in draws])

@@ -1,8 +1,7 @@
-"""Self-distillation: responses written by the model that is being converted, so that conversion
-needs only prompts.
+"""Self-distillation: the model that is converted writes the responses, so a run needs only prompts.
 
-They are sampled with transformers' own `generate` in batches of equal settings; batch i is a
-function of (seed, i), so a generation cut off half-way continues to the same file.
+transformers' own `generate` samples them in batches with equal settings. Batch i is a function of
+(seed, i), so an interrupted generation continues to the same file.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from idlm.training.data import SOURCES, Example, fit, prompt_ids, read_jsonl
 
 
 def distill(config: DataConfig, idlm: Idlm, file: Path) -> list[Example]:
-    """The examples of `data.source: self`: read from `file`, after writing there what is still
-    missing.
+    """The examples of `data.source: self`: read from `file`, after the missing ones are written
+    there.
 
-    The file's first line holds the settings, every other one {"prompt": ids, "response": ids}.
+    The first line of the file holds the settings, each other line {"prompt": ids, "response": ids}.
 
     Raises:
         InputError: a prompt is broken or leaves no room, or the file was made with other settings.
@@ -55,16 +54,18 @@ def distill(config: DataConfig, idlm: Idlm, file: Path) -> list[Example]:
 
 
 def prompts_of(config: DataConfig, idlm: Idlm) -> list[tuple[list[int], str]]:
-    """Token ids and name of each prompt that `data.prompts` and `data.examples` ask for."""
+    """Token ids and name of each prompt that `data.prompts` and `data.examples` select."""
     if config.prompts in ("bos", *SOURCES) and config.examples is None:
         raise InputError(
-            f"data.examples is missing; data.prompts: {config.prompts} needs to know how many to generate"
+            f"data.examples is missing; data.prompts: {config.prompts} "
+            "needs to know how many to generate"
         )
     if config.prompts == "bos":
         bos = idlm.model.config.bos_token_id
         if bos is None:
             raise InputError(
-                f"the model {idlm.name!r} has no BOS token; give data.prompts a jsonl file of prompts"
+                f"the model {idlm.name!r} has no BOS token; "
+                "give data.prompts a jsonl file of prompts"
             )
         return [([bos], "the BOS prompt")] * int(config.examples or 0)
     if config.prompts in SOURCES:
@@ -76,7 +77,7 @@ def prompts_of(config: DataConfig, idlm: Idlm) -> list[tuple[list[int], str]]:
 
 
 def _checked(prompt: list[int], row: str, config: DataConfig, idlm: Idlm) -> list[int]:
-    """The prompt, if it is one and leaves room for a response."""
+    """The prompt, if it is not empty and leaves room for a response."""
     return fit(
         Example(prompt, [0], row), min(config.max_length or idlm.context, idlm.context)
     ).prompt
@@ -86,7 +87,7 @@ def _checked(prompt: list[int], row: str, config: DataConfig, idlm: Idlm) -> lis
 def generate(
     idlm: Idlm, prompts: list[list[int]], config: DataConfig, seed: int
 ) -> list[list[int]]:
-    """One sampled response (greedy at temperature 0) to each prompt, its end token included."""
+    """A sampled response (greedy at temperature 0) to each prompt, with its end token."""
     limit = min(config.max_length or idlm.context, idlm.context)
     longest = max(len(p) for p in prompts)
     rows = [[0] * (longest - len(p)) + p for p in prompts]
@@ -117,20 +118,20 @@ def generate(
 
 
 def _until_end(response: Tensor, ends: frozenset[int]) -> list[int]:
-    """The tokens up to the first end token."""
+    """The tokens up to and including the first end token."""
     tokens: list[int] = response.tolist()
     end = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[:end]
 
 
 def _settings(config: DataConfig, idlm: Idlm) -> dict[str, Any]:
-    """What the responses depend on, besides the weights."""
+    """What the responses depend on besides the weights."""
     keys = ("prompts", "seed", "temperature", "max_tokens", "generate_batch", "max_length")
     return {"model": idlm.name, **{key: getattr(config, key) for key in keys}}
 
 
 def _read(file: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows that are there already; a last line cut off by a kill does not count."""
+    """The rows that are already in the file; a line cut off by a kill is dropped."""
     if not file.exists():
         return []
     rows = []
@@ -142,8 +143,8 @@ def _read(file: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     for key in settings if rows else ():
         if rows[0].get(key) != settings[key]:
             raise InputError(
-                f"{file} was generated with {key} {rows[0].get(key)!r}, now it is {settings[key]!r}; "
-                "delete the file or restore the setting"
+                f"{file} was generated with {key} {rows[0].get(key)!r}, "
+                f"now it is {settings[key]!r}; delete the file or restore the setting"
             )
     return rows[1:]
 

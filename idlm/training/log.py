@@ -1,4 +1,4 @@
-"""What a run reports: JSON lines in `metrics.jsonl`, the same on stderr, and a progress bar."""
+"""The reports of a run: JSON lines in `metrics.jsonl`, the same on stderr, and a progress bar."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ COLUMNS = (BarColumn, MofNCompleteColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 class Log:
-    """The reports of a run, which its main process alone writes.
+    """The reports of a run; only its main process writes them.
 
     Attributes:
-        entries: every report of the run, those before it was resumed included.
+        entries: every report, including those before the run was resumed.
     """
 
     def __init__(self, folder: Path, main: bool) -> None:
@@ -34,12 +34,12 @@ class Log:
         self.entries: list[dict[str, Any]] = []
 
     def message(self, text: str) -> None:
-        """A line on stderr."""
         self.console.print(text)
 
     @contextmanager
     def running(self, step: int, steps: int) -> Iterator[Callable[[int], None]]:
-        """Forget what a killed run reported after `step`; gives what moves the bar to a step."""
+        """Drop the reports after `step` of a killed run; yields a function that sets the bar to a
+        step."""
         if self.main:
             self.entries = _until(self.file, step)
             lines = (json.dumps(entry) + "\n" for entry in self.entries)
@@ -51,7 +51,7 @@ class Log:
             yield lambda done: bar.update(task, completed=done)
 
     def write(self, entry: dict[str, Any]) -> None:
-        """One report; its key `step` counts the optimizer steps taken."""
+        """Add a report; its key `step` counts the optimizer steps taken."""
         self.entries.append(entry)
         if self.main:
             with self.file.open("a", encoding="utf-8") as out:
@@ -60,20 +60,20 @@ class Log:
 
 
 def _until(file: Path, step: int) -> list[dict[str, Any]]:
-    """The entries up to `step`, without a line cut off by a kill."""
-    kept = []
+    """The reports up to `step`, without a line cut off by a kill."""
+    entries = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:
             entry = json.loads(line)
             if entry["step"] <= step:
-                kept.append(entry)
+                entries.append(entry)
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    return kept
+    return entries
 
 
 def _short(value: Any) -> str:
-    """A number for the console: four digits."""
+    """A value for the console; numbers have four digits."""
     if isinstance(value, list):
         return "[" + " ".join(_short(v) for v in value) + "]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

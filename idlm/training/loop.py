@@ -1,4 +1,4 @@
-"""The training loop: `Trainer.train_step` is one optimizer step, read from top to bottom.
+"""The training loop: `Trainer.train_step` is one optimizer step, from top to bottom.
 
 Accelerate starts the processes, wraps the model for data parallelism and reduces over ranks. The
 loss, the batches, the order of events and the checkpoints are here.
@@ -26,7 +26,7 @@ from idlm.training import checkpoint
 from idlm.training.checkpoint import STATE, written_whole
 from idlm.training.config import StageConfig, TrainConfig
 from idlm.training.corpus import Corpus
-from idlm.training.data import Batch, Draws, draw_order
+from idlm.training.data import Batch, TrainOrder, draw_order
 from idlm.training.log import Log
 from idlm.training.measure import measure
 from idlm.training.objective import Objective, Terms, Wanted
@@ -38,11 +38,11 @@ KEPT_CHECKPOINTS = 2
 
 
 class NotFinite(InputError):
-    """The loss or the gradient is NaN or infinite; the weights are still those before the step."""
+    """The loss or the gradient is NaN or infinite; the weights are those before the step."""
 
 
 class Trainer:
-    """A run: the model, its data, and how far it has come."""
+    """A run: the model, its data, and its state."""
 
     def __init__(
         self, config: TrainConfig, accelerator: Accelerator, student: Trainee, data: Corpus
@@ -61,10 +61,11 @@ class Trainer:
         batch = config.batch_size * config.accumulation * accelerator.num_processes
         lengths = [e.length for e in data.training]
         order = draw_order(lengths, config.steps * batch, batch, config.seed)
-        self.draws = Draws(data.training, order, config.seed, config.random_phase)
+        self.draws = TrainOrder(data.training, order, config.seed, config.random_phase)
 
     def run(self, resume: Path | None = None) -> dict[str, Any]:
-        """Train to the last step, from a checkpoint if one is given; the held-out measurements."""
+        """Train to the last step, from the checkpoint `resume` if any; returns the held-out
+        measurements."""
         config, state = self.config, self.state
         if resume is not None:
             self.load(resume)
@@ -81,18 +82,22 @@ class Trainer:
         return measured or self.measure()
 
     def train_step(self) -> None:
-        """One optimizer step, or NotFinite before it is taken."""
+        """One optimizer step.
+
+        Raises:
+            NotFinite: before the step is taken.
+        """
         config, state, accelerator = self.config, self.state, self.accelerator
         stage = config.stage(state.step)
-        # a function of the step, so that a resumed run drops out the same activations
+        # the seed is a function of the step, so that a resumed run has the same dropout
         torch.manual_seed(self.step_seed())
 
         # data: this rank's micro-batches, and the supervised rows of all ranks
         batches = self.micro_batches()
         rows = self.count(batches)
 
-        # forward and backward; the losses of micro-batches and ranks are shares of one sum, but
-        # data parallelism averages gradients over ranks
+        # forward and backward. The losses of micro-batches and ranks add up to the loss of the
+        # step, but data parallelism averages gradients over ranks: hence the factor
         losses, parts = [], []
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
@@ -110,8 +115,8 @@ class Trainer:
 
         # finite, or stop
         for loss, batch in zip(losses, batches, strict=True):
-            self.check_finite(loss, "loss", batch.numbers)
-        self.check_finite(norm, "gradient norm", [n for batch in batches for n in batch.numbers])
+            self.check_finite(loss, "loss", batch.indices)
+        self.check_finite(norm, "gradient norm", [n for batch in batches for n in batch.indices])
 
         # step
         rate = learning_rate(config.optimizer, state.step, config.steps)
@@ -134,9 +139,10 @@ class Trainer:
     # -- the loss
 
     def loss(self, terms: Terms, rows: Rows, stage: StageConfig) -> Tensor:
-        """The loss of a step; for the terms of a micro-batch its share, so the split is all one.
+        """The loss of a step, or for the terms of a micro-batch its part of that sum.
 
-        `rows` are those of the whole step, over its micro-batches and all ranks.
+        `rows` are those of the whole step, over its micro-batches and all ranks. So the loss does
+        not depend on the split.
         """
         weight = self.config.lambda_of(stage) if self.config.objective == "idlm" else 1.0
         noisy = stage.hard * terms.noisy + stage.soft_weight * terms.soft
@@ -144,7 +150,7 @@ class Trainer:
         return noisy / max(rows.noisy, 1) + clean / max(rows.clean, 1)
 
     def check_finite(self, value: Tensor, what: str, examples: list[int]) -> None:
-        """Raise NotFinite, naming the batch."""
+        """Raise NotFinite with the rows of the batch, if `value` is not finite."""
         if math.isfinite(float(value)):
             return
         rows = ", ".join(self.data.training[i].row for i in examples)
@@ -156,15 +162,16 @@ class Trainer:
     # -- the batches
 
     def micro_batches(self) -> list[Batch]:
-        """This rank's batches of the running step, on its device."""
+        """This rank's batches of the current step, on its device."""
         config, ranks = self.config, self.accelerator.num_processes
         first = self.state.step * config.accumulation * ranks + self.accelerator.process_index
-        numbers = range(first, first + config.accumulation * ranks, ranks)
-        batches = [self.draws.batch(number, config.batch_size) for number in numbers]
+        mine = range(first, first + config.accumulation * ranks, ranks)
+        batches = [self.draws.batch(index, config.batch_size) for index in mine]
         return [send_to_device(batch, self.accelerator.device) for batch in batches]
 
     def count(self, batches: list[Batch]) -> Rows:
-        """Supervised rows of the whole step: of n response tokens, n clean rows and n - 1 MASKs."""
+        """Supervised rows of the whole step: n clean rows and n - 1 MASK rows for n response
+        tokens."""
         responses = [batch.texts.length - batch.texts.prompt for batch in batches]
         clean = torch.cat(responses).sum()
         noisy = torch.cat([length - 1 for length in responses]).sum()
@@ -172,7 +179,7 @@ class Trainer:
         return Rows(*rows.tolist())
 
     def step_seed(self) -> int:
-        """The seed of whatever is random in this rank's running step."""
+        """The seed of this rank's current step."""
         name = f"{self.config.seed}/step/{self.state.step}/{self.accelerator.process_index}"
         return random.Random(name).getrandbits(63)
 
@@ -180,28 +187,28 @@ class Trainer:
 
     @property
     def stage(self) -> StageConfig:
-        """The stage of the last step taken."""
+        """The stage of the last step that was taken."""
         return self.config.stage(max(self.state.step - 1, 0))
 
     def report(self, more: dict[str, float]) -> None:
-        """The means since the last report, and `more`."""
+        """Log the means since the last report, and `more`."""
         means = self.state.unreported.means(self.stage.soft)
         entry = {"step": self.state.step, "loss": means.pop("loss")}
         self.log.write(entry | more | means)
         self.state.unreported = Sums()
 
     def measure(self) -> dict[str, Any]:
-        """Held-out measurements at the running stage's block size."""
+        """Held-out measurements at the block size of the current stage."""
         return measure(self.objective, self.data.held_out, self.config, self.state.step - 1)
 
     def evaluate(self) -> dict[str, Any]:
-        """Measure and report."""
+        """Measure on the held-out texts, and log the figures."""
         measured = self.measure()
         self.log.write({"step": self.state.step, **measured})
         return measured
 
     def save(self) -> None:
-        """Write a checkpoint, and remove all but the newest ones."""
+        """Write a checkpoint and remove all but the newest ones."""
         if self.accelerator.is_main_process:
             with written_whole(self.folder / f"checkpoint-{self.state.step}") as folder:
                 self.export(folder)
@@ -212,21 +219,21 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint."""
-        kept = read_json(folder / STATE)
+        """Restore the model, the optimizers and the state from a checkpoint."""
+        saved = read_json(folder / STATE)
         self.student.load(folder)
         checkpoint.load_optimizers(self.objective, self.optimizers, folder)
-        self.state.step, self.state.balance = kept["step"], kept["balance"]
-        self.state.unreported = Sums(**kept["unreported"])
+        self.state.step, self.state.balance = saved["step"], saved["balance"]
+        self.state.unreported = Sums(**saved["unreported"])
 
     def export(self, folder: Path) -> None:
-        """Write the adapter, or the whole model, as it is now."""
+        """Write the adapter or the whole model in its current state."""
         block_size = None if self.config.objective == "ar" else self.stage.block_size
         self.student.export(folder, block_size)
 
 
 def wanted(config: TrainConfig, stage: StageConfig) -> Wanted:
-    """The terms that a stage's loss has."""
+    """The terms in the loss of a stage."""
     if config.objective == "ar":
         return Wanted(0, clean=True)
     return Wanted(stage.block_size, clean=config.lambda_of(stage) != 0, soft=stage.soft)

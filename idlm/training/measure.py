@@ -1,4 +1,4 @@
-"""How well a model drafts, measured on held-out texts while it trains."""
+"""Acceptance and TPF of a model on held-out texts while it trains."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from idlm.training.config import TrainConfig
-from idlm.training.data import Draws, Example
+from idlm.training.data import Example, TrainOrder
 from idlm.training.objective import Objective, Texts, Wanted, clean_rows
 
 
@@ -18,27 +18,27 @@ from idlm.training.objective import Objective, Texts, Wanted, clean_rows
 def measure(
     objective: Objective, examples: list[Example], config: TrainConfig, step: int
 ) -> dict[str, Any]:
-    """Per draft depth alpha and argmax acceptance, and the TPF they imply; for plain AR the
-    cross-entropy per token.
+    """Alpha and argmax acceptance by draft depth, and the TPF that they imply; for AR the
+    cross-entropy.
 
-    Measured on the true text (teacher forced): acceptance at depth k does not know that the drafts
-    before were accepted. The block size is that of the stage of step `step`.
+    Measured on the true text (teacher forced): acceptance at depth k is not conditioned on the
+    acceptance of the drafts before. The block size is that of the stage of step `step`.
     """
     was_training = objective.training
     objective.eval()
     block_size = config.stage(max(step, 0)).block_size
     ordered = sorted(examples, key=lambda e: e.length)
-    # always at random phases, whatever is trained: decoding drafts from anywhere
-    draws = Draws(ordered, list(range(len(ordered))), config.seed, random_phase=True)
+    # always with random phases: decoding drafts from any position
+    draws = TrainOrder(ordered, list(range(len(ordered))), config.seed, random_phase=True)
     size = config.batch_size
-    batches = [draws.batch(number, size) for number in range(math.ceil(len(draws) / size))]
+    batches = [draws.batch(index, size) for index in range(math.ceil(len(draws) / size))]
     sums = [_sums(objective, batch.texts, config, block_size) for batch in batches]
     objective.train(was_training)
     return summary(torch.stack(sums).sum(0), config.objective, block_size)
 
 
 def _sums(objective: Objective, texts: Texts, config: TrainConfig, block_size: int) -> Tensor:
-    """Sums over one batch: [3, b] of `Objective.measure`; for plain AR [2]: rows and nats."""
+    """Sums over one batch: [3, b] of `Objective.measure`; for AR [2]: rows and nats."""
     texts = send_to_device(texts, objective.idlm.device)
     if config.objective == "idlm":
         return objective.measure(texts, block_size).cpu()
@@ -48,7 +48,7 @@ def _sums(objective: Objective, texts: Texts, config: TrainConfig, block_size: i
 
 
 def summary(sums: Tensor, objective: str, block_size: int) -> dict[str, Any]:
-    """Names for the sums of `measure`."""
+    """The means of the sums of `measure`, by name."""
     if objective == "ar":
         return {"held_out_ce": float(sums[1] / sums[0])}
     rows, alpha, agree = sums

@@ -3,17 +3,16 @@
 Shapes: B batch, L padded length of the clean text x_0, R padded number of MASK rows, D hidden size,
 V logit columns, n supervised rows. P is the prompt's length, b the block size.
 
-The layout written down in the design is `[x_t | x_0]`, with x_t as long as x_0. Here x_t holds its
-MASK rows alone:
+The papers' layout is `[x_t | x_0]`, with x_t as long as x_0. Here x_t holds only its MASK rows:
 
-* the clean prompt rows of x_t see what the same rows of x_0 see and compute the same, so a MASK row
-  whose block begins in the prompt looks at the prompt in x_0 instead;
+* the clean prompt rows of x_t compute the same as those rows of x_0, so a MASK row whose block
+  begins in the prompt sees the prompt in x_0 instead;
 * the MASK row of the last response token predicts nothing and no other row sees it, so it is left
   out;
 * x_0 never sees x_t, so the halves run one after the other, the MASK rows over the stored keys and
-  values of x_0. With a frozen base the first half then needs no gradient.
+  values of x_0. With a frozen base the first half needs no gradient.
 
-What is computed is the same (the tests compare it with the full layout in float64).
+The result is the same: the tests compare it with the full layout in float64.
 """
 
 from __future__ import annotations
@@ -29,15 +28,14 @@ from idlm.models.attention import attend
 from idlm.models.idlm_model import Idlm
 
 EXCLUDED = -1e30
-"""The logit of MASK, which is never emitted; finite, because 0 * infinity would spoil the soft
-terms."""
+"""The logit of MASK, which is never emitted; finite, because 0 * infinity is NaN in the soft terms.
+"""
 
 
 class Texts(NamedTuple):
     """A batch of clean texts, padded on the right.
 
-    tokens [B, L]; prompt, length [B] (P >= 1 and P < length); phase [B], any number >= 0: taken
-    modulo b.
+    tokens [B, L]; prompt and length [B], with 1 <= P < length; phase [B], >= 0: taken modulo b.
     """
 
     tokens: Tensor
@@ -48,8 +46,8 @@ class Texts(NamedTuple):
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which terms a step needs: MASK rows in blocks of `block_size` (0: none, plain AR), CE_clean,
-    the soft term."""
+    """The terms that a step needs: MASK rows in blocks of `block_size` (0: AR only), CE_clean, soft
+    term."""
 
     block_size: int
     clean: bool
@@ -57,8 +55,8 @@ class Wanted:
 
 
 class Terms(NamedTuple):
-    """Sums over the supervised rows of a batch, in nats (soft: nats for kl, probability for tv); 0
-    where not wanted."""
+    """Sums over the supervised rows of a batch, in nats (the soft term of "tv": probability); 0 if
+    not wanted."""
 
     noisy: Tensor
     clean: Tensor
@@ -66,10 +64,10 @@ class Terms(NamedTuple):
 
 
 class CleanHalf:
-    """Keys and values of x_0, kept for the MASK rows: the `Cache` of one forward and the next.
+    """Keys and values of x_0, kept for the MASK rows: the `Cache` of two forwards.
 
     Attributes:
-        visible: what the rows of the running forward see.
+        visible: what the rows of the current forward see.
     """
 
     def __init__(self, visible: Tensor) -> None:
@@ -77,8 +75,11 @@ class CleanHalf:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """First forward: keep x_0's rows. Second: put the MASK rows' in front of them, [B, G, R +
-        L, E]."""
+        """Keep x_0's keys and values in the first forward; in the second append them to those of
+        the MASK rows.
+
+        Shapes: keys and values are [B, G, R + L, E] in the second forward.
+        """
         if layer in self.layers:
             clean_key, clean_value = self.layers[layer]
             key, value = torch.cat([key, clean_key], dim=2), torch.cat([value, clean_value], dim=2)
@@ -88,15 +89,15 @@ class CleanHalf:
 
 
 def mask_rows(prompt: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions [B, R] of the MASK rows (P .. length-2, then padding); which of them are no padding
-    [B, R] (bool)."""
+    """Positions [B, R] of the MASK rows (P .. length-2, then padding), and which are not padding:
+    bool [B, R]."""
     count = length - prompt - 1
     row = torch.arange(max(int(count.max()), 1), device=prompt.device)
     return prompt[:, None] + row, row < count[:, None]
 
 
 def clean_rows(prompt: Tensor, length: Tensor, width: int) -> Tensor:
-    """Which rows of x_0 have a response token as target, [B, width] (bool): P-1 .. length-2."""
+    """Which rows of x_0 have a response token as target: P-1 .. length-2, bool [B, width]."""
     position = torch.arange(width, device=prompt.device)
     return (position >= prompt[:, None] - 1) & (position < length[:, None] - 1)
 
@@ -106,22 +107,21 @@ def visible(
 ) -> Tensor:
     """What the MASK rows at `positions` [B, R] see of `[x_t | x_0]`: bool [B, 1, R, R + width]."""
     start = (positions + phase[:, None]) // block_size * block_size - phase[:, None]
-    own = (start[:, :, None] == start[:, None, :]) & (
+    block = (start[:, :, None] == start[:, None, :]) & (
         positions[:, :, None] >= positions[:, None, :]
     )
     text = (
         torch.arange(width, device=positions.device)
         < torch.maximum(start, prompt[:, None])[:, :, None]
     )
-    return torch.cat([own, text], dim=2)[:, None]
+    return torch.cat([block, text], dim=2)[:, None]
 
 
 def soft_term(noisy: Tensor, clean: Tensor, kind: str) -> Tensor:
-    """Sum over the rows of the distance of q = softmax(noisy) from its teacher p = softmax(clean),
-    both [n, V].
+    """The distance of q = softmax(noisy) from p = softmax(clean), both [n, V], summed over rows.
 
-    "kl" is KL(p || q); "tv" the total variation, which is one minus the acceptance rate sum min(p,
-    q). p has no gradient.
+    "kl" is KL(p || q); "tv" the total variation: one minus the acceptance rate sum min(p, q). p has
+    no gradient.
     """
     teacher = clean.detach().log_softmax(-1)
     student = noisy.log_softmax(-1)
@@ -131,12 +131,11 @@ def soft_term(noisy: Tensor, clean: Tensor, kind: str) -> Tensor:
 
 
 class Objective(nn.Module):
-    """The model with its loss, as one module: data parallelism wraps both forwards as one.
+    """The model with its loss as one module, so that data parallelism wraps both forwards.
 
     Args:
-        idlm: the model.
-        trains_clean: whether the clean half takes gradients (not with a gated LoRA).
-        emits_mask: whether softmaxes include the MASK column, as the plain AR loss does.
+        trains_clean: whether the clean half has gradients (not with a gated LoRA).
+        emits_mask: whether softmaxes include the MASK column, as in the plain AR loss.
     """
 
     def __init__(self, idlm: Idlm, trains_clean: bool, emits_mask: bool = False) -> None:
@@ -168,14 +167,14 @@ class Objective(nn.Module):
         return Terms(noisy, clean, soft)
 
     def logits(self, texts: Texts, block_size: int, clean: bool) -> tuple[Tensor, Tensor]:
-        """Logits of the supervised MASK rows [n, V] and supervised clean rows [n', V]; empty where
-        not asked for."""
+        """Logits of the supervised MASK rows [n, V] and of the supervised clean rows [n', V]; empty
+        if not wanted."""
         width = texts.tokens.shape[1]
         none = texts.tokens.new_zeros((0, self.idlm.vocab_size), dtype=torch.float32)
         with torch.set_grad_enabled(self.trains_clean and torch.is_grad_enabled()):
-            place = torch.arange(width, device=texts.tokens.device).expand_as(texts.tokens)
-            half = CleanHalf(_causal(place))
-            hidden = self.idlm.hidden(texts.tokens, place, None, cache=half)
+            text_positions = torch.arange(width, device=texts.tokens.device).expand_as(texts.tokens)
+            half = CleanHalf(_causal(text_positions))
+            hidden = self.idlm.hidden(texts.tokens, text_positions, None, cache=half)
             clean_logits = (
                 self._head(hidden[clean_rows(texts.prompt, texts.length, width)]) if clean else none
             )
@@ -197,11 +196,11 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def measure(self, texts: Texts, block_size: int) -> Tensor:
-        """Sums per draft depth 1..b: rows, sum_v min(p, q), and rows whose argmax agrees; [3, b] in
-        float64.
+        """Sums by draft depth 1..b: rows, sum_v min(p, q), and rows whose argmax agrees; float64
+        [3, b].
 
-        The MASK row at the k-th place of its block knows everything before the block, and so is a
-        draft of depth k.
+        The k-th MASK row of a block has seen everything before the block, so it is a draft of depth
+        k.
         """
         noisy, clean = self.logits(texts, block_size, clean=True)
         teacher, student = clean[self.teachers(texts)].softmax(-1), noisy.softmax(-1)
@@ -216,7 +215,7 @@ class Objective(nn.Module):
         return rows.new_zeros(3, block_size).index_add_(1, depth, rows)
 
     def _head(self, hidden: Tensor) -> Tensor:
-        """Logits [n, V] of hidden rows [n, D], at least float32, without MASK."""
+        """Logits [n, V] of hidden rows [n, D], in float32 or more, without MASK."""
         logits = self.idlm.head(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if not self.emits_mask and self.idlm.mask_id < logits.shape[-1]:
@@ -226,12 +225,12 @@ class Objective(nn.Module):
         return logits
 
 
-def _causal(place: Tensor) -> Tensor:
-    """Plain causal visibility [1, 1, L, L]; padding is on the right, so no text sees it."""
-    width = place.shape[1]
-    return torch.ones(width, width, dtype=torch.bool, device=place.device).tril()[None, None]
+def _causal(positions: Tensor) -> Tensor:
+    """Plain causal visibility [1, 1, L, L]; padding is on the right, so no token sees it."""
+    width = positions.shape[1]
+    return torch.ones(width, width, dtype=torch.bool, device=positions.device).tril()[None, None]
 
 
 def _next(tokens: Tensor, positions: Tensor) -> Tensor:
-    """The tokens after `positions` [B, R]; anything for padding rows."""
+    """The tokens after `positions` [B, R]; padding rows have arbitrary ones."""
     return tokens.gather(1, (positions + 1).clamp(max=tokens.shape[1] - 1))

@@ -1,4 +1,4 @@
-"""The optimizers of a run and their learning rate."""
+"""The optimizers of a run, and the learning rate."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from idlm.training.config import OptimizerConfig
 
 
 def optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
-    """AdamW; or Muon for the hidden matrices and AdamW, without weight decay, for the rest.
+    """AdamW; or Muon for the hidden matrices and AdamW without weight decay for the rest.
 
-    Muon's step is scaled to AdamW's size (`match_rms_adamw`), so one learning rate serves both.
+    Muon's update is scaled to the size of AdamW's (`match_rms_adamw`), so one learning rate serves
+    both.
     """
     lr, decay = config.lr, config.weight_decay
     if config.name == "adamw":
@@ -22,16 +23,17 @@ def optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
         groups = [{"params": decayed, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
         return [AdamW(groups, lr, config.betas, fused=True)]
     matrices, rest = split_parameters(model)
-    found: list[Optimizer] = []
+    chosen: list[Optimizer] = []
     if matrices:
-        found.append(torch.optim.Muon(matrices, lr, decay, adjust_lr_fn="match_rms_adamw"))
+        chosen.append(torch.optim.Muon(matrices, lr, decay, adjust_lr_fn="match_rms_adamw"))
     if rest:
-        found.append(AdamW(rest, lr, config.betas, weight_decay=0.0, fused=True))
-    return found
+        chosen.append(AdamW(rest, lr, config.betas, weight_decay=0.0, fused=True))
+    return chosen
 
 
 def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The trained matrices with the MASK row, a row of one; and the norms' weights and biases."""
+    """Trained matrices and the MASK row, which decay; and weights of norms and biases, which do
+    not."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decayed = [p for name, p in trained if p.ndim > 1 or name.endswith("mask_row")]
     chosen = {id(p) for p in decayed}
@@ -39,7 +41,8 @@ def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The trained 2-D weights that are neither embeddings nor output heads; and the others."""
+    """Trained matrices that are neither embedding nor output head; and all other trained
+    parameters."""
     outer = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     outer |= {id(p) for name, p in model.named_parameters() if "lm_head" in name}
     trained = [p for p in model.parameters() if p.requires_grad]

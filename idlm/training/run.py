@@ -1,4 +1,4 @@
-"""`train`: a config, from its data to the exported model."""
+"""`train`: a whole run, from the data to the exported model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from idlm.training.setup import base_model, trainee
 
 
 def processes(config: TrainConfig) -> Accelerator:
-    """Join the other processes of the run, if a launcher started several."""
+    """Join the other processes of the run, if a launcher started several.
+
+    Raises:
+        InputError: several GPUs are visible to a single process.
+    """
     accelerator = Accelerator(
         cpu=config.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no"
     )
@@ -34,8 +38,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """Run a config to its end and export the result to `output_dir/final`.
 
     Returns:
-        what `idlm train --json` prints: the folder, steps, seconds, last loss, and the held-out
-        measurements.
+        the object of `idlm train --json`: folder, steps, seconds, last loss, and held-out
+            measurements.
 
     Raises:
         InputError: bad config or data. NotFinite: the loss or gradient is NaN or infinite.

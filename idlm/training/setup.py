@@ -1,4 +1,4 @@
-"""The model of a run: as it is before training, with what is trained on it, and on disk."""
+"""The model of a run: before training, with its trained parameters, and on disk."""
 
 from __future__ import annotations
 
@@ -29,14 +29,15 @@ from idlm.training.data import SOURCES
 
 @dataclass
 class Trainee:
-    """The model to train; `spec` and the base's `fingerprint` are set for a gated LoRA."""
+    """The model to train; a gated LoRA has a `spec` and its base's `fingerprint`."""
 
     idlm: Idlm
     spec: LoraSpec | None = None
     fingerprint: str = ""
 
     def export(self, folder: Path, block_size: int | None) -> None:
-        """Write the adapter, or the whole model with its tokenizer, so that `idlm.load` reads it."""
+        """Write the adapter, or the whole model with its tokenizer, in the form that `idlm.load`
+        reads."""
         self.idlm.block_size = block_size
         if self.spec is not None:
             adapter.save(
@@ -46,10 +47,10 @@ class Trainee:
             save_full(self.idlm, folder, block_size)
 
     def load(self, folder: Path) -> None:
-        """Take the weights of what `export` wrote.
+        """Load the weights that `export` wrote.
 
         Raises:
-            InputError: it is of another model.
+            InputError: they are of another model.
         """
         if self.spec is not None:
             adapter.refill(self.idlm.model, folder)
@@ -62,15 +63,15 @@ class Trainee:
 
 
 def base_model(config: ModelConfig) -> Idlm:
-    """The model as it is before training: loaded, or built from its architecture with fresh
-    weights."""
+    """The model before training: a checkpoint, or a new model of an architecture."""
     if config.architecture is not None:
         return _from_scratch(config)
     return load(str(config.path), dtype=getattr(torch, config.dtype))
 
 
 def trainee(config: TrainConfig, idlm: Idlm) -> Trainee:
-    """Attach the gated LoRA, or make room for the MASK row and free all weights."""
+    """Attach the gated LoRA; or, for a full fine-tune, add the MASK row and make all weights
+    trainable."""
     if config.method == "lora":
         spec = LoraSpec(config.lora.rank, config.lora.alpha, config.lora.targets)
         base = adapter.fingerprint(idlm.model)
@@ -83,7 +84,7 @@ def trainee(config: TrainConfig, idlm: Idlm) -> Trainee:
 
 
 def _from_scratch(config: ModelConfig) -> Idlm:
-    """A model with fresh weights from the keys of a transformers config, and its tokenizer."""
+    """A new model by the keys of a transformers config, with its tokenizer."""
     keys = _architecture(config)
     tokenizer = _tokenizer(config.tokenizer)
     keys.setdefault("vocab_size", len(tokenizer))
@@ -100,7 +101,7 @@ def _from_scratch(config: ModelConfig) -> Idlm:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             full, attn_implementation=NAME, dtype=getattr(torch, config.dtype)
         )
-    except Exception as error:  # each family has its own checks
+    except Exception as error:  # each family raises errors of its own
         raise InputError(
             f"model.architecture is refused: {first_line(error)}; see configs/nano-base.yaml"
         ) from error
@@ -108,7 +109,7 @@ def _from_scratch(config: ModelConfig) -> Idlm:
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:
-    """The keys of `model.architecture`, each known to its model_type."""
+    """The keys of `model.architecture`, checked against those of its model_type."""
     keys = dict(config.architecture or {})
     try:
         known = [
@@ -131,7 +132,7 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """That of a registered source, else the one in a folder; it must have a mask token."""
+    """The tokenizer of a registered source or of a folder; it must have a mask token."""
     try:
         tokenizer = (
             SOURCES[name].tokenizer() if name in SOURCES else AutoTokenizer.from_pretrained(name)

@@ -1,4 +1,4 @@
-"""How far a run has come, and the sums that its reports are made of."""
+"""The progress of a run, and the sums for its reports."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ class Sums:
 
     Attributes:
         loss: of the steps' losses.
-        noisy: nats of CE_noisy; clean: of CE_clean; soft: of the soft term (tv: probability).
-        noisy_rows: supervised MASK rows; clean_rows: supervised rows of the clean texts.
+        noisy, clean: nats of CE_noisy and of CE_clean.
+        soft: of the soft term, in nats ("tv": probability).
+        noisy_rows: supervised MASK rows.
+        clean_rows: supervised rows of the clean texts.
     """
 
     steps: int = 0
@@ -34,7 +36,6 @@ class Sums:
     clean_rows: int = 0
 
     def add(self, loss: float, terms: Terms, rows: Rows) -> None:
-        """One more step."""
         self.steps += 1
         self.loss += loss
         self.noisy += float(terms.noisy)
@@ -44,7 +45,8 @@ class Sums:
         self.clean_rows += rows.clean
 
     def means(self, soft: str) -> dict[str, float]:
-        """The loss of a step and the terms of a row, by their names in the log; 0 is left out."""
+        """The mean loss of a step and the mean terms of a row, by their names in the log; zeros are
+        left out."""
         noisy_rows, clean_rows = max(self.noisy_rows, 1), max(self.clean_rows, 1)
         terms = {
             "ce_noisy": self.noisy / noisy_rows,
@@ -56,11 +58,11 @@ class Sums:
 
 @dataclass
 class State:
-    """What of a run changes, besides the weights and the optimizers.
+    """What changes during a run, besides the weights and the optimizers.
 
     Attributes:
         step: optimizer steps taken.
-        balance: CE_noisy / CE_clean of the last step, the weight of CE_clean where lambda is auto.
+        balance: CE_noisy / CE_clean of the last step: the weight of CE_clean if lambda is auto.
         unreported: sums since the last report.
     """
 

@@ -1,7 +1,7 @@
-"""Strict reading of plain values (YAML, JSON) into dataclasses, with overrides from a command line.
+"""Strict conversion of plain values (YAML, JSON) to dataclasses, with overrides from a command
+line.
 
-Nothing here knows what is configured: a dataclass's fields are the keys and its annotations the
-types.
+The fields of a dataclass are the keys, its annotations the types; which dataclass does not matter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from idlm.errors import InputError
 
 
 def read_yaml(text: str, name: str) -> Any:
-    """The plain values of a YAML text; an InputError names the text by `name`."""
+    """The plain values of a YAML text; an InputError refers to the text as `name`."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -62,7 +62,8 @@ def _child(node: Any, name: str, path: str) -> Any:
 
 
 def _key(attribute: dataclasses.Field[Any]) -> str:
-    """The YAML key of a field: `lambda` is a word of Python, so its field ends in an underscore."""
+    """The YAML key of a field; `lambda` is a keyword of Python, so its field ends in an
+    underscore."""
     return attribute.name.rstrip("_")
 
 
@@ -121,7 +122,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
 
 
 def _convert_list(value: Any, options: tuple[Any, ...], key: str) -> tuple[Any, ...]:
-    """A list as a tuple: of any length where the hint is `tuple[T, ...]`, else of the hint's
+    """A list as a tuple: of any length if the hint is `tuple[T, ...]`, else of the hint's
     length."""
     any_length = options[-1] is Ellipsis
     if not isinstance(value, list | tuple) or not (any_length or len(value) == len(options)):
@@ -135,7 +136,7 @@ def _convert_list(value: Any, options: tuple[Any, ...], key: str) -> tuple[Any, 
 
 
 def _number(value: Any) -> float | None:
-    """A float; YAML 1.1 reads 1e-3 as text, so text that is a number counts."""
+    """A float, also from text: YAML 1.1 reads 1e-3 as text."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -145,7 +146,7 @@ def _number(value: Any) -> float | None:
 
 
 def _name(hint: Any) -> str:
-    """How a type is called in an error message."""
+    """The name of a type in error messages."""
     if hint is type(None):
         return "null"
     if get_origin(hint) in (Union, types.UnionType, Literal):
@@ -154,7 +155,7 @@ def _name(hint: Any) -> str:
 
 
 def as_tree(config: Any) -> Any:
-    """The plain values of a config, as YAML holds them; `parse_config` reads them back."""
+    """The plain values of a config, as in YAML; `parse_config` reads them back."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {_key(f): as_tree(getattr(config, f.name)) for f in dataclasses.fields(config)}
     return [as_tree(item) for item in config] if isinstance(config, tuple) else config

@@ -1,1 +1,1 @@
-"""What people look at: the terminal chat, and the colours of drafts."""
+"""The terminal chat, and the colours of tokens by their source."""

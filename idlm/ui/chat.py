@@ -1,5 +1,7 @@
-"""`Chat`: a conversation in a terminal, or over pipes; answers go to stdout, everything else to
-stderr."""
+"""`Chat`: a conversation in a terminal or over pipes.
+
+Answers go to stdout, everything else to stderr.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from time import perf_counter
 from rich.console import Console
 
 from idlm.errors import InputError
+from idlm.ui.backend import ChatBackend, ContextFull, End, Message, Piece
 from idlm.ui.colours import COLOURS, LEGEND, Painter, harmless
-from idlm.ui.partner import ContextFull, End, Message, Partner, Piece
 
 HELP = {
     "/reset": "begin a new conversation",
@@ -26,18 +28,18 @@ HELP = {
 
 
 class Chat:
-    """One conversation, and its settings.
+    """One conversation with its settings.
 
     Args:
-        partner: who answers.
+        backend: the model that answers.
         colours: whether tokens are coloured by their source.
 
     Raises:
-        InputError: colours of a partner that does not say where tokens come from.
+        InputError: colours with a backend that does not report the source of tokens.
     """
 
-    def __init__(self, partner: Partner, colours: bool = False) -> None:
-        self._partner = partner
+    def __init__(self, backend: ChatBackend, colours: bool = False) -> None:
+        self._backend = backend
         self._out, self._notes = (
             Console(highlight=False, soft_wrap=True),
             Console(stderr=True, highlight=False),
@@ -49,8 +51,8 @@ class Chat:
             self._switch_colours()
 
     def run(self, read: Callable[[], str]) -> None:
-        """Until /exit or the end of the input; `read` gives a line, or raises EOFError."""
-        self._note(f"{self._partner.name}; /help lists the commands")
+        """Run until /exit or the end of the input; `read` returns a line or raises EOFError."""
+        self._note(f"{self._backend.name}; /help lists the commands")
         while True:
             try:
                 if not self.take(read()):
@@ -69,10 +71,10 @@ class Chat:
                 )
 
     def take(self, line: str) -> bool:
-        """Act on a line of input; False: it ends the chat.
+        """Handle a line of input; False if it ends the chat.
 
         Raises:
-            InputError: it cannot be done; the conversation is as before.
+            InputError: the line cannot be handled; the conversation is unchanged.
         """
         line = line.strip()
         command, _, rest = line.partition(" ")
@@ -111,17 +113,19 @@ class Chat:
         self._note("instructions are set" if text else "no instructions")
 
     def _switch_drafting(self) -> None:
-        if not self._partner.drafts:
+        if not self._backend.drafts:
             raise InputError(
-                f"{self._partner.name} has no drafting to switch off: it is no idlm server, or stride is 1"
+                f"{self._backend.name} has no drafting to switch off: "
+                "it is no idlm server, or stride is 1"
             )
         self._drafting = not self._drafting
         self._note("drafting is on" if self._drafting else "drafting is off: plain AR")
 
     def _switch_colours(self) -> None:
-        if not self._partner.traced:
+        if not self._backend.traced:
             raise InputError(
-                f"{self._partner.name} does not say where tokens come from; only an idlm server does"
+                f"{self._backend.name} does not say where tokens come from; "
+                "only an idlm server does"
             )
         self._colours = not self._colours
         self._note("colours are on" if self._colours else "colours are off")
@@ -129,14 +133,17 @@ class Chat:
             self._notes.print(f"[{COLOURS[source]}]{source}[/] {LEGEND[source]}")
 
     def _say(self, text: str) -> None:
-        """One turn; without an answer it is as if nothing had been said. Where it is too long, the
-        oldest turns go."""
+        """One turn of the conversation.
+
+        Without an answer the conversation is unchanged. If it is too long for the context, the
+        oldest turns are dropped.
+        """
         turns = [*self._turns, {"role": "user", "content": text}]
         answer = None
         while answer is None:
             try:
                 answer = self._show(
-                    self._partner.answer([*self._instructions, *turns], self._drafting)
+                    self._backend.answer([*self._instructions, *turns], self._drafting)
                 )
             except ContextFull:
                 if len(turns) == 1:
@@ -148,10 +155,10 @@ class Chat:
         self._turns = [*turns, {"role": "assistant", "content": answer}]
 
     def _show(self, items: Iterator[Piece | End]) -> str:
-        """Print an answer as it comes, and what it took; ctrl-C ends it where it is.
+        """Print an answer as it comes and a summary; ctrl-C ends it.
 
         Raises:
-            KeyboardInterrupt: before there was anything of it.
+            KeyboardInterrupt: ctrl-C before the first text.
         """
         text, end, painter, started = "", End(), Painter(), perf_counter()
         try:
@@ -182,7 +189,7 @@ class Chat:
 
 
 def _summary(end: End, seconds: float) -> str:
-    """Tokens, TPF and pace, as far as they are known, and how it ended if not by itself."""
+    """Tokens, TPF and speed if they are known, and the reason to end unless it is "stop"."""
     facts = []
     if end.tokens is not None:
         facts.append(f"{end.tokens} tokens")
@@ -195,11 +202,11 @@ def _summary(end: End, seconds: float) -> str:
 
 
 def reader() -> Callable[[], str]:
-    """Reads lines of stdin: with a prompt and line editing on a terminal, plainly otherwise."""
+    """A function that reads a line of stdin: with a prompt and line editing on a terminal."""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # else a byte that is no UTF-8 would end the chat
+        sys.stdin.reconfigure(errors="replace")  # a byte that is not UTF-8 must not end the chat
     if not sys.stdin.isatty():
         return input
-    with suppress(ImportError):  # there is none on Windows
-        import readline  # noqa: F401  # gives input() its editing
+    with suppress(ImportError):  # Windows has no readline
+        import readline  # noqa: F401  # gives input() line editing
     return lambda: input("> ")

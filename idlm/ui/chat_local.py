@@ -1,4 +1,4 @@
-"""A chat's partner in this process: an `LLM`."""
+"""A chat backend in this process: an `LLM`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from idlm.engine.llm import LLM
 from idlm.engine.request import Result, Update
 from idlm.errors import InputError
 from idlm.params import SamplingParams
-from idlm.ui.partner import End, Message, Piece, check_room
+from idlm.ui.backend import End, Message, Piece, check_room
 
 
-class LocalPartner:
-    """A model that answers by its own chat template.
+class LocalBackend:
+    """A model that answers with its own chat template.
 
     Raises:
-        InputError: it has none.
+        InputError: it has no chat template.
     """
 
     def __init__(self, llm: LLM, params: SamplingParams) -> None:
@@ -25,14 +25,15 @@ class LocalPartner:
         if tokenizer is None or not tokenizer.chat_template:
             name = llm.idlm.name
             raise InputError(
-                f"model {name!r} has no chat template; use 'idlm generate {name}', which completes text"
+                f"model {name!r} has no chat template; "
+                f"use 'idlm generate {name}', which completes text"
             )
         self.name = llm.idlm.name
         self.drafts = self.traced = llm.config.stride > 1
         self._llm, self._params, self._tokenizer = llm, params, tokenizer
 
     def answer(self, messages: Sequence[Message], drafting: bool) -> Iterator[Piece | End]:
-        """See `Partner`; ctrl-C takes effect between two steps of the engine."""
+        """As in `ChatBackend`; ctrl-C takes effect between two steps of the engine."""
         prompt = self._llm.encode_chat(messages)
         check_room(len(prompt), self._params.max_tokens, self._llm.idlm.context)
         with interrupts_held() as check, closing(self._updates(prompt, drafting)) as updates:
@@ -59,8 +60,8 @@ def _end(result: Result) -> End:
 
 @contextmanager
 def interrupts_held() -> Iterator[Callable[[], None]]:
-    """Hold ctrl-C until the function that this gives is called: it must not cut a step of the
-    engine in two."""
+    """Delay ctrl-C until the function that this yields is called, so that no step is
+    interrupted."""
     came: list[bool] = []
 
     def check() -> None:

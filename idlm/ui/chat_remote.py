@@ -1,4 +1,4 @@
-"""A chat's partner behind a URL: any server with OpenAI's API, through OpenAI's own client."""
+"""A chat backend behind a URL: any server with OpenAI's API, through OpenAI's own client."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from openai.types import Model
 from idlm.errors import InputError
 from idlm.models.sources import first_line
 from idlm.params import SamplingParams
-from idlm.ui.partner import ContextFull, End, Message, Piece, check_room
+from idlm.ui.backend import ContextFull, End, Message, Piece, check_room
 
 OWNER, AR_SUFFIX = "idlm", ":ar"
-"""By which our own server is known: who owns its models, and the name of the one without drafts."""
+"""Marks of an idlm server: the owner of its models, and the suffix of the AR model's name."""
 TOO_LONG = re.compile(r"context|a prompt (has|of) [0-9]+", re.IGNORECASE)
-"""How servers say that a conversation is too long; there is no code for it that all of them use."""
+"""Messages of servers about a conversation that is too long; they share no error code for it."""
 STANDARD = ("stop", "presence_penalty", "frequency_penalty", "seed", "logit_bias")
 EXTENSIONS = ("top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "verification")
-"""Fields sent only where they differ from the defaults: the first are OpenAI's, the second vLLM's
-and ours."""
+"""Fields that are sent only if they differ from the defaults: OpenAI's, and extensions of vLLM and
+idlm."""
 SHOWN = 10
 
 
-class RemotePartner:
+class RemoteBackend:
     """A model of a server.
 
     Args:
-        url: where the API is, with its /v1.
-        key: for servers that need one.
-        model: its name there; None: the server's only one, or the first of an idlm server.
+        url: of the API, with its /v1.
+        key: the API key, for servers that need one.
+        model: its name on the server; None: the only model, or the first of an idlm server.
 
     Raises:
-        InputError: it cannot be reached, does not take the key, or has no such model.
+        InputError: the server cannot be reached, refuses the key, or has no such model.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class RemotePartner:
         self._context: int | None = getattr(card, "max_model_len", None) if self.traced else None
 
     def _models(self) -> list[Model]:
-        """What the server has; nothing where it does not say."""
+        """The server's models; an empty list if it does not list them."""
         try:
-            with self._one_line():
+            with self._input_errors():
                 return list(self._client.models.list())
         except InputError as error:
             if isinstance(error.__cause__, NotFoundError):
@@ -78,14 +78,13 @@ class RemotePartner:
             raise
 
     def answer(self, messages: Sequence[Message], drafting: bool) -> Iterator[Piece | End]:
-        """See `Partner`."""
-        with self._one_line():
+        with self._input_errors():
             if self._context is not None:
                 check_room(self._count(messages), self._params.max_tokens, self._context)
             yield from self._stream(messages, self.name if drafting else self._ar or self.name)
 
     def _count(self, messages: Sequence[Message]) -> int:
-        """Tokens of a conversation; only our own server is asked."""
+        """Tokens of a conversation, by /tokenize of an idlm server."""
         root = str(self._client.base_url).rstrip("/").removesuffix("/v1")
         body = {"messages": list(messages)}
         return int(
@@ -110,8 +109,8 @@ class RemotePartner:
         yield End(reason, tokens, tpf)
 
     @contextmanager
-    def _one_line(self) -> Iterator[None]:
-        """Makes the client's errors ours."""
+    def _input_errors(self) -> Iterator[None]:
+        """Turns errors of OpenAI's client into InputError."""
         try:
             yield
         except APIStatusError as error:
@@ -125,7 +124,7 @@ class RemotePartner:
             raise InputError(f"{self._url} broke the answer off: {error.message}") from error
         except InputError:
             raise
-        # the HTTP library under the client raises its own kinds, and what came may be no JSON
+        # the HTTP library raises errors of its own, and the response may not be JSON
         except Exception as error:
             raise InputError(
                 f"{self._url} gave no answer of OpenAI's API ({first_line(error)}); check the URL"
@@ -136,7 +135,7 @@ def request_fields(params: SamplingParams) -> dict[str, Any]:
     """Sampling parameters as fields of a request.
 
     Raises:
-        InputError: there is no field for one that was given.
+        InputError: a parameter has no field.
     """
     if params.banned_tokens:
         raise InputError(
@@ -144,7 +143,7 @@ def request_fields(params: SamplingParams) -> dict[str, Any]:
         )
     default = SamplingParams()
 
-    def given(names: Sequence[str]) -> dict[str, Any]:
+    def changed(names: Sequence[str]) -> dict[str, Any]:
         return {
             name: getattr(params, name)
             for name in names
@@ -156,11 +155,11 @@ def request_fields(params: SamplingParams) -> dict[str, Any]:
         "temperature": params.temperature,
         "top_p": params.top_p,
     }
-    return {**always, **given(STANDARD), "extra_body": given(EXTENSIONS)}
+    return {**always, **changed(STANDARD), "extra_body": changed(EXTENSIONS)}
 
 
 def _choose(model: str | None, cards: dict[str, Model], url: str) -> str:
-    """The model to talk to, checked as far as the server says what it has."""
+    """The name of the model, checked if the server lists its models."""
     names = ", ".join(list(cards)[:SHOWN]) + (", ..." if len(cards) > SHOWN else "")
     if model is not None:
         if cards and model not in cards:

@@ -1,4 +1,4 @@
-"""The colours of tokens by where they came from, and how a text is parted among its tokens."""
+"""Colours of tokens by their source, and the split of a text into its tokens."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ LEGEND = {
 }
 
 Token = tuple[str, str]
-"""A token's own text, and its source as in `Result.sources`."""
+"""The text of a token alone, and its source as in `Result.sources`."""
 
 
 class Painter:
     """Colours a text that comes in pieces by the tokens it is made of.
 
-    A token's text alone can differ from what it adds to the whole: a part of a character, a space
-    that the tokenizer leaves out, text held back for a stop string. What cannot be told apart has
-    the colour of the last token it is of.
+    The text of a token alone can differ from what it adds to the whole text: a part of a character,
+    a space that the tokenizer drops, text held back for a stop string. Text that cannot be assigned
+    has the colour of the last token before it.
     """
 
     def __init__(self) -> None:
@@ -36,9 +36,9 @@ class Painter:
         self._tokens.extend(tokens)
         painted = Text()
         while text and self._tokens:
-            own, self._last = self._tokens.popleft()
-            end = self._end(text, own)
-            if end is None:  # no way to part them
+            token_text, self._last = self._tokens.popleft()
+            end = self._end(text, token_text)
+            if end is None:  # the text does not begin with the token's own
                 self._last = self._tokens.pop()[1] if self._tokens else self._last
                 self._tokens.clear()
                 break
@@ -47,15 +47,18 @@ class Painter:
         painted.append(harmless(text), COLOURS[self._last])
         return painted
 
-    def _end(self, text: str, own: str) -> int | None:
-        """Where the token ends that the text begins with, perhaps after a space."""
-        at = text.find(own)
-        return at + len(own) if at >= 0 and not text[:at].strip() else None
+    def _end(self, text: str, token_text: str) -> int | None:
+        """The end of a token at the start of `text`, perhaps after white space; None if it is not
+        there."""
+        at = text.find(token_text)
+        return at + len(token_text) if at >= 0 and not text[:at].strip() else None
 
 
 def harmless(text: str) -> str:
     """The text without control characters, which could rewrite the terminal."""
     return "".join(
-        one if one in "\n\t" or category(one) != "Cc" else "\N{REPLACEMENT CHARACTER}"
-        for one in text
+        character
+        if character in "\n\t" or category(character) != "Cc"
+        else "\N{REPLACEMENT CHARACTER}"
+        for character in text
     )

@@ -1,4 +1,4 @@
-"""The same weights in every format, with all that the file says of them."""
+"""The same weights in every format, with all metadata of the file."""
 
 from __future__ import annotations
 
@@ -37,8 +37,11 @@ def tensors(path: Path) -> dict[str, tuple[str, np.ndarray]]:
     """Format and values by name."""
     read = gguf.GGUFReader(path).tensors
     return {
-        one.name: (one.tensor_type.name, gguf.quants.dequantize(one.data, one.tensor_type))
-        for one in read
+        tensor.name: (
+            tensor.tensor_type.name,
+            gguf.quants.dequantize(tensor.data, tensor.tensor_type),
+        )
+        for tensor in read
     }
 
 

@@ -1,5 +1,5 @@
-"""The peer's client against a stand-in for llama.cpp's server, which needs neither the program nor
-a model."""
+"""The peer's client against a stand-in for llama.cpp's server: no program and no model are
+needed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ import benchmarks.peers
 
 @pytest.fixture
 def llamacpp(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, imported as it imports its neighbour when it runs by itself."""
+    """The script, imported with its folder on the path, as when it runs by itself."""
     monkeypatch.syspath_prepend(str(Path(benchmarks.peers.__file__).parent))
     return importlib.import_module("llamacpp")
 
 
 class StandIn(BaseHTTPRequestHandler):
-    """Answers with the prompt's first token again and again; the first token 9 is an error."""
+    """Repeats the prompt's first token; the first token 9 is an error."""
 
     asked: list[dict[str, Any]]
     running: list[int]
@@ -48,7 +48,7 @@ class StandIn(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(answer).encode())
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The peers speak the protocol, and do the work they are timed for."""
+"""Peers speak the protocol and do the work that is timed."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ def test_transformers_gives_the_models_own_tokens_alone_and_in_padded_batches(
     expected = [recomputed(stock, request) for request in requests]
     alone, batched = peer.run(requests, 1), peer.run(requests, 3)
     assert (
-        [one.token_ids for one in alone.served]
-        == [one.token_ids for one in batched.served]
+        [request.token_ids for request in alone.served]
+        == [request.token_ids for request in batched.served]
         == expected
     )
 
 
 def test_times_add_up(peer: Peer, checkpoint: Path) -> None:
-    """Of all rounds: what else the machine does may fall between the requests of one, and not of
-    every one."""
+    """A disturbance of the machine may come between the requests of one round, but not of every
+    round."""
     requests = workload(load(checkpoint / "base"))(4, 1)
     shares = []
     for _ in range(ROUNDS):
         run = peer.run(requests, 1)
-        spent = sum(one.ttft + one.tpot * (len(one.token_ids) - 1) for one in run.served)
+        spent = sum(r.ttft + r.tpot * (len(r.token_ids) - 1) for r in run.served)
         assert spent < run.seconds
-        assert all(0 < one.tpot <= one.worst_gap < run.seconds for one in run.served)
+        assert all(0 < r.tpot <= r.worst_gap < run.seconds for r in run.served)
         assert run.peak_memory_mb > 50 and run.cpu_seconds > 0
         shares.append(spent / run.seconds)
     assert max(shares) > 0.5

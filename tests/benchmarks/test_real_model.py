@@ -1,4 +1,4 @@
-"""The comparison's figures, and a short run of it on a small random model."""
+"""The figures of the comparison, and a short run of it on a small random model."""
 
 from __future__ import annotations
 
@@ -47,21 +47,22 @@ def test_a_peer_without_environment_is_named(
 def test_no_two_prompts_begin_alike(checkpoint: Path) -> None:
     llm = LLM(str(checkpoint / "base"), stride=1)
     asked = [request for seed in (0, 1) for request in draw(llm, 4, seed, 8)]
-    beginnings = {
-        tuple(request.prompt_token_ids[:16]) for request in asked
-    }  # a page of the KV cache
+    page_size = 16
+    beginnings = {tuple(request.prompt_token_ids[:page_size]) for request in asked}
     assert len(beginnings) == len(asked) == 8
 
 
 def test_a_short_run(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "model"
     shutil.copytree(checkpoint / "base", folder)
-    config = json.loads(
-        (folder / "config.json").read_text()
-    )  # the prompts are long for the small tokenizer
+    # the small tokenizer makes many tokens of a prompt
+    config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 1024}))
     output = tmp_path / "results" / "real_model.json"
-    command = f"x --model {folder} --threads 1 --concurrency 2 --precisions float32 --modes all --peers transformers"
+    command = (
+        f"x --model {folder} --threads 1 --concurrency 2 --precisions float32 --modes all "
+        "--peers transformers"
+    )
     short = [
         "--requests",
         "2",

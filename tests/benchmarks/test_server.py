@@ -1,4 +1,4 @@
-"""The server's benchmarks, small: they run, and what they check holds."""
+"""The server's benchmarks on a small scale: they run, and their checks hold."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_faults() -> None:
 
 
 def test_an_overload_in_no_time_has_requests_all_the_same() -> None:
-    """As on a machine so slow that none is due before the time is over."""
+    """As on a machine so slow that no request is due before the time is over."""
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
@@ -53,7 +53,7 @@ def test_an_overload_in_no_time_has_requests_all_the_same() -> None:
         async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
             port = server.sockets[0].getsockname()[1]
             answers, hanging = await open_loop(port, 1000.0, 0.0, 3, "nano")
-        assert [one.status for one in answers] == [429] * 3 and hanging == 0
+        assert [answer.status for answer in answers] == [429] * 3 and hanging == 0
 
     asyncio.run(main())
 

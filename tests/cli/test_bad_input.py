@@ -1,5 +1,4 @@
-"""Bad input: one line that names the value and the fix, exit status 2, no traceback; nothing else
-is printed."""
+"""Bad input: one line that names the value and the fix, exit status 2, and nothing else."""
 
 from __future__ import annotations
 

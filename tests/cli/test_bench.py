@@ -1,4 +1,4 @@
-"""`idlm bench`: its object, its table and plot, and what it refuses."""
+"""`idlm bench`: its JSON, its table and plot, and its refusals."""
 
 from __future__ import annotations
 

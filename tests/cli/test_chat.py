@@ -1,5 +1,4 @@
-"""`idlm chat`: lines in, answers out; in this process, with our own server, and with servers that
-are not ours."""
+"""`idlm chat` in this process, with an idlm server, and with other servers."""
 
 from __future__ import annotations
 
@@ -24,7 +23,10 @@ from idlm.cli import app
 from tests.cli.test_serve import running
 from tests.waiting import HANG_SECONDS
 
-QUESTION = "Mia has 14 apples. Then she buys 9 more apples at the market. How many apples does Mia have now?"
+QUESTION = (
+    "Mia has 14 apples. Then she buys 9 more apples at the market. "
+    "How many apples does Mia have now?"
+)
 GREEDY = ("--temperature", "0", "--dtype", "float64", "--max-tokens", "40")
 REMOTE = ("--temperature", "0", "--max-tokens", "40")
 LONG = [*["w " * 150] * 3, "w " * 600, QUESTION]
@@ -33,7 +35,7 @@ TPF = re.compile(r"tokens, TPF ([0-9.]+), [0-9]+ tok/s")
 
 
 def chat(*arguments: str, lines: list[str]) -> Result:
-    """What a chat with these lines of input comes to."""
+    """The result of a chat with these lines of input."""
     return CliRunner().invoke(
         app, ["chat", *arguments], input="".join(line + "\n" for line in lines)
     )
@@ -186,7 +188,7 @@ def test_what_our_server_refuses_is_one_line(url: str, monkeypatch: pytest.Monke
 
 
 class Terminal:
-    """A terminal's other end."""
+    """The other end of a terminal."""
 
     def __init__(self, file: int) -> None:
         self._file, self._seen = file, b""
@@ -245,8 +247,7 @@ def test_on_a_terminal_tokens_have_colours_and_ctrl_c_ends_the_answer_only(
 
 
 class Foreign(BaseHTTPRequestHandler):
-    """A server with OpenAI's API that is not ours: it has no tokenizer route, and takes two turns
-    at most."""
+    """Another server with OpenAI's API: no /tokenize, and at most two turns."""
 
     def log_message(self, *arguments: object) -> None:
         pass

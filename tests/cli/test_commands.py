@@ -1,4 +1,4 @@
-"""Every command does its job and prints one JSON object on stdout."""
+"""Every command does its work and prints one JSON object on stdout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: object, status: int = 0) -> dict[str, Any]:
-    """The object a command prints."""
+    """The object that a command prints."""
     result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
     assert result.exit_code == status, result.output
     assert result.stdout.count("\n") == 1
@@ -148,8 +148,11 @@ def test_train(checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_version_and_help_come_without_torch() -> None:
-    """The command line must answer before torch could be imported."""
-    code = "import sys; from idlm.cli import app; assert 'torch' not in sys.modules; app(['--version'])"
+    """They must answer before torch could be imported."""
+    code = (
+        "import sys; from idlm.cli import app; "
+        "assert 'torch' not in sys.modules; app(['--version'])"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_SECONDS
     )

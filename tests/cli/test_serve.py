@@ -1,5 +1,5 @@
-"""`idlm serve` as a process: one line when it is ready, an end that finishes what runs, and one
-line for mistakes."""
+"""`idlm serve` as a process: it announces itself, finishes what runs at its end, and reports
+mistakes."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_port_in_use_is_one_line() -> None:
 
 @contextmanager
 def running(*arguments: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server's process and its URL."""
+    """The process of a server, and its URL."""
     command = [*PROGRAM, "nano", "--port", "0", *QUICK, *arguments]
     pipe = subprocess.PIPE
     with subprocess.Popen(
@@ -135,8 +135,8 @@ def test_the_drain_has_an_end() -> None:
 
 
 def test_a_second_signal_ends_at_once() -> None:
-    """With work for much longer than the test needs, on any machine, and a drain that waits for all
-    of it."""
+    """With work for longer than the test takes on any machine, and a drain that waits for all of
+    it."""
     body = BODY | {"model": "small", "prompt": ["1 + 1 ="] * 8, "n": 8, "max_tokens": 400}
     with running("--name", "small", "--drain-seconds", "3600") as (process, url):
         with httpx.stream(
@@ -157,7 +157,7 @@ def test_a_second_signal_ends_at_once() -> None:
 
 
 def refused(url: str) -> bool:
-    """Whether nobody listens there any more."""
+    """Whether connections are refused."""
     try:
         socket.create_connection(
             ("127.0.0.1", int(url.split(":")[2].split("/")[0])), timeout=HANG_SECONDS

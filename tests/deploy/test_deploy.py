@@ -117,11 +117,9 @@ def test_everyone_waits_longer_than_the_drain() -> None:
 def test_nobody_is_root_and_the_key_is_a_secret() -> None:
     deployment = documents("kubernetes/deployment.yaml")[0]["spec"]["template"]["spec"]
     user = dict(instructions())["USER"]
-    assert (
-        user
-        == f"{deployment['securityContext']['runAsUser']}:{deployment['securityContext']['runAsGroup']}"
-    )
-    assert deployment["securityContext"]["runAsNonRoot"] is True and user != "0:0"
+    context = deployment["securityContext"]
+    assert user == f"{context['runAsUser']}:{context['runAsGroup']}"
+    assert context["runAsNonRoot"] is True and user != "0:0"
     assert container()["securityContext"]["readOnlyRootFilesystem"] is True
     (key,) = container()["env"]
     assert key["name"] == KEY_VARIABLE and "secretKeyRef" in key["valueFrom"]

@@ -1,4 +1,4 @@
-"""The programs of examples/ run on the bundled model and say what they promise."""
+"""The programs in examples/ run on the bundled model and print what they promise."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EXAMPLES = ROOT / "examples"
 
 
 def run(name: str, *arguments: str) -> str:
-    """What a program of the folder prints."""
+    """The output of a program."""
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(EXAMPLES / name), *arguments]

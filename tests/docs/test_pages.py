@@ -1,5 +1,4 @@
-"""What docs/serving.md and docs/security.md say of fields, routes, metrics and limits is what the
-server has."""
+"""docs/serving.md and docs/security.md match the server's fields, routes, metrics and limits."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ BOUNDS = Limits()
 
 
 def table(heading: str) -> list[list[str]]:
-    """The cells of the table of a section of serving.md."""
+    """The cells of the table in a section of serving.md."""
     section = SERVING.split(f"## {heading}\n")[1].split("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows[2:]]
@@ -38,32 +37,34 @@ def names(cell: str) -> list[str]:
 def test_the_table_of_fields_is_complete(
     column: int, request_type: type[schema.Generation]
 ) -> None:
-    told = [name for row in table("Fields") if row[column] for name in names(row[0])]
-    assert sorted(told) == sorted(request_type.model_fields)
+    documented = [name for row in table("Fields") if row[column] for name in names(row[0])]
+    assert sorted(documented) == sorted(request_type.model_fields)
 
 
 def test_the_table_of_routes_is_complete() -> None:
-    told = {name.split()[1] for row in table("Routes") for name in names(row[0])}
+    documented = {name.split()[1] for row in table("Routes") for name in names(row[0])}
     there = {getattr(route, "path", "").replace(":path", "") for route in router.routes} | {
         "/openapi.json"
     }
-    assert told == there
+    assert documented == there
 
 
 def test_the_table_of_metrics_is_complete() -> None:
     text = Meters(EngineClient(WorkerConfig("nano"), BOUNDS)).render().decode()
-    told = [name for row in table("Metrics") for name in names(row[0])]
-    assert sorted(told) == sorted(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
+    documented = [name for row in table("Metrics") for name in names(row[0])]
+    assert sorted(documented) == sorted(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
 
 
 def test_the_table_of_errors_is_complete() -> None:
-    told = {int(status) for row in table("Errors") for status in row[0].split(", ")}
-    assert told == set(ERRORS) | {431}
+    documented = {int(status) for row in table("Errors") for status in row[0].split(", ")}
+    assert documented == set(ERRORS) | {431}
 
 
 def test_the_limits_are_the_defaults() -> None:
-    told = {names(row[0])[0]: row[1].split()[0] for row in table("Limits") if row[1][0].isdigit()}
-    assert told == {
+    documented = {
+        names(row[0])[0]: row[1].split()[0] for row in table("Limits") if row[1][0].isdigit()
+    }
+    assert documented == {
         "--queue-requests": str(BOUNDS.queue_requests),
         "--queue-tokens": str(BOUNDS.queue_tokens),
         "--max-n": str(BOUNDS.n),
@@ -79,7 +80,8 @@ def test_the_limits_are_the_defaults() -> None:
 def test_the_numbers_of_the_threat_model_are_the_servers() -> None:
     said = " ".join(SECURITY.split())
     for claim in (
-        f"Headers have {BOUNDS.header_seconds:g} s (408) and {limits.HEADER_BYTES // 1024} KiB (431)",
+        f"Headers have {BOUNDS.header_seconds:g} s (408) "
+        f"and {limits.HEADER_BYTES // 1024} KiB (431)",
         f"A body has {BOUNDS.body_seconds:g} s (408) and {BOUNDS.body_bytes} bytes (413)",
         f"{server.MOST_CONNECTIONS} connections at once",
         f"closed after {server.KEEP_ALIVE_SECONDS} s",

@@ -1,4 +1,4 @@
-"""Every path and every function that the documents name is there; links to headings lead to one."""
+"""Every path and function named in the documents exists; links lead to headings that exist."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")]
 )
 HISTORY = {"LOG.md", "CHANGELOG.md"}
-"""Pages that tell of files that are gone."""
+"""Pages that may name files that no longer exist."""
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 FOLDERS = ("idlm", "benchmarks", "configs", "deploy", "docs", "examples", "tests")
 PATH = re.compile(rf"`((?:{'|'.join(FOLDERS)})/[\w./-]+)`")

@@ -1,4 +1,4 @@
-"""What the README shows runs, and it stays short."""
+"""The commands of the README run, and it stays short."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def commands(program: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where commands run: what one writes, the next one reads."""
+    """Where commands run: some read what an earlier one wrote."""
     place = tmp_path_factory.mktemp("readme")
     (place / "configs").symlink_to(ROOT / "configs")
     return place
@@ -80,7 +80,7 @@ def test_python_runs(block: str, folder: Path) -> None:
 
 
 def serves(command: list[str], folder: Path) -> None:
-    """The server starts and says where it is."""
+    """The server starts and announces its URL."""
     small = ["--port", "0", "--threads", "1", "--max-num-seqs", "2", "--kv-memory", "32MiB"]
     with subprocess.Popen(
         [*PROGRAM, *command, *small], cwd=folder, stdout=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""The figures that are reported: totals over results, races, exact answers."""
+"""Reported figures: totals over results, races, exact answers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_lap_reports_the_median_rate() -> None:
 
 
 def test_exact_answers_are_counted() -> None:
-    """The bundled base answers nearly all held-out problems; an answer that is cut off does not
+    """The bundled base solves nearly all held-out problems; an answer that is cut off does not
     count."""
     problems = held_out_problems(6)
     llm, params = (

@@ -1,4 +1,4 @@
-"""The proofs can prove, and can fail."""
+"""The proofs accept equal outputs and reject different ones."""
 
 import math
 from typing import Any
@@ -62,7 +62,7 @@ def test_the_ratio_rule_passes_the_law_test() -> None:
 def test_argmax_drafts_under_the_ratio_rule_fail_the_law_test(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Drafts by argmax, judged as if they had been sampled from q: the law test must notice."""
+    """Drafts by argmax, verified as if they were sampled from q: the law test must fail."""
     draft = step.draft
 
     def argmax(*args: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

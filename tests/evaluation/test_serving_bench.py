@@ -1,4 +1,4 @@
-"""The closed loop keeps its number in flight and serves everybody; the figures are those of the
+"""The closed loop serves all requests with a fixed number in flight; figures are those of the
 runs."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from idlm import LLM, load
-from idlm.evaluation.closed_loop import Contestant, Run, Served, closed_loop, contestants
+from idlm.evaluation.closed_loop import BenchEngine, Run, Served, bench_engines, closed_loop
 from idlm.evaluation.serving_bench import bench, row
 from idlm.evaluation.workload import Request, workload
 from idlm.models.idlm_model import Idlm
@@ -25,7 +25,7 @@ Book = list[tuple[str, list[Request], int]]
 
 
 class Scripted:
-    """An engine that takes a known time for every token, and notes what it was asked."""
+    """An engine with a known time for every token, which records its calls."""
 
     simulated = False
 
@@ -45,8 +45,8 @@ class Scripted:
         )
 
 
-def draw(number: int, seed: int) -> list[Request]:
-    return [Request([seed, index], 2 + index) for index in range(number)]
+def draw(count: int, seed: int) -> list[Request]:
+    return [Request([seed, index], 2 + index) for index in range(count)]
 
 
 @pytest.mark.parametrize("concurrency", [1, 3, 20])
@@ -67,12 +67,10 @@ def test_the_loop_keeps_its_number_in_flight(idlm: Idlm, concurrency: int) -> No
 
 
 def test_modes_do_the_same_work_and_ar_runs_one_row_a_token(idlm: Idlm) -> None:
-    ours = contestants(idlm, ("ar", "chain", "all"), 3, 4)
-    rows = {str(found["mode"]): found for found in bench(ours, workload(idlm), [2], 4, 1)}
-    assert all(
-        found["same_as_ar"] == 1.0 and found["simulated"] is False for found in rows.values()
-    )
-    assert len({found["tokens"] for found in rows.values()}) == 1
+    ours = bench_engines(idlm, ("ar", "chain", "all"), 3, 4)
+    rows = {str(row["mode"]): row for row in bench(ours, workload(idlm), [2], 4, 1)}
+    assert all(row["same_as_ar"] == 1.0 and row["simulated"] is False for row in rows.values())
+    assert len({row["tokens"] for row in rows.values()}) == 1
     ar = rows["ar"]
     assert (ar["tpf"], ar["tpf_decode"], ar["tpf_expected"], ar["flops_per_token_over_ar"]) == (
         1,
@@ -93,18 +91,18 @@ def test_modes_do_the_same_work_and_ar_runs_one_row_a_token(idlm: Idlm) -> None:
 def test_simulated_acceptance_is_labelled_and_gives_its_tpf(
     idlm: Idlm, shares: list[float], tpf: float
 ) -> None:
-    ours = contestants(idlm, ("ar", "all"), 3, 4, shares)
+    ours = bench_engines(idlm, ("ar", "all"), 3, 4, shares)
     ar, simulated = bench(ours, workload(idlm), [2], 4, 1)
     assert (ar["simulated"], simulated["simulated"], simulated["same_as_ar"]) == (False, True, None)
     assert simulated["tpf_decode"] == simulated["tpf_expected"] == pytest.approx(tpf)
     assert simulated["tokens"] == ar["tokens"]
 
 
-def test_contestants_take_turns_on_new_requests_each_round() -> None:
+def test_engines_take_turns_on_new_requests_each_round() -> None:
     book: Book = []
-    pair: list[Contestant] = [Scripted("idlm", mode, [1.0] * 6, book) for mode in ("ar", "all")]
+    pair: list[BenchEngine] = [Scripted("idlm", mode, [1.0] * 6, book) for mode in ("ar", "all")]
     calls: list[None] = []
-    bench(pair, draw, [2, 8], number=5, repeats=2, advance=lambda: calls.append(None))
+    bench(pair, draw, [2, 8], count=5, repeats=2, advance=lambda: calls.append(None))
     assert [mode for mode, _, _ in book] == ["ar", "all"] * 6 and len(calls) == 12
     rounds = list(zip(book[::2], book[1::2], strict=True))
     assert all(left[1] == right[1] for left, right in rounds)
@@ -119,7 +117,7 @@ def test_figures_are_medians_and_ratios_are_of_the_same_round() -> None:
     warm_up = 99.0
     ar = Scripted("idlm", "ar", [warm_up, 0.1, 0.2, 0.4], book)
     other = Scripted("vllm", "eager", [warm_up, 0.05, 0.05, 0.4], book)
-    first, second = bench([ar, other], draw, [2], number=50, repeats=3)
+    first, second = bench([ar, other], draw, [2], count=50, repeats=3)
     assert first["tokens_per_second"] == pytest.approx(5)
     assert first["tokens_per_second_range"] == pytest.approx([2.5, 10])
     assert (second["speedup_over_ar"], second["speedup_range"]) == (

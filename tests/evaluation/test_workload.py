@@ -1,4 +1,4 @@
-"""The requests of a bench: the same for the same seed, mixed, and within what the model can hold."""
+"""The requests of a bench: reproducible, of mixed lengths, and within the model's context."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""`Clock`: a server's event loop whose clock a test can put forward.
+"""`Clock`: an event loop whose clock a test can put forward.
 
-So a limit of minutes, which no busy machine reaches by itself, is over at once, and a test sees
-what is there before.
+A limit of minutes is then over at once, and never by chance on a busy machine.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ ROUNDS = 10
 
 @dataclass(eq=False)
 class Timer:
-    """A callback, and when it is due; `handle` is the loop's own."""
+    """A callback with its due time; `handle` is the loop's."""
 
     due: float
     run: Callable[[], object]
@@ -38,7 +37,7 @@ class Timer:
 
 
 class Clock(uvloop.Loop):
-    """uvloop's loop, with a note of each timer."""
+    """uvloop's loop with a list of its timers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +56,7 @@ class Clock(uvloop.Loop):
     ) -> asyncio.TimerHandle:
         timer = Timer(self.time() + delay, lambda: callback(*args))
         timer.handle = super().call_later(delay, timer, context=context)
-        self._timers = [one for one in self._timers if one.open] + [timer]
+        self._timers = [*(earlier for earlier in self._timers if earlier.open), timer]
         return timer.handle
 
     def call_at(
@@ -70,13 +69,13 @@ class Clock(uvloop.Loop):
         return self.call_later(when - self.time(), callback, *args, context=context)
 
     def limits(self, seconds: float) -> int:
-        """Timers that have more than so many seconds to go."""
-        return sum(one.open and one.due > self.time() + seconds for one in self._timers)
+        """The number of timers that have more than `seconds` to go."""
+        return sum(timer.open and timer.due > self.time() + seconds for timer in self._timers)
 
     async def forward(self, seconds: float) -> None:
-        """Put the clock forward, and let everything happen that is then over."""
+        """Put the clock forward and run everything that is due."""
         self._ahead += seconds
-        for timer in sorted(self._timers, key=lambda one: one.due):
+        for timer in sorted(self._timers, key=lambda timer: timer.due):
             if timer.due <= self.time():
                 self.call_soon(timer)
         for _ in range(ROUNDS):

@@ -1,5 +1,4 @@
-"""One real server for all tests of this folder: uvicorn in a thread, the engine in its process, a
-bundled model."""
+"""One real server for all tests of this folder: uvicorn in a thread, the engine in its process."""
 
 from __future__ import annotations
 
@@ -53,7 +52,7 @@ CONFIG = ServeConfig(
 
 @dataclass
 class Running:
-    """A server, where it is, and what it is made of."""
+    """A server with its address and its parts."""
 
     url: str
     port: int
@@ -71,15 +70,15 @@ class Running:
 
 
 def workers() -> list[psutil.Process]:
-    """This process's engines, the newest last; another server's may be among them."""
-    found = [one for one in psutil.Process().children() if "idlm.serving.worker" in one.cmdline()]
+    """The engine processes of this process, the newest last; another server's may be among them."""
+    children = psutil.Process().children()
+    found = [child for child in children if "idlm.serving.worker" in child.cmdline()]
     return sorted(found, key=psutil.Process.create_time)
 
 
 @contextmanager
 def held(process: psutil.Process | None) -> Iterator[None]:
-    """Stop an engine's process meanwhile: it says nothing and ends nothing, however long the test
-    takes."""
+    """Pause an engine process, so that it sends nothing while the test needs it."""
     assert process is not None
     process.suspend()
     try:
@@ -90,7 +89,7 @@ def held(process: psutil.Process | None) -> Iterator[None]:
 
 @contextmanager
 def running(prompts: Prompts, engine: bool) -> Iterator[Running]:
-    """A server in a thread; without an engine it answers nothing but /health and the like."""
+    """A server in a thread; without an engine only routes such as /health succeed."""
     found: list[Running] = []
     started = threading.Event()
 
@@ -129,7 +128,7 @@ def running(prompts: Prompts, engine: bool) -> Iterator[Running]:
 
 @pytest.fixture(scope="session", autouse=True)
 def patience() -> Iterator[None]:
-    """A busy machine's engine may be slow to speak; tests of these bounds move the clock."""
+    """The engine of a busy machine may be slow; tests of these bounds move the clock."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(client_module, "GUARD_SECONDS", HANG_SECONDS)
         patch.setattr(supervisor, "STALL_SECONDS", STALL_SECONDS)
@@ -144,7 +143,7 @@ def served() -> Iterator[Running]:
 
 @pytest.fixture(scope="session")
 def engineless() -> Iterator[Running]:
-    """A server whose clock can be put forward without an engine's samples being overdue."""
+    """A server whose clock can be put forward without effect on an engine's samples."""
     with running(Prompts(None, "none", 16), engine=False) as server:
         yield server
 
@@ -157,5 +156,5 @@ def http(served: Running) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="session")
 def llm() -> LLM:
-    """The same model offline, decoding without drafts."""
+    """The same model offline, without drafts."""
     return LLM("nano-base", stride=1, dtype="float64", max_num_seqs=4, kv_memory="32MiB")

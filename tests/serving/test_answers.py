@@ -1,5 +1,5 @@
-"""Tool calls in chat answers, whole and in chunks; the bundled model calls none, so the events are
-written here."""
+"""Tool calls in chat answers, whole and in chunks. The bundled model makes none: events are
+scripted."""
 
 from __future__ import annotations
 

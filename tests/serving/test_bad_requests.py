@@ -1,5 +1,4 @@
-"""Bad input: a 4xx with an OpenAI error body that names the cause, and good requests beside it are
-not touched."""
+"""Bad input is answered 4xx with an OpenAI error body; other requests are not affected."""
 
 from __future__ import annotations
 
@@ -211,19 +210,19 @@ def connected(served: Running) -> Iterator[tuple[socket.socket, Connection]]:
     """A raw connection, and the server's end of it."""
     with socket.create_connection(("127.0.0.1", served.port), timeout=HANG_SECONDS) as ours:
         there = served.http.server_state.connections
-        wait_until(lambda: any(one.client == ours.getsockname() for one in list(there)))
-        (theirs,) = [one for one in list(there) if one.client == ours.getsockname()]
+        wait_until(lambda: any(end.client == ours.getsockname() for end in list(there)))
+        (theirs,) = [end for end in list(there) if end.client == ours.getsockname()]
         assert isinstance(theirs, Connection)
         yield ours, theirs
 
 
 def rest_of(connection: socket.socket) -> bytes:
-    """What it is answered, up to its end."""
+    """The response, up to the end of the connection."""
     return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
 def answer_to(served: Running, *pieces: bytes) -> bytes:
-    """What a raw connection is answered after sending these pieces."""
+    """The response on a raw connection to these pieces."""
     with connected(served) as (ours, _):
         for piece in pieces:
             ours.sendall(piece)
@@ -231,8 +230,7 @@ def answer_to(served: Running, *pieces: bytes) -> bytes:
 
 
 def late_answer(served: Running, ours: socket.socket, theirs: Connection, piece: bytes) -> bytes:
-    """What it is answered when nothing more comes for longer than the limit, after a piece of a
-    request."""
+    """The response after a piece of a request and a wait beyond the limit."""
     ours.sendall(piece)
     wait_until(
         lambda: theirs._header_bytes == len(piece) and served.loop.limits(KEEP_ALIVE_SECONDS)
@@ -243,7 +241,10 @@ def late_answer(served: Running, ours: socket.socket, theirs: Connection, piece:
     return rest_of(ours)
 
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nAuthorization: Bearer %b\r\n"
+HEAD = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+    b"Content-Type: application/json\r\nAuthorization: Bearer %b\r\n"
+)
 
 
 def test_headers_that_never_end(engineless: Running) -> None:
@@ -274,7 +275,7 @@ def test_headers_without_measure(served: Running) -> None:
 
 
 def test_large_headers_that_come_whole(served: Running) -> None:
-    """In one piece they reach the server before anything has counted them."""
+    """In one piece they reach the server before `Connection` has counted them."""
     with served.open() as http:
         refused(http.get("/v1/models", headers={"X-Large": "x" * 70_000}), 431, "65536")
         assert http.get("/v1/models", headers={"X-Large": "x" * 60_000}).status_code == 200
@@ -324,7 +325,10 @@ def test_a_client_that_leaves_within_its_request_is_no_bad_request(served: Runni
 
     before, gone = counted("400"), counted("499")
     with connected(served) as (ours, theirs):
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 300\r\n\r\n{{"
+        head = (
+            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+            "Content-Length: 300\r\n\r\n{"
+        )
         ours.sendall(head.encode())
         wait_until(lambda: theirs.cycle is not None)
     wait_until(lambda: counted("499") > gone)

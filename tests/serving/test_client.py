@@ -1,4 +1,4 @@
-"""The client with a real engine process of the bundled model, shared by the tests; each leaves it
+"""The client with a real engine process of the bundled model; all tests share it and leave it
 empty."""
 
 from __future__ import annotations
@@ -71,24 +71,24 @@ def llm() -> LLM:
 
 
 def submit(id: str, prompt: str | list[int] = "Tom has 3 apples.", **options: Any) -> Submit:
-    """A sample of what is not an option of `Submit` but of `SamplingParams`."""
+    """A sample; `fields` are options of `Submit` or of `SamplingParams`."""
     fields = {name: options.pop(name) for name in Submit.__struct_fields__ if name in options}
     ids = [5 + ord(character) % 50 for character in prompt] if isinstance(prompt, str) else prompt
     return Submit(id, ids, SamplingParams(**{"max_tokens": 30, "seed": 0} | options), **fields)
 
 
-def endless(number: int, tokens: int = 480) -> list[Submit]:
-    return [submit(f"long-{index}", max_tokens=tokens, ignore_eos=True) for index in range(number)]
+def endless(count: int, tokens: int = 480) -> list[Submit]:
+    return [submit(f"long-{index}", max_tokens=tokens, ignore_eos=True) for index in range(count)]
 
 
 async def collect(ticket: Ticket) -> tuple[list[Delta], Finished]:
-    *deltas, finished = [one async for one in ticket]
+    *deltas, finished = [event async for event in ticket]
     assert isinstance(finished, Finished)
-    return [one for one in deltas if isinstance(one, Delta)], finished
+    return [event for event in deltas if isinstance(event, Delta)], finished
 
 
 async def settled(client: EngineClient) -> None:
-    """Wait until the engine says that nobody is left."""
+    """Wait until the engine reports that it has no samples."""
     await soon(
         lambda: (
             not (
@@ -116,7 +116,7 @@ def test_eight_at_once_are_what_generate_gives(client: EngineClient, run: Run, l
     submits = [
         submit(str(i), prompt=f"{i} and {i}", temperature=i % 2, seed=100 + i) for i in range(8)
     ]
-    results = llm.generate([one.prompt for one in submits], [one.params for one in submits])
+    results = llm.generate([s.prompt for s in submits], [s.params for s in submits])
 
     async def check() -> None:
         ends = await asyncio.gather(*[collect(ticket) for ticket in client.submit(submits)])
@@ -127,11 +127,11 @@ def test_eight_at_once_are_what_generate_gives(client: EngineClient, run: Run, l
 
 
 def test_logprobs_and_trace(client: EngineClient, run: Run, llm: LLM) -> None:
-    one = submit("a", temperature=0, logprobs=2, prompt_logprobs=1, trace=True)
-    (result,) = llm.generate(one.prompt, one.params)
+    sample = submit("a", temperature=0, logprobs=2, prompt_logprobs=1, trace=True)
+    (result,) = llm.generate(sample.prompt, sample.params)
 
     async def check() -> None:
-        deltas, finished = await collect(client.submit([one])[0])
+        deltas, finished = await collect(client.submit([sample])[0])
         check_same(result, deltas, finished)
         logprobs = [entry for delta in deltas for entry in delta.logprobs or []]
         assert result.logprobs is not None and result.prompt_logprobs is not None
@@ -143,7 +143,9 @@ def test_logprobs_and_trace(client: EngineClient, run: Run, llm: LLM) -> None:
                 [e.logprob for e in expected.values()]
             )
         assert finished.prompt_logprobs is not None and finished.prompt_logprobs[0] is None
-        assert [next(iter(entry or ())) for entry in finished.prompt_logprobs[1:]] == one.prompt[1:]
+        assert [next(iter(entry or ())) for entry in finished.prompt_logprobs[1:]] == sample.prompt[
+            1:
+        ]
         assert [source for delta in deltas for source in delta.sources or []] == result.sources
         assert sum(bool(delta.tokens) for delta in deltas) == result.forwards
 

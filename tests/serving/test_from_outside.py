@@ -1,4 +1,4 @@
-"""The server as others see it: the probe of deploy/, and a web page of another origin."""
+"""The server from outside: the probe of deploy/, and a web page of another origin."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def test_the_probe_tells_a_server_that_is_ready(
     "content_type", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"]
 )
 def test_a_web_page_has_nothing_generated(http: httpx.Client, content_type: str | None) -> None:
-    """The types that a browser sends to another origin without asking; and the question it asks
-    before any other."""
+    """With the content types that a browser sends to another origin without a preflight, and with
+    one."""
     headers = {"Origin": "http://elsewhere.example"} | (
         {"Content-Type": content_type} if content_type else {}
     )

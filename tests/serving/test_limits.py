@@ -1,5 +1,4 @@
-"""Keys: every route but /health needs one, also routes that nobody has written yet. And room in the
-queue."""
+"""API keys: every route but /health needs one, even future ones. And room in the queue."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from idlm.serving.app import create_app
 from idlm.serving.client import EngineClient
 from idlm.serving.config import Limits
 from idlm.serving.errors import Busy
-from idlm.serving.limits import LONGEST_WAIT, Guard, Quota
+from idlm.serving.limits import LONGEST_WAIT, AuthAndLimits, Quota
 from idlm.serving.prompts import Prompts
 from tests.serving.conftest import CONFIG, KEY, Running
 
@@ -26,7 +25,7 @@ APP = create_app(CONFIG, EngineClient(CONFIG.worker, CONFIG.limits), Prompts(Non
 
 
 def paths() -> set[tuple[str, str]]:
-    """Method and path of every operation, from the document and from the routes themselves."""
+    """Method and path of every operation, from the document and from the routes."""
     found = {
         (method.upper(), path) for path, item in APP.openapi()["paths"].items() for method in item
     }
@@ -86,8 +85,8 @@ def test_every_key_has_its_own_salt() -> None:
         for key in CONFIG.api_keys:
             header = (b"authorization", f"Bearer {key}".encode())
             scope = {"type": "http", "path": "/v1/completions", "headers": [header]}
-            await Guard(app, CONFIG.api_keys, CONFIG.limits)(scope, nothing, nothing)  # type: ignore[arg-type]
-        await Guard(app, (), CONFIG.limits)(
+            await AuthAndLimits(app, CONFIG.api_keys, CONFIG.limits)(scope, nothing, nothing)  # type: ignore[arg-type]
+        await AuthAndLimits(app, (), CONFIG.limits)(
             {"type": "http", "path": "/", "headers": []}, nothing, nothing
         )  # type: ignore[arg-type]
 

@@ -1,5 +1,4 @@
-"""The official client against the real server: every field it may send, streaming and not, sync and
-async."""
+"""OpenAI's client against the real server: every field it may send, streaming and not."""
 
 from __future__ import annotations
 
@@ -78,8 +77,8 @@ def client(served: Running) -> Iterator[openai.OpenAI]:
 
 
 def gathered(chunks: list[ChatCompletionChunk], n: int) -> list[tuple[str, str | None, int]]:
-    """Text, reason and number of logprobs of each sample of a stream; its form is checked on the
-    way."""
+    """Text, finish reason and number of logprobs of each sample of a stream, whose form is
+    checked."""
     assert [chunk.choices[0].delta.role for chunk in chunks].count("assistant") == n
     assert len({chunk.id for chunk in chunks}) == 1 and chunks[0].object == "chat.completion.chunk"
     texts, reasons, entries = [""] * n, list[str | None]([None] * n), [0] * n
@@ -241,7 +240,7 @@ def test_completions_take_every_form_of_prompt(client: openai.OpenAI, llm: LLM) 
 
 
 def test_echo_with_logprobs_scores_a_prompt(client: openai.OpenAI, llm: LLM) -> None:
-    """What lm-evaluation-harness asks for a log-likelihood."""
+    """As lm-evaluation-harness computes a log-likelihood."""
     ids = llm.encode("She has 7 apples.")
     (offline,) = llm.generate([ids], SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=2))
     for max_tokens in (0, 1):

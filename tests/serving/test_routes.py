@@ -99,8 +99,8 @@ def test_counters_do_not_go_back_when_the_engine_starts_again() -> None:
         seen.append(
             {
                 sample.name + str(sample.labels): sample.value
-                for one in collector.collect()
-                for sample in one.samples
+                for family in collector.collect()
+                for sample in family.samples
             }
         )
     assert [one["idlm_generated_tokens_total{}"] for one in seen] == [5, 7, 14]
@@ -171,7 +171,7 @@ def test_answers_have_the_shape_of_the_document(
 def test_slow_text_is_cut_into_tokens_beside_the_loop(
     served: Running, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While a long text is being tokenized, others are answered."""
+    """Other requests are answered while a long text is tokenized."""
     text, begun, answered = Prompts.text, threading.Event(), threading.Event()
 
     def slow(*arguments: Any) -> list[int]:

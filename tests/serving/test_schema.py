@@ -1,4 +1,4 @@
-"""What requests become: sampling parameters, messages for a template, guides."""
+"""Requests become sampling parameters, messages for a template, and guides."""
 
 from __future__ import annotations
 

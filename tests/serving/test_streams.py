@@ -1,4 +1,4 @@
-"""Streams: their form on the wire, samples side by side, and clients that leave."""
+"""Streams: their form on the wire, samples side by side, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def events(response: httpx.Response) -> list[str]:
 
 
 def idle(served: Running) -> None:
-    """Wait until the engine has nothing to do any more, and has said so."""
+    """Wait until the engine is idle and has reported it."""
     wait_until(lambda: not served.client.quota.samples and not served.client.quota.tokens)
     before = served.client.stats
     wait_until(lambda: served.client.stats is not before and not served.client.stats.pages_live)
@@ -68,9 +68,12 @@ def test_samples_come_side_by_side(http: httpx.Client, llm: LLM) -> None:
 
 
 def ask(served: Running, body: dict[str, Any]) -> socket.socket:
-    """A connection on which this has been asked."""
+    """A connection with this request sent."""
     content = json.dumps(body).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Type: application/json\r\n"
+    head = (
+        f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        "Content-Type: application/json\r\n"
+    )
     connection = socket.create_connection(("127.0.0.1", served.port), timeout=HANG_SECONDS)
     connection.sendall(head.encode() + f"Content-Length: {len(content)}\r\n\r\n".encode() + content)
     return connection
@@ -78,8 +81,7 @@ def ask(served: Running, body: dict[str, Any]) -> socket.socket:
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place_at_once(stream: bool, served: Running) -> None:
-    """The engine is held from before it leaves until the server has seen it, or a fast engine would
-    be done by then."""
+    """The engine is paused until the server has seen it; a fast engine would be done by then."""
     idle(served)
     before = served.client.stats.tokens
     with ExitStack() as stack:
@@ -125,9 +127,9 @@ def test_more_than_the_queue_takes_is_answered_429(served: Running) -> None:
     with served.open() as http, ThreadPoolExecutor(20) as pool:
         with held(served.worker):  # so that none is done before the last has come
             asked = [pool.submit(http.post, CHAT, json=body) for _ in range(20)]
-            wait_until(lambda: sum(one.done() for one in asked) == 4)
+            wait_until(lambda: sum(future.done() for future in asked) == 4)
             assert served.client.quota.samples == 64
-        answers = [one.result() for one in asked]
+        answers = [future.result() for future in asked]
     assert Counter(answer.status_code for answer in answers) == {200: 16, 429: 4}
     for answer in answers:
         if answer.status_code == 429:
@@ -140,14 +142,14 @@ def test_more_than_the_queue_takes_is_answered_429(served: Running) -> None:
 
 def test_the_same_bytes_alone_and_beside_others_cold_and_warm(served: Running) -> None:
     served_by = LLM("nano-base", stride=1, dtype="float64", max_num_seqs=4, kv_memory="32MiB")
-    prompts = [[5 + (7 * number + place) % 300 for place in range(30)] for number in range(8)]
+    prompts = [[5 + (7 * index + at) % 300 for at in range(30)] for index in range(8)]
     expected = offline(served_by, prompts)
     for model, at in (("nano", 1), ("nano", 8), ("nano:ar", 8)):
-        bodies = [body(model, prompt, number) for number, prompt in enumerate(prompts)]
+        bodies = [body(model, prompt, index) for index, prompt in enumerate(prompts)]
         with ThreadPoolExecutor(at) as pool, served.open() as http:
             answers = list(pool.map(lambda one: http.post("/v1/completions", json=one), bodies))  # noqa: B023
         got = [
-            output(Answer(0.0, 0, 200, dict(one.headers), [(0.0, one.content)], True))[0]
-            for one in answers
+            output(Answer(0.0, 0, 200, dict(answer.headers), [(0.0, answer.content)], True))[0]
+            for answer in answers
         ]
         assert got == expected, (model, at)

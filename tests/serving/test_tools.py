@@ -1,4 +1,4 @@
-"""Tool calls in text, however it is cut into pieces."""
+"""Tool calls in text that comes in any pieces."""
 
 from __future__ import annotations
 

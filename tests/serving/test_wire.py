@@ -59,7 +59,7 @@ FROM_ENGINE: list[Message] = [
 
 
 async def read_all(data: bytes, step: int) -> list[FromEngine]:
-    """What comes of bytes that arrive `step` at a time."""
+    """The messages in bytes that arrive `step` at a time."""
     reader, messages = asyncio.StreamReader(), []
     for start in range(0, len(data), step):
         reader.feed_data(data[start : start + step])

@@ -1,4 +1,4 @@
-"""The engine's process alone: what it says over its socket, and when it ends."""
+"""The engine process alone: its messages over the socket, and its end."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Peer:
                     return message
 
     def close(self) -> int:
-        """Go away; returns the status that the process then ends with."""
+        """Close the socket; returns the exit status of the process."""
         self._file.close()
         self.socket.close()
         return self.process.wait(timeout=HANG_SECONDS)
@@ -92,7 +92,7 @@ def test_it_says_what_it_is_speaks_unasked_and_ends_with_its_socket() -> None:
     with worker(CONFIG) as peer:
         ready = peer.until(Ready)
         assert ready == Ready(vocab_size=640, mask_id=3, context=512)
-        assert [[type(one) for one in peer.read()] for _ in range(3)] == [[Stats]] * 3
+        assert [[type(message) for message in peer.read()] for _ in range(3)] == [[Stats]] * 3
         for number in (signal.SIGINT, signal.SIGTERM):
             peer.process.send_signal(number)
         peer.send(
@@ -107,11 +107,11 @@ def test_it_says_what_it_is_speaks_unasked_and_ends_with_its_socket() -> None:
 
 
 class Over(Exception):
-    """The end of a test."""
+    """Ends a test."""
 
 
 class Quiet:
-    """A link on which nothing comes, and its inbox; waiting only moves its own clock."""
+    """A link without messages, and its inbox; a wait only moves its own clock."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -123,7 +123,7 @@ class Quiet:
         raise Empty
 
     def send(self, messages: Sequence[Message]) -> None:
-        self.sent.append((self.now, [type(one) for one in messages]))
+        self.sent.append((self.now, [type(message) for message in messages]))
         if len(self.sent) == 4:
             raise Over
 

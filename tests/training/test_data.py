@@ -21,8 +21,8 @@ from idlm.training.corpus import corpus
 from idlm.training.data import (
     SOURCES,
     Draw,
-    Draws,
     Example,
+    TrainOrder,
     chat_examples,
     collate,
     draw_order,
@@ -63,11 +63,13 @@ def test_order_depends_on_the_seed_and_sorts_by_length() -> None:
 def test_draw_is_the_same_whatever_was_drawn_before() -> None:
     examples = tiny.examples()
     order = draw_order([e.length for e in examples], 80, 4, seed=3)
-    first, second = (Draws(examples, order, seed=3, random_phase=True) for _ in range(2))
+    first, second = (TrainOrder(examples, order, seed=3, random_phase=True) for _ in range(2))
     assert [first[i] for i in range(80)][::-1] == [second[i] for i in reversed(range(80))]
     phases = [first[i].phase % 4 for i in range(80)]
     assert set(phases) == {0, 1, 2, 3}
-    assert {Draws(examples, order, seed=3, random_phase=False)[i].phase for i in range(80)} == {0}
+    assert {
+        TrainOrder(examples, order, seed=3, random_phase=False)[i].phase for i in range(80)
+    } == {0}
 
 
 def test_collate_pads_on_the_right() -> None:
@@ -75,13 +77,13 @@ def test_collate_pads_on_the_right() -> None:
     texts = batch.texts
     assert texts.tokens.tolist() == [[5, 6, 7, 0], [1, 2, 3, 4]]
     assert (texts.prompt.tolist(), texts.length.tolist()) == ([1, 2], [3, 4])
-    assert (texts.phase.tolist(), batch.numbers) == ([9, 2], [3, 0])
+    assert (texts.phase.tolist(), batch.indices) == ([9, 2], [3, 0])
 
 
 def test_batches_cut_the_run_into_neighbours() -> None:
-    draws = Draws(tiny.examples(10), list(range(10)), seed=0, random_phase=True)
-    batches = [draws.batch(number, 4) for number in range(3)]
-    assert [batch.numbers for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    draws = TrainOrder(tiny.examples(10), list(range(10)), seed=0, random_phase=True)
+    batches = [draws.batch(index, 4) for index in range(3)]
+    assert [batch.indices for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert batches[1].texts.phase.tolist() == [draws[i].phase for i in range(4, 8)]
 
 
@@ -116,8 +118,8 @@ def test_long_responses_are_cut_and_long_prompts_refused() -> None:
 )
 def test_bad_rows_are_named(tmp_path: Path, line: str, words: list[str]) -> None:
     path = tmp_path / "data.jsonl"
-    good = json.dumps({"prompt": [1], "response": [2, 3]})
-    path.write_text("\n".join([good, line, good, good]))
+    row = json.dumps({"prompt": [1], "response": [2, 3]})
+    path.write_text("\n".join([row, line, row, row]))
     with pytest.raises(InputError) as caught:
         corpus(DataConfig(source="jsonl", path=str(path), held_out=1), tiny.model(), 10, tmp_path)
     assert all(word in str(caught.value) for word in words), str(caught.value)
@@ -159,8 +161,8 @@ def test_the_registered_source_is_the_projects_problems(tokenizer: PreTrainedTok
     idlm.tokenizer = tokenizer
     idlm.model.config.max_position_embeddings = 600
     data = corpus(DataConfig(source="nano", examples=6, held_out=3, seed=5), idlm, 10, Path())
-    told = [tokenizer.decode(e.response) for e in data.training]
-    assert told == [p.solution + END for p in islice(training_problems(5), 6)]
+    answers = [tokenizer.decode(e.response) for e in data.training]
+    assert answers == [p.solution + END for p in islice(training_problems(5), 6)]
     assert [tokenizer.decode(e.response) for e in data.held_out] == [
         p.solution + END for p in held_out_problems(3)
     ]

@@ -1,4 +1,4 @@
-"""The objective against the design written as double loops, in float64."""
+"""The objective against the papers' layout written as double loops, in float64."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHAPES, PHASES = [(1, 7), (5, 9), (3, 1), (4, 12), (2, 2)], [0, 2, 1, 4, 3]
 
 
 def full_layout_mask(prompt: int, length: int, block_size: int, phase: int) -> Tensor:
-    """Visibility of the layout [x_t | x_0] of the design, [2 length, 2 length], rule by rule."""
+    """Visibility in the layout [x_t | x_0], [2 length, 2 length], rule by rule."""
 
     def block(i: int) -> int:
         return (i + phase) // block_size

@@ -1,4 +1,4 @@
-"""`train` from config to exported model: killed and resumed, reloaded, in two processes; and its
+"""`train` from config to exported model: killed and resumed, reloaded, in two processes;
 refusals."""
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a small tokenizer of the project's own kind."""
+    """The folder of a small tokenizer, made like the project's own."""
     path = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(vocab_size=300, problems=50).save_pretrained(path)
     return str(path)
@@ -79,7 +79,7 @@ def config(folder: Path, method: str, **changes: Any) -> TrainConfig:
 def start(
     run: TrainConfig, folder: Path, launcher: tuple[str, ...] = ("-c", RUN)
 ) -> subprocess.Popen[bytes]:
-    """The run in a process of its own."""
+    """Start the run in a process of its own."""
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(as_tree(run)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

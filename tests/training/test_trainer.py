@@ -126,7 +126,10 @@ def test_nan_stops_before_the_step_and_names_the_batch(
         optimizer={"name": optimizer},
     )
     run = trainer(config, idlm)
-    poisoned, broken = run.draws[13].number, tiny.MASK - 1  # a token that no other example has
+    poisoned, broken = (
+        run.draws[13].example_index,
+        tiny.MASK - 1,
+    )  # a token that no other example has
     run.data.training[poisoned].response[0] = broken
     with torch.no_grad():
         idlm.model.get_input_embeddings().weight[broken] = torch.nan
@@ -208,7 +211,7 @@ def test_resume_is_bit_identical_and_checkpoints_hold_only_what_is_trained(
 
 
 def test_a_resumed_run_drops_out_the_same_and_reports_the_same(tmp_path: Path) -> None:
-    """Dropout draws random numbers, and the resumed run begins between two reports."""
+    """Dropout uses random numbers, and the run resumes between two reports."""
     config = tiny.config(
         tmp_path, stages=[{"steps": 6, "block_size": 2}], save_steps=4, log_steps=3
     )

@@ -20,10 +20,18 @@ from idlm.training.objective import Texts
 VOCAB, CONTEXT, MASK = 23, 48, 22
 SPEC = LoraSpec(rank=2, alpha=4.0, targets=("q_proj", "v_proj", "c_proj"))
 KEYS: dict[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "tie_word_embeddings": True,
-    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 
 
 def model(
@@ -57,14 +65,14 @@ def texts(shapes: list[tuple[int, int]], phases: list[int]) -> Texts:
     return Texts(tokens, prompt, torch.tensor([p + r for p, r in shapes]), torch.tensor(phases))
 
 
-def examples(number: int = 40) -> list[Example]:
+def examples(count: int = 40) -> list[Example]:
     """Random examples of several lengths."""
     rng = random.Random(1)
 
     def ids(low: int, high: int) -> list[int]:
         return [rng.randrange(3, MASK - 1) for _ in range(rng.randint(low, high))]
 
-    return [Example(ids(1, 6), ids(2, 12), f"row {i}") for i in range(number)]
+    return [Example(ids(1, 6), ids(2, 12), f"row {i}") for i in range(count)]
 
 
 def write_jsonl(path: Path, rows: list[Example]) -> Path:

@@ -1,4 +1,4 @@
-"""Text in the colours of its tokens: nothing is lost, and what can be told apart is."""
+"""Text in the colours of its tokens: no text is lost, and tokens have their own colours."""
 
 from __future__ import annotations
 

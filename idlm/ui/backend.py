@@ -1,4 +1,4 @@
-"""`Partner`: who answers in a chat; a model in this process, or a server."""
+"""`ChatBackend`: the model that answers in a chat, in this process or behind a URL."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from idlm.ui.colours import Token
 Message = dict[str, str]
 """A message: "role" and "content"."""
 ANSWER_SHARE = 4
-"""At least one part in so many of the context is kept for an answer, if `max_tokens` asks for that
-much."""
+"""At least 1 / ANSWER_SHARE of the context is kept for an answer, unless `max_tokens` is less."""
 
 
 class ContextFull(InputError):
@@ -22,7 +21,7 @@ class ContextFull(InputError):
 
 @dataclass(frozen=True)
 class Piece:
-    """What comes next of an answer; `tokens` where it is known what it is made of."""
+    """The next part of an answer; `tokens` if the backend reports what the text is made of."""
 
     text: str
     tokens: Sequence[Token] = ()
@@ -30,20 +29,20 @@ class Piece:
 
 @dataclass(frozen=True)
 class End:
-    """The end of an answer; what is not known is None."""
+    """The end of an answer; None for figures that the backend does not report."""
 
     reason: str | None = None
     tokens: int | None = None
     tpf: float | None = None
 
 
-class Partner(Protocol):
-    """Who answers.
+class ChatBackend(Protocol):
+    """A model that answers.
 
     Attributes:
         name: of the model.
         drafts: whether drafting can be switched off.
-        traced: whether pieces say what they are made of.
+        traced: whether pieces have their tokens.
     """
 
     name: str
@@ -54,18 +53,20 @@ class Partner(Protocol):
         """The answer as it comes; its last item is an `End`.
 
         Raises:
-            ContextFull: fewer messages would do. InputError: there is no answer, and why.
+            ContextFull: the conversation is too long. InputError: there is no answer, for another
+                reason.
         """
 
 
 def check_room(tokens: int, max_tokens: int, context: int) -> None:
-    """Refuse a conversation of so many tokens where it leaves no room for an answer.
+    """Refuse a conversation of `tokens` tokens that leaves no room for an answer.
 
     Raises:
-        ContextFull: it does not.
+        ContextFull: it is too long.
     """
     most = context - min(max_tokens, context // ANSWER_SHARE)
     if tokens > most:
         raise ContextFull(
-            f"the conversation has {tokens} tokens of {most} that leave room for an answer; say less"
+            f"the conversation has {tokens} tokens of {most} that leave room for an answer; "
+            "say less"
         )
