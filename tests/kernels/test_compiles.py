@@ -22,7 +22,7 @@ from idlm.kernels import prefill_attention_triton, window_attention_triton
 POINTERS = {"lengths": "*i64", "table": "*i64", "visible": "*i64", "order": "*i64", "counts": "*i64"}
 POINTERS |= {name: "*fp32" for name in ("partial", "weights")}
 POINTERS |= {name: "*bf16" for name in ("query", "key", "value", "pages", "x", "weight", "bias", "out")}
-POINTERS |= {name: "*i64" for name in ("keys", "first", "ids", "starts", "ends")}
+POINTERS |= {name: "*i64" for name in ("keys", "positions", "ids", "starts", "ends")}
 POINTERS |= {name: "*fp64" for name in ("temperatures", "bests")}
 POINTERS["scale"] = "fp32"
 HEAD = {"PAGE": 16, "G": 8, "F": 4, "E": 80, "SIZE": 128}
