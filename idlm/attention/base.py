@@ -55,7 +55,7 @@ class Segment:
 
     @property
     def size(self) -> int:
-        """T, the flat rows."""
+        """T, the number of flat rows: real rows and MASK rows."""
         return self.cache_rows.numel() + self.cache_rows.shape[0] * self.num_masks
 
     @property

@@ -73,7 +73,6 @@ class InvariantAttention:
         )
 
     def attend(self, metadata: InvariantMetadata, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
-        """See `Backend`."""
         query, key, value = write_by_slot(metadata.segment, pages, qkv)
         batch, width, heads, size = query.shape
         groups = key.shape[2]
@@ -107,7 +106,6 @@ class InvariantTritonAttention:
         return segment, *seen_in_order(segment)
 
     def attend(self, metadata: Seen, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
-        """See `Backend`."""
         from idlm.kernels.batch_invariant_triton import attend  # Triton is optional
 
         segment, order, counts = metadata

@@ -49,7 +49,6 @@ class TorchAttention:
         )
 
     def attend(self, metadata: TorchMetadata, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
-        """See `Backend`."""
         query, key, value = write_by_slot(metadata.segment, pages, qkv)
         batch, width, heads, size = query.shape
         groups = key.shape[2]

@@ -17,7 +17,6 @@ class TritonAttention:
         return segment
 
     def attend(self, metadata: Segment, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
-        """See `Backend`."""
         if metadata.ends is not None:
             return _attend_chunks(metadata, metadata.ends, pages, qkv, scale)
         from idlm.kernels.window_attention_triton import attend  # Triton is optional
