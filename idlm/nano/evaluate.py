@@ -1,7 +1,7 @@
 """Held-out accuracy and TPF of the bundled models as JSON: `python -m idlm.nano.evaluate`.
 
 The base and the full fine-tune also run with transformers' batched `generate`, which shares no
-decoding code with ours. Each of our runs reports the share of problems with exactly the same tokens.
+decoding code with ours. Each of our runs reports the share of problems with the same tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Word problems with worked solutions: the data of the bundled model.
 
 A problem is a story with a start and two or three steps. Each step uses the running total, so a
-wrong token makes the answer wrong. `problem(seed, index)` is a pure function. The hash of a question
+wrong token makes the answer wrong. `problem(seed, index)` is a pure function. A question's hash
 decides whether it is held out, so the training stream and the held-out set share no question, for
 any seeds.
 """
