@@ -171,7 +171,7 @@ def test_recordings_use_them(
 ) -> None:
     """Two layers: two norms each, two more of heads in Qwen3, and the last; in float64 nothing is
     touched."""
-    fused._say.cache_clear()
+    fused._log_counts.cache_clear()
     caplog.set_level(logging.INFO, "idlm")
     idlm = tiny_idlm(family, adapter=False)
     idlm.model.to(dtype).requires_grad_(False)
