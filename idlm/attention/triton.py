@@ -29,9 +29,7 @@ class TritonAttention:
         return segment.flat(mixed)
 
 
-def _attend_chunks(
-    segment: Segment, ends: Tensor, pages: Tensor, qkv: QKV, scale: float
-) -> Tensor:
+def _attend_chunks(segment: Segment, ends: Tensor, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
     """Attention of chunks of prompts; the kernel reads their keys in the pages too."""
     from idlm.kernels.prefill_attention_triton import attend  # Triton is optional
 

@@ -112,7 +112,9 @@ class Window:
 
     def __post_init__(self) -> None:
         # for each v, the outcomes with MASK rows; their number differs, so it is padded below
-        by_valid = [outcomes(self.branches, v) for v in range(self.stride)] if self.masks else [()]
+        by_valid = (
+            [outcomes(self.branches, v) for v in range(self.stride)] if self.num_masks else [()]
+        )
         object.__setattr__(self, "groups", max(map(len, by_valid)))
         if self.width > MAX_WIDTH:
             raise InputError(
@@ -128,7 +130,7 @@ class Window:
         object.__setattr__(self, "group", torch.tensor(group))
 
     @property
-    def masks(self) -> int:
+    def num_masks(self) -> int:
         """K = N - 1: the MASK rows of a group, and the drafts that a window verifies."""
         return self.stride - 1
 
@@ -140,7 +142,7 @@ class Window:
     @property
     def mask_rows(self) -> int:
         """G * K, the MASK rows of all groups. They come last."""
-        return self.groups * self.masks
+        return self.groups * self.num_masks
 
     @property
     def width(self) -> int:
@@ -159,9 +161,13 @@ class Window:
         # the verify rows are causal
         seen[: self.stride, : self.stride] = torch.ones(self.stride, self.stride).tril() > 0
         for group, j in enumerate(served):
-            rows = slice(self.stride + group * self.masks, self.stride + (group + 1) * self.masks)
+            rows = slice(
+                self.stride + group * self.num_masks, self.stride + (group + 1) * self.num_masks
+            )
             seen[rows, : j + 1] = True  # pending, d_1 .. d_j
-            seen[rows, rows] = torch.ones(self.masks, self.masks).tril() > 0  # causal in the group
+            seen[rows, rows] = (
+                torch.ones(self.num_masks, self.num_masks).tril() > 0
+            )  # causal in the group
         # column s becomes bit s; the sum of distinct bits sets them all
         return (seen << torch.arange(self.width)).sum(dim=-1)
 
