@@ -65,7 +65,7 @@ class BuildPackage(build_py):
 
 
 class BuildWheel(bdist_wheel):
-    """The wheel: for any Python on this platform where it has libraries, and else for any platform."""
+    """The wheel: for any Python on this platform if it has libraries, else for any platform."""
 
     distribution: Package
 

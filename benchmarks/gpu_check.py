@@ -83,7 +83,7 @@ def tests(until: float) -> Iterator[Figure]:
 
 
 def run_tests(until: float) -> dict[str, object]:
-    """What pytest says; where the time ends first, it is interrupted and says what it has come to."""
+    """The outcome of pytest, which is interrupted before `until` and then reports what it has."""
     options = ["-p", "no:cacheprovider", "--tb=short", "-vv", "-rfE", "--timeout", "60"]
     options += ["-n", "4"] if find_spec("xdist") else []
     wishes = {

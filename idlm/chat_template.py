@@ -1,16 +1,13 @@
-"""Prompts become token ids here and nowhere else: a text, messages under the chat template, or ids
-that are checked.
+"""Turns every prompt into token ids: a text, messages under the chat template, or ids to check.
 
-Special tokens in what a message says are text: they never mean anything.
+Special tokens in a message's content are plain text, so that a user cannot forge a turn. A template
+writes special tokens too, and in the rendered text they look the same. So those of the messages are
+replaced before:
 
-    messages -> placeholders for special strings -> chat template -> cut at the placeholders -> ids
-    of each piece
-                                                                        template's own text:
-                                                                        specials allowed a message's
-                                                                        special string: plain text
-
-A template uses special tokens of its own, and once it is rendered nobody can tell whose they are.
-So those of the messages are taken out before.
+    1. replace special strings in the messages by placeholders
+    2. render the chat template
+    3. split the text at the placeholders
+    4. encode each piece: the template's text with special tokens, a special string without
 """
 
 from __future__ import annotations
@@ -28,28 +25,28 @@ from idlm.errors import InputError
 
 Message = Mapping[str, Any]
 OPEN, CLOSE = "\ue000", "\ue001"
-"""Private characters around the number of a special string; those in a message are treated as
-special strings too."""
+"""Private-use characters around the index of a special string. If a message contains them, they are
+replaced like special strings."""
 PLACEHOLDER = re.compile(f"{OPEN}([0-9]+){CLOSE}")
 
 
 class Bounds(Protocol):
-    """What a model says of the ids that it takes."""
+    """The limits of a model on token ids; `Idlm` has them."""
 
     @property
-    def vocab_size(self) -> int: ...  # noqa: D102
+    def vocab_size(self) -> int: ...
     @property
-    def mask_id(self) -> int: ...  # noqa: D102
+    def mask_id(self) -> int: ...
     @property
-    def context(self) -> int: ...  # noqa: D102
+    def context(self) -> int: ...
 
 
 def check_ids(ids: Iterable[object], model: Bounds) -> list[int]:
-    """The ids of a prompt.
+    """Check the ids of a prompt.
 
     Raises:
-        InputError: there are none or too many, or one is MASK, outside the vocabulary, or no whole
-            number.
+        InputError: there are none or too many, or an id is MASK, outside the vocabulary, or not an
+            integer.
     """
     tokens = _whole_numbers(ids, "prompt")
     if not 0 < len(tokens) < model.context:
@@ -64,10 +61,10 @@ def check_ids(ids: Iterable[object], model: Bounds) -> list[int]:
 
 
 def check_tokens(ids: Iterable[object], vocab_size: int, what: str = "prompt") -> list[int]:
-    """Ids of a vocabulary, however many.
+    """Check that all ids are in the vocabulary. Any number of them is allowed.
 
     Raises:
-        InputError: one is none; `what` says of what it is a token.
+        InputError: an id is not in the vocabulary; `what` names the input in the message.
     """
     tokens = _whole_numbers(ids, what)
     if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
@@ -86,13 +83,13 @@ def _whole_numbers(ids: Iterable[object], what: str) -> list[int]:
 
 
 class PromptEncoder:
-    """Encodes texts and messages for one model.
+    """Encodes texts and messages for a model.
 
     Args:
-        tokenizer: the model's; None: it takes token ids only.
-        name: of the model, for messages.
-        context: positions of a sequence: a text that cannot fit them is refused before it is cut
-            into tokens. None: no text is too long.
+        tokenizer: the model's tokenizer; None for a model that takes token ids only.
+        name: the model's name, for error messages.
+        context: the most positions of a sequence. A text that cannot fit is refused before it is
+            tokenised. None: no limit.
     """
 
     def __init__(
@@ -103,10 +100,10 @@ class PromptEncoder:
 
     @property
     def tokenizer(self) -> Any:
-        """The model's tokenizer (untyped: half of its interface is).
+        """The model's tokenizer. It is untyped, as much of its interface is.
 
         Raises:
-            InputError: it has none.
+            InputError: the model has none.
         """
         if self._tokenizer is None:
             raise InputError(f"model {self.name!r} has no tokenizer; give the prompt as token ids")
@@ -127,20 +124,19 @@ class PromptEncoder:
 
     @property
     def has_template(self) -> bool:
-        """Whether messages can be encoded."""
+        """Whether the model has a chat template, so that messages can be encoded."""
         return self._tokenizer is not None and bool(self.tokenizer.chat_template)
 
     def text(self, text: str, add_special_tokens: bool = True, trusted: bool = False) -> list[int]:
-        """Ids of a text.
+        """Encode a text.
 
         Args:
-            add_special_tokens: what the tokenizer adds itself, such as a start token.
-            trusted: special tokens in the text are special, for a caller who wrote it all; else
-                they are text.
+            add_special_tokens: add the tokenizer's own, such as a start token.
+            trusted: special strings in the text become special tokens; otherwise they are plain
+                text. Only for a caller that wrote the whole text.
 
         Raises:
-            InputError: it cannot fit the context, however it is cut into tokens; or there is no
-                tokenizer.
+            InputError: the text cannot fit the context, or there is no tokenizer.
         """
         tokenizer = self.tokenizer if trusted else self._plain
         self._check_length(text)
@@ -153,31 +149,33 @@ class PromptEncoder:
         add_generation_prompt: bool = True,
         options: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Ids of a conversation; `options` are variables of the chat template.
+        """Encode a conversation; `options` are variables of the chat template.
 
         Raises:
-            InputError: the template refuses it, an option has a name of `apply_chat_template`, or
-                it is too long; or there is no template.
+            InputError: the template raises an error, an option is an argument of
+                `apply_chat_template`, the text is too long, or there is no template.
         """
         text, literals = self._render(messages, tools, add_generation_prompt, options or {})
-        return self._pieces(text, literals) if literals else self._whole([text])[0]
+        return self._encode_pieces(text, literals) if literals else self._encode([text])[0]
 
     def chats(self, conversations: Iterable[Sequence[Message]]) -> list[list[int]]:
-        """Ids of many conversations, each up to where the answer begins; faster than one by one.
+        """Encode many conversations with a generation prompt; faster than `chat` for each.
 
         Raises:
             InputError: as `chat`.
         """
         rendered = [self._render(messages, None, True, {}) for messages in conversations]
-        whole = iter(self._whole([text for text, literals in rendered if not literals]))
+        without_literals = [text for text, literals in rendered if not literals]
+        encoded = iter(self._encode(without_literals))  # the tokenizer encodes a batch in parallel
         return [
-            self._pieces(text, literals) if literals else next(whole) for text, literals in rendered
+            self._encode_pieces(text, literals) if literals else next(encoded)
+            for text, literals in rendered
         ]
 
     def _render(
         self, messages: Any, tools: Any, add_generation_prompt: bool, options: Mapping[str, Any]
     ) -> tuple[str, list[str]]:
-        """The conversation as a text, and the special strings whose placeholders are in it."""
+        """Render a conversation: the text, and the special strings of its placeholders."""
         template, literals = self.template, list[str]()
         reserved = (
             set(inspect.signature(self.tokenizer.apply_chat_template).parameters)
@@ -194,10 +192,14 @@ class PromptEncoder:
         )
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tools, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt,
+                messages,
+                tools,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
                 **options,
-            )  # fmt: skip
-        except Exception as error:  # whatever a template raises for messages it was not written for
+            )
+        except Exception as error:  # a template may raise anything
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(
                 f"the chat template refuses these messages ({reason}); change them"
@@ -206,25 +208,25 @@ class PromptEncoder:
         return str(text), literals
 
     def _hide(self, value: Any, literals: list[str]) -> Any:
-        """The value with placeholders for the special strings in it, which are added to `literals`."""
+        """Replace special strings in a value by placeholders; they are appended to `literals`."""
         if isinstance(value, str):
-            return self._specials.sub(lambda found: _placeholder(found[0], literals), value)
+            return self._specials.sub(lambda match: _placeholder(match[0], literals), value)
         if isinstance(value, Mapping):
             return {
-                self._hide(key, literals): self._hide(one, literals) for key, one in value.items()
+                self._hide(key, literals): self._hide(item, literals) for key, item in value.items()
             }
         if isinstance(value, list | tuple):
-            return [self._hide(one, literals) for one in value]
+            return [self._hide(item, literals) for item in value]
         return value
 
-    def _whole(self, texts: list[str]) -> list[list[int]]:
+    def _encode(self, texts: list[str]) -> list[list[int]]:
         return list(self.tokenizer(texts, add_special_tokens=False).input_ids) if texts else []
 
-    def _pieces(self, text: str, literals: list[str]) -> list[int]:
-        """Ids of a rendered text with placeholders."""
+    def _encode_pieces(self, text: str, literals: list[str]) -> list[int]:
+        """Encode a rendered text with placeholders."""
         ids: list[int] = []
-        for place, piece in enumerate(PLACEHOLDER.split(text)):
-            if place % 2:
+        for index, piece in enumerate(PLACEHOLDER.split(text)):
+            if index % 2:  # the captured index of a placeholder
                 ids += _inner(self._plain, literals[int(piece)])
             elif piece:
                 ids += _inner(self.tokenizer, piece)
@@ -238,18 +240,16 @@ class PromptEncoder:
 
     @cached_property
     def _longest(self) -> int:
-        """Characters of the longest token."""
+        """The number of characters of the longest token of the vocabulary."""
         return max(map(len, self.tokenizer.get_vocab()))
 
     @cached_property
     def _control_strings(self) -> list[str]:
-        """What stands for special tokens, MASK among them; the longest first, so that it is found
-        first."""
+        """The strings of special tokens, with MASK; longest first, so that the longest matches."""
         added = self.tokenizer.added_tokens_decoder.values()
-        found = {str(token) for token in added if token.special} | set(
-            self.tokenizer.all_special_tokens
-        )
-        return sorted(filter(None, found), key=len, reverse=True)
+        strings = {str(token) for token in added if token.special}
+        strings |= set(self.tokenizer.all_special_tokens)
+        return sorted(filter(None, strings), key=len, reverse=True)
 
     @cached_property
     def _specials(self) -> re.Pattern[str]:
@@ -257,8 +257,8 @@ class PromptEncoder:
 
     @cached_property
     def _plain(self) -> Any:
-        """A copy that takes special strings for text; a copy, because the switch is not safe
-        between threads."""
+        """A copy of the tokenizer that encodes special strings as text. It is a copy because
+        switching the mode is not thread-safe."""
         plain = copy.deepcopy(self.tokenizer)
         specials = [
             AddedToken(text, special=True, normalized=False) for text in self._control_strings
@@ -269,8 +269,11 @@ class PromptEncoder:
 
 
 def _inner(tokenizer: Any, piece: str) -> list[int]:
-    """Ids of a piece that does not begin the text: after a newline, or some tokenizers put a space
-    before it."""
+    """Encode a piece from inside a text.
+
+    It is encoded after a newline, whose ids are removed, since some tokenizers add a space at the
+    start of a text.
+    """
     newline: list[int] = tokenizer("\n", add_special_tokens=False).input_ids
     ids: list[int] = tokenizer("\n" + piece, add_special_tokens=False).input_ids
     if ids[: len(newline)] == newline:

@@ -1,5 +1,4 @@
-"""`SamplingParams`: what one request asks for. Every field is per request; there are no global
-settings."""
+"""`SamplingParams`: the settings of a request. There are no global settings."""
 
 from __future__ import annotations
 
@@ -15,16 +14,16 @@ MOST_SAMPLES = 64
 MOST_LOGPROBS = 20
 GUIDES = ("json_object", "json_schema", "regex", "grammar")
 MOST_GUIDE = 2**16
-"""Characters of a guide's text."""
+"""The most characters of a guide's text."""
 
 
 @dataclass(frozen=True)
 class Guide:
-    """What an output has to match as a whole.
+    """A format that the whole output must match.
 
     Attributes:
-        kind: "json_object" (any JSON object; no text), "json_schema", "regex", or "grammar" (Lark
-            or GBNF).
+        kind: "json_object" (any JSON object; without text), "json_schema", "regex" or "grammar"
+            (Lark or GBNF).
         text: the schema as JSON, the regular expression, or the grammar.
     """
 
@@ -36,7 +35,8 @@ class Guide:
             raise InputError(f"guide kind {self.kind!r} is unknown; use one of {', '.join(GUIDES)}")
         if not isinstance(self.text, str):
             raise InputError(
-                f"the text of a guide is {type(self.text).__name__}; give a string, a schema as JSON text"
+                f"the text of a guide is {type(self.text).__name__}; "
+                "give a string, a schema as JSON text"
             )
         if len(self.text) > MOST_GUIDE:
             raise InputError(
@@ -44,46 +44,44 @@ class Guide:
             )
         if (self.kind == "json_object") == bool(self.text):
             raise InputError(
-                f"guide {self.kind!r} with text {self.text[:40]!r}; 'json_object' has none, the others need it"
+                f"guide {self.kind!r} with text {self.text[:40]!r}; "
+                "'json_object' has none, the others need it"
             )
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the tokens of one request are chosen, and when it ends.
+    """How the tokens of a request are chosen, and when it ends.
 
     Attributes:
-        n: samples of one prompt. Sample i has seed + i, so it is what a request with n=1 and that
-            seed gives.
-        max_tokens: the most tokens to generate.
-        min_tokens: the model's end token and `stop_token_ids` cannot come out before so many tokens
-            have, and no stop string is looked for in them.
+        n: the number of samples. Sample i has seed + i: it equals the output of a request with n=1
+            and that seed.
+        max_tokens: the most tokens of the output.
+        min_tokens: the end token and `stop_token_ids` are banned in the first `min_tokens` tokens,
+            and stop strings are not searched in them.
         temperature: 0 is greedy.
-        top_k: keep the k likeliest tokens; 0 or -1 keeps all.
-        top_p: keep the smallest set of likeliest tokens that holds this probability.
-        min_p: drop tokens less likely than this share of the likeliest one.
-        repetition_penalty: divides positive logits (multiplies negative ones) of tokens in the
+        top_k: keep the k most likely tokens; 0 or -1 keeps all.
+        top_p: keep the fewest most likely tokens whose total probability reaches this.
+        min_p: drop tokens whose probability is below this share of the largest.
+        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens in the
             prompt or the output.
-        presence_penalty: subtracted once from the logit of every token in the output.
+        presence_penalty: subtracted once from the logit of each token in the output.
         frequency_penalty: subtracted from a token's logit for each time it is in the output.
-        logit_bias: token id -> added to its logit.
-        banned_tokens: ids that never come out.
+        logit_bias: by token id, added to the logit.
+        banned_tokens: ids that are never chosen.
         seed: of the request's noise, 0 <= seed < 2**63; None draws one, which the result reports.
-        stop_token_ids: ids that end the output, beside the model's own end token.
-        stop: strings that end the output as soon as its text holds one; given as one string or
-            several.
+        stop_token_ids: ids that end the output, in addition to the model's end token.
+        stop: a string, or several; the output ends when its text contains one.
         include_stop_str_in_output: keep the stop string at the end of the text.
-        ignore_eos: go on after the model's own end token; not past the end of a `guide`.
+        ignore_eos: do not stop at the model's end token. A `guide` still ends the output.
         skip_special_tokens: leave special tokens out of the text.
-        detokenize: make text at all; without it the result has tokens only, and there can be no
-            `stop`.
-        logprobs: for each token of the output the so many likeliest, with log-probabilities; 0
-            gives the token's own alone, None none.
+        detokenize: produce text; without it the result has tokens only, and `stop` is refused.
+        logprobs: report, for each output token, the log-probabilities of that token and of so many
+            most likely ones. None: no log-probabilities.
         prompt_logprobs: the same for the tokens of the prompt.
         verification: "coupled" and "ratio" are exact; "relaxed" is approximate and needs `tau`.
-        tau: relaxed only: also accept a draft whose probability is at least tau times the likeliest
-            token's.
-        guide: what the output has to match; it ends where that is complete, or early by
+        tau: relaxed only: also accept a draft whose probability is at least tau times the largest.
+        guide: the format of the output. The output ends when it is complete, or before that by
             `max_tokens` or a stop.
     """
 
@@ -120,11 +118,13 @@ class SamplingParams:
         self._check_guide()
         if self.verification not in VERIFICATIONS:
             raise InputError(
-                f"verification {self.verification!r} is unknown; use one of {', '.join(VERIFICATIONS)}"
+                f"verification {self.verification!r} is unknown; "
+                f"use one of {', '.join(VERIFICATIONS)}"
             )
         if (self.tau is not None) != (self.verification == "relaxed"):
             raise InputError(
-                f"tau={self.tau} with verification={self.verification!r}; tau goes with 'relaxed', and only with it"
+                f"tau={self.tau} with verification={self.verification!r}; "
+                "tau goes with 'relaxed', and only with it"
             )
 
     def _check_counts(self) -> None:
@@ -133,7 +133,8 @@ class SamplingParams:
         _integer("min_tokens", self.min_tokens, 0, 2**31)
         if self.min_tokens > self.max_tokens:
             raise InputError(
-                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}; lower one or raise the other"
+                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}; "
+                "lower one or raise the other"
             )
         _integer("top_k", self.top_k, -1, 2**31)
         for name in ("logprobs", "prompt_logprobs"):
@@ -204,18 +205,19 @@ class SamplingParams:
             )
         if self.guide is not None and self.min_tokens:
             raise InputError(
-                f"min_tokens={self.min_tokens} with a guide, which alone says where its output may end; put the length "
+                f"min_tokens={self.min_tokens} with a guide, "
+                "which alone says where its output may end; put the length "
                 "into the guide, for example as minLength or minItems"
             )
 
     @property
     def greedy(self) -> bool:
-        """Whether the law is a point mass."""
+        """Whether the law is a point mass: temperature 0."""
         return self.temperature == 0
 
     @property
     def penalised(self) -> bool:
-        """Whether the law depends on the tokens before."""
+        """Whether a penalty is on, so that the law depends on the tokens before."""
         return (
             self.repetition_penalty != 1
             or self.presence_penalty != 0
@@ -223,7 +225,7 @@ class SamplingParams:
         )
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Refuse token ids that the model does not have.
+        """Check the token ids against the model.
 
         Raises:
             InputError: an id of `logit_bias`, `banned_tokens` or `stop_token_ids` is not below
@@ -249,5 +251,6 @@ def _number(name: str, value: object, low: float, high: float, open_low: bool = 
         raise InputError(f"{name}={value!r} is not a number; give one from {low} to {high}")
     if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
         raise InputError(
-            f"{name}={value} is out of range; use {low} {'<' if open_low else '<='} {name} <= {high}"
+            f"{name}={value} is out of range; "
+            f"use {low} {'<' if open_low else '<='} {name} <= {high}"
         )

@@ -1,4 +1,4 @@
-"""Text and messages to ids: the same as offline, and special tokens in what users write are text."""
+"""Text and messages to ids; special tokens in what users write are text."""
 
 from __future__ import annotations
 

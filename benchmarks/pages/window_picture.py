@@ -86,7 +86,7 @@ def _verify_row() -> Iterator[str]:
 def _mask_rows(layout: Window) -> Iterator[str]:
     """A row of the picture for each outcome, with its MASK rows at their positions."""
     offsets = (
-        layout.offsets[-1, layout.stride :].unflatten(0, (layout.groups, layout.masks)).tolist()
+        layout.offsets[-1, layout.stride :].unflatten(0, (layout.groups, layout.num_masks)).tolist()
     )
     for accepted, group in enumerate(offsets):
         chosen = accepted == ACCEPTED

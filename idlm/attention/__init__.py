@@ -1,1 +1,1 @@
-"""Attention over a paged KV cache: one back-end a file, behind `prepare` and `attend`."""
+"""Attention over a paged KV cache: one file per back-end, each with `prepare` and `attend`."""

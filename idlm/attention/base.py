@@ -1,12 +1,17 @@
-"""What an attention back-end takes and gives: every row of a window sees its request's cached
-prefix, and those rows of the window that its visibility names.
+"""The interface of attention back-ends.
 
-Shapes: B slots, R real rows and M masks of a slot, W = R + M window rows, T flat rows, H query
-heads, G key/value heads, F = H / G query heads of one key/value head, E head size, N pages, C
-columns of a page table, S = C * page prefix tokens that a table can name.
+Each row of a window sees its request's cached prefix, and the window rows that its visibility word
+selects. Rows come in two layouts: `flat`, as the model computes them, and `by slot`.
 
-    pages [2, N, page, G, E]   one layer's keys, then its values; page 0 is the trash page: what
-                               nobody reads is written there
+    flat [T, ...]         the real rows slot by slot, then the MASK rows slot by slot
+    by slot [B, W, ...]   for each slot, its real rows, then its MASK rows
+
+Shapes: B slots, R real rows and M MASK rows of a slot, W = R + M window rows, T = B * W flat rows,
+H query heads, G key/value heads, F = H / G query heads of one key/value head, E head size, N pages,
+C columns of a page table, S = C * page prefix tokens that a table can hold.
+
+    pages [2, N, page, G, E]   one layer's keys, then its values. Page 0 is the trash page: rows
+                               that must not be cached are written there.
 """
 
 from __future__ import annotations
@@ -23,64 +28,66 @@ Metadata = TypeVar("Metadata")
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows of one forward: the windows of B slots, or B pieces of prompts.
+    """Rows of one forward: the windows of B slots, or B chunks of prompts ("pieces").
 
-    The rows of windows lie flat, B * R real ones slot by slot, then B * M masks; those of pieces
-    lie one piece after the other. Masks are never written to the pages.
+    Windows are flat as described above. The rows of chunks are flat, chunk after chunk; chunks
+    differ in their number of rows and have no MASK rows. MASK rows are never written to the pages.
 
     Attributes:
         table: int64 [B, C]; token t of slot b is row t % page of page table[b, t // page].
-        lengths: int64 [B], tokens of the prefix; what lies past them is never looked at.
-        rows: int64 [B, R], the cache rows that the real rows are written to; [T] of pieces,
-            those that `table` has for them.
-        visible: int64 [B, W]; bit s of visible[b, r]: row r sees window row s. None: causal.
-        masks: M.
-        ends: int64 [B], of pieces: the flat row behind each one's last.
-        widths: of pieces: how many rows each has, known to the host.
+        lengths: int64 [B], the prefix tokens of each slot. What lies past them is never read.
+        cache_rows: int64 [B, R], where each real row is written: page * page size + row in the
+            page; [T] for chunks, the rows that `table` has for them.
+        visible: int64 [B, W], visibility words: row r sees window row s if bit s of visible[b, r]
+            is set. None: causal.
+        num_masks: M.
+        ends: int64 [B], chunks only: the flat row after the last of each.
+        widths: chunks only: the rows of each, known on the host.
     """
 
     table: Tensor
     lengths: Tensor
-    rows: Tensor
+    cache_rows: Tensor
     visible: Tensor | None = None
-    masks: int = 0
+    num_masks: int = 0
     ends: Tensor | None = None
     widths: Sequence[int] = ()
 
     @property
     def size(self) -> int:
-        """Flat rows, T."""
-        return self.rows.numel() + self.rows.shape[0] * self.masks
+        """T, the number of flat rows: real rows and MASK rows."""
+        return self.cache_rows.numel() + self.cache_rows.shape[0] * self.num_masks
 
     @property
     def width(self) -> int:
-        """Rows of a window, W; not for pieces."""
-        return self.rows.shape[1] + self.masks
+        """W, the rows of a window; undefined for chunks."""
+        return self.cache_rows.shape[1] + self.num_masks
 
     def windows(self) -> list[Segment]:
-        """Pieces as causal windows, each of a width of its own."""
+        """A segment of chunks as segments of one causal window each, since their widths differ."""
         if self.ends is None:
             return [self]
-        rows = self.rows.split(list(self.widths))
-        parts = zip(self.table.split(1), self.lengths.split(1), rows, strict=True)
-        return [Segment(table, length, own[None]) for table, length, own in parts]
+        cache_rows = self.cache_rows.split(list(self.widths))
+        chunks = zip(self.table.split(1), self.lengths.split(1), cache_rows, strict=True)
+        return [Segment(table, length, rows[None]) for table, length, rows in chunks]
 
     def by_slot(self, flat: Tensor) -> Tensor:
-        """[T, ...] -> [B, W, ...]."""
-        if not self.masks:
-            return flat.unflatten(0, (-1, self.rows.shape[1]))
-        first = self.rows.numel()
-        real = flat[:first].unflatten(0, (-1, self.rows.shape[1]))
-        return torch.cat([real, flat[first:].unflatten(0, (-1, self.masks))], dim=1)
+        """Reorder flat rows [T, ...] to [B, W, ...]."""
+        if not self.num_masks:
+            return flat.unflatten(0, (-1, self.cache_rows.shape[1]))
+        real_rows = self.cache_rows.numel()  # B * R
+        real = flat[:real_rows].unflatten(0, (-1, self.cache_rows.shape[1]))
+        return torch.cat([real, flat[real_rows:].unflatten(0, (-1, self.num_masks))], dim=1)
 
     def flat(self, by_slot: Tensor) -> Tensor:
-        """[B, W, ...] -> [T, ...]."""
-        real = self.rows.shape[1]
+        """Reorder rows [B, W, ...] to flat [T, ...]."""
+        real = self.cache_rows.shape[1]
         return torch.cat([by_slot[:, :real].flatten(0, 1), by_slot[:, real:].flatten(0, 1)])
 
 
 class QKV(NamedTuple):
-    """Rows of one layer: query [T, H, E], key and value [T, G, E], or all of them [B, W, ., E]."""
+    """The rows of one layer, flat or by slot: query [T, H, E], key and value [T, G, E]; or
+    [B, W, H, E] and [B, W, G, E]."""
 
     query: Tensor
     key: Tensor
@@ -88,38 +95,39 @@ class QKV(NamedTuple):
 
 
 class Backend(Protocol[Metadata]):
-    """One implementation; its methods do not wait for the device.
+    """An implementation of attention. Its methods do not wait for the device.
 
     Attributes:
-        takes_pieces: whether one call takes pieces of any number and lengths; if not, they come as
-            windows, one by one. A step recorded with pieces serves any others only if it does.
+        takes_pieces: whether one call takes any number of chunks of any lengths. If not, chunks
+            come as windows, one call each, and a recorded step serves only the lengths that it was
+            recorded with.
     """
 
     takes_pieces: bool
 
     def prepare(self, segment: Segment) -> Metadata:
-        """What all layers of one step share."""
+        """Compute, once per step, what all layers share."""
         ...
 
     def attend(self, metadata: Metadata, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
-        """Write one layer's real rows to its pages and mix the values that each row sees.
+        """Write one layer's real rows to its pages, then attend: [T, H, E].
 
-        `qkv` is flat, finite and dense along E. Returns [T, H, E]; zeros for a row that sees
-        nothing. Cache rows past a prefix have no influence, not even NaN.
+        `qkv` is flat, finite and dense along E. The result is 0 for a row that sees nothing. Cache
+        rows past a prefix have no influence, even if they hold NaN.
         """
         ...
 
 
 def write_by_slot(segment: Segment, pages: Tensor, qkv: QKV) -> QKV:
-    """Write the real rows to the pages, and give all rows as [B, W, ., E]."""
-    qkv, real = QKV(*map(segment.by_slot, qkv)), segment.rows.shape[1]
-    write_pages(pages, qkv.key[:, :real], qkv.value[:, :real], segment.rows)
+    """Write the real rows of the flat `qkv` to the pages; return all rows by slot."""
+    qkv, real = QKV(*map(segment.by_slot, qkv)), segment.cache_rows.shape[1]
+    write_pages(pages, qkv.key[:, :real], qkv.value[:, :real], segment.cache_rows)
     return qkv
 
 
 def write_pages(pages: Tensor, key: Tensor, value: Tensor, rows: Tensor) -> None:
     """Write `key`, `value` [B, R, G, E] to the cache rows `rows` int64 [B, R], in place."""
-    flat = pages.view(2, -1, *key.shape[2:])
+    flat = pages.view(2, -1, *key.shape[2:])  # [2, N * page, G, E]
     index = rows.flatten()
     flat[0].index_copy_(0, index, key.flatten(0, 1))
     flat[1].index_copy_(0, index, value.flatten(0, 1))
@@ -131,15 +139,17 @@ def cache_rows(table: Tensor, positions: Tensor, page: int) -> Tensor:
 
 
 def prefix_rows(segment: Segment, page: int) -> tuple[Tensor, Tensor]:
-    """The cache row int64 [B, S] of each prefix token, 0 past the prefix; and bool [B, S], which
-    ones are cached."""
+    """The cache row of each prefix token, int64 [B, S], and which of them are cached, bool [B, S].
+
+    Entries past the prefix are row 0, which is in the trash page.
+    """
     prefix = torch.arange(segment.table.shape[1] * page, device=segment.table.device)
     cached = prefix < segment.lengths[:, None]
     return (segment.table.repeat_interleave(page, 1) * page + prefix % page) * cached, cached
 
 
 def visible_rows(segment: Segment) -> Tensor:
-    """The visibility as bool [B, W, W]: row may see row."""
+    """The visibility as bool [B, W, W]: entry [b, r, s] is whether row r sees row s."""
     window = torch.arange(segment.width, device=segment.lengths.device)
     if segment.visible is None:
         return (window[:, None] >= window).expand(segment.lengths.shape[0], -1, -1)

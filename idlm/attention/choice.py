@@ -1,4 +1,4 @@
-"""Which back-end an engine uses: chosen once, when it starts."""
+"""The choice of an attention back-end: once, when an engine starts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from idlm.kernels.gpu import use_triton
 
 
 def choose(pages: Tensor, heads: int, deterministic: bool = False) -> Backend[Any]:
-    """The back-end for a model with `heads` query heads; what was timed for it goes to the log.
+    """Choose the back-end for a model with `heads` query heads; timings go to the log.
 
-    `pages` [2, N, page, G, E] are any layer's: only their shape, type and device count.
-    `deterministic`: a row's result must not depend on the rows beside it.
+    `pages` [2, N, page, G, E] may be any layer's: only shape, type and device are used. With
+    `deterministic` the result of a row does not depend on the rows beside it.
     """
     if use_triton(pages):
         return InvariantTritonAttention() if deterministic else TritonAttention()

@@ -16,7 +16,7 @@ from idlm.kernels.choice import Call, faster
 
 TYPES = (torch.float32, torch.float64)
 TIMED_ROWS, TIMED_TOKENS = 4, 256
-"""Rows of a window, and cached tokens before it, that the kernel is timed at."""
+"""The timed case: rows of a window, and cached tokens of its prefix."""
 
 
 class CpuAttention:
@@ -25,42 +25,42 @@ class CpuAttention:
     takes_pieces = True
 
     def prepare(self, segment: Segment) -> Segment:
-        """See `Backend`."""
+        """The segment itself, with a dense page table."""
         return replace(segment, table=segment.table.contiguous())
 
     def attend(self, metadata: Segment, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
-        """See `Backend`."""
-        of, ops = metadata, torch.ops.idlm
-        inputs = *qkv, pages, of.rows, of.table, of.lengths
+        """See `Backend`. The kernel writes the pages too."""
+        segment, ops = metadata, torch.ops.idlm
+        inputs = *qkv, pages, segment.cache_rows, segment.table, segment.lengths
         mixed: Tensor
-        if of.ends is not None:
-            mixed = ops.prefill_attention(*inputs, of.ends, scale)
+        if segment.ends is not None:
+            mixed = ops.prefill_attention(*inputs, segment.ends, scale)
         else:
-            mixed = ops.window_attention(*inputs, of.visible, of.masks, scale)
+            mixed = ops.window_attention(*inputs, segment.visible, segment.num_masks, scale)
         return mixed
 
 
 @torch.inference_mode()
 def faster_here(pages: Tensor, heads: int) -> bool:
-    """Whether the kernel serves such pages and is faster than PyTorch; the log has both times.
+    """Whether the kernel supports these pages and is faster than PyTorch; both times are logged.
 
-    `pages` [2, N, page, G, E] are any layer's: only their shape, type and device count.
+    `pages` [2, N, page, G, E] may be any layer's: only shape, type and device are used.
     """
     if pages.device.type != "cpu" or pages.dtype not in TYPES or not native.loaded():
         return False
     _, _, page, groups, size = pages.shape
-    own = pages.new_zeros(2, TIMED_TOKENS // page + 1, page, groups, size)
+    trial = pages.new_zeros(2, TIMED_TOKENS // page + 1, page, groups, size)
     qkv = QKV(*(pages.new_zeros(TIMED_ROWS, count, size) for count in (heads, groups, groups)))
     segment = Segment(
-        table=torch.arange(own.shape[1])[None],
+        table=torch.arange(trial.shape[1])[None],
         lengths=torch.tensor([TIMED_TOKENS]),
-        rows=torch.zeros(1, TIMED_ROWS, dtype=torch.int64),
-        visible=(2 ** torch.arange(1, TIMED_ROWS + 1) - 1)[None],
+        cache_rows=torch.zeros(1, TIMED_ROWS, dtype=torch.int64),
+        visible=(2 ** torch.arange(1, TIMED_ROWS + 1) - 1)[None],  # causal: 1, 11, 111, ...
     )
 
     def call(backend: Backend[Any]) -> Call:
-        return partial(backend.attend, backend.prepare(segment), own, qkv, 1.0)
+        return partial(backend.attend, backend.prepare(segment), trial, qkv, 1.0)
 
     return faster(
-        f"window attention {heads}x{size}", call(CpuAttention()), call(TorchAttention(own, heads))
+        f"window attention {heads}x{size}", call(CpuAttention()), call(TorchAttention(trial, heads))
     )

@@ -1,11 +1,12 @@
 """Attention for the deterministic mode: a row's result does not depend on the rows beside it.
 
-Each row's own keys are gathered in the order of their positions and cut in blocks of `BLOCK` from
-position 0 on: the key at position t is always number t % BLOCK of block t // BLOCK, whether it came
-from a page or from the window, whatever W, B and C are. The blocks are summed one after the other.
+The keys of each row are gathered in the order of their positions and split into blocks of `BLOCK`,
+from position 0. So the key at position t is always key t % BLOCK of block t // BLOCK, whether it is
+in a page or in the window, whatever W, B and C are. The blocks are summed in order.
 
-Shapes beside those of `idlm.attention.base`: L = S + W + 1 rows of one slot's keys, K keys of a
-row, padded to a multiple of BLOCK; B * W rows are padded to a multiple of TILE.
+Shapes, in addition to those of `idlm.attention.base`: L = S + W + 1 rows of a slot's local copy of
+its keys, the last of which is zero; K keys of a row, padded to a multiple of BLOCK. B * W rows are
+padded to a multiple of TILE.
 """
 
 from __future__ import annotations
@@ -21,24 +22,29 @@ from idlm.kernels.batch_invariant import BLOCK, TILE
 
 
 def seen_in_order(segment: Segment) -> tuple[Tensor, Tensor]:
-    """The window rows that a row sees, first to last, int64 [B, W, W], the rest of no account; and
-    how many keys it sees in all, [B, W]."""
+    """The window rows that each row sees, in order, int64 [B, W, W], and the number of keys that it
+    sees, with the prefix, int64 [B, W].
+
+    Entries after the rows that a row sees have no meaning.
+    """
     seen = visible_rows(segment)
+    # a stable sort of 0 (seen) and 1 (not seen) moves the seen rows to the front, in order
     order = (~seen).to(torch.uint8).argsort(dim=-1, stable=True)
     return order, segment.lengths[:, None] + seen.sum(-1)
 
 
 Seen = tuple[Segment, Tensor, Tensor]
-"""A segment and `seen_in_order` of it."""
+"""A segment and its `seen_in_order`."""
 
 
 class InvariantMetadata(NamedTuple):
-    """See `Backend.prepare`.
+    """What all layers of a step share.
 
     Attributes:
-        rows: int64 [B * L], as those of `TorchMetadata`, and one more that holds zeros.
-        sources: int64 [rows, K], which of all slots' L rows is a row's key number k.
-        counts: int64 [rows], how many keys a row sees.
+        rows: int64 [B * L], the cache row of each local row; 0 for those that are not cached.
+        sources: int64 [B * W padded to TILE, K], the key k of each row: an index into the B * L
+            local rows of all slots.
+        counts: int64 [B * W padded to TILE], the number of keys that each row sees.
     """
 
     segment: Segment
@@ -48,7 +54,7 @@ class InvariantMetadata(NamedTuple):
 
 
 class InvariantAttention:
-    """In PyTorch; `pages` are any layer's: only their shape counts."""
+    """Batch-invariant attention in PyTorch; only the shape of `pages`, any layer's, is used."""
 
     takes_pieces = False
 
@@ -56,7 +62,7 @@ class InvariantAttention:
         self._page = pages.shape[2]
 
     def prepare(self, segment: Segment) -> InvariantMetadata:
-        """See `Backend`."""
+        """Where the keys of each row lie, and how many it sees."""
         rows, _ = prefix_rows(segment, self._page)
         order, counts = seen_in_order(segment)
         return InvariantMetadata(
@@ -67,74 +73,85 @@ class InvariantAttention:
         )
 
     def attend(self, metadata: InvariantMetadata, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
-        """See `Backend`."""
         query, key, value = write_by_slot(metadata.segment, pages, qkv)
         batch, width, heads, size = query.shape
         groups = key.shape[2]
-        pages[:, 0, 0].zero_()  # rows that are not cached read this one
+        pages[:, 0, 0].zero_()  # local rows that are not cached read row 0 of the trash page
         local = pages.view(2, -1, groups * size).index_select(1, metadata.rows)
-        local = local.view(2, batch, -1, groups, size)
-        local[0, :, -width - 1 : -1] = key
+        local = local.view(2, batch, -1, groups, size)  # keys and values [B, L, G, E]
+        local[0, :, -width - 1 : -1] = key  # the window rows; the last local row stays zero
         local[1, :, -width - 1 : -1] = value
-        rows = (query * scale).reshape(batch * width, groups, -1, size)
-        rows = F.pad(rows, (0, 0, 0, 0, 0, 0, 0, -batch * width % TILE))
+        queries = (query * scale).reshape(batch * width, groups, -1, size)  # [B * W, G, F, E]
+        queries = F.pad(queries, (0, 0, 0, 0, 0, 0, 0, -batch * width % TILE))
         tiles = zip(
-            rows.split(TILE), metadata.sources.split(TILE), metadata.counts.split(TILE), strict=True
+            queries.split(TILE),
+            metadata.sources.split(TILE),
+            metadata.counts.split(TILE),
+            strict=True,
         )
-        mixed = torch.cat([_tile(tile, local.view(2, -1, size), *of) for tile, *of in tiles])
+        keys_values = local.view(2, -1, size)  # [2, B * L * G, E]
+        mixed = torch.cat(
+            [_tile(tile, keys_values, sources, counts) for tile, sources, counts in tiles]
+        )
         return metadata.segment.flat(mixed[: batch * width].view(batch, width, heads, size))
 
 
 class InvariantTritonAttention:
-    """The same by a Triton kernel that needs no sources."""
+    """Batch-invariant attention by a Triton kernel, which reads the pages without a copy."""
 
     takes_pieces = False
 
     def prepare(self, segment: Segment) -> Seen:
-        """See `Backend`."""
+        """Which window rows each row sees, in order."""
         return segment, *seen_in_order(segment)
 
     def attend(self, metadata: Seen, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
-        """See `Backend`."""
-        from idlm.kernels.batch_invariant_triton import attend  # not every machine has triton
+        from idlm.kernels.batch_invariant_triton import attend  # Triton is optional
 
-        of, order, counts = metadata
-        query, key, value = write_by_slot(of, pages, qkv)
-        return of.flat(attend(query, key, value, pages, of.table, of.lengths, order, counts, scale))
+        segment, order, counts = metadata
+        query, key, value = write_by_slot(segment, pages, qkv)
+        mixed = attend(
+            query, key, value, pages, segment.table, segment.lengths, order, counts, scale
+        )
+        return segment.flat(mixed)
 
 
 def _sources(segment: Segment, order: Tensor, counts: Tensor, prefix: int) -> Tensor:
-    """A row's keys: the prefix, then the window rows it sees, then zeros."""
+    """`InvariantMetadata.sources`: a row's keys are the prefix, then the window rows that it sees,
+    then the zero row. `prefix` is S."""
     batch, width = counts.shape
-    local = prefix + width + 1
-    keys = torch.arange((local + BLOCK - 1) // BLOCK * BLOCK, device=order.device)
-    after = (keys - segment.lengths[:, None]).clamp(0, width - 1)
-    window = prefix + order.gather(2, after[:, None].expand(-1, width, -1))
+    local = prefix + width + 1  # L
+    keys = torch.arange((local + BLOCK - 1) // BLOCK * BLOCK, device=order.device)  # 0 .. K - 1
+    # key k past the prefix is number k - length of the window rows that the row sees
+    in_window = (keys - segment.lengths[:, None]).clamp(0, width - 1)  # [B, K]
+    window = prefix + order.gather(2, in_window[:, None].expand(-1, width, -1))  # [B, W, K]
     source = torch.where(keys < segment.lengths[:, None, None], keys, window)
-    source = torch.where(keys < counts[..., None], source, local - 1)
+    source = torch.where(keys < counts[..., None], source, local - 1)  # past them the zero row
     source = source + local * torch.arange(batch, device=source.device)[:, None, None]
     return F.pad(source.flatten(0, 1), (0, 0, 0, -batch * width % TILE), value=local - 1)
 
 
 def _tile(query: Tensor, local: Tensor, sources: Tensor, counts: Tensor) -> Tensor:
-    """One tile: `query` [TILE, G, F, E] over its keys `local` [2, B * L * G, E] at `sources`
-    [TILE, K]: [TILE, H * E].
+    """Attention of one tile of rows: [TILE, H * E].
 
-    Every product is [F, E] x [E, BLOCK] or [F, BLOCK] x [BLOCK, E]; blocks are added first to last,
-    so that blocks that a row does not reach add zeros at the end and change nothing.
+    `query` is [TILE, G, F, E], `local` the keys and values [2, B * L * G, E], `sources` [TILE, K].
+    Every product is [F, E] x [E, BLOCK] or [F, BLOCK] x [BLOCK, E], whatever the batch is. Blocks
+    are added in order; those past a row's last key add zeros at the end, which changes no bit.
     """
     tile, groups, fold, size = query.shape
+    # [TILE, G, K]: the row of each key/value head of each key
     index = sources[:, None] * groups + torch.arange(groups, device=sources.device)[:, None]
     keys, values = local.index_select(1, index.flatten()).view(2, -1, BLOCK, size)
     blocks = sources.shape[1] // BLOCK
     queries = query[:, :, None].expand(-1, -1, blocks, -1, -1).reshape(-1, fold, size)
+    # [TILE, G, blocks, F, BLOCK]
     scores = torch.bmm(queries, keys.transpose(1, 2)).view(tile, groups, -1, fold, BLOCK)
     unseen = torch.arange(sources.shape[1], device=sources.device) >= counts[:, None]
     scores = scores.masked_fill(unseen.view(tile, 1, -1, 1, BLOCK), -torch.inf)
     top = scores.amax((2, 4), keepdim=True)
-    top = top.clamp(min=torch.finfo(scores.dtype).min)  # a row may see nothing
+    top = top.clamp(min=torch.finfo(scores.dtype).min)  # -inf for a row that sees nothing
     weights = (scores - top).exp()
-    # 1 or more, unless the row sees nothing
+    # cumsum, unlike sum, adds the blocks in order; the total is >= 1 unless the row sees nothing
     total = weights.sum(-1).cumsum(2)[:, :, -1].clamp(min=1)
     mixed = torch.bmm(weights.view(-1, fold, BLOCK), values)
     mixed = mixed.view(tile, groups, -1, fold, size).cumsum(2)[:, :, -1]

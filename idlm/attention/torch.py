@@ -1,4 +1,4 @@
-"""Attention in PyTorch, on any device, in any type; the other back-ends are tested against it."""
+"""Attention in PyTorch, for any device and type; the reference for the other back-ends."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from idlm.attention.base import QKV, Segment, prefix_rows, visible_rows, write_b
 
 
 class TorchMetadata(NamedTuple):
-    """See `Backend.prepare`.
+    """The keys of each slot are its S prefix tokens, then its W window rows.
 
     Attributes:
-        rows: int64 [B * (S + W)], the cache row of every prefix token, 0 for one that is not
-            cached; W places for the window's own rows follow them.
-        bias: [B, 1, W * F, S + W], 0 where a row sees a key, else -inf.
+        rows: int64 [B * (S + W)], the cache row of each key; 0 for prefix tokens that are not
+            cached, and for the window rows, which `attend` fills in.
+        bias: [B, 1, W * F, S + W], 0 if a row sees a key, else -inf.
     """
 
     segment: Segment
@@ -26,9 +26,9 @@ class TorchMetadata(NamedTuple):
 
 
 class TorchAttention:
-    """Copies the prefixes out of their pages, puts the windows' rows behind them, and calls SDPA.
+    """Gathers the prefixes from their pages, appends the window rows, and calls SDPA.
 
-    `pages` are any layer's: only their shape, type and device count; `heads` is H.
+    `pages` may be any layer's: only shape and type are used. `heads` is H.
     """
 
     takes_pieces = False
@@ -37,29 +37,30 @@ class TorchAttention:
         self._page, self._dtype, self._fold = pages.shape[2], pages.dtype, heads // pages.shape[3]
 
     def prepare(self, segment: Segment) -> TorchMetadata:
-        """See `Backend`."""
-        rows, cached = prefix_rows(segment, self._page)
+        """The cache rows to gather, and which keys each row sees as an additive mask."""
+        rows, cached = prefix_rows(segment, self._page)  # [B, S]
+        # [B, W, S + W]: every window row sees the whole prefix
         seen = torch.cat([cached[:, None].expand(-1, segment.width, -1), visible_rows(segment)], 2)
         bias = torch.zeros_like(seen, dtype=self._dtype).masked_fill_(~seen, -torch.inf)
         return TorchMetadata(
             segment,
             rows=F.pad(rows, (0, segment.width)).flatten(),
-            bias=bias.repeat_interleave(self._fold, 1)[:, None],
+            bias=bias.repeat_interleave(self._fold, 1)[:, None],  # F query heads share a row's mask
         )
 
     def attend(self, metadata: TorchMetadata, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
-        """See `Backend`."""
         query, key, value = write_by_slot(metadata.segment, pages, qkv)
         batch, width, heads, size = query.shape
         groups = key.shape[2]
-        # rows that are not cached read this one; a NaN there would survive a weight of 0
+        # Keys that are not cached read row 0 of the trash page with weight 0. Clear it, because
+        # NaN * 0 = NaN.
         pages[:, 0, 0].zero_()
         gathered = pages.view(2, -1, groups, size).index_select(1, metadata.rows)
-        keys, values = gathered.view(2, batch, -1, groups, size).unbind()
+        keys, values = gathered.view(2, batch, -1, groups, size).unbind()  # [B, S + W, G, E] each
         keys[:, -width:] = key
         values[:, -width:] = value
-        # F query heads of a key/value head as rows of one product: about 1.3x as fast as
-        # `enable_gqa` on a CPU
+        # Fold the F query heads of a key/value head into the rows, [B, G, W * F, E]: about 1.3x as
+        # fast as `enable_gqa` on a CPU.
         folded = query.view(batch, width, groups, -1, size).transpose(1, 2)
         mixed = F.scaled_dot_product_attention(
             folded.reshape(batch, groups, -1, size),
@@ -68,5 +69,5 @@ class TorchAttention:
             attn_mask=metadata.bias,
             scale=scale,
         )
-        mixed = mixed.view(batch, groups, width, -1, size).transpose(1, 2)
+        mixed = mixed.view(batch, groups, width, -1, size).transpose(1, 2)  # [B, W, G, F, E]
         return metadata.segment.flat(mixed.reshape(batch, width, heads, size))

@@ -8,28 +8,30 @@ from idlm.attention.base import QKV, Segment, write_by_slot, write_pages
 
 
 class TritonAttention:
-    """The kernels read prefixes in their pages, so there is nothing to prepare."""
+    """The kernels read the prefixes in their pages, without a copy; PyTorch writes the new rows."""
 
     takes_pieces = True
 
     def prepare(self, segment: Segment) -> Segment:
-        """See `Backend`."""
+        """The segment itself: the kernels read the page table."""
         return segment
 
     def attend(self, metadata: Segment, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
-        """See `Backend`."""
         if metadata.ends is not None:
-            return _pieces(metadata, metadata.ends, pages, qkv, scale)
-        from idlm.kernels.window_attention_triton import attend  # not every machine has triton
+            return _attend_chunks(metadata, metadata.ends, pages, qkv, scale)
+        from idlm.kernels.window_attention_triton import attend  # Triton is optional
 
-        of = metadata
-        query, key, value = write_by_slot(of, pages, qkv)
-        return of.flat(attend(query, key, value, pages, of.table, of.lengths, of.visible, scale))
+        segment = metadata
+        query, key, value = write_by_slot(segment, pages, qkv)
+        mixed = attend(
+            query, key, value, pages, segment.table, segment.lengths, segment.visible, scale
+        )
+        return segment.flat(mixed)
 
 
-def _pieces(of: Segment, ends: Tensor, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
-    """All pieces of prompts; they read what they have written."""
-    from idlm.kernels.prefill_attention_triton import attend  # as above
+def _attend_chunks(segment: Segment, ends: Tensor, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
+    """Attention of chunks of prompts; the kernel reads their keys in the pages too."""
+    from idlm.kernels.prefill_attention_triton import attend  # Triton is optional
 
-    write_pages(pages, qkv.key[None], qkv.value[None], of.rows)
-    return attend(qkv.query, pages, of.table, of.lengths, ends, scale)
+    write_pages(pages, qkv.key[None], qkv.value[None], segment.cache_rows)
+    return attend(qkv.query, pages, segment.table, segment.lengths, ends, scale)

@@ -1,2 +1,1 @@
-"""The mathematics of decoding: pure functions on tensors, no engine, no I/O, nothing of ours
-imported from outside."""
+"""The mathematics of decoding: pure functions on tensors, without engine or I/O."""

@@ -1,13 +1,13 @@
-"""What a step costs: a table measured beforehand, and its correction by the steps that really run.
+"""The cost of a step: a table that is measured at the start, and corrections from running steps.
 
-Seconds of a step of plan p for b requests are estimated as
+The seconds of a step of plan p for b requests are estimated as
 
     table(p, b) * own(p, b) * drift
 
-`drift` is the machine: another process, a lower clock, longer prefixes, a dearer law. `own` is what
-the table has wrong about one plan. The plan that runs tells of the machine; a plan that has only
-just been taken up, or is looked at for a step, tells of itself, since the machine has hardly
-changed meanwhile.
+`drift` is the state of the machine and the load: other processes, clock rate, longer prefixes, a
+slower law. It is learned from the steps of the running plan. `own` is the error of the table for
+one plan. It is learned from the first steps after a switch to that plan and from trial steps, since
+the machine has hardly changed between the two.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from typing import Any
 from idlm.decoding.plan import Plan
 
 OWN_RATE, DRIFT_RATE = 0.5, 0.1
-"""Shares of a step's error, in logarithms, that are taken over."""
+"""Learning rates: the share of a step's log error that a correction takes over."""
 MOST = log(2.0)
-"""The error of one step that counts at most: a step may have waited for anything."""
+"""Bound on the log error of a single step, since a step may have waited for something else."""
 
 
 class CostTable:
-    """Measured seconds of a step, by plan and batch size."""
+    """Measured seconds per step, by plan and batch size."""
 
     def __init__(self) -> None:
         self._seconds: dict[Plan, dict[int, float]] = {}
         self._at: dict[int, dict[Plan, float]] = {}
 
     def put(self, batch: int, plan: Plan, seconds: float) -> None:
-        """Store a measurement; the newest counts.
+        """Store a measurement; it replaces an earlier one.
 
         Raises:
             ValueError: the batch or the seconds are not above 0.
@@ -45,12 +45,14 @@ class CostTable:
 
     @property
     def plans(self) -> list[Plan]:
-        """Every plan that was measured at all."""
+        """The plans that have a measurement."""
         return list(self._seconds)
 
     def cost(self, batch: int, plan: Plan) -> float:
-        """Seconds of a step: linear between the nearest measured batch sizes; below them the
-        smallest one's; beyond them what the further rows cost at the rate of `per_row`.
+        """Seconds per step, by linear interpolation between measured batch sizes.
+
+        Below the smallest batch size the cost is constant; above the largest, each further row
+        adds `per_row`.
 
         Raises:
             KeyError: the plan was never measured.
@@ -65,7 +67,7 @@ class CostTable:
 
     @property
     def per_row(self) -> float:
-        """Seconds of a further row, between the measurements of the fewest and the most rows."""
+        """Seconds per further row: the slope between the measurements of fewest and most rows."""
         points = [
             (size * plan.width, seconds)
             for plan, measured in self._seconds.items()
@@ -75,13 +77,13 @@ class CostTable:
         return max(0.0, longest - least) / max(1, most - fewest)
 
     def costs(self, batch: int) -> Mapping[Plan, float]:
-        """`cost` of every plan: what `choose` takes. Worked out once for each batch size."""
+        """The cost of every plan, for `choose`; cached by batch size."""
         if batch not in self._at:
             self._at[batch] = {plan: self.cost(batch, plan) for plan in self._seconds}
         return self._at[batch]
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Plain lists, dictionaries and numbers, for `json.dump`."""
+        """The measurements as rows for `json.dump`."""
         return [
             {"stride": plan.stride, "branches": plan.branches, "batch": batch, "seconds": seconds}
             for plan, measured in self._seconds.items()
@@ -90,7 +92,7 @@ class CostTable:
 
     @classmethod
     def from_json(cls, rows: Iterable[Mapping[str, Any]]) -> CostTable:
-        """The table that `to_json` wrote.
+        """Rebuild a table from the rows of `to_json`.
 
         Raises:
             ValueError: the rows are not such a table.
@@ -105,7 +107,7 @@ class CostTable:
 
 
 class RunningCosts:
-    """The table, corrected by every step since."""
+    """A cost table with the corrections `drift` and `own`, which start at 1."""
 
     def __init__(self, table: CostTable) -> None:
         self.table = table
@@ -113,7 +115,7 @@ class RunningCosts:
         self._own: dict[tuple[Plan, int], float] = {}
 
     def cost(self, batch: int, plan: Plan) -> float:
-        """Seconds of a step.
+        """Corrected seconds per step.
 
         Raises:
             KeyError: the plan was never measured.
@@ -123,11 +125,11 @@ class RunningCosts:
         )
 
     def costs(self, batch: int) -> Mapping[Plan, float]:
-        """`cost` of every plan."""
+        """The corrected cost of every plan, for `choose`."""
         return {plan: self.cost(batch, plan) for plan in self.table.plans}
 
     def observe(self, batch: int, plan: Plan, seconds: float, own: bool) -> None:
-        """Learn from a step that has run: of the plan itself where `own`, else of the machine."""
+        """Learn from a step that has run: correct `own` of its plan, or `drift`."""
         error = log(seconds / self.cost(batch, plan))
         error = min(max(error, -MOST), MOST)
         if own:
@@ -138,5 +140,5 @@ class RunningCosts:
 
 
 def _key(plan: Plan, batch: int) -> tuple[Plan, int]:
-    """Batches of 1, 2-3, 4-7, ... are corrected together."""
+    """The key of a correction: batches of 1, 2-3, 4-7, ... share one."""
     return plan, batch.bit_length()

@@ -1,17 +1,24 @@
-"""`Law`: the one place where logits become what tokens are chosen by.
+"""`Law`: the one place where logits become the probabilities that tokens are chosen by.
 
-Every token, every draft and every reported log-probability goes through `Law.scores`, so the row
-that verifies a draft and the mask that proposed it are treated alike. In order: MASK is banned;
-penalties; logit bias and banned tokens; stop ids before `min_tokens`; temperature; top-k, top-p and
-min-p, each on what is left. A guide restricts the logits before all this (`restrict`).
+Every token, draft and reported log-probability goes through `Law.scores`, so a verify row and the
+MASK row that drafted for it are treated alike. The order of operations is
 
-Each slot of a batch has settings of its own; a single request is a batch of one. A setting that a
-slot does not use leaves its numbers as they are, to the bit. Whatever is computed is float64;
-logits that only lose their MASK keep their type. Nothing here looks at a value on the host, so a
-step can be recorded and replayed.
+    1. ban MASK
+    2. repetition, frequency and presence penalties
+    3. logit bias and banned tokens
+    4. ban the stop ids until `min_tokens` tokens are out
+    5. temperature
+    6. top-k, then top-p, then min-p, each on the tokens that the one before kept
 
-Shapes: B slots, R rows, D tokens ahead, V logit columns. `first` int64 [B] is the position of the
-token that row 0 gives.
+A guide restricts the logits before all of these (`restrict`).
+
+Each slot of a batch has its own settings; a single request is a batch of one. A setting that a slot
+does not use leaves its scores bit-equal. Computed scores are float64; logits that only lose their
+MASK column keep their type. Nothing here reads a value on the host, so a step can be recorded and
+replayed.
+
+Shapes: B slots, R rows, D tokens ahead, V logit columns. `position` int64 [B] is the position of
+the token that row 0 gives.
 """
 
 from __future__ import annotations
@@ -27,18 +34,19 @@ from idlm.decoding.settings import NEVER, Features, Settings
 from idlm.params import SamplingParams
 
 Chooser = Callable[[Tensor, Settings, bool, Stream, Tensor], Tensor]
-"""`choose`, or a kernel that does the same."""
+"""The signature of `choose`, which a GPU kernel implements too."""
 
 
-def positions(first: Tensor, rows: int) -> Tensor:
+def positions(position: Tensor, rows: int) -> Tensor:
     """The positions [B, R] of the tokens that the rows give."""
-    return first[:, None] + torch.arange(rows, device=first.device)
+    return position[:, None] + torch.arange(rows, device=position.device)
 
 
 def restrict(scores: Tensor, allowed: Tensor) -> Tensor:
-    """-inf for all but the tokens `allowed`, bool, broadcastable to the scores.
+    """Set the scores of all tokens that are not `allowed` to -inf.
 
-    Nothing in the law makes -inf another number, so logits can be restricted before it.
+    `allowed` is bool and broadcasts to the scores. The law maps -inf to -inf, so logits can be
+    restricted before it.
     """
     return scores.masked_fill(~allowed, NEVER)
 
@@ -48,16 +56,17 @@ def choose(
     settings: Settings,
     sampled: bool,
     stream: Stream,
-    first: Tensor,
+    position: Tensor,
 ) -> Tensor:
-    """A token of each row, int64 [B, R]: argmax(scores + temperature * noise), of equals the first.
+    """Choose a token for each row: argmax(scores + temperature * noise), int64 [B, R].
 
-    The same argmax as that of the log-probabilities plus noise, without a normalisation, and the
-    same numbers whatever the other slots need. `sampled` is False where every slot is greedy.
+    This is the Gumbel-max sample of softmax(scores / temperature), without the normalisation. The
+    smallest id wins a tie. `sampled` is False if every slot is greedy, which saves the noise.
     """
     if sampled:
-        at = positions(first, scores.shape[1])
-        noise = gumbel(settings.keys[:, stream], at, settings.steps)
+        at = positions(position, scores.shape[1])
+        noise = gumbel(settings.keys[:, stream], at, settings.steps)  # [B, R, V]
+        # a greedy slot has temperature 0: its scores stay as they are
         scores = noise.mul_(settings.temperature[:, None, None]).add_(scores)
     return scores.argmax(dim=-1)
 
@@ -67,9 +76,9 @@ class Law:
     """The law of each slot in one step.
 
     Attributes:
-        settings: of the slots.
-        features: what any of them needs, `settings.features`.
-        chooser: what chooses tokens; a GPU has a kernel for it.
+        settings: the settings of the B slots.
+        features: what any of the slots needs, `settings.features`.
+        chooser: the implementation of `choose`; a GPU has a kernel.
     """
 
     settings: Settings
@@ -86,20 +95,20 @@ class Law:
         output: Sequence[int] = (),
         device: torch.device | str = "cpu",
     ) -> Law:
-        """For a request that has no slot: a batch of one, without stop ids."""
+        """The law of a request that has no slot: a batch of one, without stop ids."""
         settings = Settings.empty(1, vocab_size, mask_id, device)
         settings.put(0, params, params.seed or 0, prompt, output)
         return cls(settings, settings.features)
 
-    def scores(self, logits: Tensor, first: Tensor, ahead: Tensor | None = None) -> Tensor:
-        """Logits [B, R, V] adjusted and filtered: -inf for a token that cannot come out.
+    def scores(self, logits: Tensor, position: Tensor, ahead: Tensor | None = None) -> Tensor:
+        """Adjust and filter logits [B, R, V]; a token that cannot be chosen gets -inf.
 
         Args:
-            logits: a head's own output: MASK's column is overwritten, which saves a copy.
-            first: int64 [B].
-            ahead: int64 [B, D], tokens that are not yet recorded in the settings. The last row
-                comes after all of them, the row before it after all but the last, and so on.
-                Only penalties look at them.
+            logits: the output of a head. MASK's column is overwritten in place, which saves a copy.
+            position: int64 [B].
+            ahead: int64 [B, D], tokens that are not recorded in the settings yet. The last row
+                follows all of them, the row before it all but the last, and so on. Only penalties
+                use them.
         """
         settings, features = self.settings, self.features
         if settings.mask_id < settings.vocab_size:
@@ -108,39 +117,42 @@ class Law:
         if features.penalised:
             scores = _penalised(scores.to(torch.float64), settings, ahead)
         if features.biased and settings.bias is not None:
-            scores = scores + settings.bias[:, None]
+            scores = scores + settings.bias[:, None]  # [B, R, V] + [B, 1, V]
         if features.held and settings.stop is not None:
-            outputs = positions(first - settings.prompt_length, logits.shape[1])
+            # [B, R]: how many output tokens come before the token of each row
+            outputs = positions(position - settings.prompt_length, logits.shape[1])
             early = outputs < settings.hold_until[:, None]
             scores = scores.masked_fill(settings.stop[:, None] & early[..., None], NEVER)
         return _filtered(scores, settings, features) if features.filtered else scores
 
-    def choose(self, scores: Tensor, stream: Stream, first: Tensor) -> Tensor:
-        """A token of each row of `scores`, int64 [B, R]."""
-        return self.chooser(scores, self.settings, self.features.sampled, stream, first)
+    def choose(self, scores: Tensor, stream: Stream, position: Tensor) -> Tensor:
+        """Choose a token for each row of `scores` [B, R, V]: int64 [B, R]."""
+        return self.chooser(scores, self.settings, self.features.sampled, stream, position)
 
     def log_p(self, scores: Tensor) -> Tensor:
-        """Log-probabilities, float64; for greedy slots a point mass on the first of the best."""
+        """Log-probabilities, float64 [B, R, V]; for greedy slots a point mass on the argmax."""
         best = scores.argmax(dim=-1, keepdim=True)
         point = torch.full_like(scores, NEVER, dtype=torch.float64).scatter(2, best, 0.0)
         sampled = self.settings.temperature[:, None, None] > 0
         return torch.where(sampled, self.soft_log_p(scores), point)
 
     def soft_log_p(self, scores: Tensor) -> Tensor:
-        """Log-probabilities, float64; for greedy slots those at temperature 1."""
+        """Log-probabilities, float64 [B, R, V]; for greedy slots those at temperature 1."""
         return (scores / _divisor(self.settings)).log_softmax(dim=-1)
 
 
 def history(settings: Settings, ahead: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
-    """What comes before each row, with `ahead` as in `Law.scores`.
+    """The tokens before each row, with `ahead` as in `Law.scores`.
 
     Returns:
-        Bool [B, R, V], the token is in the prompt or the output; int32 [B, R, V], how often it is
-        in the output.
+        bool [B, R, V], whether a token is in the prompt or the output; int32 [B, R, V], how often
+        it is in the output.
     """
     if settings.seen is None or settings.counts is None or ahead is None:
         raise ValueError("penalties need the history of the slots and the tokens ahead")
     slots, depth = ahead.shape
+    # row d of `placed` [B, 1 + D, V] is the one-hot of token d - 1; row 0 is empty. The cumulative
+    # sum counts the first d tokens ahead, and the last R rows of it belong to the R rows.
     placed = settings.counts.new_zeros(slots, 1 + depth, settings.vocab_size)
     placed[:, 1:].scatter_(2, ahead[..., None].clamp(0, settings.vocab_size - 1), 1)
     fresh = placed.cumsum(dim=1)[:, 1 + depth - rows :]
@@ -148,7 +160,10 @@ def history(settings: Settings, ahead: Tensor | None, rows: int) -> tuple[Tensor
 
 
 def _penalised(scores: Tensor, settings: Settings, ahead: Tensor | None) -> Tensor:
-    """As in vLLM and the OpenAI API: repetition counts prompt and output, the others the output."""
+    """Apply the penalties [B, R, V] as vLLM and the OpenAI API define them.
+
+    The repetition penalty counts prompt and output; presence and frequency count the output.
+    """
     seen, times = history(settings, ahead, scores.shape[1])
     rate = settings.repetition[:, None, None]
     scores = torch.where(seen, torch.where(scores > 0, scores / rate, scores * rate), scores)
@@ -157,28 +172,32 @@ def _penalised(scores: Tensor, settings: Settings, ahead: Tensor | None) -> Tens
 
 
 def _filtered(scores: Tensor, settings: Settings, features: Features) -> Tensor:
-    """-inf for what top-k, top-p and min-p drop; the others as they were."""
+    """Set the tokens that top-k, top-p or min-p drop to -inf; the scores [B, R, V] of the others
+    do not change."""
     scaled = scores / _divisor(settings)
     if features.ranked:
         dropped = _past_rank(scaled, settings)
         scores, scaled = scores.masked_fill(dropped, NEVER), scaled.masked_fill(dropped, NEVER)
-    probabilities = scaled.softmax(dim=-1)
+    probabilities = scaled.softmax(dim=-1)  # of the tokens that are left
     floor = settings.min_p[:, None, None] * probabilities.amax(dim=-1, keepdim=True)
     return scores.masked_fill(probabilities < floor, NEVER)
 
 
 def _past_rank(scaled: Tensor, settings: Settings) -> Tensor:
-    """What top-k, then top-p drop: bool [B, R, V].
+    """The tokens that top-k, then top-p drop: bool [B, R, V].
 
-    Tokens equal to the k-th stay, so that no sort decides between equals. The likeliest stays.
+    Tokens equal to the k-th are kept, so the order of equal scores has no influence. The most
+    likely token is always kept.
     """
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
+    # [B, R, 1]: the k-th largest score of each row, with the slot's own k
     kth = ordered.gather(2, (settings.top_k - 1)[:, None, None].expand(-1, ordered.shape[1], 1))
     ordered = ordered.masked_fill(ordered < kth, NEVER)
     probabilities = ordered.softmax(dim=-1)
-    before_it = probabilities.cumsum(dim=-1) - probabilities
-    drop = (before_it >= settings.top_p[:, None, None]) | (ordered < kth)
-    return torch.zeros_like(drop).scatter(2, order, drop)
+    # the mass before a token: it is dropped if the tokens before it reach top_p already
+    mass_before = probabilities.cumsum(dim=-1) - probabilities
+    drop = (mass_before >= settings.top_p[:, None, None]) | (ordered < kth)
+    return torch.zeros_like(drop).scatter(2, order, drop)  # back to the order of the vocabulary
 
 
 def _divisor(settings: Settings) -> Tensor:

@@ -1,13 +1,14 @@
-"""The planner: how many tokens a window is worth, what it costs, and which one to run next.
+"""Which plan to run next: the expected tokens of a window, divided by the cost of a step.
 
-With per-depth acceptance a_1 .. a_K of K = N - 1 drafts, r_k = a_1 * .. * a_k the chance that the
-first k stand, and P the chance that the outcome has masks (so that the next window has drafts), a
-window with drafts commits 1 + r_1 + .. + r_K tokens; one without commits 1 and always leaves
-drafts. Windows with drafts are 1 / (2 - P) of all:
+Let a_1 .. a_K be the acceptance at each depth of K = N - 1 drafts, and r_k = a_1 * .. * a_k the
+probability that the first k are accepted. Let P be the probability that the outcome has a branch,
+so that the next window has drafts. A window with drafts commits 1 + r_1 + .. + r_K tokens. A window
+without drafts commits 1, and the window after it has drafts. So windows with drafts are a share
+1 / (2 - P) of all, and
 
     tokens per forward = (1 + r_1 + .. + r_K + 1 - P) / (2 - P)
 
-All outcomes: P = 1. Chain: P = r_K. DESIGN section 4 gives the same formulas for equal a_k.
+All outcomes have P = 1, the chain has P = r_K.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ from idlm.errors import InputError
 
 @dataclass(frozen=True)
 class Plan:
-    """A window to run: `stride` N and the outcomes that get masks. All plans with stride 1 are the
-    same: AR.
+    """The stride N and the branches of a window. All plans with stride 1 are equal: AR.
 
     Raises:
         InputError: see `parse_branches`.
@@ -38,22 +38,22 @@ class Plan:
 
     @property
     def drafts(self) -> int:
-        """Drafts a window verifies, and masks an outcome has: K = N - 1."""
+        """K = N - 1: the drafts that a window verifies, and the MASK rows of a branch."""
         return self.stride - 1
 
     @cached_property
     def outcomes(self) -> tuple[int, ...]:
-        """The numbers of accepted drafts that get masks, when all drafts are valid."""
+        """The outcomes that have a branch if all drafts are valid."""
         return outcomes(self.branches, self.drafts)
 
     @cached_property
     def width(self) -> int:
-        """Rows of a window: N**2 for all outcomes, 2N - 1 for the chain, 1 for AR."""
+        """W, the rows of a window: N**2 for all outcomes, 2N - 1 for the chain, 1 for AR."""
         return self.stride + len(self.outcomes) * self.drafts
 
     @property
     def name(self) -> str:
-        """For people: "ar", "all-4", "chain-4"; "0+3-4" for the outcomes 0 and 3 at stride 4."""
+        """The plan's name: "ar", "all-4", "chain-4"; "0+3-4" for outcomes 0 and 3 at stride 4."""
         if self.stride == 1:
             return "ar"
         branches = (
@@ -66,32 +66,34 @@ AR = Plan(1, "all")
 
 
 def expected_tokens(plan: Plan, acceptance: Sequence[float]) -> float:
-    """Tokens a forward commits in the long run, windows without drafts counted.
+    """The expected tokens per forward, windows without drafts included (formula above).
 
-    `acceptance` is by depth; a list shorter than the drafts goes on with its last value.
+    `acceptance` is by depth. Depths past the end of the list have its last value.
 
     Raises:
         InputError: the plan drafts and `acceptance` is empty.
     """
     if plan.drafts and not acceptance:
         raise InputError(
-            f"acceptance=[] says nothing about {plan.name}; give at least the one of the first draft"
+            f"acceptance=[] says nothing about {plan.name}; "
+            "give at least the one of the first draft"
         )
-    reach = [1.0]
+    reach = [1.0]  # r_0 .. r_K
     for depth in range(plan.drafts):
         reach.append(reach[-1] * acceptance[min(depth, len(acceptance) - 1)])
-    reach.append(0.0)
-    drafted = sum(reach[accepted] - reach[accepted + 1] for accepted in plan.outcomes)
+    reach.append(0.0)  # r_{K+1}: so r_k - r_{k+1} is the probability of outcome k, for k = K too
+    drafted = sum(reach[accepted] - reach[accepted + 1] for accepted in plan.outcomes)  # P
     return (sum(reach) + 1 - drafted) / (2 - drafted)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What to run next, what it is expected to give *each* running request, and why.
+    """The plan to run next.
 
     Attributes:
-        figures: of every candidate, the chosen one first, then the fastest first: plan, tokens a
-            step, seconds a step.
+        tokens_per_second: expected, of *each* running request.
+        figures: (plan, tokens per step, seconds per step) of every candidate: the chosen one first,
+            the others by falling speed.
     """
 
     plan: Plan
@@ -100,13 +102,16 @@ class Choice:
 
     @property
     def reason(self) -> str:
-        """One line with all figures; made when it is read, not for every step."""
+        """The figures in one line. It is formatted when it is read, since few steps need it."""
         plan, tokens, seconds = self.figures[0]
-        first = f"{plan.name}: {tokens:.2f} tokens / {1e3 * seconds:.1f} ms = {tokens / seconds:.0f} tok/s"
+        chosen = (
+            f"{plan.name}: {tokens:.2f} tokens / {1e3 * seconds:.1f} ms "
+            f"= {tokens / seconds:.0f} tok/s"
+        )
         others = (
             f"{p.name} {n:.2f} / {1e3 * t:.1f} ms = {n / t:.0f}" for p, n, t in self.figures[1:]
         )
-        return "; ".join([first, *others])
+        return "; ".join([chosen, *others])
 
 
 def choose(
@@ -116,13 +121,14 @@ def choose(
     current: Plan | None = None,
     margin: float = 0.03,
 ) -> Choice:
-    """The plan, AR included, with the most expected tokens per second; of equals the narrowest.
+    """Choose the plan with the most expected tokens per second; of equal plans the narrowest.
 
-    So that the plan does not flap, `current` stays until another is more than `margin` (a share)
-    faster, or AR is faster at all: the margin is never spent on being slower than AR.
+    AR is always a candidate. `current` is kept until another plan is faster by more than `margin`,
+    a share of its speed, so that noise does not switch plans. The margin never keeps a plan that
+    is slower than AR.
 
     Args:
-        costs: seconds of a step at the present batch size, of every plan and of AR.
+        costs: seconds per step at the present batch size, for every plan and for AR.
 
     Raises:
         KeyError: a plan has no cost.
@@ -143,13 +149,14 @@ def choose(
 
 
 class RunningAcceptance:
-    """Acceptance by depth over the last steps: accepted / reached, both fading by `decay` a step.
+    """Acceptance by depth over recent steps: accepted / reached, both decayed by `decay` a step.
 
-    A depth's estimate starts from the one of the depth before (the first one's from `prior`) as if
-    `weight` drafts had shown it; a depth never reached therefore has the value of the depth before.
-    Counts fade in every step with drafts, at all depths: one that is not tried any more drifts back
-    to its start, and so gets tried again. Steps without drafts (AR) say nothing, so nothing fades:
-    trying drafts again has a price, which `engine.planner` pays in small looks.
+    The estimate of the depth before counts as `weight` more drafts; at depth 1 that is `prior`. So
+    a depth that was never reached has the estimate of the depth before.
+
+    Every step with drafts decays the counts of all depths. The estimate of a depth that is no
+    longer drafted thus returns to that of the depth before, and the depth is drafted again. Steps
+    without drafts (AR) change nothing: `engine.planner` decides when drafts are tried again.
     """
 
     def __init__(
@@ -160,36 +167,36 @@ class RunningAcceptance:
         self._accepted = [0.0] * depth
 
     def update(self, reached: Sequence[int], accepted: Sequence[int]) -> None:
-        """Count one step: drafts looked at and drafts accepted, by depth, over all slots; missing
-        depths are 0.
+        """Count one step: the drafts that were reached and accepted, by depth, of all slots.
+
+        Depths past the end of the lists have none.
 
         Raises:
             ValueError: more depths than there are, or more accepted than reached.
         """
         if len(reached) != len(accepted) or len(reached) > len(self._reached):
             raise ValueError(
-                f"{len(reached)} reached and {len(accepted)} accepted for {len(self._reached)} depths"
+                f"{len(reached)} reached and {len(accepted)} accepted "
+                f"for {len(self._reached)} depths"
             )
         if not any(reached):
             return
         self._reached = [self.decay * count for count in self._reached]
         self._accepted = [self.decay * count for count in self._accepted]
-        for depth, (looked, stood) in enumerate(zip(reached, accepted, strict=True)):
-            if not 0 <= stood <= looked:
-                raise ValueError(
-                    f"accepted {stood} of {looked} reached drafts at depth {depth + 1}"
-                )
-            self._reached[depth] += looked
-            self._accepted[depth] += stood
+        for depth, (tried, kept) in enumerate(zip(reached, accepted, strict=True)):
+            if not 0 <= kept <= tried:
+                raise ValueError(f"accepted {kept} of {tried} reached drafts at depth {depth + 1}")
+            self._reached[depth] += tried
+            self._accepted[depth] += kept
 
     @property
     def values(self) -> list[float]:
-        """The estimates, by depth."""
+        """The estimated acceptance at each depth, from depth 1."""
         values: list[float] = []
-        before = self.prior
+        estimate = self.prior
         for reached, accepted in zip(self._reached, self._accepted, strict=True):
-            before = (accepted + self.weight * before) / (reached + self.weight)
-            values.append(before)
+            estimate = (accepted + self.weight * estimate) / (reached + self.weight)
+            values.append(estimate)
         return values
 
 

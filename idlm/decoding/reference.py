@@ -1,9 +1,9 @@
-"""The oracle: the law, the noise, the rules, AR and ISD for one request, as plainly as can be.
+"""The oracle: law, noise, rules, AR and ISD of a single request, written for clarity.
 
-It shares no function with the fast path (`law`, `noise`, `verify`), so that their agreement says
-something. Everything is recomputed at every step, one row at a time, in float64; noise is made of
-Python's integers. `forward(tokens [T], positions [T], visible [T, T])` gives logits [T, V]; a row
-whose token is `mask_id` is a MASK row.
+It shares no function with the fast path (`law`, `noise`, `verify`), which the tests compare with
+it. Each step recomputes everything, row by row, in float64; the noise uses Python's integers.
+`forward(tokens [T], positions [T], visible [T, T])` returns logits [T, V]; a row whose token is
+`mask_id` is a MASK row.
 
 Shapes: T rows of a forward, V logit columns.
 """
@@ -22,31 +22,32 @@ from idlm.params import SamplingParams
 
 NEVER = -math.inf
 TOKEN, DRAFT, ACCEPT = range(3)
-"""The streams of a seed's noise."""
+"""Streams of noise: each seed has three."""
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 Allowed = Callable[[Sequence[int]], Tensor]
-"""A guide: from the output so far the tokens that may come next, bool [V]; all past its end."""
+"""A guide: maps the output so far to the tokens that may follow, bool [V]. After its end it allows
+all."""
 
 
-def split_mix(start: int, number: int) -> int:
-    """Output `number` of the SplitMix64 generator started with `start`; unsigned 64-bit words."""
-    word = (start + (number + 1) * 0x9E3779B97F4A7C15) % 2**64
+def split_mix(start: int, index: int) -> int:
+    """Output `index` of the SplitMix64 generator that `start` seeds; unsigned 64-bit words."""
+    word = (start + (index + 1) * 0x9E3779B97F4A7C15) % 2**64
     word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     word = (word ^ (word >> 27)) * 0x94D049BB133111EB % 2**64
     return word ^ (word >> 31)
 
 
 def uniform(seed: int, stream: int, position: int, token: int = 0) -> float:
-    """A number in (0, 1): the upper 52 bits of a word, and a half."""
+    """A number in the open interval (0, 1): (the upper 52 bits of a word + 0.5) / 2**52."""
     word = split_mix(split_mix(split_mix(seed, stream), position), token)
     return ((word >> 12) + 0.5) / 2**52
 
 
 def gumbel(seed: int, stream: int, position: int, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise [V]."""
-    numbers = [uniform(seed, stream, position, token) for token in range(vocab_size)]
-    return torch.tensor([-math.log(-math.log(u)) for u in numbers], dtype=torch.float64)
+    """Standard Gumbel noise -log(-log(u)) of each token, float64 [V]."""
+    uniforms = [uniform(seed, stream, position, token) for token in range(vocab_size)]
+    return torch.tensor([-math.log(-math.log(u)) for u in uniforms], dtype=torch.float64)
 
 
 def adjusted(
@@ -57,9 +58,9 @@ def adjusted(
     banned: Iterable[int] = (),
     allowed: Tensor | None = None,
 ) -> Tensor:
-    """Logits [V] for the token after `output` with penalties, bias, bans and guide: float64.
+    """Apply penalties, bias, bans and guide to the logits [V] of the token after `output`: float64.
 
-    `banned` are MASK, and the stop ids of a request that has fewer than `min_tokens` tokens.
+    `banned` holds MASK, and the stop ids while the request has fewer than `min_tokens` tokens.
     """
     scores = logits.to(torch.float64, copy=True)
     rate = params.repetition_penalty
@@ -77,13 +78,13 @@ def adjusted(
 
 
 def law(scores: Tensor, params: SamplingParams) -> Tensor:
-    """Log-probabilities [V] of adjusted logits [V]; at temperature 0 all on the first of the best."""
+    """Log-probabilities [V] of adjusted logits [V]; at temperature 0 a point mass on the argmax."""
     if params.greedy:
         point = torch.full_like(scores, NEVER)
         point[scores.argmax()] = 0.0
         return point
     scores = scores / params.temperature
-    if params.top_k > 0:  # tokens equal to the k-th stay too
+    if params.top_k > 0:  # tokens equal to the k-th are kept too
         kth = scores.sort(descending=True).values[min(params.top_k, len(scores)) - 1]
         scores = scores.masked_fill(scores < kth, NEVER)
     if params.top_p < 1:
@@ -93,36 +94,37 @@ def law(scores: Tensor, params: SamplingParams) -> Tensor:
 
 
 def _top_p(scores: Tensor, top_p: float) -> Tensor:
-    """Keep the shortest run of likeliest tokens whose probability reaches `top_p`, one at least."""
-    p, before = scores.softmax(dim=0), 0.0
+    """Keep the fewest most likely tokens [V] whose total probability reaches `top_p`."""
+    p, mass = scores.softmax(dim=0), 0.0
     kept = torch.full_like(scores, NEVER)
     for token in scores.argsort(descending=True, stable=True).tolist():
-        if before >= top_p:
+        if mass >= top_p:
             break
         kept[token] = scores[token]
-        before += float(p[token])
+        mass += float(p[token])
     return kept
 
 
 def coupled(log_p: Tensor, draft: int, noise: Tensor) -> int | None:
-    """None where `draft` equals the AR token argmax(log p + noise), else that token."""
+    """None (accepted) if `draft` equals the AR token argmax(log p + noise), else that token."""
     token = int((log_p + noise).argmax())
     return None if token == draft else token
 
 
 def relaxed(log_p: Tensor, draft: int, noise: Tensor, tau: float) -> int | None:
-    """APPROXIMATE: `coupled`, and a draft `tau` times as likely as the likeliest stands too.
+    """APPROXIMATE: as `coupled`, but also accept a draft with p at least `tau` times the largest.
 
-    The output is not the model's own law, except with tau = 1 when greedy and no two tokens tie.
+    The output does not follow the model's law, except greedily with tau = 1 and without ties.
     """
     likely = float(log_p[draft]) >= float(log_p.max()) + math.log(tau)
     return None if likely else coupled(log_p, draft, noise)
 
 
 def ratio(log_p: Tensor, draft: int, log_q: Tensor, chance: float, noise: Tensor) -> int | None:
-    """None with probability min(1, p / q), else a sample of normalise(max(0, p - q)).
+    """None (accepted) with probability min(1, p / q), else a sample of normalise(max(0, p - q)).
 
-    Exactly p if `draft` is a sample of q, `chance` is uniform and the noise is independent of both.
+    The result has the law p exactly if `draft` is a sample of q, `chance` is uniform in (0, 1) and
+    the noise is independent of both.
     """
     if math.log(chance) < float(log_p[draft] - log_q[draft]):
         return None
@@ -130,14 +132,14 @@ def ratio(log_p: Tensor, draft: int, log_q: Tensor, chance: float, noise: Tensor
 
 
 def residual(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Log of max(0, p - q), not normalised; p where rounding leaves nothing."""
-    left = (log_p.exp() - log_q.exp()).clamp(min=0)
-    return left.log() if left.sum() > 0 else log_p
+    """Log of max(0, p - q) [V], not normalised; p if rounding leaves no mass."""
+    mass = (log_p.exp() - log_q.exp()).clamp(min=0)
+    return mass.log() if mass.sum() > 0 else log_p
 
 
 @dataclass
 class Request:
-    """What stays the same while one request is decoded; `output` is what it has so far."""
+    """The constants of a request. Its methods take the output so far."""
 
     prompt: list[int]
     params: SamplingParams
@@ -147,28 +149,29 @@ class Request:
     allowed: Allowed | None = None
 
     def law(self, logits: Tensor, output: Sequence[int]) -> Tensor:
-        """The law [V] of the token that comes after `output`."""
-        held_back = self.stop_ids if len(output) < self.params.min_tokens else ()
+        """Log-probabilities [V] of the token after `output`."""
+        held = self.stop_ids if len(output) < self.params.min_tokens else ()
         allowed = None if self.allowed is None else self.allowed(output)
-        banned = (self.mask_id, *held_back)
+        banned = (self.mask_id, *held)
         return law(adjusted(logits, self.params, self.prompt, output, banned, allowed), self.params)
 
     def noise(self, position: int, vocab_size: int, stream: int = TOKEN) -> Tensor:
-        """The noise [V] at a position; none when greedy."""
+        """The noise [V] of a position; zeros if the request is greedy."""
         if self.params.greedy:
             return torch.zeros(vocab_size, dtype=torch.float64)
         return gumbel(self.seed, stream, position, vocab_size)
 
     def sample(self, log_p: Tensor, position: int, stream: int = TOKEN) -> int:
-        """A token of the law `log_p` [V], with the noise at its position."""
+        """Sample a token from the law `log_p` [V] with the noise of its position."""
         return int((log_p + self.noise(position, len(log_p), stream)).argmax())
 
     def verify(
         self, output: list[int], drafts: list[int], laws: Sequence[Tensor], logits: Tensor
     ) -> tuple[list[int], int]:
-        """The tokens that one window commits, and how many of them are drafts.
+        """Verify a window: the tokens that it commits, and how many of them are drafts.
 
-        `laws` are those the drafts were drawn from; `logits` [1 + drafts, V] the verify rows.
+        `laws` are those that the drafts were sampled from; `logits` [1 + drafts, V] are the verify
+        rows.
         """
         start = len(self.prompt) + len(output)
         for k, draft in enumerate(drafts):
@@ -180,7 +183,7 @@ class Request:
         return [*drafts, self.sample(log_p, start + len(drafts))], len(drafts)
 
     def judge(self, log_p: Tensor, draft: int, log_q: Tensor, position: int) -> int | None:
-        """None where the draft stands, else the token that replaces it."""
+        """None if the draft is accepted, else the correction."""
         noise = self.noise(position, len(log_p))
         if self.params.verification == "ratio":
             return ratio(log_p, draft, log_q, uniform(self.seed, ACCEPT, position), noise)
@@ -189,7 +192,10 @@ class Request:
         return coupled(log_p, draft, noise)
 
     def draft(self, output: list[int], logits: Tensor) -> tuple[list[int], list[Tensor]]:
-        """The drafts after `output` and their laws; each counts the drafts before it."""
+        """Draw drafts after `output` from MASK rows `logits` [K, V]; also return their laws.
+
+        The law of a draft counts the drafts before it.
+        """
         stream = DRAFT if self.params.verification == "ratio" else TOKEN
         drafts: list[int] = []
         laws: list[Tensor] = []
@@ -200,19 +206,19 @@ class Request:
         return drafts, laws
 
     def done(self, output: Sequence[int]) -> bool:
-        """Whether the output is complete."""
+        """Whether the output ends in a stop id or has `max_tokens` tokens."""
         return len(output) >= self.params.max_tokens or bool(output and output[-1] in self.stop_ids)
 
 
 @dataclass
 class Decoded:
-    """Tokens of one request, and how they came about.
+    """The output of a request and its statistics.
 
     Attributes:
-        tokens: the output, its stop token included.
-        forwards: forward passes, the prefill included.
-        reached: how often a draft at depth k (index k - 1) was verified, all before it accepted.
-        accepted: how often it was accepted.
+        tokens: the output, with its stop token.
+        forwards: forward passes, with the prefill.
+        reached: by depth: the drafts that were verified after all before them were accepted.
+        accepted: by depth: the drafts that were accepted.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -230,7 +236,7 @@ def ar(
     seed: int = 0,
     allowed: Allowed | None = None,
 ) -> Decoded:
-    """Plain autoregressive decoding: one token a forward."""
+    """Autoregressive decoding: one token per forward pass, of the whole text each time."""
     request = Request(list(prompt), params, mask_id, frozenset(stop_ids), seed, allowed)
     decoded = Decoded()
     while not request.done(decoded.tokens):
@@ -253,7 +259,7 @@ def isd(
     seed: int = 0,
     allowed: Allowed | None = None,
 ) -> Decoded:
-    """Introspective strided decoding with any stride and any set of branches."""
+    """Introspective Strided Decoding: verify, commit, draft from the branch of the outcome."""
     request = Request(list(prompt), params, mask_id, frozenset(stop_ids), seed, allowed)
     chosen = parse_branches(branches, stride)
     depth = stride - 1
@@ -265,35 +271,39 @@ def isd(
         masks = {j: depth for j in outcomes(chosen, len(drafts))} if depth else {}
         verify_logits, branch_logits = _window(forward, mask_id, text, drafts, masks)
         decoded.forwards += 1
-        fresh, stood = request.verify(decoded.tokens, drafts, laws, verify_logits)
-        for k, token in enumerate(fresh):
+        committed, accepted = request.verify(decoded.tokens, drafts, laws, verify_logits)
+        for k, token in enumerate(committed):
             if request.done(decoded.tokens):
                 break
             decoded.tokens.append(token)
-            if k < len(drafts):  # the bonus had no draft
+            if k < len(drafts):  # the bonus has no draft
                 decoded.reached[k] += 1
-                decoded.accepted[k] += k < stood
+                decoded.accepted[k] += k < accepted
         drafts, laws = [], []
-        if stood in branch_logits and not request.done(decoded.tokens):
-            drafts, laws = request.draft(decoded.tokens, branch_logits[stood])
+        if accepted in branch_logits and not request.done(decoded.tokens):
+            drafts, laws = request.draft(decoded.tokens, branch_logits[accepted])
     return decoded
 
 
 def _window(
     forward: Forward, mask_id: int, text: list[int], drafts: list[int], masks: dict[int, int]
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Logits of the verify rows [1 + drafts, V] and of the `masks[j]` masks of each outcome j."""
+    """Logits of the verify rows [1 + drafts, V] and of the `masks[j]` MASK rows of each outcome j.
+
+    The rows of the forward are the whole text, the drafts, then the MASK rows of each outcome.
+    """
     rows = [(token, position) for position, token in enumerate(text + drafts)]
-    sees = [set(range(i + 1)) for i in range(len(rows))]
-    at: dict[int, list[int]] = {j: [] for j in masks}
+    sees = [set(range(i + 1)) for i in range(len(rows))]  # text and drafts are causal
+    branch_rows: dict[int, list[int]] = {j: [] for j in masks}
     for j, depth in masks.items():
         for k in range(1, depth + 1):
-            at[j].append(len(rows))
+            branch_rows[j].append(len(rows))
             rows.append((mask_id, len(text) - 1 + j + k))
-            sees.append({*range(len(text) + j), *at[j]})
-    visible = torch.tensor([[other in seen for other in range(len(rows))] for seen in sees])
+            # a MASK row sees the text, j drafts, and the rows of its branch up to itself
+            sees.append({*range(len(text) + j), *branch_rows[j]})
+    visible = torch.tensor([[column in seen for column in range(len(rows))] for seen in sees])
     tokens, positions = (torch.tensor(column) for column in zip(*rows, strict=True))
     logits = forward(tokens, positions, visible)
-    first = len(text) - 1
-    verify_rows = logits[first : first + 1 + len(drafts)]
-    return verify_rows, {j: logits[indices] for j, indices in at.items()}
+    pending = len(text) - 1
+    verify_logits = logits[pending : pending + 1 + len(drafts)]
+    return verify_logits, {j: logits[indices] for j, indices in branch_rows.items()}

@@ -1,10 +1,10 @@
-"""`Settings`: what the requests of a batch ask for, as tensors with one row per slot.
+"""`Settings`: the sampling settings of a batch, as tensors with a row for each slot.
 
-A request stays in its slot until it ends, and its row is written in place, so the tensors can be
-read by a recorded step. `Features` says, on the host, which parts of the law any live slot needs: a
-step runs those and no others.
+A request keeps its slot until it ends. Its row is written in place, so a recorded step can read the
+tensors. `Features` says, on the host, which parts of the law any live slot needs; a step runs only
+those.
 
-Shapes: B slots, V logit columns, N tokens committed by one step at most.
+Shapes: B slots, V logit columns, N tokens that a step commits at most.
 """
 
 from __future__ import annotations
@@ -27,18 +27,17 @@ REALS = {
     **{"temperature": 0.0, "top_p": ALWAYS, "min_p": 0.0, "repetition": 1.0},
     **{"presence": 0.0, "frequency": 0.0, "log_tau": ALWAYS},
 }
-"""The real numbers of a slot, and what a free one has."""
+"""The float64 columns of a slot, with the values of a free slot."""
 INTEGERS = ("top_k", "rule", "hold_until", "prompt_length")
-"""The whole numbers of a slot; its keys follow them."""
+"""The int64 columns of a slot; the columns of its keys follow them."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What any of a batch's requests needs; without one, its tensor operations are left out of the
-    step.
+    """The parts of the law that any request of a batch needs; a step leaves out the others.
 
-    A slot's tokens do not depend on it: what a slot does not ask for leaves its numbers as they
-    are, to the bit.
+    The tokens of a slot do not depend on the features of the others: a part that a slot does not
+    use leaves its scores bit-equal.
 
     Attributes:
         sampled: a temperature above 0.
@@ -46,7 +45,7 @@ class Features:
         ranked: top-k or top-p, which need a sort.
         penalised: a repetition, presence or frequency penalty.
         biased: logit bias or banned tokens.
-        held: stop ids that cannot come out yet (min_tokens).
+        held: stop ids that are banned at first (min_tokens).
         ratio: verification by the ratio rule.
         relaxed: verification by the relaxed rule (approximate).
     """
@@ -62,7 +61,7 @@ class Features:
 
     @classmethod
     def of(cls, params: SamplingParams, stop_ids: Sequence[int]) -> Features:
-        """What one request needs; a point mass has nothing to filter."""
+        """The parts that a request needs. A greedy one needs no filter: its law is a point mass."""
         ranked = not params.greedy and (params.top_k > 0 or params.top_p < 1)
         return cls(
             sampled=not params.greedy,
@@ -76,34 +75,32 @@ class Features:
         )
 
     def __or__(self, other: Features) -> Features:
-        return Features(
-            *(getattr(self, one.name) or getattr(other, one.name) for one in fields(self))
-        )
+        names = [feature.name for feature in fields(self)]
+        return Features(*(getattr(self, name) or getattr(other, name) for name in names))
 
 
 @dataclass
 class Settings:
-    """The rows of B slots; see `SamplingParams` for what the numbers mean. A free slot is greedy.
+    """The settings of B slots; `SamplingParams` defines what they mean. A free slot is greedy.
 
-    The last four are as large as the logits, so they are None until a request needs them.
+    The last four tensors are as large as the logits, so they are None until a request needs them.
 
     Attributes:
         vocab_size: V.
-        mask_id: the id that never comes out, wherever it has a column.
+        mask_id: the id that is never chosen; it may be V, without a column.
         temperature, min_p, repetition, presence, frequency: float64 [B].
-        top_p: float64 [B]; inf keeps all.
-        top_k: int64 [B]; V keeps all.
-        log_tau: float64 [B], log of tau; inf outside the relaxed rule.
-        keys: int64 [B, 3], the streams' keys: where the noise of tokens, drafts and acceptances
-            starts.
+        top_p: float64 [B]; inf keeps all tokens.
+        top_k: int64 [B]; V keeps all tokens.
+        log_tau: float64 [B], log of tau; inf if the rule is not relaxed.
+        keys: int64 [B, 3], the noise key of each `Stream`: tokens, drafts, acceptances.
         rule: int64 [B], COUPLED, RATIO or RELAXED.
-        hold_until: int64 [B], the number of outputs before which the stop ids cannot come out.
+        hold_until: int64 [B], output tokens before which the stop ids are banned (min_tokens).
         prompt_length: int64 [B].
-        steps: int64 [V], what each token adds to the state of the noise; the same for all.
+        steps: int64 [V], see `noise.gumbel`; the same for all slots.
         bias: float64 [B, V], added to the logits; -inf for banned tokens.
         stop: bool [B, V], the ids that end the output.
-        seen: bool [B, V], the token is in the prompt or in the output.
-        counts: int32 [B, V], how often it is in the output.
+        seen: bool [B, V], whether a token is in the prompt or the output.
+        counts: int32 [B, V], how often a token is in the output.
     """
 
     temperature: Tensor
@@ -133,8 +130,8 @@ class Settings:
     def empty(
         cls, slots: int, vocab_size: int, mask_id: int, device: torch.device | str = "cpu"
     ) -> Settings:
-        """All slots free."""
-        # what a request brings is written at once: all slots' numbers are columns of two tables
+        """Settings of which every slot is free."""
+        # The per-slot tensors are columns of two tables, so a request's row is two writes.
         reals = torch.tensor(list(REALS.values()), dtype=torch.float64, device=device)
         integers = torch.tensor([vocab_size, 0, 0, 0, 0, 0, 0], device=device)
         tables = reals.repeat(slots, 1), integers.repeat(slots, 1)
@@ -146,11 +143,11 @@ class Settings:
 
     @property
     def features(self) -> Features:
-        """What the live slots need together; read on the host, no synchronisation."""
+        """The union over the live slots. It is kept on the host, so reading it does not wait."""
         if self._together is None:
             self._together = Features()
-            for one in {one for one in self._live if one is not None}:
-                self._together |= one
+            for needs in {needs for needs in self._live if needs is not None}:
+                self._together |= needs
         return self._together
 
     def put(
@@ -162,10 +159,9 @@ class Settings:
         output: Sequence[int] = (),
         stop_ids: Iterable[int] = (),
     ) -> None:
-        """Write a request's row: new, or resumed with the `output` it already has.
+        """Write the row of a request that is new, or that is resumed with the `output` it has.
 
-        `stop_ids` are all the ids that end it: its own, and the model's end token unless that is
-        ignored.
+        `stop_ids` are all ids that end it: its own, and the model's end token unless `ignore_eos`.
         """
         ends = sorted(set(stop_ids))
         needs = Features.of(params, ends)
@@ -178,18 +174,18 @@ class Settings:
             self._put_history(slot, prompt, output)
 
     def clear(self, slot: int) -> None:
-        """Free a slot: steps no longer do what its request alone needed."""
+        """Free a slot: `features` no longer counts its request."""
         self._live[slot] = self._together = None
 
-    def record(self, tokens: Tensor, number: Tensor) -> None:
-        """Count the tokens just committed, on the device: the first `number` [B] of each row of
+    def record(self, tokens: Tensor, count: Tensor) -> None:
+        """Add committed tokens to the history, on the device: the first `count` [B] of each row of
         `tokens` [B, N].
 
-        Needed where `features.penalised`; nothing happens while no request ever was.
+        Needed if `features.penalised`; a no-op until the first request with penalties.
         """
         if self.seen is None or self.counts is None:
             return
-        fresh = torch.arange(tokens.shape[1], device=tokens.device) < number[:, None]
+        fresh = torch.arange(tokens.shape[1], device=tokens.device) < count[:, None]
         self.counts.scatter_add_(1, tokens.clamp(0, self.vocab_size - 1), fresh.to(torch.int32))
         self.seen.logical_or_(self.counts > 0)
 
@@ -245,10 +241,10 @@ class Settings:
     def _put_history(self, slot: int, prompt: Sequence[int], output: Sequence[int]) -> None:
         if self.seen is None or self.counts is None:
             self.seen, self.counts = self._table(torch.bool), self._table(torch.int32)
-        before = torch.tensor(list(output), dtype=torch.int64)
-        counts = torch.bincount(before, minlength=self.vocab_size).to(torch.int32)
+        tokens = torch.tensor(list(output), dtype=torch.int64)
+        counts = torch.bincount(tokens, minlength=self.vocab_size).to(torch.int32)
         seen = counts > 0
-        # ids past the logit columns (an added MASK row) have no logit to penalise
+        # an id past the logit columns (an added MASK row) has no logit to penalise
         seen[[token for token in prompt if token < self.vocab_size]] = True
         self.seen[slot] = on_device(seen, self.seen.device)
         self.counts[slot] = on_device(counts, self.counts.device)

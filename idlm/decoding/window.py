@@ -1,21 +1,33 @@
-"""`Window`: the rows of one decode forward and what each may see.
+"""`Window`: the rows of one request in one decode step, and which rows each row sees.
 
-With K = N - 1 drafts to verify and G groups of K masks, the rows are
+With K = N - 1 drafts to verify and G groups of K MASK rows, the rows are
 
-    pending, d_1 .. d_K                     the verify rows: they give p of d_1 .. d_K and of the
-    bonus token m_{g,1} .. m_{g,K}  for each group g    the masks: they draft K tokens after d_1 ..
-    d_j and the next one,
-                                            where j is the outcome that group g serves
+    pending, d_1 .. d_K    the verify rows: they give p of d_1 .. d_K and of the bonus
+    m_{g,1} .. m_{g,K}     for each group g, the MASK rows: they draft the K tokens that follow the
+                           token after d_1 .. d_j, where j is the outcome of group g
 
-A row sees the cache, itself, and
+Each row sees the cache, itself, and
 
-    d_k       pending, d_1 .. d_k
-    m_{g,k}   pending, d_1 .. d_j, m_{g,1} .. m_{g,k}
+    d_k       pending, d_1 .. d_{k-1}
+    m_{g,k}   pending, d_1 .. d_j, m_{g,1} .. m_{g,k-1}
 
-Shapes depend on (N, branches) alone. Only v <= K of the drafts may be valid: none before the first
-masks or after the chain broke, fewer when the stride has just grown. Then the outcomes are 0..v,
-the rows past d_v hold leftovers that nothing else sees, and groups without an outcome of their own
-repeat the last one's. So each v has its own row of the tables below, and a step picks it on the
+N = 3 with all outcomes, for example (x: the row sees the column):
+
+                       p  d1 d2 | m0 m0 | m1 m1 | m2 m2
+    pending            x        |       |       |
+    d_1                x  x     |       |       |
+    d_2                x  x  x  |       |       |
+    m_{0,1}            x        | x     |       |
+    m_{0,2}            x        | x  x  |       |
+    m_{1,1}            x  x     |       | x     |
+    m_{1,2}            x  x     |       | x  x  |
+    m_{2,1}            x  x  x  |       |       | x
+    m_{2,2}            x  x  x  |       |       | x  x
+
+Shapes depend on the stride and the branches alone. Fewer than K drafts may be valid: v = 0 after
+the prefill or after an outcome without a branch, and v < K when the stride has just grown. Then the
+outcomes are 0 to v. The rows past d_v hold old drafts, which no other row sees, and groups that are
+left over repeat the last outcome. So the tables have a row for each v, and a step selects it on the
 device.
 """
 
@@ -34,12 +46,12 @@ MAX_STRIDE = 64
 MAX_WIDTH = 64
 """Rows of a window whose visibility fits a 64-bit word."""
 Branches = str | tuple[int, ...]
-"""Which outcomes get masks: "all", "chain" (only that every draft stands), or the numbers of
-accepted drafts."""
+"""The outcomes that get MASK rows: "all", "chain" (only the outcome that all drafts are accepted),
+or a list of outcomes, each the number of accepted drafts."""
 
 
 def parse_branches(branches: str | Iterable[int], stride: int) -> Branches:
-    """Check a user's stride and branches.
+    """Check the stride and branches that a user gave; a list of outcomes is sorted.
 
     Raises:
         InputError: the stride is not in 1..64, or the branches are neither "all", "chain" nor
@@ -52,7 +64,8 @@ def parse_branches(branches: str | Iterable[int], stride: int) -> Branches:
     if isinstance(branches, str):
         if branches not in ("all", "chain"):
             raise InputError(
-                f"branches={branches!r} is unknown; use 'all', 'chain' or numbers of accepted drafts"
+                f"branches={branches!r} is unknown; "
+                "use 'all', 'chain' or numbers of accepted drafts"
             )
         return branches
     chosen = tuple(sorted(set(branches)))
@@ -64,8 +77,10 @@ def parse_branches(branches: str | Iterable[int], stride: int) -> Branches:
 
 
 def outcomes(branches: Branches, drafts: int) -> tuple[int, ...]:
-    """The outcomes that get masks in a window with `drafts` drafts; never none, or drafting could
-    not start."""
+    """The outcomes that get MASK rows in a window with `drafts` valid drafts.
+
+    There is always at least one, since otherwise a window without drafts would draft nothing.
+    """
     if branches == "all":
         return tuple(range(drafts + 1))
     chosen = () if isinstance(branches, str) else tuple(j for j in branches if j <= drafts)
@@ -74,16 +89,15 @@ def outcomes(branches: Branches, drafts: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Window:
-    """The layout of a plan: stride N and branches.
+    """The tables of a plan: stride N and branches. Their first index is v, the valid drafts.
 
     Attributes:
-        groups: G, sets of masks; N with all outcomes, 1 for the chain, 0 at stride 1.
-        offsets: int64 [K + 1, W], by number of valid drafts: each row's position less the pending
-            token's.
-        visible: int64 [K + 1, W]: row r may see row s of the window where bit s of visible[v, r] is
-            set; it sees the whole cache besides.
-        group: int64 [K + 1, K + 1], by valid drafts and accepted ones: the group of that outcome,
-            or -1 where it has none and the next window starts without drafts.
+        groups: G, the groups of MASK rows: N for all outcomes, 1 for the chain, 0 at stride 1.
+        offsets: int64 [K + 1, W]: the position of each row, relative to the pending token.
+        visible: int64 [K + 1, W], the visibility words: row r sees row s of the window if bit s of
+            visible[v, r] is set. Every row also sees the whole cache.
+        group: int64 [K + 1, K + 1]: group[v, a] is the group of outcome a, the number of accepted
+            drafts; -1 if that outcome has no branch, so that the next window has no drafts.
 
     Raises:
         InputError: more than 64 rows.
@@ -97,54 +111,64 @@ class Window:
     group: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        served = [outcomes(self.branches, v) for v in range(self.stride)] if self.masks else [()]
-        object.__setattr__(self, "groups", max(map(len, served)))
+        # for each v, the outcomes with MASK rows; their number differs, so it is padded below
+        by_valid = (
+            [outcomes(self.branches, v) for v in range(self.stride)] if self.num_masks else [()]
+        )
+        object.__setattr__(self, "groups", max(map(len, by_valid)))
         if self.width > MAX_WIDTH:
             raise InputError(
-                f"stride={self.stride} with branches={self.branches!r} needs {self.width} rows and a "
-                f"window holds {MAX_WIDTH}; use a smaller stride"
+                f"stride={self.stride} with branches={self.branches!r} needs {self.width} rows "
+                f"and a window holds {MAX_WIDTH}; use a smaller stride"
             )
-        table = [[_index(chosen, j) for j in range(self.stride)] for chosen in served]
-        served = [chosen + chosen[-1:] * (self.groups - len(chosen)) for chosen in served]
-        object.__setattr__(
-            self, "offsets", torch.stack([self._offsets(chosen) for chosen in served])
-        )
-        object.__setattr__(
-            self, "visible", torch.stack([self._visible(chosen) for chosen in served])
-        )
-        object.__setattr__(self, "group", torch.tensor(table))
+        group = [[_index(served, j) for j in range(self.stride)] for served in by_valid]
+        padded = [served + served[-1:] * (self.groups - len(served)) for served in by_valid]
+        offsets = torch.stack([self._offsets(served) for served in padded])
+        visible = torch.stack([self._visible(served) for served in padded])
+        object.__setattr__(self, "offsets", offsets)
+        object.__setattr__(self, "visible", visible)
+        object.__setattr__(self, "group", torch.tensor(group))
 
     @property
-    def masks(self) -> int:
-        """Masks per group, and drafts: K = N - 1."""
+    def num_masks(self) -> int:
+        """K = N - 1: the MASK rows of a group, and the drafts that a window verifies."""
         return self.stride - 1
 
     @property
     def verify_rows(self) -> int:
-        """The pending token and the drafts: the first N rows."""
+        """N, the rows of the pending token and the drafts. They come first."""
         return self.stride
 
     @property
     def mask_rows(self) -> int:
-        """The rows that hold MASK: all others."""
-        return self.groups * self.masks
+        """G * K, the MASK rows of all groups. They come last."""
+        return self.groups * self.num_masks
 
     @property
     def width(self) -> int:
-        """All rows, W; N**2 with all outcomes, 2 N - 1 for the chain."""
+        """W, all rows: N**2 for all outcomes, 2N - 1 for the chain."""
         return self.verify_rows + self.mask_rows
 
     def _offsets(self, served: tuple[int, ...]) -> Tensor:
+        """A row [W] of `offsets`. `served` holds the outcome of each group: the MASK rows of
+        outcome j follow the token at j, so theirs are j + 1 .. j + K."""
         masks = [j + torch.arange(1, self.stride) for j in served]
         return torch.cat([torch.arange(self.stride), *masks])
 
     def _visible(self, served: tuple[int, ...]) -> Tensor:
-        seen = torch.zeros(self.width, self.width, dtype=torch.bool)
+        """A row [W] of `visible`. `served` holds the outcome of each group."""
+        seen = torch.zeros(self.width, self.width, dtype=torch.bool)  # [row, column]
+        # the verify rows are causal
         seen[: self.stride, : self.stride] = torch.ones(self.stride, self.stride).tril() > 0
-        for number, j in enumerate(served):
-            rows = slice(self.stride + number * self.masks, self.stride + (number + 1) * self.masks)
-            seen[rows, : j + 1] = True
-            seen[rows, rows] = torch.ones(self.masks, self.masks).tril() > 0
+        for group, j in enumerate(served):
+            rows = slice(
+                self.stride + group * self.num_masks, self.stride + (group + 1) * self.num_masks
+            )
+            seen[rows, : j + 1] = True  # pending, d_1 .. d_j
+            seen[rows, rows] = (
+                torch.ones(self.num_masks, self.num_masks).tril() > 0
+            )  # causal in the group
+        # column s becomes bit s; the sum of distinct bits sets them all
         return (seen << torch.arange(self.width)).sum(dim=-1)
 
 
@@ -154,5 +178,5 @@ def _index(served: tuple[int, ...], accepted: int) -> int:
 
 @lru_cache(maxsize=256)
 def window(stride: int, branches: Branches) -> Window:
-    """The layout of a plan, made once."""
+    """The `Window` of a plan; its tables are built once."""
     return Window(stride, branches)

@@ -1,4 +1,4 @@
-"""`Admission`: turns what a caller asks for into a `Request`, or refuses it before it costs anything."""
+"""`Admission`: makes a `Request` of what a caller asks for, or refuses it."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ class Admission:
         needed = -(-self._limit(prompt, params) // self.pool.page_size)
         if needed > self.pool.total:
             raise InputError(
-                f"a request of {len(prompt)} prompt tokens and max_tokens={params.max_tokens} needs {needed} pages of "
-                f"{self.pool.total}; lower max_tokens or raise kv_memory"
+                f"a request of {len(prompt)} prompt tokens and max_tokens={params.max_tokens} "
+                f"needs {needed} pages of {self.pool.total}; lower max_tokens or raise kv_memory"
             )
 
     def _limit(self, prompt: Sequence[int], params: SamplingParams) -> int:
@@ -126,7 +126,8 @@ class Admission:
         if self.idlm.tokenizer is None:
             if params.stop:
                 raise InputError(
-                    f"stop={params.stop!r} needs a tokenizer, which the model lacks; use stop_token_ids"
+                    f"stop={params.stop!r} needs a tokenizer, which the model lacks; "
+                    "use stop_token_ids"
                 )
             return None
         return TextStream(

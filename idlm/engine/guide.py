@@ -77,7 +77,8 @@ class Guides:
         tokenizer, name = self._idlm.tokenizer, self._idlm.name
         if not isinstance(tokenizer, PreTrainedTokenizerFast) or not self._ends:
             raise InputError(
-                f"guide needs a fast tokenizer and an end token, and model {name!r} lacks one; drop guide"
+                f"guide needs a fast tokenizer and an end token, and model {name!r} lacks one; "
+                "drop guide"
             )
         try:
             size = max(self._idlm.vocab_size, len(tokenizer))

@@ -18,7 +18,7 @@ from idlm.models.idlm_model import Idlm
 log = logging.getLogger("idlm")
 
 MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.85}
-"""Of the memory that is free once the weights are loaded: the most that the KV cache takes unasked."""
+"""Of the memory that is free after the weights are loaded: the KV cache's share by default."""
 GRAPHS_MEMORY = 3 * 2**29
 """Bytes left for CUDA's graphs and libraries."""
 

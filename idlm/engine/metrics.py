@@ -32,7 +32,7 @@ class Metrics:
 
     @property
     def host_seconds(self) -> float:
-        """Time in which the device had nothing of ours to wait for: scheduling, text, bookkeeping."""
+        """Time outside launches and waits: scheduling, text, bookkeeping."""
         return self.step_seconds - self.device_seconds
 
     def count_step(self, seconds: float) -> None:

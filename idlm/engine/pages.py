@@ -54,7 +54,8 @@ class PagePool:
     def __init__(self, pages: int, page_size: int) -> None:
         if pages < 2 or page_size < 1:
             raise ValueError(
-                f"{pages} pages of {page_size} tokens; a pool needs the trash page, another, and a token"
+                f"{pages} pages of {page_size} tokens; "
+                "a pool needs the trash page, another, and a token"
             )
         self.page_size = page_size
         self.total = pages - 1
@@ -159,7 +160,8 @@ class PagePool:
         regions = [*self._free, *self._cached, *self._references]
         if sorted(regions) != list(range(1, self.total + 1)):
             raise RuntimeError(
-                f"free {self.free} + cached {self.cached} + live {self.live} are not the {self.total} pages, each once"
+                f"free {self.free} + cached {self.cached} + live {self.live} "
+                f"are not the {self.total} pages, each once"
             )
         if any(count < 1 for count in self._references.values()):
             raise RuntimeError(f"a live page is held by nobody: {self._references}")

@@ -75,9 +75,10 @@ def _linears(idlm: Idlm, weights: str, deterministic: bool) -> Linears | None:
         format = "bfloat16" if idlm.stored == torch.bfloat16 else "float32"
         size, free = 4 * idlm.model.num_parameters(), psutil.virtual_memory().available
         if format == "float32" and size > PANELS_SHARE * free:
-            why = "a copy of the weights for the C kernels would take %.0f MiB, over half of what is free"
             log.info(
-                f"PyTorch multiplies: {why}; weights='bfloat16' or 'int8' need less", size / 2**20
+                "PyTorch multiplies: a copy of the weights for the C kernels would take %.0f MiB, "
+                "over half of what is free; weights='bfloat16' or 'int8' need less",
+                size / 2**20,
             )
             return None
     return Linears(idlm.linear_groups(), format)

@@ -113,7 +113,7 @@ class Recorder:
         return key in self._recordings
 
     def _capture(self, key: object, step_key: StepKey, rows: Tensor, columns: Tensor) -> None:
-        """Make room for a CUDA graph and record it; without memory for it, these steps stay eager."""
+        """Make room for a CUDA graph and record it; without memory, these steps stay eager."""
         while len(self._recordings) >= MOST_GRAPHS:
             self._recordings.popitem(last=False)
         self._place = self._place or _Place()
@@ -132,8 +132,8 @@ class Recorder:
 def _trace(model_step: ModelStep, step: Replay, *inputs: Tensor) -> Replay:
     """A recording of `step` for inputs of any length.
 
-    What a step writes to is an input of the recording, though it reaches it through `model_step`: writes
-    to anything else would count as dead code.
+    What a step writes to is an input of the recording, though it reaches it through `model_step`:
+    writes to anything else would count as dead code.
     """
     written = model_step.written()
 

@@ -61,7 +61,7 @@ class Scheduler:
         heapq.heappush(self._waiting, (request.order, request))
 
     def admit(self) -> Request | None:
-        """Seat the next request, if there are a slot and pages for its text, cached ones included."""
+        """Seat the next request, if there are a slot and pages for its text, cached ones too."""
         if not self._waiting or not self._free_slots:
             return None
         request = self._waiting[0][1]

@@ -36,7 +36,7 @@ def working_memory(idlm: Idlm, rows: int, logits: int) -> int:
 
 @torch.inference_mode()
 def attention_shapes(idlm: Idlm) -> list[tuple[int, int, int]]:
-    """Query heads, key/value heads and head size of each layer, as the model itself computes them."""
+    """Query heads, key/value heads and head size of each layer, as the model computes them."""
     cache = _Shapes()
     one = torch.zeros(1, 1, dtype=torch.int64, device=idlm.device)
     idlm.hidden(one, one, None, cache=cache)

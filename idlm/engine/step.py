@@ -112,7 +112,11 @@ class WindowTables:
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         layout = window(plan.stride, plan.branches)
-        self.stride, self.num_masks, self.num_groups = layout.stride, layout.masks, layout.groups
+        self.stride, self.num_masks, self.num_groups = (
+            layout.stride,
+            layout.num_masks,
+            layout.groups,
+        )
         self.mask_rows = layout.mask_rows
         tables = (layout.offsets, layout.visible, layout.group)
         self.offsets, self.visible, self.group = (table.to(device) for table in tables)

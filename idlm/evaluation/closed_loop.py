@@ -148,8 +148,8 @@ def bench_engines(
 ) -> list[Ours]:
     """Our engine in each of the modes, over the same weights; `stride` is the planner's largest.
 
-    Each has a KV cache of `kv_memory`. Raises the errors of `LLM`. With `shares`, drafts are accepted
-    by chance; see `simulate_acceptance`.
+    Each has a KV cache of `kv_memory`. Raises the errors of `LLM`. With `shares`, drafts are
+    accepted by chance; see `simulate_acceptance`.
     """
     engines = []
     for mode in modes:

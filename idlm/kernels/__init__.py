@@ -1,2 +1,2 @@
-"""Kernels: in Triton for a GPU and in C for a CPU (csrc/), each beside its PyTorch twin behind one
+"""Kernels in Triton for a GPU and in C for a CPU (csrc/). Each has a PyTorch function with the same
 signature."""

@@ -1,18 +1,18 @@
-"""The deterministic mode: a row's result does not depend on the rows beside it, to the last bit.
+"""Batch-invariant operations: the result of a row does not depend on the rows beside it, bit for
+bit.
 
-Floating-point sums depend on their order, and libraries choose the order by the shape of the whole
-call. Here every sum of a row has a shape and an order of its own:
+A floating-point sum depends on its order, and libraries choose the order by the shape of the whole
+call. Here the order depends on the row alone:
 
-- linear layers run on tiles of a fixed size: on a CPU `TILE` rows at a time, padded, one GEMM shape
-  for ever; on a GPU a Triton kernel whose tiles and order of summation are the same for every
-  number of rows
-- reductions over the last dimension (norms, softmax) run on tiles of `TILE` rows too
-- activations run on flat blocks: a CPU's vector loop and the loop over its left-over elements round
-  differently
-- attention has a back-end of its own, `idlm.attention.invariant`
+- Linear layers run on tiles of fixed size. On a CPU each call has `TILE` rows, padded, so all calls
+  have the same GEMM shape. On a GPU a Triton kernel uses the same tiles and the same order for any
+  number of rows.
+- Reductions over the last dimension (norms, softmax) run on tiles of `TILE` rows too.
+- Activations run on flat blocks, since a CPU's vector loop and the loop over the remaining elements
+  round differently.
+- Attention has a back-end for it, `idlm.attention.invariant`.
 
-It holds between runs on one machine with one number of threads. It costs time: use it where equal
-bytes matter more.
+This holds between runs on the same machine with the same number of threads. It is slower.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from torch.overrides import TorchFunctionMode
 from idlm.kernels.gpu import use_triton
 
 TILE = 16
-"""Rows of one GEMM."""
+"""Rows of each GEMM."""
 BLOCK = 64
-"""Keys of one block."""
+"""Keys of an attention block; activations are padded to a multiple of it."""
 FLAT = 16384
-"""Elements of one call of an activation: few enough for one thread, a multiple of every vector
-length."""
+"""Elements per call of an activation: few enough for a single thread, and a multiple of every
+vector length."""
 REDUCTIONS = frozenset({"mean", "softmax", "layer_norm", "rms_norm"})
 ACTIVATIONS = frozenset({"silu", "gelu", "sigmoid", "tanh"})
 
@@ -43,14 +43,16 @@ Function = Callable[..., Any]
 
 @contextmanager
 def batch_invariant() -> Iterator[None]:
-    """Run the model code inside with batch-invariant linear layers, reductions and activations;
-    forward only."""
+    """Run the model code inside with batch-invariant linear layers, reductions and activations.
+
+    There is no backward pass.
+    """
     with _Replace():
         yield
 
 
 class _Replace(TorchFunctionMode):
-    """Hands the functions named above to their invariant forms; stock model code needs no change."""
+    """Replaces the functions above by their invariant forms, without a change to model code."""
 
     def __torch_function__(
         self,
@@ -71,8 +73,7 @@ class _Replace(TorchFunctionMode):
 
 
 def _is_over_rows(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether the call reduces the last dimension alone and leaves the number of dimensions as it
-    is."""
+    """Whether the call reduces the last dimension alone and keeps the number of dimensions."""
     if name in ("layer_norm", "rms_norm"):
         shape = kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())
         return len(shape) == 1
@@ -84,7 +85,7 @@ def _is_over_rows(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x` [..., in] times `weight` [out, in], plus `bias` [out]: [..., out]."""
+    """Batch-invariant `F.linear`: `x` [..., in], `weight` [out, in], `bias` [out] -> [..., out]."""
     if use_triton(x):
         from idlm.kernels.batch_invariant_triton import linear as triton_linear
 
@@ -93,20 +94,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def by_tiles(func: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`func` of the rows `x` [..., D], `TILE` rows a call, the last call padded with zeros."""
+    """Apply `func` to the rows of `x` [..., D], `TILE` rows per call; the last call is padded with
+    zeros."""
     rows = x.reshape(-1, x.shape[-1])
-    number = rows.shape[0]
-    padded = F.pad(rows, (0, 0, 0, -number % TILE))
-    done = (
+    count = rows.shape[0]
+    padded = F.pad(rows, (0, 0, 0, -count % TILE))
+    result = (
         torch.cat([func(tile) for tile in padded.view(-1, TILE, x.shape[-1]).unbind()])
-        if number
+        if count
         else func(rows)
     )
-    return done[:number].view(*x.shape[:-1], done.shape[-1])
+    return result[:count].view(*x.shape[:-1], result.shape[-1])
 
 
 def by_elements(func: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`func` of every element of `x`, in full vectors only."""
-    number = x.numel()
-    padded = F.pad(x.reshape(-1), (0, -number % BLOCK))
-    return torch.cat([func(part) for part in torch.split(padded, FLAT)])[:number].view(x.shape)
+    """Apply `func` to every element of `x`, padded so that only the vector loop runs."""
+    count = x.numel()
+    padded = F.pad(x.reshape(-1), (0, -count % BLOCK))
+    return torch.cat([func(part) for part in torch.split(padded, FLAT)])[:count].view(x.shape)

@@ -1,5 +1,5 @@
-"""The Triton kernels of the deterministic mode: tiles and orders of summation that no row count
-changes."""
+"""The Triton kernels of the deterministic mode: their tiles and orders of summation do not depend
+on the number of rows."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ def _linear(  # type: ignore[no-untyped-def]
     x, weight, bias, out, rows, inner, outer,
     BIASED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One tile of `x` [rows, inner] times `weight` [outer, inner] transposed; the sum goes over
-    inner in one order."""
+    """A tile [ROWS, COLUMNS] of `x` [rows, inner] times the transpose of `weight` [outer, inner].
+
+    The sum always goes over `inner` in the same order.
+    """
     row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -43,14 +45,15 @@ def _linear(  # type: ignore[no-untyped-def]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x` [..., in] times `weight` [out, in], plus `bias` [out]: [..., out]; sums in float32."""
+    """`F.linear` with float32 sums: `x` [..., in], `weight` [out, in], `bias` [out]."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     out = x.new_empty(rows.shape[0], weight.shape[0])
     depth = 32 if x.dtype == torch.float32 else 64
     grid = (triton.cdiv(weight.shape[0], 64), triton.cdiv(rows.shape[0], 16))
     if rows.shape[0]:
         _linear[grid](
-            rows, weight.contiguous(), weight if bias is None else bias, out, *rows.shape, weight.shape[0],
+            rows, weight.contiguous(), weight if bias is None else bias, out,
+            *rows.shape, weight.shape[0],
             BIASED=bias is not None, ROWS=16, COLUMNS=64, DEPTH=depth, num_warps=4,
         )  # fmt: skip
     return out.view(*x.shape[:-1], weight.shape[0])
@@ -62,40 +65,44 @@ def _attend(  # type: ignore[no-untyped-def]
     PAGE: tl.constexpr, G: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
     HEADS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """One row's heads of one group over all its keys, by position; `half` is where the values begin
-    in `pages`."""
+    """One row's F query heads of a key/value head, over all keys of the row in order of position.
+
+    `half` is the offset of the values in `pages`.
+    """
     slot = (tl.program_id(0) // G).to(tl.int64)
     group = tl.program_id(0) % G
     row = slot * width + tl.program_id(1)
     head = tl.arange(0, HEADS)
     size = tl.arange(0, SIZE)
-    place = ((row * G + group) * F + head)[:, None] * E + size
+    offset = ((row * G + group) * F + head)[:, None] * E + size  # in query and out [B, W, H, E]
     alive = (head < F)[:, None] & (size < E)
-    q = tl.load(query + place, mask=alive, other=0.0)
+    q = tl.load(query + offset, mask=alive, other=0.0)
     top = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     mixed = tl.zeros([HEADS, SIZE], tl.float32)
     length = tl.load(lengths + slot)
     count = tl.load(counts + row)
     for start in range(0, count, KEYS):
+        # keys 0 .. length - 1 are in the pages; the others are window rows, in the order `order`
         token = start + tl.arange(0, KEYS)
         cached = token < length
-        brought = (token >= length) & (token < count)
-        number = tl.load(table + slot * columns + token // PAGE, mask=cached, other=0)
-        other = tl.load(order + row * width + token - length, mask=brought, other=0)
-        stored = ((number * PAGE + token % PAGE) * G + group)[:, None] * E + size
-        fresh = ((slot * width + other) * G + group)[:, None] * E + size
-        old = cached[:, None] & (size < E)
-        new = brought[:, None] & (size < E)
+        in_window = (token >= length) & (token < count)
+        page = tl.load(table + slot * columns + token // PAGE, mask=cached, other=0)
+        window_row = tl.load(order + row * width + token - length, mask=in_window, other=0)
+        cached_at = ((page * PAGE + token % PAGE) * G + group)[:, None] * E + size
+        window_at = ((slot * width + window_row) * G + group)[:, None] * E + size
+        from_pages = cached[:, None] & (size < E)
+        from_window = in_window[:, None] & (size < E)
         k = tl.where(
-            old,
-            tl.load(pages + stored, mask=old, other=0.0),
-            tl.load(key + fresh, mask=new, other=0.0),
+            from_pages,
+            tl.load(pages + cached_at, mask=from_pages, other=0.0),
+            tl.load(key + window_at, mask=from_window, other=0.0),
         )
-        v = tl.load(pages + half + stored, mask=old, other=0.0)
-        v = tl.where(old, v, tl.load(value + fresh, mask=new, other=0.0))
+        v = tl.load(pages + half + cached_at, mask=from_pages, other=0.0)
+        v = tl.where(from_pages, v, tl.load(value + window_at, mask=from_window, other=0.0))
         top, total, mixed = absorb(q, k, v, (token < count)[None, :], top, total, mixed, scale)
-    tl.store(out + place, mixed / tl.where(total > 0, total, 1.0)[:, None], mask=alive)
+    # a row that sees nothing has total 0
+    tl.store(out + offset, mixed / tl.where(total > 0, total, 1.0)[:, None], mask=alive)
 
 
 def attend(
@@ -109,17 +116,20 @@ def attend(
     counts: Tensor,
     scale: float,
 ) -> Tensor:
-    """Attention [B, W, H, E] in float16, bfloat16 or float32; `order` and `counts` of
-    `seen_in_order`."""
+    """Attention [B, W, H, E] in float16, bfloat16 or float32.
+
+    `order` and `counts` are those of `idlm.attention.invariant.seen_in_order`.
+    """
     batch, width, heads, size = query.shape
     groups, fold = key.shape[2], heads // key.shape[2]
-    keys = 16 if query.dtype == torch.float32 else 32  # what shared memory holds at head size 256
+    keys = 16 if query.dtype == torch.float32 else 32  # fits shared memory at head size 256
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     _attend[batch * groups, width](
-        query.contiguous(), key.contiguous(), value.contiguous(), pages, table, lengths, order, counts, out,
+        query.contiguous(), key.contiguous(), value.contiguous(),
+        pages, table, lengths, order, counts, out,
         scale * math.log2(math.e), pages.stride(0), table.shape[1], width,
         PAGE=pages.shape[2], G=groups, F=fold, E=size,
-        HEADS=max(16, triton.next_power_of_2(fold)), KEYS=keys, SIZE=max(16, triton.next_power_of_2(size)),
-        num_warps=4, num_stages=2,
+        HEADS=max(16, triton.next_power_of_2(fold)), KEYS=keys,
+        SIZE=max(16, triton.next_power_of_2(size)), num_warps=4, num_stages=2,
     )  # fmt: skip
     return out

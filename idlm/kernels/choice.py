@@ -1,10 +1,10 @@
-"""Which implementation of an operator is the fastest here: measured when an engine starts, on its
-model's own shapes.
+"""Measures, when an engine starts, which implementation of an operator is faster on this machine.
 
-An operator of the C kernels is used where it is at least as fast as PyTorch's; where that is
-depends on the processor, the shape and the number of rows. Matrix products are timed in recordings,
-since steps are recorded: called from Python, an operator of ours costs 1.7 us more, and
-`F.linear` does not. What was found for them is kept per machine, kernels, PyTorch and shapes.
+A C operator is used if it is at least as fast as PyTorch's. That depends on the processor, the
+shape and the number of rows, so the shapes of the engine's model are timed. Matrix products are
+timed inside recordings, because steps are recorded: a call of a C operator from Python costs 1.7 us
+more than in a recording, a call of `F.linear` does not. The results are cached by machine, kernels,
+PyTorch and shapes.
 """
 
 from __future__ import annotations
@@ -33,19 +33,22 @@ from idlm.kernels.panels import draft_format, stacked
 log = logging.getLogger("idlm")
 
 ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
-"""Row counts that products are timed at; each stands for those down to the one before it."""
+"""Row counts at which products are timed. Each also decides for the counts between it and the one
+before it."""
 SECONDS = 2.0
-"""Timing of products stops after about this long; what is left takes what fewer rows had."""
+"""Timing of products stops after about this time. The remaining row counts are decided as the
+largest that was timed."""
 ROUNDS, MOST_ROUNDS, ENOUGH_SECONDS = 5, 50, 0.01
-"""Times each candidate is run, in turn: short ones more often, until all took ENOUGH_SECONDS. The
-least counts, since noise only ever adds."""
+"""Rounds of timing; each round runs every candidate. Fast candidates get more, up to MOST_ROUNDS,
+until ENOUGH_SECONDS have passed. The minimum counts, since noise only adds time."""
 NOISE = 0.03
-"""How far two timings of the same thing differ. Ours may be behind by as much: what it makes of a
-row does not depend on the rows beside it."""
+"""Relative difference of two timings of the same operator. The C operator may be slower by as much,
+because its result for a row does not depend on the rows beside it."""
 RECORDED, PARAMETERS = 8, 2 << 20
-"""Products of one recording: as many as hide its call, by the weights that they read."""
+"""A recording for timing has up to RECORDED products, until they read about PARAMETERS weights: so
+the cost of its call is hidden."""
 DRAFT_ROWS = 12
-"""MASK rows, beside as many real ones, that the weights of MASK rows are timed at."""
+"""The weights of MASK rows are timed with so many MASK rows and as many real rows."""
 
 Call = Callable[[], object]
 Recorded = Callable[[Tensor], object]
@@ -53,7 +56,7 @@ Recorded = Callable[[Tensor], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of both candidates for so many rows."""
+    """Seconds of the C operator (`ours`) and of PyTorch's for a number of rows."""
 
     rows: int
     ours: float
@@ -61,50 +64,52 @@ class Timing:
 
     @property
     def wins(self) -> bool:
-        """Whether ours is used."""
+        """Whether the C operator is used: it may be slower by NOISE."""
         return self.ours <= (1 + NOISE) * self.torch
 
 
 def noise(*shape: int) -> Tensor:
-    """Something to time with; torch's own generator stays as it was, since others draw from it."""
+    """Random inputs for timing. They do not advance torch's default generator."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
 def fastest(calls: Sequence[Call], rounds: int = ROUNDS, products: int = 1) -> list[float]:
-    """Seconds of each of a call's `products`: the least of `rounds` or more calls, in turn, so that
-    noise hits them alike."""
+    """Seconds per product of each call: the minimum over at least `rounds` rounds.
+
+    A round runs all calls, so that noise affects them alike. A call computes `products` products.
+    """
     best = [float("inf")] * len(calls)
     begun = perf_counter()
-    for number in range(MOST_ROUNDS):
-        if number > rounds and perf_counter() - begun > ENOUGH_SECONDS:
-            break  # the first round, which brings caches and threads up, is one more
-        for index, call in enumerate(calls):
+    for index in range(MOST_ROUNDS):
+        if index > rounds and perf_counter() - begun > ENOUGH_SECONDS:
+            break  # the first round only warms up caches and threads, so there is one more
+        for candidate, call in enumerate(calls):
             started = perf_counter()
             call()
-            best[index] = min(best[index], (perf_counter() - started) / products)
+            best[candidate] = min(best[candidate], (perf_counter() - started) / products)
     return best
 
 
 @torch.inference_mode()
 def choose_linears(linears: Linears, seconds: float = SECONDS) -> None:
-    """Set every layer's `choice`, and log one line for each shape.
+    """Set `choice` of every layer, and log a line for each shape.
 
-    Only float32 weights have an alternative; in other formats the kernels are all there is.
+    Only float32 weights have an alternative: other formats are read by the C kernels alone.
     """
     if linears.format != "float32":
         return
     shapes = _by_shape(linears)
-    place = _file("linears", sorted(shapes))
-    known, until = _read(place), perf_counter() + seconds
-    found: dict[str, list[Timing]] = {}
+    path = _file("linears", sorted(shapes))
+    cached, until = _read(path), perf_counter() + seconds
+    by_shape: dict[str, list[Timing]] = {}
     for shape, layers in shapes.items():
         name = f"{shape[0]}x{shape[1]}"
-        timings = found[name] = known.get(name) or _time(layers, until)
+        timings = by_shape[name] = cached.get(name) or _time(layers, until)
         for layer in layers:
             layer.choose(_bits(timings))
         log.info("%s", _line(f"linear {name}", timings))
-    if found != known:
-        _write(place, found)
+    if by_shape != cached:
+        _write(path, by_shape)
 
 
 def _by_shape(linears: Linears) -> dict[tuple[int, int], list[Layer]]:
@@ -115,49 +120,53 @@ def _by_shape(linears: Linears) -> dict[tuple[int, int], list[Layer]]:
 
 
 def _time(layers: Sequence[Layer], until: float) -> list[Timing]:
-    """Both candidates by rows; the layers take turns, so that large ones come from memory."""
+    """Time both candidates by number of rows.
+
+    Calls cycle through all layers of the shape, so that the weights of large ones come from memory
+    as in a step, and not from the cache.
+    """
     timings: list[Timing] = []
     for layer in layers:
         layer.choose(0)  # so that PyTorch's product has its weight
-    turns = [_recordings(layers, choice) for choice in (ALWAYS, 0)]
+    candidates = [_recordings(layers, choice) for choice in (ALWAYS, 0)]
     for rows in ROWS:
         if timings and perf_counter() > until:
             break
         x = noise(rows, layers[0].shape[0])
-        calls = [partial(_call, turn, x) for turn in turns]
+        calls = [partial(_call_next, recordings, x) for recordings in candidates]
         timings.append(Timing(rows, *fastest(calls, products=_products(layers[0]))))
     return timings
 
 
-def _call(turn: Iterator[Recorded], x: Tensor) -> None:
-    next(turn)(x)
+def _call_next(recordings: Iterator[Recorded], x: Tensor) -> None:
+    next(recordings)(x)
 
 
 def _products(layer: Layer) -> int:
-    """Products of one recording."""
+    """Products of a recording with layers of this shape; see RECORDED."""
     inner, out = layer.shape
     return min(RECORDED, max(1, PARAMETERS // (inner * out)))
 
 
 def _recordings(layers: Sequence[Layer], choice: int) -> Iterator[Recorded]:
-    """Endless recordings, which together have the products by all layers."""
-    inner, number = layers[0].shape[0], _products(layers[0])
-    turn = cycle(
+    """An endless cycle of recordings, which together multiply by all layers."""
+    inner, count = layers[0].shape[0], _products(layers[0])
+    products = cycle(
         [partial(replace(layer, choice=choice).multiply, adapter=None) for layer in layers]
     )
-    made = [
-        recorded([next(turn) for _ in range(number)], inner)
-        for _ in range(-(-len(layers) // number))
+    recordings = [
+        recorded([next(products) for _ in range(count)], inner)
+        for _ in range(-(-len(layers) // count))
     ]
-    return cycle(made)
+    return cycle(recordings)
 
 
 def recorded(products: Sequence[Callable[[Tensor], Tensor]], inner: int) -> Recorded:
-    """All products of the same rows [T, inner], as a step runs them."""
+    """Record products of the same rows [T, inner], as a step runs them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(
-            lambda x: tuple(one(x) for one in products), noise(2, inner), check_trace=False
+            lambda x: tuple(product(x) for product in products), noise(2, inner), check_trace=False
         )
 
     def call(x: Tensor) -> object:
@@ -168,87 +177,94 @@ def recorded(products: Sequence[Callable[[Tensor], Tensor]], inner: int) -> Reco
 
 
 def _bits(timings: Sequence[Timing]) -> int:
-    """The choice that csrc/ops.c takes; the last row count measured stands for all beyond."""
+    """The bits of a layer's `choice`; bit b is for 2^(b-1) + 1 to 2^b rows.
+
+    Row counts beyond the last that was timed are decided as that one.
+    """
     choice = 0
     for bit in range(63):
-        one = next((timing for timing in timings if timing.rows >= 1 << bit), timings[-1])
-        choice |= one.wins << bit
+        timing = next((timing for timing in timings if timing.rows >= 1 << bit), timings[-1])
+        choice |= timing.wins << bit
     return ALWAYS if choice == (1 << 63) - 1 else choice
 
 
 def _line(name: str, timings: Sequence[Timing]) -> str:
-    """For the log: ranges of rows with the winner, and the times where each range begins."""
+    """A log line: for each range of rows the winner, with the times at the start of the range."""
     target = native.instruction_set()
     ours = f"C/{target.name}" if target is not None else "C"
-    parts: list[str] = []
-    before = None
-    for one in timings:
-        if one.wins != before:
-            pair = (ours, one.ours, "torch", one.torch)
-            winner, best, loser, other = pair if one.wins else (*pair[2:], *pair[:2])
-            parts.append(
-                f"{one.rows}+ rows {winner} {1e3 * best:.3f} ms ({loser} {1e3 * other:.3f})"
+    ranges: list[str] = []
+    wins_before = None
+    for timing in timings:
+        if timing.wins != wins_before:
+            pair = (ours, timing.ours, "torch", timing.torch)
+            winner, best, loser, other = pair if timing.wins else (*pair[2:], *pair[:2])
+            ranges.append(
+                f"{timing.rows}+ rows {winner} {1e3 * best:.3f} ms ({loser} {1e3 * other:.3f})"
             )
-        before = one.wins
-    return f"{name}: {', '.join(parts)}"
+        wins_before = timing.wins
+    return f"{name}: {', '.join(ranges)}"
 
 
 @torch.inference_mode()
 def drafts_pay(linears: Linears, ranks: Mapping[int, int]) -> bool:
-    """Whether MASK rows are faster with int8 weights of their own than with the model's weights
-    and the adapter beside them.
+    """Whether MASK rows are faster by merged int8 weights than by the model's weights and the
+    adapter; the log has both times.
 
     Args:
-        ranks: by id of a layer's weight, the ranks of all its adapters together.
+        ranks: the sum of the ranks of a layer's adapters, by the id of its weight.
     """
-    own = beside = 0.0
-    seen: dict[object, tuple[float, float]] = {}
+    merged = separate = 0.0
+    timed: dict[object, tuple[float, float]] = {}
     for layer in linears.layers:
         key = (
             tuple(layer.widths),
             layer.shape,
             tuple(ranks.get(id(weight), 0) for weight in layer.group),
         )
-        if key not in seen:
-            seen[key] = _time_drafts(layer, key[2])
-        own, beside = own + seen[key][0], beside + seen[key][1]
-    better = "int8 weights of their own" if own < beside else "the model's weights and the adapter"
-    figures = (DRAFT_ROWS, DRAFT_ROWS, 1e3 * own, 1e3 * beside)
+        if key not in timed:
+            timed[key] = _time_drafts(layer, key[2])
+        merged, separate = merged + timed[key][0], separate + timed[key][1]
+    wins = merged < separate
+    better = "int8 weights of their own" if wins else "the model's weights and the adapter"
+    figures = (DRAFT_ROWS, DRAFT_ROWS, 1e3 * merged, 1e3 * separate)
     how = "%d of them beside %d real rows take %.2f ms a step by int8, %.2f by the model's weights"
     log.info(f"MASK rows: {better}; {how}", *figures)
-    return own < beside
+    return wins
 
 
 def _time_drafts(layer: Layer, ranks: Sequence[int]) -> tuple[float, float]:
-    """Seconds of both; `ranks` are those of the adapters of each of the layer's parts."""
+    """Seconds by merged int8 weights, and by the model's weights and the adapter.
+
+    `ranks` has a rank for each weight of the layer's group.
+    """
     inner, _ = layer.shape
     x, adapter = noise(2 * DRAFT_ROWS, inner), torch.zeros(DRAFT_ROWS, dtype=torch.int64)
     trial = replace(layer, drafts=stacked([layer.panels.matrix()], draft_format()))
-    low = [
+    updates = [
         (noise(rank, inner), noise(out, rank))
         for out, rank in zip(layer.widths, ranks, strict=True)
     ]
 
-    def beside() -> None:
+    def with_adapter() -> None:
         parts = layer.multiply(x, None).split(layer.widths, dim=1)
-        for part, (down, up) in zip(parts, low, strict=True):
-            if len(down):
-                part[DRAFT_ROWS:].add_(F.linear(F.linear(x[DRAFT_ROWS:], down), up))
+        for part, (a, b) in zip(parts, updates, strict=True):
+            if len(a):
+                part[DRAFT_ROWS:].add_(F.linear(F.linear(x[DRAFT_ROWS:], a), b))
 
-    own, other = fastest((lambda: trial.multiply(x, adapter), beside))
-    return own, other
+    merged, separate = fastest((lambda: trial.multiply(x, adapter), with_adapter))
+    return merged, separate
 
 
 def faster(name: str, ours: Call, theirs: Call) -> bool:
-    """Whether our operator is used and not PyTorch's; the log says why."""
-    found = Timing(1, *fastest((ours, theirs)))
-    winner = "C" if found.wins else "torch"
-    log.info("%s: %s; C %.3f ms, torch %.3f", name, winner, 1e3 * found.ours, 1e3 * found.torch)
-    return found.wins
+    """Whether the C operator is used instead of PyTorch's; both times are logged."""
+    timing = Timing(1, *fastest((ours, theirs)))
+    winner = "C" if timing.wins else "torch"
+    log.info("%s: %s; C %.3f ms, torch %.3f", name, winner, 1e3 * timing.ours, 1e3 * timing.torch)
+    return timing.wins
 
 
 def _file(name: str, shapes: object) -> Path:
-    """Where what was found lies: one file for each combination of what it depends on."""
+    """The cache file of timings; its name hashes everything that they depend on."""
     machine = (platform.node(), processor_name(), torch.get_num_threads())
     facts = [shapes, ROWS, RECORDED, PARAMETERS, *native.facts(), *machine]
     key = hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:24]
@@ -256,37 +272,37 @@ def _file(name: str, shapes: object) -> Path:
 
 
 def processor_name() -> str:
-    """The processor's model, as /proc/cpuinfo has it; else what Python knows."""
+    """The processor's model name from /proc/cpuinfo, else `platform.processor`."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    found = next((line for line in lines if line.startswith("model name")), "")
-    return found.partition(":")[2].strip() or platform.processor()
+    line = next((line for line in lines if line.startswith("model name")), "")
+    return line.partition(":")[2].strip() or platform.processor()
 
 
-def _read(place: Path) -> dict[str, list[Timing]]:
-    """By shape; nothing where nothing was measured yet, or the file holds something else."""
+def _read(path: Path) -> dict[str, list[Timing]]:
+    """Cached timings by shape; empty if there is no file or it cannot be parsed."""
     try:
-        found = json.loads(place.read_text())
+        content = json.loads(path.read_text())
         return {
-            name: [Timing(int(rows), float(a), float(b)) for rows, a, b in one]
-            for name, one in found.items()
+            shape: [Timing(int(rows), float(ours), float(torch)) for rows, ours, torch in timings]
+            for shape, timings in content.items()
         }
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
-def _write(place: Path, found: Mapping[str, Sequence[Timing]]) -> None:
-    """Best effort: without a place to write, the next start measures again."""
+def _write(path: Path, by_shape: Mapping[str, Sequence[Timing]]) -> None:
+    """Cache timings. An error is ignored: the next start measures again."""
     content = {
-        name: [(one.rows, one.ours, one.torch) for one in timings]
-        for name, timings in found.items()
+        shape: [(timing.rows, timing.ours, timing.torch) for timing in timings]
+        for shape, timings in by_shape.items()
     }
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        draft = place.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(content))
-        draft.replace(place)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(content))
+        temporary.replace(path)  # atomic: other processes may read it
     except OSError:
         return

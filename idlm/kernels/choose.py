@@ -1,4 +1,4 @@
-"""Which implementation chooses tokens: decided once, when an engine starts."""
+"""The implementation of `law.choose`: decided once, when an engine starts."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from idlm.decoding.law import Chooser, choose
 
 
 def chooser(device: torch.device) -> Chooser:
-    """The Triton kernel on a GPU that has triton, else `law.choose`; both choose alike.
+    """The Triton kernel on a GPU with Triton, else `law.choose`; both choose the same tokens.
 
-    The PyTorch function writes the noise of all tokens to memory in float64, which for a vocabulary
-    of 150,000 is many times the logits; the kernel makes a token's noise where its score is read.
+    The PyTorch function writes float64 noise for the whole vocabulary to memory, many times the
+    size of the logits. The kernel computes a token's noise when it reads its score.
     """
     if device.type != "cuda" or find_spec("triton") is None:
         return choose
-    from idlm.kernels.choose_triton import choose_rows  # here: not every machine has triton
+    from idlm.kernels.choose_triton import choose_rows  # Triton is optional
 
     return choose_rows

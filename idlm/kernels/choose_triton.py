@@ -1,8 +1,8 @@
 """`idlm.decoding.law.choose` as a Triton kernel.
 
-A program takes a share of one row's vocabulary, makes the noise of each of its tokens and keeps the
-best; where rows are too few to fill the device a row is split over several programs, and their
-bests are compared afterwards.
+A program computes the noise of each token in a share of a row's vocabulary and keeps the best
+token. If the rows are too few to fill the device, a row is split over several programs, and their
+best tokens are compared afterwards.
 
     token of a row:   0 ........ share ........ 2 share ........ V
     program (split)   [    0    ][      1      ][  splits - 1  ]
@@ -29,7 +29,7 @@ LARGEST = tl.constexpr(2**63 - 1)
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _shift(word, bits: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Logical right shift."""
+    """Logical right shift of an int64, whose own shift copies the sign."""
     return (word >> bits) & (LARGEST >> (bits - 1))
 
 
@@ -44,19 +44,19 @@ def _mix(word):  # type: ignore[no-untyped-def]
 # compiled once for all batches: not anew where a number is 1 or a multiple of 16
 @triton.jit(do_not_specialize=["rows", "stream"])  # type: ignore[untyped-decorator]
 def _choose(  # type: ignore[no-untyped-def]
-    scores, temperatures, keys, first, bests, ids, rows, vocab, share, key_stride, stream,
+    scores, temperatures, keys, positions, bests, ids, rows, vocab, share, key_stride, stream,
     SAMPLED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The best token of one share of one row's vocabulary, and its score."""
+    """The best token and its score, of a share of a row's vocabulary."""
     row = tl.program_id(0).to(tl.int64)
     slot = row // rows
     temperature = tl.load(temperatures + slot)
-    position = tl.load(first + slot) + row % rows
-    # a block, not a scalar: the interpreter's scalars warn where a product wraps
+    position = tl.load(positions + slot) + row % rows
+    # a block, not a scalar: scalars of Triton's interpreter warn if a product wraps around
     key = tl.load(keys + slot * key_stride + stream + tl.zeros([1], tl.int64))
     start = _mix(key + (position + 1) * GOLDEN)
     best = tl.full([BLOCK], float("-inf"), tl.float64)
-    chosen = tl.full([BLOCK], 0, tl.int64) + vocab
+    chosen = tl.full([BLOCK], 0, tl.int64) + vocab  # vocab: no token yet
     begin = tl.program_id(1) * share
     for block in range(begin, tl.minimum(vocab, begin + share), BLOCK):
         token = block + tl.arange(0, BLOCK).to(tl.int64)
@@ -70,9 +70,9 @@ def _choose(  # type: ignore[no-untyped-def]
         best = tl.where(better, score, best)
         chosen = tl.where(better, token, chosen)
     top = tl.max(best, 0)
-    place = row * tl.num_programs(1) + tl.program_id(1)
-    tl.store(bests + place, top)
-    tl.store(ids + place, tl.min(tl.where(best == top, chosen, vocab), 0))
+    offset = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(bests + offset, top)
+    tl.store(ids + offset, tl.min(tl.where(best == top, chosen, vocab), 0))  # ties: the smallest id
 
 
 def choose_rows(
@@ -80,10 +80,13 @@ def choose_rows(
     settings: Settings,
     sampled: bool,
     stream: Stream,
-    first: Tensor,
+    position: Tensor,
     splits: int | None = None,
 ) -> Tensor:
-    """A token of each row, as `law.choose`; `splits` None: as many as fill the device."""
+    """Choose a token for each row, as `law.choose`: int64 [B, R].
+
+    `splits` is the number of programs per row; by default as many as fill the device.
+    """
     batch, rows, vocab = scores.shape
     if splits is None:
         programs = 4 * processors(scores.device) // max(1, batch * rows)
@@ -91,12 +94,12 @@ def choose_rows(
     share = triton.cdiv(triton.cdiv(vocab, splits), BLOCK) * BLOCK
     splits = triton.cdiv(vocab, share)
     bests = scores.new_empty(batch, rows, splits, dtype=torch.float64)
-    ids = first.new_empty(batch, rows, splits)
-    # columns of a table, unless selected
+    ids = position.new_empty(batch, rows, splits)
+    # in `Settings` they are columns of a table
     temperature, keys = settings.temperature.contiguous(), settings.keys.contiguous()
     if batch * rows:
         _choose[batch * rows, splits](
-            scores.contiguous(), temperature, keys, first, bests, ids,
+            scores.contiguous(), temperature, keys, position, bests, ids,
             rows, vocab, share, keys.shape[1], int(stream),
             SAMPLED=sampled, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip

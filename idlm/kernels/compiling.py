@@ -1,8 +1,7 @@
-"""How the C kernels (csrc/) are compiled: one library for each instruction set, all from one
-source.
+"""Compiles the C kernels (csrc/): a library for each instruction set, all from the same source.
 
-It imports the standard library alone: the build of a wheel, which has neither torch nor idlm, loads
-this file by its path (setup.py).
+This module imports only the standard library. The build of a wheel, which has neither torch nor
+idlm, loads it by its path (setup.py).
 """
 
 from __future__ import annotations
@@ -23,11 +22,10 @@ if TYPE_CHECKING:
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-std=c11", "-O3", "-fopenmp", "-fPIC")
 FAST = "-ffast-math"
-"""For compiling alone: where fast math is given for linking too, it changes the whole process's
-rounding."""
+"""For compiling only: linking with -ffast-math sets flush-to-zero for the whole process."""
 FUSED = "-ffp-contract=fast"
-"""Sums in the order that they are written in, with fused multiply-adds: a row's bits do not depend
-on its tile, and those of int8 not on the instruction set."""
+"""Fused multiply-adds, but sums in the order of the source: the bits of a row do not depend on its
+tile, and those of int8 do not depend on the instruction set."""
 UNITS = (
     ("window_attention.c", FAST, "-DREAL=float", "-DREAL_BYTES=4", "-DEXP=expf"),
     ("window_attention.c", FAST, "-DREAL=double", "-DREAL_BYTES=8", "-DEXP=exp"),
@@ -43,36 +41,35 @@ STUB = ("-shared", "-Wl,-soname,libtorch_cpu.so", "-x", "c", os.devnull)
 
 
 def compiler() -> str:
-    """The C compiler's command: CC, or cc.
+    """The command of the C compiler: the variable CC, else `cc` on the PATH.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    found = os.environ.get("CC") or shutil.which("cc")
-    if found is None:
+    command = os.environ.get("CC") or shutil.which("cc")
+    if command is None:
         raise FileNotFoundError("no C compiler (cc) on the PATH; install one, or set CC")
-    return found
+    return command
 
 
 def fingerprint(target: InstructionSet) -> str:
-    """Of all that a library is made from, except the compiler."""
-    texts = [f"{place.name}\n{place.read_text()}" for place in sorted(SOURCES.glob("*.[ch]"))]
+    """A hash of the sources and flags of a library; the compiler is not part of it."""
+    texts = [f"{path.name}\n{path.read_text()}" for path in sorted(SOURCES.glob("*.[ch]"))]
     facts = (*texts, repr((UNITS, FLAGS, LINKING, STUB, target.flags)))
     return hashlib.sha256("".join(facts).encode()).hexdigest()[:24]
 
 
 def file_name(target: InstructionSet) -> str:
-    """Of a library; one that was made from other sources has another name, so it is never taken for
-    this one."""
+    """The file name of a library. It has the fingerprint, so that a library of other sources is
+    never loaded."""
     return f"{target.name}-{fingerprint(target)}.so"
 
 
 def compile_library(command: str, target: InstructionSet, folder: Path) -> Path:
-    """Compile the library of an instruction set into `folder`; neither torch nor its headers are
-    needed.
+    """Compile the library of an instruction set into `folder`, without torch or its headers.
 
-    On Linux it names torch's library as one it needs, so that the loader finds the operators' C
-    interface there: a stub of that name serves for linking.
+    On Linux the library depends on libtorch_cpu.so, where the loader finds torch's C interface. For
+    linking an empty stub of that name is enough.
 
     Raises:
         OSError: the compiler does not start.
@@ -80,12 +77,12 @@ def compile_library(command: str, target: InstructionSet, folder: Path) -> Path:
     """
     folder = folder.absolute()
     objects = compile_units(command, target, folder)
-    made = folder / file_name(target)
+    library = folder / file_name(target)
     system = "Darwin" if platform.system() == "Darwin" else "Linux"
     if system == "Linux":
         _run(command, *STUB, "-o", str(folder / "libtorch_cpu.so"))
-    _run(command, *objects, f"-L{folder}", *LINKING[system], "-o", str(made))
-    return made
+    _run(command, *objects, f"-L{folder}", *LINKING[system], "-o", str(library))
+    return library
 
 
 def compile_units(
@@ -95,22 +92,24 @@ def compile_units(
     units: Sequence[tuple[str, ...]] = UNITS,
     *flags: str,
 ) -> list[str]:
-    """Compile units for an instruction set into `folder`, with `flags` beside their own; returns
-    the objects."""
-    objects = [str(folder / f"{target.name}-{number}.o") for number in range(len(units))]
-    for (source, *own), to in zip(units, objects, strict=True):
-        _run(command, *FLAGS, *target.flags, *flags, *own, "-c", source, "-o", to)
+    """Compile units (source file and its flags) into `folder`, with additional `flags`.
+
+    Returns the paths of the objects.
+    """
+    objects = [str(folder / f"{target.name}-{index}.o") for index in range(len(units))]
+    for (source, *unit_flags), to in zip(units, objects, strict=True):
+        _run(command, *FLAGS, *target.flags, *flags, *unit_flags, "-c", source, "-o", to)
     return objects
 
 
 def _run(command: str, *arguments: str) -> None:
-    """Where the sources lie: so that no path of this machine gets into a library."""
-    whole = (*shlex.split(command), *arguments)
-    subprocess.run(whole, check=True, capture_output=True, text=True, timeout=600, cwd=SOURCES)
+    """Run the compiler in the folder of the sources, so that no absolute path is in a library."""
+    line = (*shlex.split(command), *arguments)
+    subprocess.run(line, check=True, capture_output=True, text=True, timeout=600, cwd=SOURCES)
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in one line; a compiler's first complaint."""
+    """The cause of a failed build in one line: the compiler's first error if there is one."""
     lines = str(getattr(error, "stderr", "") or error).strip().splitlines()
     return next(
         (line for line in lines if "error" in line), lines[0] if lines else type(error).__name__

@@ -1,8 +1,8 @@
-"""The rewriting of a recorded step to use the C kernels: RMS norm, rotary embedding, SwiGLU.
+"""Rewrites a recorded step to use fused C operators: RMS norm, rotary embedding, SwiGLU.
 
-Stock model code spells the first three out in two to ten operations, each with a pass over memory
-and the cost of a call, which for a small model is most of the step. The recording is searched for
-those very operations; what does not match stays as it is. Only float32: there the sums' order
+Stock model code writes each of them as two to ten operations. Each operation is a pass over memory
+and a call, which takes most of a small model's step. The recording is searched for exactly those
+operations; what does not match is kept. This is done in float32 only. The order of the sums then
 differs from PyTorch's, as it does between matrix shapes anyway.
 """
 
@@ -24,9 +24,9 @@ from idlm.kernels.choice import Call, faster, noise
 log = logging.getLogger("idlm")
 
 TIMED_ROWS = 8
-"""Rows that the operators are timed at."""
+"""Rows of the inputs that the operators are timed with."""
 
-# a pattern matches only where every value inside it has as many uses as here, constants included
+# A pattern matches only if each value inside it, constants too, has exactly the uses written here.
 _RMS_NORM = """
 graph(%rows, %weight, %eps):
     %two : int = prim::Constant[value=2]()
@@ -65,7 +65,8 @@ _FUSED = (
     (
         "rms_norm",
         _RMS_NORM,
-        "graph(%rows, %weight, %eps):\n    %out = idlm::rms_norm(%rows, %weight, %eps)\n    return (%out)",
+        "graph(%rows, %weight, %eps):\n"
+        "    %out = idlm::rms_norm(%rows, %weight, %eps)\n    return (%out)",
     ),
     (
         "rotate",
@@ -79,11 +80,10 @@ OPERATORS = frozenset(("rms_norm", "rotate", "swiglu"))
 
 
 def fuse(graph: torch.Graph, dtype: torch.dtype, operators: Container[str] = OPERATORS) -> None:
-    """Put fused operations into a recording of a model in float32, in place; others stay as they
-    were.
+    """Replace operations by fused ones in the recording of a float32 model, in place.
 
-    The log says how many were found: a release of transformers that spells one otherwise makes
-    steps slower, not wrong.
+    The log says how many were replaced. A transformers release that writes one of them differently
+    makes steps slower, not wrong.
     """
     if dtype != torch.float32 or not native.loaded():
         return
@@ -96,13 +96,13 @@ def fuse(graph: torch.Graph, dtype: torch.dtype, operators: Container[str] = OPE
         if node.kind() == "idlm::rms_norm":
             _constant_eps(graph, node)
         elif "swiglu" in operators and _is_swiglu(node):
-            # at the product's place: between it and silu an adapter adds to the other factor, in
-            # place
-            soft, up = node.inputs()
-            _replace(graph, node, "idlm::swiglu", [next(soft.node().inputs()), up])
+            # Insert at the mul, not at silu: between the two, the LoRA update is added to `up` in
+            # place.
+            silu, up = node.inputs()
+            _replace(graph, node, "idlm::swiglu", [next(silu.node().inputs()), up])
     torch._C._jit_pass_dce(graph)
     kinds = Counter(node.kind() for node in graph.nodes())
-    _say(
+    _log_counts(
         ", ".join(
             f"{kinds[f'idlm::{name}']} {name}" for name in sorted(OPERATORS) if name in operators
         )
@@ -110,9 +110,9 @@ def fuse(graph: torch.Graph, dtype: torch.dtype, operators: Container[str] = OPE
 
 
 @cache
-def _say(found: str) -> None:
-    """Once for each set of counts: every kind of step is recorded, and most have the same."""
-    log.info("a recorded step has fused operators: %s", found or "none is faster here")
+def _log_counts(counts: str) -> None:
+    """Log each set of counts once: many kinds of step are recorded, and most have the same."""
+    log.info("a recorded step has fused operators: %s", counts or "none is faster here")
 
 
 def _is_swiglu(node: torch.Node) -> bool:
@@ -121,11 +121,11 @@ def _is_swiglu(node: torch.Node) -> bool:
 
 @torch.inference_mode()
 def faster_operators(hidden: int, inner: int, heads: int, size: int) -> frozenset[str]:
-    """Those of `OPERATORS` that are faster here than what stock model code does; the log says.
+    """The `OPERATORS` that are faster on this machine than stock model code; times are logged.
 
     Args:
-        hidden, inner: sizes of a hidden state and between the two halves of an MLP; heads, size: of
-            the queries.
+        hidden, inner: the sizes of a hidden state and of the MLP's intermediate state.
+        heads, size: query heads and their size.
     """
     if not native.loaded():
         return frozenset()
@@ -138,12 +138,12 @@ def faster_operators(hidden: int, inner: int, heads: int, size: int) -> frozense
     def norm() -> Tensor:
         return weight * (rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + eps))
 
-    def turn() -> Tensor:
+    def rotate() -> Tensor:
         return query * cosine + torch.cat((-query[..., half:], query[..., :half]), dim=-1) * sine
 
     candidates: dict[str, tuple[Call, Call]] = {
         "rms_norm": (lambda: ops.rms_norm(rows, weight, eps), norm),
-        "rotate": (lambda: ops.rotate(query, cosine, sine), turn),
+        "rotate": (lambda: ops.rotate(query, cosine, sine), rotate),
         "swiglu": (lambda: ops.swiglu(gate, up), lambda: F.silu(gate) * up),
     }
     return frozenset(
@@ -152,26 +152,26 @@ def faster_operators(hidden: int, inner: int, heads: int, size: int) -> frozense
 
 
 def _drop_casts(graph: torch.Graph) -> None:
-    """Take out conversions of float32 to float32, which return their input."""
+    """Remove conversions from float32 to float32, which return their input."""
     for node in list(graph.nodes()):
         if node.kind() == "aten::to":
-            before, after = (value.type() for value in (next(node.inputs()), node.output()))
-            if before.scalarType() == after.scalarType() == "Float":
+            source, target = (value.type() for value in (next(node.inputs()), node.output()))
+            if source.scalarType() == target.scalarType() == "Float":
                 node.output().replaceAllUsesWith(next(node.inputs()))
                 node.destroy()
 
 
 def _constant_eps(graph: torch.Graph, node: torch.Node) -> None:
-    """The recording holds it as a tensor, the operator takes a number."""
+    """Replace eps by a float: the recording has it as a tensor, the operator takes a number."""
     *_, eps = node.inputs()
-    number: Any = eps.toIValue()
+    value: Any = eps.toIValue()
     graph.setInsertPoint(node)
-    node.replaceInput(2, graph.insertConstant(float(number)))  # type: ignore[attr-defined]
+    node.replaceInput(2, graph.insertConstant(float(value)))  # type: ignore[attr-defined]
 
 
 def _replace(graph: torch.Graph, node: torch.Node, kind: str, inputs: list[torch.Value]) -> None:
-    made = graph.create(kind, inputs, 1)
-    made.insertBefore(node)
-    made.output().setType(node.output().type())
-    node.output().replaceAllUsesWith(made.output())
+    fused = graph.create(kind, inputs, 1)
+    fused.insertBefore(node)
+    fused.output().setType(node.output().type())
+    node.output().replaceAllUsesWith(fused.output())
     node.destroy()

@@ -1,4 +1,4 @@
-"""Where the Triton kernels serve."""
+"""Whether the Triton kernels can be used."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ TRITON_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def use_triton(like: Tensor) -> bool:
-    """Whether the Triton kernels serve tensors of this type and device; PyTorch serves all others."""
+    """Whether the Triton kernels support the type and device of `like`; else PyTorch is used."""
     return like.is_cuda and like.dtype in TRITON_TYPES and find_spec("triton") is not None

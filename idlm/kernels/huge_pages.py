@@ -1,8 +1,8 @@
-"""Memory in huge pages, for what every step reads from end to end.
+"""Memory in huge pages, for weights, which every step reads in full.
 
-A step of one row reads all weights once. In pages of 4 KiB that is a look-up of an address for each
-64 lines, which on a virtual machine goes through two tables; in pages of 2 MiB it is one in 32,768.
-Linux gives them to whoever asks, where `transparent_hugepage` is `madvise` or `always`.
+A step of one row reads all weights once. With pages of 4 KiB the processor translates an address
+every 64 cache lines, through two tables on a virtual machine; with pages of 2 MiB, every 32,768
+lines. Linux provides huge pages if `transparent_hugepage` is `madvise` or `always`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ LINE = 64
 
 
 def in_huge_pages(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies of dense CPU tensors, one behind the other in one piece of memory; the tensors
-    themselves where the system has no such pages."""
+    """Copy dense CPU tensors into one allocation of huge pages; without a copy if the system has
+    none."""
     advice = getattr(mmap, "MADV_HUGEPAGE", None)
     starts, end = [], 0
     for tensor in tensors:
@@ -29,22 +29,22 @@ def in_huge_pages(tensors: list[Tensor]) -> list[Tensor]:
         return tensors
     memory = mmap.mmap(-1, end + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(advice)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    first = -whole.data_ptr() % HUGE
+    buffer = torch.frombuffer(memory, dtype=torch.uint8)
+    aligned = buffer[-buffer.data_ptr() % HUGE :]  # from the start of a huge page
     return [
-        _placed(one, whole[first + start :]) for one, start in zip(tensors, starts, strict=True)
+        _copy_into(aligned[start:], tensor) for tensor, start in zip(tensors, starts, strict=True)
     ]
 
 
 def give_back() -> None:
-    """Return to the system what was freed; glibc keeps pieces below 32 MiB for later."""
+    """Return freed memory to the system: glibc keeps blocks below 32 MiB."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
-def _placed(tensor: Tensor, memory: Tensor) -> Tensor:
-    """A copy at the beginning of `memory`."""
+def _copy_into(memory: Tensor, tensor: Tensor) -> Tensor:
+    """A copy of `tensor` at the start of `memory`, a uint8 tensor that is long enough."""
     copy = memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
     copy.copy_(tensor)
     return copy

@@ -1,6 +1,7 @@
-"""The instruction sets that the C kernels are built for, and which of them this processor has.
+"""The instruction sets that the C kernels are built for, and which of them this processor supports.
 
-Like compiling.py it imports the standard library alone: a wheel's build loads it by its path.
+Like compiling.py this module imports only the standard library: the build of a wheel loads it by
+its path.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ X86_64_V4 = X86_64_V3 | frozenset(["avx512f", "avx512bw", "avx512cd", "avx512dq"
 
 @dataclass(frozen=True)
 class InstructionSet:
-    """One build of the kernels.
+    """A target of the kernels' build.
 
     Attributes:
-        name: what `IDLM_NATIVE` calls it.
-        machine: the platform, as `platform.machine` names it.
-        flags: of the C compiler.
-        needs: what the processor has to have, by Linux's names.
+        name: the value of `IDLM_NATIVE` that selects it.
+        machine: the platform, as in `platform.machine()`.
+        flags: flags of the C compiler.
+        needs: the processor features that it needs, with the names of /proc/cpuinfo.
     """
 
     name: str
@@ -32,7 +33,7 @@ class InstructionSet:
 
     @property
     def dot4(self) -> bool:
-        """Whether four products of 8 bits and their sum are one instruction."""
+        """Whether it has VNNI: four 8-bit products and their sum in one instruction."""
         return bool(self.needs & {"avx512_vnni", "avx_vnni"})
 
 
@@ -52,33 +53,33 @@ _ALL = (
     InstructionSet("x86_64", "x86_64", ("-march=x86-64",)),
     InstructionSet("aarch64", "aarch64", ("-march=armv8-a",)),
 )
-INSTRUCTION_SETS = {one.name: one for one in _ALL}
-"""By name, the best first."""
+INSTRUCTION_SETS = {target.name: target for target in _ALL}
+"""All targets by name; on each platform the fastest comes first."""
 
 
 def machine() -> str:
-    """This platform, as Linux names it."""
-    known = {"AMD64": "x86_64", "arm64": "aarch64"}
-    return known.get(platform.machine(), platform.machine())
+    """This platform, with the name that Linux has for it."""
+    aliases = {"AMD64": "x86_64", "arm64": "aarch64"}
+    return aliases.get(platform.machine(), platform.machine())
 
 
 @cache
 def processor_flags() -> frozenset[str]:
-    """What the processor has, by Linux's names; empty where nothing says so, which leaves the
-    plainest build."""
+    """The processor's features from /proc/cpuinfo; empty without that file, so that only the basic
+    target of the platform is left."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return frozenset()
-    found = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
-    return frozenset(found.partition(":")[2].split())
+    line = next((line for line in lines if line.startswith(("flags", "Features"))), ":")
+    return frozenset(line.partition(":")[2].split())
 
 
 def runs_here(target: InstructionSet) -> bool:
-    """Whether this machine runs such a build."""
+    """Whether this machine can run a library for `target`."""
     return target.machine == machine() and target.needs <= processor_flags()
 
 
 def best() -> InstructionSet | None:
-    """The best one that runs here; None on a platform that there is no build for."""
+    """The fastest target that this machine can run; None if its platform has none."""
     return next(filter(runs_here, INSTRUCTION_SETS.values()), None)

@@ -1,16 +1,14 @@
-"""`Linears`: the products of a model's linear layers by the C kernels, on a CPU, in float32.
+"""`Linears`: a model's linear layers computed by the C kernels, on a CPU, in float32.
 
-Stock model code calls `F.linear`; while a step runs, the calls with a known weight go to the
-kernels. Real rows multiply the layer's weights, in the format that the engine was given. MASK rows
-only make claims, which verification checks: what they round costs acceptance and cannot change a
-byte of the output. So where it is faster they multiply int8 weights with their adapter merged in,
-which spares the adapter's two further products.
+Stock model code calls `F.linear`. While a step runs, calls with a known weight go to the kernels.
+Real rows use the weights in the format that the engine was given. MASK rows only make drafts, which
+are verified: their rounding may cost acceptance but cannot change the output. So, if it is faster,
+they use int8 weights with the adapter merged in, which saves the two products of the adapter.
 
-Layers that multiply the same rows, such as q, k and v, are one product here: the first of them that
-is called brings the others' results, which are kept until they are asked for.
+Layers with the same input, such as q, k and v, are a group and one product. The first layer of a
+group that is called computes all; the results of the others are kept until their calls.
 
-Shapes: A adapters, M MASK rows, which are the last rows of a forward; others as in
-`idlm.kernels.panels`.
+Shapes: A adapters; M MASK rows, the last rows of a forward; others as in `idlm.kernels.panels`.
 """
 
 from __future__ import annotations
@@ -30,39 +28,41 @@ from idlm.kernels.huge_pages import in_huge_pages
 from idlm.kernels.panels import Panels, draft_format, stacked
 
 ALWAYS = -1
-"""A choice of panels for any number of rows; bit b stands for 2^(b-1) + 1 to 2^b rows."""
+"""A `Layer.choice` of panels for any number of rows. Bit b of a choice is for 2^(b-1) + 1 to 2^b
+rows."""
 
 Group = Sequence[Tensor]
-"""Weights [., K] of layers that multiply the same rows: one product, with their outputs side by
-side."""
+"""Weights [., K] of layers with the same input: one product, whose outputs are concatenated."""
 
-_made = WeakTensorKeyDictionary()
-"""The panels that engines of this process use, by format, for each weight in them, and the versions
-of the weights that they are of."""
+_cache = WeakTensorKeyDictionary()
+"""The panels of this process: for each weight, by format, the versions of the weights of its group
+and the group's panels."""
 
 
 def _shared(groups: Sequence[Group], format: str) -> list[Panels]:
-    """Engines on one model share its panels; weights that were trained on get new ones."""
-    found = [_known(group, format) for group in groups]
-    fresh = [group for group, panels in zip(groups, found, strict=True) if panels is None]
-    made = [Panels.of(_whole(group), format) for group in fresh]
-    memory = in_huge_pages([one.weights for one in made])
-    placed = [one._replace(weights=place) for one, place in zip(made, memory, strict=True)]
-    for group, panels in zip(fresh, placed, strict=True):
+    """The panels of each group. Engines on one model share them; changed weights get new ones."""
+    cached = [_cached(group, format) for group in groups]
+    missing = [group for group, panels in zip(groups, cached, strict=True) if panels is None]
+    built = [Panels.of(_concatenated(group), format) for group in missing]
+    memory = in_huge_pages([panels.weights for panels in built])
+    moved = [
+        panels._replace(weights=weights) for panels, weights in zip(built, memory, strict=True)
+    ]
+    for group, panels in zip(missing, moved, strict=True):
         for weight in group:
-            _made.setdefault(weight, {})[format] = (_versions(group), panels)
-    rest = iter(placed)
-    return [next(rest) if panels is None else panels for panels in found]
+            _cache.setdefault(weight, {})[format] = (_versions(group), panels)
+    new = iter(moved)
+    return [next(new) if panels is None else panels for panels in cached]
 
 
-def _known(group: Group, format: str) -> Panels | None:
-    """The panels of this very group as it is now."""
-    versions, panels = _made.get(group[0], {}).get(format, (None, None))
-    same = all(_made.get(weight, {}).get(format, (None, None))[1] is panels for weight in group)
+def _cached(group: Group, format: str) -> Panels | None:
+    """The panels of exactly this group, if no weight of it has changed since."""
+    versions, panels = _cache.get(group[0], {}).get(format, (None, None))
+    same = all(_cache.get(weight, {}).get(format, (None, None))[1] is panels for weight in group)
     return panels if same and versions == _versions(group) else None
 
 
-def _whole(group: Group) -> Tensor:
+def _concatenated(group: Group) -> Tensor:
     return group[0] if len(group) == 1 else torch.cat(list(group))
 
 
@@ -71,20 +71,22 @@ def _versions(group: Group) -> list[int]:
 
 
 def _version(weight: Tensor) -> int:
-    """Grows with every change in place; tensors made in inference mode do not count them."""
+    """A counter of in-place changes; -1 for tensors of inference mode, which have none."""
     return -1 if weight.is_inference() else int(weight._version)
 
 
 @dataclass
 class Layer:
-    """One linear layer, or several that multiply the same rows.
+    """A group of linear layers with the same input, often a single layer.
 
     Attributes:
-        weight: [N, K], for PyTorch's product; anything where `choice` never takes that.
-        panels: the same, or what stands for it.
-        drafts: int8 panels for MASK rows and their scales, by adapter; None: as for all rows.
-        choice: for which numbers of rows the panels are faster than PyTorch; see `ALWAYS`.
-        group: the layers' own weights; widths: their outputs, which lie side by side in N.
+        weight: [N, K], the concatenated weights for PyTorch's product; empty if `choice` is ALWAYS.
+        panels: the same weights for the kernels, possibly in another format.
+        drafts: panels and scales of the MASK rows' weights, by adapter; None: MASK rows use
+            `panels`.
+        choice: a bit for each range of row counts, set if the panels are used; see `ALWAYS`.
+        group: the weights of the layers.
+        widths: the outputs of each layer; they add up to N.
     """
 
     weight: Tensor
@@ -96,39 +98,39 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """K and N."""
+        """K and N: the inputs, and the outputs of the group together."""
         return self.panels.inner, self.panels.out
 
     def choose(self, choice: int) -> None:
-        """Set the choice, and hold the group's weight for PyTorch's product only where it is taken."""
+        """Set `choice`, and `weight` if PyTorch's product needs it."""
         self.choice = choice
         if choice == ALWAYS:
             self.weight = self.weight.new_empty(0)
         elif not self.weight.numel():
-            self.weight = _whole(self.group)
+            self.weight = _concatenated(self.group)
 
     def multiply(self, x: Tensor, adapter: Tensor | None) -> Tensor:
-        """Rows [.., T, K] by the weights: [.., T, N].
+        """Multiply rows [.., T, K] by the weights: [.., T, N].
 
-        The last rows, as many as `adapter` int64 [M] has, by its drafts' weights, if there are any.
+        The last M rows are MASK rows, of the adapters `adapter` int64 [M]; they use `drafts`.
         """
         weights, scales, out, _ = self.panels
         ops, choice = torch.ops.idlm, self.choice
-        x = x if x.stride(-1) == 1 else x.contiguous()  # the kernels read rows from end to end
-        found: Tensor
+        x = x if x.stride(-1) == 1 else x.contiguous()  # the kernels need dense rows
+        y: Tensor
         if adapter is None or self.drafts is None:
-            found = ops.linear(x, self.weight, weights, scales, out, choice)
+            y = ops.linear(x, self.weight, weights, scales, out, choice)
         else:
             codes = self.drafts
-            found = ops.split_linear(x, self.weight, weights, scales, *codes, adapter, out, choice)
-        return found
+            y = ops.split_linear(x, self.weight, weights, scales, *codes, adapter, out, choice)
+        return y
 
 
 class Linears:
-    """The linear layers of a model that the kernels serve.
+    """The linear layers of a model that the kernels compute.
 
     Args:
-        groups: the weights of each layer, or of several that multiply the same rows.
+        groups: the weights of each group of layers with the same input.
         format: "float32", "bfloat16" or "int8".
     """
 
@@ -137,38 +139,38 @@ class Linears:
         self.layers: list[Layer] = []
         self._by_weight: dict[int, Layer] = {}
         self._adapter: Tensor | None = None
+        # results of a group's other layers: the input, and the outputs by id of the weight
         self._kept: tuple[Tensor | None, dict[int, Tensor]] = None, {}
         self.add(groups)
 
     @property
     def drafts(self) -> bool:
-        """Whether MASK rows have weights of their own."""
+        """Whether MASK rows have separate weights."""
         return any(layer.drafts is not None for layer in self.layers)
 
     def add(self, groups: Iterable[Group]) -> None:
-        """Serve further weights, such as adapters'."""
+        """Compute further layers too, such as those of adapters."""
         groups = list(groups)
         for group, panels in zip(groups, _shared(groups, self.format), strict=True):
-            layer = Layer(
-                panels.scales.new_empty(0), panels, group=group, widths=[len(one) for one in group]
-            )
+            no_weight, widths = panels.scales.new_empty(0), [len(weight) for weight in group]
+            layer = Layer(no_weight, panels, group=group, widths=widths)
             self.layers.append(layer)
             self._by_weight |= {id(weight): layer for weight in group}
 
     def add_drafts(self, merged: Callable[[Tensor], Sequence[Tensor]]) -> None:
-        """Give MASK rows int8 weights: `merged` says what each adapter makes of a layer's weight."""
+        """Give MASK rows int8 weights; `merged(weight)` is the weight of each adapter, merged."""
         format = draft_format()
-        made = [
-            stacked(_side_by_side([merged(weight) for weight in layer.group]), format)
+        built = [
+            stacked(_by_adapter([merged(weight) for weight in layer.group]), format)
             for layer in self.layers
         ]
-        memory = in_huge_pages([codes for codes, _ in made])
-        for layer, codes, (_, scales) in zip(self.layers, memory, made, strict=True):
+        memory = in_huge_pages([codes for codes, _ in built])
+        for layer, codes, (_, scales) in zip(self.layers, memory, built, strict=True):
             layer.drafts = codes, scales
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """Run model code on the kernels."""
+        """Run model code inside on the kernels."""
         try:
             with _Products(self):
                 yield
@@ -177,7 +179,7 @@ class Linears:
 
     @contextmanager
     def drafting(self, adapter: Tensor) -> Iterator[None]:
-        """Inside `use`: the last rows are MASK rows, and `adapter` int64 [M] says whose."""
+        """Inside `use`: the last M rows are MASK rows of the adapters `adapter` int64 [M]."""
         self._adapter = adapter
         try:
             yield
@@ -185,46 +187,50 @@ class Linears:
             self._adapter = None
 
     def take(self, layers: Iterable[nn.Linear]) -> None:
-        """Free the layers' own weights. What is left in their place has no numbers: only `use`
-        multiplies by it, and whoever else tries gets an error.
-        """
-        for one in layers:
-            if (layer := self._by_weight.pop(id(one.weight), None)) is not None:
-                left = nn.Parameter(one.weight.new_empty(0, 0), requires_grad=False)
-                layer.group = [left if weight is one.weight else weight for weight in layer.group]
-                self._by_weight[id(left)] = layer
-                one.weight = left
+        """Free the weights of `layers`: the panels hold them. An empty parameter takes the place of
+        each, so a product outside `use` fails."""
+        for module in layers:
+            if (layer := self._by_weight.pop(id(module.weight), None)) is not None:
+                empty = nn.Parameter(module.weight.new_empty(0, 0), requires_grad=False)
+                layer.group = [
+                    empty if weight is module.weight else weight for weight in layer.group
+                ]
+                self._by_weight[id(empty)] = layer
+                module.weight = empty
 
     def serves(self, weight: object) -> bool:
-        """Whether it is a known weight."""
+        """Whether `weight` is in a group here."""
         return id(weight) in self._by_weight
 
     def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`F.linear` of a known weight."""
+        """`F.linear` for a weight that `serves` knows."""
         layer = self._by_weight[id(weight)]
-        one = len(layer.group) == 1
-        done = layer.multiply(x, self._adapter) if one else self._part(layer, x, weight)
-        return done if bias is None else done + bias
+        single = len(layer.group) == 1
+        y = layer.multiply(x, self._adapter) if single else self._part(layer, x, weight)
+        return y if bias is None else y + bias
 
     def _part(self, layer: Layer, x: Tensor, weight: Tensor) -> Tensor:
-        """One weight's part of a product by several, which the first that asks for its part brings."""
-        rows, parts = self._kept
-        if rows is not x or id(weight) not in parts:
-            whole = layer.multiply(x, self._adapter).split(layer.widths, dim=-1)
-            parts = dict(zip(map(id, layer.group), whole, strict=True))
-            self._kept = x, parts
-        return parts.pop(id(weight))
+        """The output of one weight of a group. The first call of a group computes all outputs."""
+        kept_x, outputs = self._kept
+        if kept_x is not x or id(weight) not in outputs:
+            parts = layer.multiply(x, self._adapter).split(layer.widths, dim=-1)
+            outputs = dict(zip(map(id, layer.group), parts, strict=True))
+            self._kept = x, outputs
+        return outputs.pop(id(weight))
 
 
-def _side_by_side(weights: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """By adapter [N, K], from the weights of each layer by adapter; a layer that none changes has
-    one."""
+def _by_adapter(weights: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """A group's weight [N, K] for each adapter. `weights` has, for each layer of the group, a
+    weight by adapter; a single one if no adapter changes the layer."""
     adapters = max(map(len, weights))
-    return [torch.cat([one[number % len(one)] for one in weights]) for number in range(adapters)]
+    return [
+        torch.cat([merged[adapter % len(merged)] for merged in weights])
+        for adapter in range(adapters)
+    ]
 
 
 class _Products(TorchFunctionMode):
-    """Hands products by known weights to the kernels; stock model code needs no change."""
+    """Sends `F.linear` with known weights to the kernels, without a change to model code."""
 
     def __init__(self, linears: Linears) -> None:
         super().__init__()
@@ -248,5 +254,5 @@ class _Products(TorchFunctionMode):
 
 
 def _is_served(x: Tensor) -> bool:
-    """Rows in another type are PyTorch's to refuse."""
+    """Whether the kernels take `x`; PyTorch raises for rows of another type than the weights."""
     return x.dtype == torch.float32

@@ -1,12 +1,11 @@
-"""Loading the C kernels for a CPU (csrc/), which registers the operators `torch.ops.idlm.*`.
+"""Loads the C kernels for a CPU (csrc/), which registers the operators `torch.ops.idlm.*`.
 
-A wheel brings a library for every instruction set of its platform, and the best one that the
-processor has is taken. From a source checkout, or where the wheel's does not load, the machine's C
-compiler builds it at its first use, into the user's cache. Where there is neither, PyTorch's
-operators serve; the log says once what that costs.
+A wheel has a library for each instruction set of its platform; the fastest that the processor
+supports is loaded. In a source checkout, or if the wheel's library does not load, the machine's C
+compiler builds it on first use, into the user's cache. Without either, PyTorch's operators are
+used, and the log says so once.
 
-`IDLM_NATIVE` is `auto` (the best the processor has; the default), `0` (none), or the name of an
-instruction set.
+`IDLM_NATIVE` is `auto` (the fastest; the default), `0` (none), or the name of an instruction set.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ from idlm.kernels.instruction_sets import INSTRUCTION_SETS, InstructionSet, best
 log = logging.getLogger("idlm")
 
 LIBRARIES = Path(__file__).parent / "lib"
-"""Where a wheel has its libraries; a source checkout has none."""
+"""The folder of a wheel's libraries; a source checkout has none."""
 
 
 @cache
 def loaded() -> bool:
-    """Whether the operators are there; the first call loads them, or says once why there are none.
+    """Whether the operators are registered. The first call loads them, or logs why it cannot.
 
     Raises:
         InputError: IDLM_NATIVE names an instruction set that is unknown, or that this processor
@@ -57,11 +56,12 @@ def loaded() -> bool:
 
 
 def load(target: InstructionSet) -> ctypes.CDLL:
-    """The library for an instruction set: the wheel's, else from the cache, else built now; the log
-    says which.
+    """Load the library for an instruction set: the wheel's, else from the cache, else built now.
+
+    The log says which.
 
     Raises:
-        OSError: there is none, and why.
+        OSError: there is none, with the reason.
     """
     shipped = LIBRARIES / compiling.file_name(target)
     try:
@@ -79,32 +79,32 @@ def load(target: InstructionSet) -> ctypes.CDLL:
         library = ctypes.CDLL(str(built(target)))
     except (OSError, subprocess.SubprocessError) as error:
         raise OSError(f"{missing}; {compiling.reason(error)}") from error
-    # a source checkout brings none, and that is as it should be
+    # a source checkout has no libraries, so building one is expected there
     level = logging.WARNING if LIBRARIES.exists() else logging.INFO
     log.log(level, "C kernels: %s, built on this machine (%s)", target.name, missing)
     return library
 
 
 def built(target: InstructionSet) -> Path:
-    """The library for an instruction set from the cache, or compiled now.
+    """The path of the library in the cache; it is compiled if it is not there.
 
     Raises:
-        OSError: there is no C compiler, or no place for the library.
+        OSError: there is no C compiler, or the cache cannot be written.
         subprocess.SubprocessError: the compiler failed.
     """
-    command, home = compiling.compiler(), user_cache("kernels")
+    command, cache_folder = compiling.compiler(), user_cache("kernels")
     key = compiling.fingerprint(target) + command
-    place = home / f"{target.name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
-    if not place.exists():
-        home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home) as folder:  # others may be building the same
-            compiling.compile_library(command, target, Path(folder)).replace(place)
-    return place
+    path = cache_folder / f"{target.name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
+    if not path.exists():
+        cache_folder.mkdir(parents=True, exist_ok=True)
+        # atomic, since another process may build the same library
+        with tempfile.TemporaryDirectory(dir=cache_folder) as folder:
+            compiling.compile_library(command, target, Path(folder)).replace(path)
+    return path
 
 
 def instruction_set() -> InstructionSet | None:
-    """The one whose library is used, by IDLM_NATIVE and the processor; None where there is to be
-    none.
+    """The instruction set to use, by IDLM_NATIVE and the processor; None for no kernels.
 
     Raises:
         InputError: IDLM_NATIVE names an instruction set that is unknown, or that this processor
@@ -117,7 +117,8 @@ def instruction_set() -> InstructionSet | None:
         return best()
     if wanted not in INSTRUCTION_SETS:
         raise InputError(
-            f"IDLM_NATIVE={wanted!r} is unknown; use auto, 0, or one of {', '.join(INSTRUCTION_SETS)}"
+            f"IDLM_NATIVE={wanted!r} is unknown; "
+            f"use auto, 0, or one of {', '.join(INSTRUCTION_SETS)}"
         )
     if not runs_here(INSTRUCTION_SETS[wanted]):
         raise InputError(f"IDLM_NATIVE={wanted!r}: this processor does not have it; use auto")
@@ -125,7 +126,7 @@ def instruction_set() -> InstructionSet | None:
 
 
 def facts() -> tuple[str, ...]:
-    """What measurements of the kernels depend on, beside the machine."""
+    """What timings of the kernels depend on, apart from the machine: torch, target and sources."""
     target = instruction_set()
     return torch.__version__, *(
         () if target is None else (target.name, compiling.fingerprint(target))
@@ -133,5 +134,5 @@ def facts() -> tuple[str, ...]:
 
 
 def user_cache(name: str) -> Path:
-    """Where this user's files of one kind stay between runs; it may not exist yet."""
+    """The user's cache folder for files of kind `name`; it may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "idlm" / name

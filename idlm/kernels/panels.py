@@ -1,14 +1,13 @@
-"""`Panels`: a linear layer's weights as the C kernels read them (csrc/linear.c): in float32,
-bfloat16 or int8.
+"""`Panels`: the weights of a linear layer in the layout of the C kernels (csrc/linear.c).
 
-A general matrix product takes a whole matrix; a decode step has 1 to 64 rows, so what counts is to
-read each weight once, from end to end. bfloat16 halves what is read and int8 quarters it. Sums and
-activations stay float32; for int8, a row of activations is rounded to 16 bits and products are
-added exactly. uint8 holds int8's codes plus 128, for MASK rows alone: their activations are rounded
-to 8 bits.
+A decode step has few rows, so the time of a product is the time to read its weights. The kernels
+read each weight once, in the order of memory. bfloat16 halves what is read, int8 quarters it. Sums
+and activations are float32. With int8 a row of activations is rounded to 16 bits, and products are
+added exactly. uint8 holds the int8 codes plus 128. It is for MASK rows alone, whose activations are
+rounded to 8 bits.
 
-Shapes: N outputs, K inputs, P = N / 32 rounded up, g inputs side by side (see `SIDE`), T = K / g
-rounded up, C = K / 128 rounded up.
+Shapes: N outputs, K inputs, P = ceil(N / 32) panels, g inputs side by side (see `SIDE`),
+T = ceil(K / g) steps, C = ceil(K / 128) groups with a scale each.
 """
 
 from __future__ import annotations
@@ -25,19 +24,20 @@ from idlm.kernels import native
 PANEL, GROUP = 32, 128
 MOST, SHIFT = 127, 128
 SIDE = {"float32": 1, "bfloat16": 2, "int8": 2, "uint8": 4}
-"""How many inputs lie side by side, by format."""
+"""g, the inputs that are side by side in memory, by format."""
 FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-"""What linear layers can hold their weights in on a CPU, by the name that users give."""
+"""The formats that a user can choose for a CPU, by name."""
 
 
 class Panels(NamedTuple):
-    """One layer.
+    """The weights of a linear layer.
 
     Attributes:
-        weights: [P, T, 32, g]; what lies past N or K is 0.
-        scales: float32 [P, C, 32] for int8 and uint8: 128 inputs of an output share one; else
-            empty.
-        out: N; inner: K.
+        weights: [P, T, 32, g]; entries past N or K are 0.
+        scales: float32 [P, C, 32] for int8 and uint8: GROUP inputs of an output share a scale;
+            otherwise empty.
+        out: N.
+        inner: K.
     """
 
     weights: Tensor
@@ -47,7 +47,7 @@ class Panels(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor, format: str) -> Panels:
-        """From `weight` [N, K]. The largest weight that shares a scale gets the code +-127."""
+        """Convert `weight` [N, K]. In a group the largest absolute value gets the code +-127."""
         out, inner = weight.shape
         source, scales = weight.detach().float(), weight.new_empty(0, dtype=torch.float32)
         if format in ("int8", "uint8"):
@@ -56,37 +56,38 @@ class Panels(NamedTuple):
             source = source + SHIFT
         group = SIDE[format]
         padded = F.pad(source.to(getattr(torch, format)), (0, -inner % group, 0, -out % PANEL))
-        split = padded.view(-1, PANEL, padded.shape[1] // group, group)
+        split = padded.view(-1, PANEL, padded.shape[1] // group, group)  # [P, 32, T, g]
         return cls(split.transpose(1, 2).contiguous(), scales, out, inner)
 
     def matrix(self) -> Tensor:
-        """What the panels stand for: float32 [N, K]."""
-        whole = self.weights.transpose(1, 2).flatten(2).float()
+        """The weights that the panels represent: float32 [N, K]."""
+        values = self.weights.transpose(1, 2).flatten(2).float()  # [P, 32, T * g]
         if self.weights.dtype == torch.uint8:
-            whole = whole - SHIFT
+            values = values - SHIFT
         if self.scales.numel():
-            scales = self.scales.transpose(1, 2).repeat_interleave(GROUP, 2)
-            whole = whole * scales[..., : whole.shape[2]]
-        return whole.flatten(0, 1)[: self.out, : self.inner]
+            scales = self.scales.transpose(1, 2).repeat_interleave(GROUP, 2)  # [P, 32, C * 128]
+            values = values * scales[..., : values.shape[2]]
+        return values.flatten(0, 1)[: self.out, : self.inner]
 
 
 def _codes(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers [N, K] and the scales [P, C, 32] that make `weight` [N, K] of them."""
+    """Quantise `weight` [N, K]: integer codes [N, K], still float32, and scales [P, C, 32]."""
     out, inner = weight.shape
-    groups = F.pad(weight, (0, -inner % GROUP)).view(out, -1, GROUP)
+    groups = F.pad(weight, (0, -inner % GROUP)).view(out, -1, GROUP)  # [N, C, 128]
     scales = groups.abs().amax(dim=2) / MOST
-    codes = groups / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+    codes = groups / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]  # 0 / 0 -> 0
     panels = F.pad(scales, (0, 0, 0, -out % PANEL)).view(-1, PANEL, scales.shape[1])
     return codes.round().flatten(1)[:, :inner], panels.transpose(1, 2).contiguous()
 
 
 def draft_format() -> str:
-    """Of the weights of MASK rows here: products of 8 bits pay where they are one instruction."""
+    """The format of MASK rows' weights on this machine: uint8 if the processor has VNNI."""
     target = native.instruction_set()
     return "uint8" if target is not None and target.dot4 else "int8"
 
 
 def stacked(weights: Sequence[Tensor], format: str) -> tuple[Tensor, Tensor]:
-    """Panels [A, P, T, 32, g] and scales [A, P, C, 32] of one layer's weights by adapter."""
-    each = [Panels.of(weight, format) for weight in weights]
-    return torch.stack([one.weights for one in each]), torch.stack([one.scales for one in each])
+    """Panels [A, P, T, 32, g] and scales [A, P, C, 32] of a layer's weights, one by adapter."""
+    all_panels = [Panels.of(weight, format) for weight in weights]
+    codes = torch.stack([panels.weights for panels in all_panels])
+    return codes, torch.stack([panels.scales for panels in all_panels])

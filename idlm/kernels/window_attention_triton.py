@@ -1,10 +1,10 @@
-"""The kernel of `idlm.attention.triton`; shapes are explained in `idlm.attention.base`.
+"""The kernel of `idlm.attention.triton`; `idlm.attention.base` explains the shapes.
 
-One program holds a tile of the W * F query rows of one slot's key/value head, so that a prefix key
-is read once for all rows of the window, and walks over a share of the paged prefix with an online
-softmax in float32. The last share takes the window's own rows too. Where slots and heads are too
-few to fill the device the prefix is split over several programs (split-K), and a second kernel
-joins their results.
+A program holds a tile of the W * F query rows of a slot's key/value head, so that a prefix key is
+read once for all rows of the window. It loops over a share of the paged prefix with an online
+softmax in float32. The last share includes the window rows. If slots and heads are too few to fill
+the device, the prefix is split over several programs (split-K), and a second kernel joins their
+results.
 
     token t of the prefix:  0 ........ share ........ 2 share ........ length | window rows 0 .. W-1
     program (split)         [    0    ][      1      ][          splits - 1                        ]
@@ -23,17 +23,16 @@ from torch import Tensor
 
 @triton.jit
 def absorb(query, keys, values, seen, top, total, mixed, scale):  # type: ignore[no-untyped-def]
-    """Take one block of keys into the running softmax.
+    """Add a block of keys to the online softmax.
 
-    `top` is the largest score so far, `total` the sum of the weights relative to it, `mixed` their
-    sum of values.
+    `top` [rows] is the largest score so far, `total` [rows] the sum of the weights relative to it,
+    `mixed` [rows, SIZE] the weighted sum of values. Scores are base 2: `scale` includes log2(e).
     """
     scores = tl.dot(query, tl.trans(keys), input_precision="tf32x3") * scale
     scores = tl.where(seen, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
-    base = tl.where(
-        new_top == float("-inf"), 0.0, new_top
-    )  # nothing seen yet: exp2(-inf - -inf) would be NaN
+    # a row that has seen nothing yet: exp2(-inf - -inf) would be NaN
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(top - base)
     total = total * shrink + tl.sum(weights, 1)
@@ -43,7 +42,7 @@ def absorb(query, keys, values, seen, top, total, mixed, scale):  # type: ignore
     return new_top, total, mixed
 
 
-# compiled once for all batches: not anew where a number is 1 or a multiple of 16
+# Without these lists Triton compiles again for arguments that are 1 or multiples of 16.
 @triton.jit(
     do_not_specialize=["columns", "width", "splits"],
     do_not_specialize_on_alignment=["table", "lengths", "visible"],
@@ -54,7 +53,10 @@ def _attend(  # type: ignore[no-untyped-def]
     CAUSAL: tl.constexpr, PAGE: tl.constexpr, G: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows over one share of the keys; `half` is where the values begin in `pages`."""
+    """A tile of query rows over a share of the keys; `half` is the offset of the values in `pages`.
+
+    It stores the normalised result in `partial`, and in `weights` log2 of the softmax's sum.
+    """
     slot = (tl.program_id(0) // G).to(tl.int64)
     group = tl.program_id(0) % G
     split = tl.program_id(2)
@@ -62,8 +64,8 @@ def _attend(  # type: ignore[no-untyped-def]
     window_row = row // F
     alive = window_row < width
     size = tl.arange(0, SIZE)
-    place = ((slot * width + window_row) * G + group) * F + row % F
-    q = tl.load(query + place[:, None] * E + size, mask=alive[:, None] & (size < E), other=0.0)
+    query_row = ((slot * width + window_row) * G + group) * F + row % F  # of [B, W, H]
+    q = tl.load(query + query_row[:, None] * E + size, mask=alive[:, None] & (size < E), other=0.0)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     mixed = tl.zeros([ROWS, SIZE], tl.float32)
@@ -73,72 +75,74 @@ def _attend(  # type: ignore[no-untyped-def]
     for start in range(split * share, tl.minimum(length, (split + 1) * share), KEYS):
         token = start + tl.arange(0, KEYS)
         cached = token < length
-        number = tl.load(table + slot * columns + token // PAGE, mask=cached, other=0)
-        source = ((number * PAGE + token % PAGE) * G + group)[:, None] * E + size
+        page = tl.load(table + slot * columns + token // PAGE, mask=cached, other=0)
+        source = ((page * PAGE + token % PAGE) * G + group)[:, None] * E + size
         loaded = cached[:, None] & (size < E)
         k = tl.load(pages + source, mask=loaded, other=0.0)
         v = tl.load(pages + half + source, mask=loaded, other=0.0)
         top, total, mixed = absorb(q, k, v, cached[None, :], top, total, mixed, scale)
 
-    if split == splits - 1:
+    if split == splits - 1:  # the window rows
         end = width
-        if CAUSAL:
+        if CAUSAL:  # the tile's last row sees no row after itself
             end = tl.minimum(width, (tl.program_id(1) * ROWS + ROWS - 1) // F + 1)
-        for first in range(0, end, KEYS):
-            other = first + tl.arange(0, KEYS)
-            source = ((slot * width + other) * G + group)[:, None] * E + size
-            loaded = (other < width)[:, None] & (size < E)
+        for begin in range(0, end, KEYS):
+            key_row = begin + tl.arange(0, KEYS)
+            source = ((slot * width + key_row) * G + group)[:, None] * E + size
+            loaded = (key_row < width)[:, None] & (size < E)
             k = tl.load(key + source, mask=loaded, other=0.0)
             v = tl.load(value + source, mask=loaded, other=0.0)
             if CAUSAL:
-                seen = other[None, :] <= window_row[:, None]
+                seen = key_row[None, :] <= window_row[:, None]
             else:
                 words = tl.load(visible + slot * width + window_row, mask=alive, other=0)
-                seen = ((words[:, None] >> other[None, :]) & 1) != 0
+                seen = ((words[:, None] >> key_row[None, :]) & 1) != 0
             top, total, mixed = absorb(
-                q, k, v, seen & (other < width)[None, :], top, total, mixed, scale
+                q, k, v, seen & (key_row < width)[None, :], top, total, mixed, scale
             )
 
-    place += split * (tl.num_programs(0) // G).to(tl.int64) * width * G * F
-    total = tl.where(
-        total > 0, total, 1.0
-    )  # nothing seen: zeros, with a weight of nothing, since `top` is -inf
+    # `partial` is [splits, B, W, H, E], `weights` [splits, B, W, H]
+    query_row += split * (tl.num_programs(0) // G).to(tl.int64) * width * G * F
+    # a row that sees nothing: the result is 0 and its weight too, since `top` is -inf
+    total = tl.where(total > 0, total, 1.0)
     tl.store(
-        partial + place[:, None] * E + size,
+        partial + query_row[:, None] * E + size,
         mixed / total[:, None],
         mask=alive[:, None] & (size < E),
     )
-    tl.store(weights + place, top + tl.log2(total), mask=alive)
+    tl.store(weights + query_row, top + tl.log2(total), mask=alive)
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
 def _join(  # type: ignore[no-untyped-def]
     partial, weights, out, rows, splits, E: tl.constexpr, SPLITS: tl.constexpr, SIZE: tl.constexpr
 ):
-    """The splits' results of one row, weighted by their shares of the softmax's sum (log2, in
-    `weights`); SPLITS of them at once."""
+    """Join the splits' results of a row: their mean, weighted by 2 ** `weights`.
+
+    A loop reads SPLITS of them at once.
+    """
     row = tl.program_id(0).to(tl.int64)
     size = tl.arange(0, SIZE)
     top = tl.full([SPLITS], float("-inf"), tl.float32)
-    for first in range(0, splits, SPLITS):
-        split = first + tl.arange(0, SPLITS)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
         weight = tl.load(weights + split * rows + row, mask=split < splits, other=float("-inf"))
         top = tl.maximum(top, weight)
-    most = tl.max(top, 0)
-    most = tl.where(most == float("-inf"), 0.0, most)
+    largest = tl.max(top, 0)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
     total = tl.zeros([SPLITS], tl.float32)
     mixed = tl.zeros([SPLITS, SIZE], tl.float32)
-    for first in range(0, splits, SPLITS):
-        split = first + tl.arange(0, SPLITS)
+    for start in range(0, splits, SPLITS):
+        split = start + tl.arange(0, SPLITS)
         alive = split < splits
         weight = tl.load(weights + split * rows + row, mask=alive, other=float("-inf"))
-        weight = tl.exp2(weight - most)
+        weight = tl.exp2(weight - largest)
         source = (split * rows + row)[:, None] * E + size
         loaded = tl.load(partial + source, mask=alive[:, None] & (size < E), other=0.0)
         total += weight
         mixed += weight[:, None] * loaded
-    whole = tl.sum(total, 0)
-    mean = tl.sum(mixed, 0) / tl.where(whole > 0, whole, 1.0)
+    weight_sum = tl.sum(total, 0)
+    mean = tl.sum(mixed, 0) / tl.where(weight_sum > 0, weight_sum, 1.0)
     tl.store(out + row * E + size, mean, mask=size < E)
 
 
@@ -153,8 +157,10 @@ def attend(
     scale: float,
     splits: int | None = None,
 ) -> Tensor:
-    """Attention [B, W, H, E] in float16, bfloat16 or float32; `splits` None: as many as fill the
-    device."""
+    """Attention [B, W, H, E] in float16, bfloat16 or float32.
+
+    `splits` is the number of programs per prefix; by default as many as fill the device.
+    """
     batch, width, heads, size = query.shape
     groups, rows = key.shape[2], batch * width * heads
     tile, keys = tile_sizes(width * heads // groups, size, query.dtype)
@@ -180,20 +186,20 @@ def attend(
 
 
 def tile_sizes(rows: int, size: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Query rows and keys of one tile; float32 takes twice the shared memory, and three products
-    for each one."""
-    wide = 2 if dtype == torch.float32 else 1
-    return min(64 // wide, max(16, triton.next_power_of_2(rows))), (
-        64 if size <= 128 else 32
-    ) // wide
+    """Query rows and keys of a tile.
+
+    float32 gets half of both: it needs twice the shared memory, and tf32x3 is three products.
+    """
+    divisor = 2 if dtype == torch.float32 else 1
+    keys = 64 if size <= 128 else 32
+    return min(64 // divisor, max(16, triton.next_power_of_2(rows))), keys // divisor
 
 
 def split_number(programs: int, prefix: int, keys: int, processors: int) -> int:
-    """How many programs share one prefix: enough for two on every processor, but each with two
-    blocks of keys or more.
+    """Programs per prefix: enough for two on each multiprocessor, if each has two blocks of keys.
 
-    Depends on shapes alone (`prefix` is what the page table can hold), never on the lengths of the
-    moment, so that a recorded graph stays valid.
+    It depends on shapes alone, not on the present lengths, so that a recorded graph stays valid.
+    `prefix` is the number of tokens that a page table can hold.
     """
     return max(1, min(2 * processors // programs, prefix // (2 * keys)))
 

@@ -1,2 +1,1 @@
-"""From a folder to a model that can be asked for rows: loading, the gated LoRA, the attention
-function."""
+"""Models: loading and checking checkpoints, gated LoRA, the attention function, `Idlm`."""

@@ -1,11 +1,12 @@
-"""Gated LoRA on disk: PEFT's two files, and beside them what PEFT has no field for.
+"""Gated LoRA on disk: PEFT's two files, and two for what PEFT has no field for.
 
-    adapter_config.json         PEFT's: rank, alpha, targets adapter_model.safetensors   PEFT's
-    names: base_model.model.<module>.lora_A.weight [r, in], lora_B.weight [out, r] idlm.json
-    format, gating, MASK id, block size, fingerprint of the base mask_row.safetensors
-    mask_row [D]
+    adapter_config.json         PEFT: rank, alpha, targets
+    adapter_model.safetensors   PEFT: base_model.model.<module>.lora_A.weight [r, in]
+                                      base_model.model.<module>.lora_B.weight [out, r]
+    idlm.json                   format, gating, MASK id, block size, fingerprint of the base
+    mask_row.safetensors        mask_row [D]
 
-A PEFT folder without the last two is read as a gated LoRA too; its MASK row is then the base's own
+A PEFT folder without the last two is read as a gated LoRA too. Its MASK row is then the base's own
 embedding row.
 """
 
@@ -45,13 +46,12 @@ PREFIX = "base_model.model."
 TENSOR_NAME = re.compile(re.escape(PREFIX) + r"(.+)\.(lora_[AB])\.weight")
 
 PUBLISHED_MASKS = {"qwen3": 151669}
-"""The unused embedding row that published I-DLM adapters took for MASK, for bases that name none.
-"""
+"""The MASK id of published I-DLM adapters by base family, if the base names none: an unused row."""
 
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter folder says. The last three are None for a PEFT folder without idlm.json."""
+    """The metadata of an adapter folder. The last three are None for a folder without idlm.json."""
 
     folder: Path
     spec: LoraSpec
@@ -62,16 +62,16 @@ class AdapterInfo:
 
     @property
     def ours(self) -> bool:
-        """Whether the folder has its own MASK row and names its base's fingerprint."""
+        """Whether idlm wrote it: it has a MASK row and the fingerprint of its base."""
         return self.base_fingerprint is not None
 
 
 def read(folder: Path) -> AdapterInfo:
-    """Read an adapter folder's JSON; no tensors.
+    """Read the JSON files of an adapter folder, and the headers of its tensors.
 
     Raises:
-        InputError: no adapter there, or a PEFT feature that is not implemented: it names the key
-            and the value.
+        InputError: there is no adapter, or it uses a PEFT feature that is not implemented; the
+            message has the key and the value.
     """
     if folder.is_file():
         raise InputError(f"adapter {str(folder)!r} is a file; give the folder of a gated LoRA")
@@ -79,7 +79,8 @@ def read(folder: Path) -> AdapterInfo:
     refuse_features(config, f"{str(folder / CONFIG)!r}")
     if not (folder / TENSORS).exists():
         raise InputError(
-            f"no {TENSORS} in {str(folder)!r}; save the adapter as safetensors (pickle is never read)"
+            f"no {TENSORS} in {str(folder)!r}; "
+            "save the adapter as safetensors (pickle is never read)"
         )
     targets = sorted({module.rpartition(".")[2] for module, _ in _modules(folder)})
     spec = LoraSpec(*_rank_alpha(config, folder), tuple(targets))
@@ -90,18 +91,19 @@ def read(folder: Path) -> AdapterInfo:
 
 
 def _rank_alpha(config: dict[str, Any], folder: Path) -> tuple[int, float]:
-    """Rank and alpha; rank-stabilised LoRA scales by alpha / sqrt(r), which is plain LoRA with
-    another alpha."""
+    """Rank and alpha. Rank-stabilised LoRA scales by alpha / sqrt(r), so its alpha is converted:
+    alpha sqrt(r) / r = alpha / sqrt(r)."""
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
         raise InputError(
-            f"{str(folder / CONFIG)!r} has r {rank!r} and lora_alpha {alpha!r}; both must be positive numbers"
+            f"{str(folder / CONFIG)!r} has r {rank!r} and lora_alpha {alpha!r}; "
+            "both must be positive numbers"
         )
     return rank, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 
 def _read_extra(folder: Path) -> tuple[int, int | None, str]:
-    """MASK id, block size and the base's fingerprint of idlm.json."""
+    """MASK id, block size and fingerprint of the base, from idlm.json."""
     extra, where = read_json(folder / EXTRA), f"{str(folder / EXTRA)!r}"
     if extra.get("format") != FORMAT:
         raise InputError(
@@ -127,17 +129,18 @@ def _read_extra(folder: Path) -> tuple[int, int | None, str]:
 
 def _modules(folder: Path) -> dict[tuple[str, str], TensorInfo]:
     """The adapter's tensors by (module, "lora_A" or "lora_B")."""
-    found = {}
+    tensors = {}
     for name, info in file_tensors(folder / TENSORS).items():
         match = TENSOR_NAME.fullmatch(name)
         if match is None:
             raise InputError(
-                f"unexpected tensor {name!r} in {str(folder / TENSORS)!r}; only lora_A and lora_B are supported"
+                f"unexpected tensor {name!r} in {str(folder / TENSORS)!r}; "
+                "only lora_A and lora_B are supported"
             )
-        found[match[1], match[2]] = info
-    if not found:
+        tensors[match[1], match[2]] = info
+    if not tensors:
         raise InputError(f"{str(folder / TENSORS)!r} holds no tensors; give a trained adapter")
-    return found
+    return tensors
 
 
 def save(
@@ -148,7 +151,7 @@ def save(
     mask_id: int,
     block_size: int | None,
 ) -> None:
-    """Write the adapter attached to `model` into `folder`, which is made if need be."""
+    """Write the adapter that is attached to `model` into `folder`, which is created if missing."""
     name, inner = (
         (model.name, model.model) if isinstance(model, Idlm) else (model.name_or_path, model)
     )
@@ -188,20 +191,20 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 def load_into(
     model: PreTrainedModel, folder: str | Path, mask_id: int | None = None
 ) -> tuple[Gate, int, int | None]:
-    """Attach the adapter in `folder` to `model`, in place; nothing is changed when it is refused.
+    """Attach the adapter in `folder` to `model`, in place. After an error the model is unchanged.
 
     Args:
         model: a model without an adapter.
-        folder: ours, or PEFT's.
-        mask_id: the base's own MASK id, for a folder that names none; else the config's
-            `mask_token_id`.
+        folder: written by idlm or by PEFT.
+        mask_id: the base's MASK id, for a folder that names none; by default the `mask_token_id` of
+            the base's config.
 
     Returns:
-        the gate, the MASK id, the block size trained (None where the folder does not say).
+        the gate, the MASK id, and the trained block size (None if the folder does not say).
 
     Raises:
-        InputError: an adapter for another base, a feature that is not implemented, or tensors that
-            do not fit.
+        InputError: the adapter is for another base, uses a feature that is not implemented, or has
+            tensors of other shapes.
     """
     info = _checked(model, Path(folder))
     mask, row = _mask_row(model, info, mask_id)
@@ -211,7 +214,7 @@ def load_into(
 
 
 def refill(model: PreTrainedModel, folder: Path) -> None:
-    """Copy the adapter in `folder` into the one of its shape that is attached to `model`.
+    """Load the tensors of `folder` into the attached adapter, which has the same shape.
 
     Raises:
         InputError: as `load_into`.
@@ -221,20 +224,21 @@ def refill(model: PreTrainedModel, folder: Path) -> None:
 
 
 def load_more(idlm: Idlm, folder: Path) -> int:
-    """Give a model another adapter, for requests that name it; returns its number, 0 for the first.
+    """Load a further adapter, which requests select by name; returns its index, from 0.
 
     Raises:
-        InputError: as `load_into`; or it has another MASK id than the first.
+        InputError: as `load_into`; or its MASK id is not that of adapter 0.
     """
     if idlm.gate is None:
-        own = idlm.mask_id if idlm.mask_id < idlm.vocab_size else None
-        idlm.gate, idlm.mask_id, idlm.block_size = load_into(idlm.model, folder, own)
+        base_mask = idlm.mask_id if idlm.mask_id < idlm.vocab_size else None
+        idlm.gate, idlm.mask_id, idlm.block_size = load_into(idlm.model, folder, base_mask)
         return 0
     info = _checked(idlm.model, folder)
     mask, row = _mask_row(idlm.model, info, idlm.mask_id)
     if mask != idlm.mask_id:
         raise InputError(
-            f"adapter {str(folder)!r} has mask_token_id {mask}, the first one {idlm.mask_id}; serve it apart"
+            f"adapter {str(folder)!r} has mask_token_id {mask}, the first one {idlm.mask_id}; "
+            "serve it apart"
         )
     stored = load_file(folder / TENSORS)
     tensors = {
@@ -245,11 +249,12 @@ def load_more(idlm: Idlm, folder: Path) -> int:
 
 
 def _checked(model: PreTrainedModel, folder: Path) -> AdapterInfo:
-    """What the folder says, which fits the model."""
+    """Read the folder and check that the adapter is for this model."""
     info = read(folder)
     if info.base_fingerprint is not None and info.base_fingerprint != (base := fingerprint(model)):
         raise InputError(
-            f"adapter {str(folder)!r} is for base {info.base_name!r} with fingerprint {info.base_fingerprint[:16]}, "
+            f"adapter {str(folder)!r} is for base {info.base_name!r} "
+            f"with fingerprint {info.base_fingerprint[:16]}, "
             f"not {model.name_or_path!r} with {base[:16]}; give the base it was trained on"
         )
     _check_modules(model, info)
@@ -257,8 +262,8 @@ def _checked(model: PreTrainedModel, folder: Path) -> AdapterInfo:
 
 
 def _check_modules(model: PreTrainedModel, info: AdapterInfo) -> None:
-    """Every tensor has its linear layer, and every linear layer that `attach` will wrap has its
-    tensors."""
+    """Check that each tensor fits a linear layer, and that each layer that `attach` will wrap has
+    both tensors."""
     named = model.named_modules()
     linear = {
         name.removesuffix(".base"): module
@@ -269,17 +274,20 @@ def _check_modules(model: PreTrainedModel, info: AdapterInfo) -> None:
     for (module, kind), tensor in tensors.items():
         if module not in linear:
             raise InputError(
-                f"{where} targets {module!r}, no linear layer of {model.name_or_path!r}; give its own base"
+                f"{where} targets {module!r}, no linear layer of {model.name_or_path!r}; "
+                "give its own base"
             )
         if linear[module] is output_head(model):
             raise InputError(
-                f"{where} targets the output head {module!r}, which is not supported; train it without"
+                f"{where} targets the output head {module!r}, which is not supported; "
+                "train it without"
             )
         layer = linear[module]
         shape = (rank, layer.in_features) if kind == "lora_A" else (layer.out_features, rank)
         if tensor.shape != shape:
             raise InputError(
-                f"{where}: {module}.{kind} has shape {list(tensor.shape)}, not {list(shape)}; give its own base"
+                f"{where}: {module}.{kind} has shape {list(tensor.shape)}, not {list(shape)}; "
+                "give its own base"
             )
     wanted = {
         (m, kind)
@@ -289,37 +297,41 @@ def _check_modules(model: PreTrainedModel, info: AdapterInfo) -> None:
     }
     if missing := sorted(wanted - set(tensors)):
         raise InputError(
-            f"{where} lacks {len(missing)} tensors, {'.'.join(missing[0])} first; all layers must be adapted"
+            f"{where} lacks {len(missing)} tensors, {'.'.join(missing[0])} first; "
+            "all layers must be adapted"
         )
 
 
 def _mask_row(
     model: PreTrainedModel, info: AdapterInfo, base_mask: int | None
 ) -> tuple[int, Tensor]:
-    """The MASK id and its row [D]: the adapter's own, else the base's row of the base's MASK id."""
+    """The MASK id and its embedding row [D]: the adapter's, else the base's."""
     weight = embedding_rows(model)
     rows, width = weight.shape
     mask, where = info.mask_id, f"adapter {str(info.folder)!r}"
     if mask is not None:
         if mask > rows:
             raise InputError(
-                f"{where}: mask_token_id {mask} is outside the vocabulary of {rows}; give its own base"
+                f"{where}: mask_token_id {mask} is outside the vocabulary of {rows}; "
+                "give its own base"
             )
-        return mask, _own_row(info.folder, width)
+        return mask, _stored_row(info.folder, width)
     mask = getattr(model.config, "mask_token_id", None) if base_mask is None else base_mask
     mask = PUBLISHED_MASKS.get(model.config.model_type) if mask is None else mask
     if mask is None or not 0 <= mask < rows:
         raise InputError(
-            f"{where} has no MASK row and its base names none; set mask_token_id in the base's config.json"
+            f"{where} has no MASK row and its base names none; "
+            "set mask_token_id in the base's config.json"
         )
     return mask, weight[mask].detach().clone()
 
 
-def _own_row(folder: Path, width: int) -> Tensor:
+def _stored_row(folder: Path, width: int) -> Tensor:
     stored = file_tensors(folder / MASK_ROW)
     if set(stored) != {"mask_row"} or stored["mask_row"].shape != (width,):
         raise InputError(
-            f"{str(folder / MASK_ROW)!r} holds no mask_row of shape [{width}]; give the adapter's own base"
+            f"{str(folder / MASK_ROW)!r} holds no mask_row of shape [{width}]; "
+            "give the adapter's own base"
         )
     return load_file(folder / MASK_ROW)["mask_row"]
 

@@ -1,5 +1,5 @@
-"""What a checkpoint's config says: the architecture, refused where a window cannot express it, and
-the MASK token."""
+"""Reads a checkpoint's config: its architecture, which is refused if a window cannot express it,
+and its MASK token."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from idlm.models.gguf_header import is_gguf
 from idlm.models.sources import first_line, read_json
 
 SDAR = "sdar"
-"""The model_type of published I-DLM checkpoints: Qwen3 in all but name, whose own code is not
-needed."""
+"""The model_type of published I-DLM checkpoints. It is Qwen3 under another name, so the code in the
+checkpoints is not needed."""
 
 FULL_ATTENTION = {"full_attention", "attention", "global"}
 LAYER_KEYS = ("layer_types", "layers_block_type", "block_types", "attention_layers")
 SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 MOVING_ROPE = ("dynamic", "longrope")
-"""Rotary embeddings whose frequencies change with the longest position of a forward, so with the
-drafts in it."""
+"""Rotary embeddings whose frequencies depend on the largest position of a forward. They would
+depend on the drafts, so they are refused."""
 
 EXPERTS = re.compile(r"num_(\w+_)?experts|n_routed_experts|moe_num_experts")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """The transformers config of a model folder or a GGUF file, built without running any code from
-    it.
+    """The transformers config of a model folder or GGUF file. No code from the folder is run.
 
     Raises:
-        InputError: no valid config.json, or an architecture that is refused; the message says which
-            and why.
+        InputError: there is no valid config.json, or the architecture is refused; the message says
+            why.
     """
     if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
         raise InputError(
-            f"{str(folder)!r} is an adapter; give its base as the model and this folder as the adapter"
+            f"{str(folder)!r} is an adapter; "
+            "give its base as the model and this folder as the adapter"
         )
     where = folder if is_gguf(folder) else folder / "config.json"
     raw = gguf_config(where) if is_gguf(where) else read_json(where)
@@ -56,7 +56,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         keys = {k: v for k, v in raw.items() if k not in code}
         config: PreTrainedConfig = CONFIG_MAPPING[raw["model_type"]].from_dict(keys)
         reason = _experts(config.to_dict()) or _layers(config) or _attention(config)
-    except Exception as error:  # each config class has its own checks and its own kinds of error
+    except Exception as error:  # config classes raise many types
         text = " ".join(str(error).split())
         raise InputError(
             f"{str(where)!r} is not a valid {raw['model_type']} config: {text}"
@@ -71,15 +71,15 @@ def read_config(folder: Path) -> PreTrainedConfig:
 def _was_gguf(raw: dict[str, Any]) -> bool:
     """Whether the folder was saved from a model that transformers had loaded from a GGUF file.
 
-    Its config.json may say that it is quantised. But its tensors are floats: blocks have other
-    shapes, and would be refused as misshapen when they are loaded.
+    Its config.json may say that it is quantised, but its tensors are floats. Quantised ones would
+    have other shapes, which are refused when they are loaded.
     """
     quantised = raw.get("quantization_config")
     return isinstance(quantised, dict) and quantised.get("quant_method") == "gguf"
 
 
 def _refuse_family(raw: dict[str, Any], folder: Path) -> None:
-    """Refuse what transformers itself has no decoder-only model for."""
+    """Raise InputError if transformers has no decoder-only model of this family."""
     family, classes = str(raw.get("model_type")), raw.get("architectures") or []
     where = f"{str(folder)!r} (model_type {family!r})"
     if family not in CONFIG_MAPPING:
@@ -92,45 +92,59 @@ def _refuse_family(raw: dict[str, Any], folder: Path) -> None:
         )
     if raw.get("is_encoder_decoder", getattr(CONFIG_MAPPING[family], "is_encoder_decoder", False)):
         raise InputError(f"{where} is an encoder-decoder model; use a decoder-only one")
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family)
-    if known is None or (classes and known not in classes):
+    causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family)
+    if causal_lm is None or (classes and causal_lm not in classes):
         raise InputError(
             f"{where}, architecture {classes}, is no causal language model; use a decoder-only one"
         )
 
 
 def _experts(keys: Mapping[Any, Any]) -> str | None:
-    """Look in the config's JSON, nested parts too: every family has its own name for the number of
-    experts."""
+    """The reason to refuse a mixture of experts, else None.
+
+    Families name the number of experts differently, so all keys of the config are searched, nested
+    ones too.
+    """
     for key, value in keys.items():
         if EXPERTS.fullmatch(str(key)) and isinstance(value, int) and value > 1:
             return f"is a mixture of experts ({key} {value}); only dense models are supported"
-        if isinstance(value, dict) and (found := _experts(value)):
-            return found
+        if isinstance(value, dict) and (reason := _experts(value)):
+            return reason
     return None
 
 
 def _layers(config: PreTrainedConfig) -> str | None:
+    """The reason to refuse layers without full attention, else None."""
     if not isinstance(getattr(config, "num_attention_heads", None), int):
-        return "has no attention heads (a linear-attention or state-space model); use a model with full attention"
+        return (
+            "has no attention heads (a linear-attention or state-space model); "
+            "use a model with full attention"
+        )
     window = getattr(config, "sliding_window", None)
-    # a window at least as long as the context never hides anything
+    # a sliding window at least as long as the context never hides a token
     slides = (
         window is not None
         and getattr(config, "use_sliding_window", True)
         and window < _context(config)
     )
     if slides:
-        return f"has sliding_window {window}, which is not supported yet; use a model with full attention"
+        return (
+            f"has sliding_window {window}, which is not supported yet; "
+            "use a model with full attention"
+        )
     allowed = FULL_ATTENTION if window is None else FULL_ATTENTION | {"sliding_attention"}
     for key in LAYER_KEYS:
         for kind in getattr(config, key, None) or []:
             if kind not in allowed:
-                return f"has {kind} layers ({key}), which are not supported yet; use a model with full attention"
+                return (
+                    f"has {kind} layers ({key}), which are not supported yet; "
+                    "use a model with full attention"
+                )
     return None
 
 
 def _attention(config: PreTrainedConfig) -> str | None:
+    """The reason to refuse the kind of attention, positions or weights, else None."""
     for key in SOFTCAPS:
         if getattr(config, key, None) is not None:
             return (
@@ -140,7 +154,10 @@ def _attention(config: PreTrainedConfig) -> str | None:
         return "has no max_position_embeddings in its config; use a model that names its context"
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     if kind in MOVING_ROPE:
-        return f"has rope_type {kind}, whose positions depend on the drafts; use a model with another rope_type"
+        return (
+            f"has rope_type {kind}, whose positions depend on the drafts; "
+            "use a model with another rope_type"
+        )
     if getattr(config, "quantization_config", None) is not None:
         return "is quantised (quantization_config); use the unquantised weights"
     return None
@@ -151,11 +168,10 @@ def _context(config: PreTrainedConfig) -> int:
 
 
 def read_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a folder or a GGUF file, or None where it has none; none of the folder's
-    code runs.
+    """The tokenizer of a folder or GGUF file; None if it has none. No code from the folder is run.
 
     Raises:
-        InputError: the tokenizer's files are broken.
+        InputError: the tokenizer's files cannot be read.
     """
     if not is_gguf(folder) and not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
@@ -177,11 +193,10 @@ def read_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenize
 def mask_token(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[int, str]:
-    """The MASK id and its source: "config.json", "tokenizer", or "added" (the row after the
-    vocabulary's last).
+    """The MASK id and its source: "config.json", "tokenizer", or "added" (id V, a new row).
 
     Raises:
-        InputError: the id is neither a row of the embedding nor the one after its last.
+        InputError: the id is not in 0 to V.
     """
     rows = int(config.vocab_size)
     mask, source = getattr(config, "mask_token_id", None), "config.json"
@@ -191,15 +206,16 @@ def mask_token(
         return rows, "added"
     if isinstance(mask, bool) or not isinstance(mask, int) or not 0 <= mask <= rows:
         raise InputError(
-            f"mask_token_id {mask!r} ({source}) is outside the vocabulary of {rows}; name one of its rows"
+            f"mask_token_id {mask!r} ({source}) is outside the vocabulary of {rows}; "
+            "name one of its rows"
         )
     return mask, source
 
 
 def trained_block_size(config: PreTrainedConfig) -> int | None:
-    """The block size a fully trained I-DLM's config names; None for an AR model.
+    """The block size in the config of a fully fine-tuned I-DLM; None for an AR model.
 
-    `block_size` alone is not taken as a sign: some AR configs use the word for their context.
+    `mask_token_id` must be there too, since some AR configs use `block_size` for their context.
 
     Raises:
         InputError: it is not a positive integer.

@@ -1,10 +1,10 @@
-"""The one attention function: it stands between a stock transformers model and ISD.
+"""The attention function that stock transformers models call.
+
+Training and the reference decoder call the model with `visible=...`, the engine with `cache=...`.
+The model passes these arguments through to this function. So windows, training layouts and causal
+text differ only in them.
 
 Shapes: B batch, H query heads, G key/value heads, Q query rows, S key rows, E head size.
-
-Training and the reference decoder call the model with `visible=...`, the engine with `cache=...`;
-the model hands them down to this function untouched, so a window, a training layout and plain
-causal text differ only in that.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 NAME = "idlm"
-"""The name under which transformers knows the function."""
+"""The `attn_implementation` of the function in transformers."""
 
 
 class Cache(Protocol):
-    """What the function needs of a cache."""
+    """A KV cache that computes attention itself."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Keep one layer's rows and mix the values that each query may see, those of earlier
-        forwards included.
+        """Store a layer's keys and values, then attend to all rows that each query sees.
 
-        query [B, H, Q, E], key and value [B, G, Q, E] -> [B, Q, H, E].
+        Those include rows of earlier forwards. query [B, H, Q, E], key and value [B, G, Q, E] ->
+        [B, Q, H, E].
         """
         ...
 
@@ -43,20 +43,18 @@ def attention(
     cache: Cache | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention over what `visible` allows; plain causal attention without it.
+    """Scaled dot-product attention under `visible`; causal attention without it.
 
     Args:
-        module: the layer's attention module; its `layer_idx` names the cache layer.
-        query, key, value: [B, H, Q, E], [B, G, Q, E], [B, G, Q, E], rotated already.
-        attention_mask: transformers' own argument; used only by callers that know no `visible` (its
-            `generate`).
+        module: the layer's attention module; its `layer_idx` is the cache layer.
+        query, key, value: [B, H, Q, E], [B, G, Q, E], [B, G, Q, E], after the rotary embedding.
+        attention_mask: transformers' own argument, used only without `visible` (by `generate`).
         scaling, dropout: as in transformers.
-        visible: bool, broadcastable to [B, H, Q, S]; True where a query row may see a key row.
-        cache: keeps the rows' keys and values and knows what they may see; `visible` is not looked
-            at then.
+        visible: bool, broadcastable to [B, H, Q, S]; True if a query row sees a key row.
+        cache: stores the keys and values and decides what each row sees; `visible` is ignored.
 
     Returns:
-        the mixed values [B, Q, H, E], and None in place of the attention weights.
+        the output [B, Q, H, E], and None in place of the attention weights.
     """
     if cache is not None:
         return cache.attend(module.layer_idx, query, key, value, scaling), None  # type: ignore[arg-type]
@@ -73,7 +71,7 @@ def attend(
     scaling: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention under a boolean mask; plain causal without one. Shapes as in `attention`."""
+    """Attention under a boolean mask; causal without a mask. Shapes as in `attention`."""
     mixed = F.scaled_dot_product_attention(
         query,
         key,

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, from its configs and tensor headers alone: no weights are read."""
+"""Describes a checkpoint from its configs and tensor headers, without reading weights."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ from idlm.models.weights import DTYPES, model_tensors
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint's facts; None where the checkpoint does not say.
+    """The description of a checkpoint; None for what it does not say.
 
     Attributes:
-        name: what was asked for.
+        name: the path, hub id or bundled name that was given.
         kind: "model", "adapter", or "model with adapter".
-        family: transformers' model_type ("qwen3" for published I-DLM checkpoints).
-        parameters: elements of the stored tensors, a tied head counted once.
-        dtype: of most elements; for a GGUF file what dtype "auto" makes of it.
-        quantisation: of a GGUF file: its tensors' types, that of most elements first.
+        family: the model_type of transformers ("qwen3" for published I-DLM checkpoints).
+        parameters: elements of the stored tensors; a tied head counts once.
+        dtype: the type of most elements; for a GGUF file the type that "auto" loads it in.
+        quantisation: GGUF only: the types of the tensors, by falling number of elements.
         context: the most positions of a sequence.
-        mask_source: "config.json", "tokenizer", "adapter", or "added" (a row after the vocabulary's
-            last).
-        base_fingerprint: of the base that the adapter was trained on.
-        can_decode_isd: whether it was trained to draft and can be loaded; `reason` says why or why
-            not.
-        max_stride: the largest stride whose drafts were all trained, block size + 1.
+        mask_source: "config.json", "tokenizer", "adapter", or "added" (a new row after the last).
+        base_fingerprint: the fingerprint of the base that the adapter was trained on.
+        can_decode_isd: whether it was trained to draft and can be loaded.
+        reason: why it can decode ISD or not.
+        max_stride: the largest trained stride, block size + 1.
     """
 
     name: str
@@ -67,7 +66,7 @@ def inspect_checkpoint(path: str | Path, adapter: str | Path | None = None) -> I
     """Inspect a model folder, a GGUF file, an adapter folder, a hub id or a bundled name.
 
     Raises:
-        InputError: there is nothing readable at `path`. A model that is refused is no error here:
+        InputError: there is nothing readable at `path`. A model that is refused is not an error;
             `reason` says why.
     """
     folder, bundled = resolve(path)
@@ -78,46 +77,47 @@ def inspect_checkpoint(path: str | Path, adapter: str | Path | None = None) -> I
         and not (folder / "config.json").exists()
     ):
         return _adapter(Inspection(str(path), "adapter"), folder)
-    found = _model(Inspection(str(path), "model"), folder)
-    if extra is None or found.reason.startswith("refused"):
-        return found
-    return _adapter(replace(found, kind="model with adapter"), extra)
+    inspection = _model(Inspection(str(path), "model"), folder)
+    if extra is None or inspection.reason.startswith("refused"):
+        return inspection
+    return _adapter(replace(inspection, kind="model with adapter"), extra)
 
 
-def _model(found: Inspection, folder: Path) -> Inspection:
+def _model(inspection: Inspection, folder: Path) -> Inspection:
     family = (
         read_header(folder).architecture
         if is_gguf(folder)
         else read_json(folder / "config.json").get("model_type")
     )
-    found = replace(found, family=family)
+    inspection = replace(inspection, family=family)
     try:
         config, tensors = read_config(folder), model_tensors(folder)
-        found = _facts(found, config, tensors)
+        inspection = _facts(inspection, config, tensors)
         if is_gguf(folder):
             dtype = str(auto_dtype(tensors)).removeprefix("torch.")
-            found = replace(found, quantisation=quantisation(tensors), dtype=dtype)
+            inspection = replace(inspection, quantisation=quantisation(tensors), dtype=dtype)
         mask, source = mask_token(config, read_tokenizer(folder, config))
-        found = replace(
-            found, mask_id=mask, mask_source=source, block_size=trained_block_size(config)
+        inspection = replace(
+            inspection, mask_id=mask, mask_source=source, block_size=trained_block_size(config)
         )
     except InputError as error:
-        return replace(found, reason=f"refused: {error}")
-    if found.block_size is None:
+        return replace(inspection, reason=f"refused: {error}")
+    if inspection.block_size is None:
         return replace(
-            found,
+            inspection,
             reason="an AR model, never trained to fill MASK tokens; convert it with idlm train",
         )
     if mask >= config.vocab_size:
         return replace(
-            found,
-            reason=f"refused: mask_token_id {mask} is outside the vocabulary of {config.vocab_size}",
+            inspection,
+            reason=f"refused: mask_token_id {mask} is outside "
+            f"the vocabulary of {config.vocab_size}",
         )
-    return _trained(found, "trained to fill MASK tokens")
+    return _trained(inspection, "trained to fill MASK tokens")
 
 
 def _facts(
-    found: Inspection, config: PreTrainedConfig, tensors: dict[str, TensorInfo]
+    inspection: Inspection, config: PreTrainedConfig, tensors: dict[str, TensorInfo]
 ) -> Inspection:
     sizes: Counter[str] = Counter()
     for name, info in tensors.items():
@@ -125,7 +125,7 @@ def _facts(
             sizes[info.dtype] += info.count
     common = sizes.most_common(1)[0][0] if sizes else ""
     return replace(
-        found,
+        inspection,
         family=config.model_type,
         parameters=sizes.total(),
         layers=config.num_hidden_layers,
@@ -138,13 +138,13 @@ def _facts(
     )
 
 
-def _adapter(found: Inspection, folder: Path) -> Inspection:
+def _adapter(inspection: Inspection, folder: Path) -> Inspection:
     try:
         info = adapters.read(folder)
     except InputError as error:
-        return replace(found, can_decode_isd=False, reason=f"refused: {error}")
-    found = replace(
-        found,
+        return replace(inspection, can_decode_isd=False, reason=f"refused: {error}")
+    inspection = replace(
+        inspection,
         adapter_rank=info.spec.rank,
         adapter_alpha=info.spec.alpha,
         adapter_targets=info.spec.targets,
@@ -153,22 +153,25 @@ def _adapter(found: Inspection, folder: Path) -> Inspection:
         block_size=info.block_size,
     )
     if info.ours:
-        found = replace(found, mask_id=info.mask_id, mask_source="adapter")
-        return _trained(found, "a gated LoRA with its MASK row")
-    if found.mask_source == "added":
+        inspection = replace(inspection, mask_id=info.mask_id, mask_source="adapter")
+        return _trained(inspection, "a gated LoRA with its MASK row")
+    if inspection.mask_source == "added":
         return replace(
-            found,
-            reason="neither the adapter nor the base has a MASK row; set mask_token_id in the base's config.json",
+            inspection,
+            reason="neither the adapter nor the base has a MASK row; "
+            "set mask_token_id in the base's config.json",
         )
-    return _trained(found, "a PEFT adapter, used as a gated LoRA with the base's own MASK row")
+    return _trained(inspection, "a PEFT adapter, used as a gated LoRA with the base's own MASK row")
 
 
-def _trained(found: Inspection, why: str) -> Inspection:
-    if found.block_size is None:
-        return replace(found, can_decode_isd=True, reason=f"{why}; it does not name its block size")
-    stride = found.block_size + 1
+def _trained(inspection: Inspection, why: str) -> Inspection:
+    if inspection.block_size is None:
+        return replace(
+            inspection, can_decode_isd=True, reason=f"{why}; it does not name its block size"
+        )
+    stride = inspection.block_size + 1
     return replace(
-        found,
+        inspection,
         can_decode_isd=True,
         reason=f"{why}; strides up to {stride} were trained",
         max_stride=stride,

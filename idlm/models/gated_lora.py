@@ -1,8 +1,8 @@
-"""Gated LoRA: `y = W x + g (alpha / r) B A x` with g = 1 on MASK rows and 0 on every other row.
+"""Gated LoRA: `y = W x + g (alpha / r) B A x` with g = 1 on MASK rows and 0 on all others.
 
-The MASK rows of every layout are one run of rows (training puts them first, a window last), so the
-gate is a slice: rows outside it are computed by the base's own kernels alone and stay bit-equal to
-the base model's.
+The MASK rows of a forward are contiguous (first in training, last in a window), so the gate is a
+slice. The rows outside it are computed by the base's operations alone, so they are bit-equal to the
+base model's.
 """
 
 from __future__ import annotations
@@ -25,8 +25,13 @@ NO_ROWS = slice(0, 0)
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """What is adapted: the rank r, alpha, and the names of the linear layers (their last path
-    component)."""
+    """The shape of an adapter.
+
+    Attributes:
+        rank: r.
+        alpha: the update is scaled by alpha / r.
+        targets: the last name components of the adapted linear layers, such as q_proj.
+    """
 
     rank: int
     alpha: float
@@ -42,20 +47,20 @@ class LoraSpec:
 
     @property
     def scale(self) -> float:
-        """alpha / r."""
+        """The factor alpha / r of the update B A x."""
         return self.alpha / self.rank
 
 
 class Gate:
-    """Which rows of the running forward are MASK rows, and whose; shared by all gated layers of one
-    model.
+    """Which rows of the running forward are MASK rows, and which adapter each uses.
+
+    All gated layers of a model share it.
 
     Attributes:
-        rows: a slice along the row dimension.
-        adapters: how many adapters the model has.
-        adapter: int64 [MASK rows], which of them each MASK row uses; looked at where there are
-            several.
-        merged: the linear layers' products have the update in them (`merged_weights`).
+        rows: the MASK rows, a slice along the row dimension.
+        adapters: the number of adapters of the model.
+        adapter: int64 [MASK rows], the adapter of each MASK row; used if there are several.
+        merged: whether the linear layers' products include the update already.
     """
 
     def __init__(self) -> None:
@@ -66,7 +71,7 @@ class Gate:
 
     @contextmanager
     def open(self, rows: slice) -> Iterator[None]:
-        """Run one forward with `rows` (along the row dimension) as its MASK rows."""
+        """Run a forward whose MASK rows are `rows`, a slice along the row dimension."""
         self.rows = rows
         try:
             yield
@@ -75,8 +80,10 @@ class Gate:
 
 
 class LowRank(NamedTuple):
-    """A further adapter's update of one layer: A [r, in], B [out, r], alpha / r; `number` is the
-    adapter's."""
+    """The update of one layer by a further adapter, whose index is `number`.
+
+    `a` is A [r, in], `b` is B [out, r], `scale` is alpha / r.
+    """
 
     number: int
     a: Tensor
@@ -85,11 +92,11 @@ class LowRank(NamedTuple):
 
 
 class GatedLinear(nn.Module):
-    """A frozen linear layer with a low-rank update on the MASK rows only.
+    """A frozen linear layer with a low-rank update of the MASK rows.
 
-    `more` holds other adapters' updates. All are computed for all MASK rows, and each row takes its
-    own: the shapes do not depend on who is in the batch, and the cost grows with the number of
-    adapters loaded.
+    `more` holds the updates of further adapters. Each is computed for all MASK rows, and a row
+    keeps that of its adapter. So shapes do not depend on the batch, but the cost grows with the
+    number of adapters.
     """
 
     def __init__(self, base: nn.Linear, spec: LoraSpec, gate: Gate) -> None:
@@ -103,39 +110,39 @@ class GatedLinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, Q, in] -> [B, Q, out]."""
+        """Map x [B, Q, in] to [B, Q, out]; the rows are dimension 1."""
         y: Tensor = self.base(x)
         rows = self.gate.rows
-        if rows.start == rows.stop or self.gate.merged:  # plain AR pays nothing for the adapter
+        if rows.start == rows.stop or self.gate.merged:  # AR does not compute the adapter
             return y
-        masks = x[:, rows]
-        update = F.linear(F.linear(masks, self.lora_A), self.lora_B)
+        mask_x = x[:, rows]
+        update = F.linear(F.linear(mask_x, self.lora_A), self.lora_B)
         if self.gate.adapters == 1:
             y[:, rows].add_(update, alpha=self.scale)
             return y
         assert self.gate.adapter is not None  # noqa: S101
         updates = [(0, update * self.scale)]
         updates += [
-            (more.number, F.linear(F.linear(masks, more.a), more.b) * more.scale)
+            (more.number, F.linear(F.linear(mask_x, more.a), more.b) * more.scale)
             for more in self.more
         ]
-        for index, one in updates:
-            y[:, rows].add_(one * self.gate.adapter.eq(index)[:, None])
+        for adapter, update in updates:  # each [B, MASK rows, out], 0 for rows of other adapters
+            y[:, rows].add_(update * self.gate.adapter.eq(adapter)[:, None])
         return y
 
     @torch.no_grad()
     def merged(self) -> list[Tensor]:
-        """W + (alpha / r) B A, [out, in], of each adapter."""
+        """The merged weight W + (alpha / r) B A, [out, in], of each adapter."""
         weight = self.base.weight
         updates = {0: self.scale * self.lora_B @ self.lora_A}
         updates |= {more.number: more.scale * more.b @ more.a for more in self.more}
         return [
-            weight + updates[number] if number in updates else weight
-            for number in range(self.gate.adapters)
+            weight + updates[adapter] if adapter in updates else weight
+            for adapter in range(self.gate.adapters)
         ]
 
     def low_rank(self) -> list[Tensor]:
-        """A [r, in] and B [out, r] of every adapter."""
+        """A [r, in] and B [out, r] of each adapter, in one list."""
         return [
             self.lora_A,
             self.lora_B,
@@ -144,10 +151,10 @@ class GatedLinear(nn.Module):
 
 
 class MaskEmbedding(nn.Module):
-    """The base's embedding, with the MASK row kept beside it.
+    """The base's embedding and the MASK row of the adapter.
 
-    `mask_id` may equal the number of rows: the base then never grows, and MASK exists only here.
-    `more` holds the MASK rows of further adapters.
+    `mask_id` may equal the number of rows: then the base has no MASK row and does not grow. `more`
+    holds the MASK rows of further adapters.
     """
 
     def __init__(self, base: nn.Embedding, mask_id: int, gate: Gate) -> None:
@@ -164,24 +171,24 @@ class MaskEmbedding(nn.Module):
         return self.base.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, Q] -> [B, Q, D]."""
+        """Embed tokens [B, Q]: [B, Q, D]. MASK rows get the MASK row of their adapter."""
         is_mask = tokens == self.mask_id
-        rows: Tensor = self.base(tokens.masked_fill(is_mask, 0))
+        rows: Tensor = self.base(tokens.masked_fill(is_mask, 0))  # MASK may be past the last row
         if not self.more:
             return torch.where(is_mask.unsqueeze(-1), self.mask_row, rows)
         masks = self.gate.rows
         if masks == NO_ROWS:
             return rows
-        own = torch.stack([self.mask_row, *self.more])[self.gate.adapter]
-        return torch.cat([rows[:, : masks.start], own[None], rows[:, masks.stop :]], dim=1)
+        mask_rows = torch.stack([self.mask_row, *self.more])[self.gate.adapter]
+        return torch.cat([rows[:, : masks.start], mask_rows[None], rows[:, masks.stop :]], dim=1)
 
 
 def attach(model: PreTrainedModel, spec: LoraSpec, mask_id: int) -> Gate:
-    """Freeze `model` and give it a gated LoRA, in place; a refused one leaves it as it was.
+    """Freeze `model` and attach a new gated LoRA, in place. After an error it is unchanged.
 
     Raises:
-        InputError: a target names no linear layer inside the model, or the MASK id is neither a row
-            of the embedding nor the one after its last.
+        InputError: a target names no linear layer of the model, or the MASK id is not in 0 to the
+            number of embedding rows.
     """
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding):
@@ -191,31 +198,34 @@ def attach(model: PreTrainedModel, spec: LoraSpec, mask_id: int) -> Gate:
         raise InputError(
             f"mask_token_id {mask_id} is outside 0..{rows}, the embedding's rows and one more"
         )
-    places = [place for target in spec.targets for place in _places(model, target)]
+    layers = [found for target in spec.targets for found in _find_layers(model, target)]
     model.requires_grad_(False)
     gate = Gate()
-    for parent, name, layer in places:
+    for parent, name, layer in layers:
         setattr(parent, name, GatedLinear(layer, spec, gate))
     model.set_input_embeddings(MaskEmbedding(embedding, mask_id, gate))
     return gate
 
 
-def _places(model: PreTrainedModel, target: str) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """The backbone's linear layers whose last name is `target`; the head is outside: it runs on
-    chosen rows."""
+def _find_layers(model: PreTrainedModel, target: str) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """The backbone's linear layers named `target`: parent, name, layer.
+
+    The output head is not in the backbone: it runs on selected rows, which the gate does not fit.
+    """
     backbone: nn.Module = model.base_model
-    found = [
+    layers = [
         (parent, name, child)
         for parent in backbone.modules()
         for name, child in parent.named_children()
         if name == target and isinstance(child, nn.Linear)
     ]
-    if not found:
+    if not layers:
         what = type(backbone).__name__
         raise InputError(
-            f"LoRA target {target!r} names no linear layer inside {what}; name others, such as q_proj"
+            f"LoRA target {target!r} names no linear layer inside {what}; "
+            "name others, such as q_proj"
         )
-    return found
+    return layers
 
 
 @torch.no_grad()
@@ -226,10 +236,10 @@ def attach_more(
     tensors: Mapping[tuple[str, str], Tensor],
     mask_row: Tensor,
 ) -> int:
-    """Give a model that has an adapter another one; returns its number.
+    """Attach a further adapter to a model that has one; returns its index.
 
-    `tensors` maps (module, "lora_A" or "lora_B") to its update. A layer that only the new one
-    adapts is gated with an update of zero for the others.
+    `tensors` maps (module, "lora_A" or "lora_B") to the tensor. A layer that only the new adapter
+    changes becomes a gated layer whose other updates are 0.
     """
     index = gate.adapters
     embedding = model.get_input_embeddings()
@@ -249,11 +259,11 @@ def attach_more(
 
 
 def gated_layers(model: PreTrainedModel) -> list[GatedLinear]:
-    """The layers that an adapter changes."""
+    """The linear layers that an adapter changes, in the order of the model."""
     return [layer for layer in model.modules() if isinstance(layer, GatedLinear)]
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained parameters by name: every lora_A, lora_B and the MASK row."""
+    """The adapter's parameters by name: each lora_A and lora_B, and the MASK row."""
     ends = ("lora_A", "lora_B", "mask_row")
     return {name: p for name, p in model.named_parameters() if name.rpartition(".")[2] in ends}

@@ -1,11 +1,12 @@
-"""The header of a GGUF file: its metadata and where its tensors lie. No tensor is read.
+"""Reads the header of a GGUF file: its metadata and the positions of its tensors.
 
-    "GGUF", version u32, number of tensors u64, number of metadata entries u64 a metadata entry
-    name, type u32, value a tensor            name, number of dimensions u32, sizes u64 (the fastest
-    first), type u32, offset u64 padding up to the alignment, then the tensors' bytes
+    "GGUF", version u32, number of tensors u64, number of metadata entries u64
+    for each metadata entry: name, type u32, value
+    for each tensor: name, number of dimensions u32, sizes u64 (fastest first), type u32, offset u64
+    padding to the alignment, then the bytes of the tensors
 
-All numbers are little-endian; a string is its length (u64) and its bytes; an array is type u32,
-length u64, values.
+All numbers are little-endian. A string is its length (u64) and its bytes. An array is the type u32,
+the length u64 and the values.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ SCALARS = {
 STRING, ARRAY = 8, 9
 ALIGNMENT = 32
 DAMAGE = (struct.error, UnicodeDecodeError, KeyError, TypeError, ZeroDivisionError, RecursionError)
-"""What parsing raises where bytes are missing or changed."""
+"""The exceptions that parsing raises if bytes are missing or changed."""
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says of itself; tensors have the names and types that GGUF gives them."""
+    """The header of a GGUF file; tensors have GGUF's own names and types."""
 
     path: Path
     metadata: dict[str, Any]
@@ -51,12 +52,12 @@ class GgufHeader:
 
     @property
     def architecture(self) -> str:
-        """llama.cpp's name for the family."""
+        """The model family, as llama.cpp names it, such as "llama"."""
         return str(self.metadata.get("general.architecture"))
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether `path` is a file that is named or begins as a GGUF file does."""
+    """Whether `path` is a file with the suffix or the magic bytes of GGUF."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -67,8 +68,8 @@ def read_header(path: Path) -> GgufHeader:
     """Read the header of a GGUF file.
 
     Raises:
-        InputError: the packages for GGUF are missing; it is no GGUF file, of another version, or
-            truncated; or it has tensors of a type that the package `gguf` does not know.
+        InputError: the packages for GGUF are missing; the file is not GGUF, has another version or
+            is truncated; or a tensor has a type that the package `gguf` does not know.
     """
     need("gguf", repr(str(path)))
     with path.open("rb") as file:
@@ -79,13 +80,12 @@ def read_header(path: Path) -> GgufHeader:
             raise InputError(
                 f"{str(path)!r} is truncated or damaged in its header; download it again"
             ) from None
-    size, expected = (
-        path.stat().st_size,
-        max((info.stop for info in header.tensors.values()), default=0),
-    )
+    size = path.stat().st_size
+    expected = max((info.stop for info in header.tensors.values()), default=0)
     if size < expected:
         raise InputError(
-            f"{str(path)!r} is truncated: {size} bytes, not the {expected} it names; download it again"
+            f"{str(path)!r} is truncated: {size} bytes, not the {expected} it names; "
+            "download it again"
         )
     return header
 
@@ -96,40 +96,42 @@ def _check_version(path: Path, start: bytes) -> None:
     version = int.from_bytes(start[4:], "little")
     if version not in VERSIONS:
         raise InputError(
-            f"{str(path)!r} has GGUF version {version}, not 2 or 3; convert it with a current llama.cpp"
+            f"{str(path)!r} has GGUF version {version}, not 2 or 3; "
+            "convert it with a current llama.cpp"
         )
 
 
 class _Parser:
-    """Reads values one after another; struct.error where the file ends too early."""
+    """Reads values in sequence; raises struct.error if the file ends too early."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self.file, self.path, self.size = file, path, path.stat().st_size
 
     def header(self) -> GgufHeader:
-        """All after the version."""
+        """Read the header, from after the version."""
         tensors, entries = self.numbers("QQ")
         metadata = {}
         for _ in range(entries):
             name = self.text()
             metadata[name] = self.value(self.number("I"))
-        found = [self.tensor() for _ in range(tensors)]
-        step = metadata.get("general.alignment", ALIGNMENT)
-        data = -(-self.file.tell() // step) * step
-        return GgufHeader(self.path, metadata, {one[0]: self.placed(one, data) for one in found})
+        tensor_entries = [self.tensor() for _ in range(tensors)]
+        alignment = metadata.get("general.alignment", ALIGNMENT)
+        data = -(-self.file.tell() // alignment) * alignment
+        infos = {entry[0]: self.placed(entry, data) for entry in tensor_entries}
+        return GgufHeader(self.path, metadata, infos)
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Name, shape as in torch, number of the type, offset in the data."""
+        """Read an entry: name, shape in torch's order, id of the type, offset in the data."""
         name = self.text()
         shape = self.numbers(f"{self.number('I')}Q")
         return name, shape[::-1], self.number("I"), self.number("Q")
 
     def placed(self, tensor: tuple[str, tuple[int, ...], int, int], data: int) -> TensorInfo:
-        """The place in the file of what `tensor` read; the tensors' bytes begin at `data`."""
+        """The position of an entry's bytes in the file, where the data starts at `data`."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         name, shape, kind, offset = tensor
-        if kind not in [known.value for known in GGML_QUANT_SIZES]:
+        if kind not in [supported.value for supported in GGML_QUANT_SIZES]:
             raise InputError(
                 f"{str(self.path)!r}: tensor {name!r} has the unknown type {kind}; "
                 "upgrade the package gguf or use a file of another quantisation"
@@ -140,7 +142,7 @@ class _Parser:
         return TensorInfo(self.path, GGMLQuantizationType(kind).name, shape, start, stop)
 
     def value(self, kind: int) -> Any:
-        """One metadata value; KeyError where its type is unknown."""
+        """Read a metadata value; raises KeyError if its type is unknown."""
         if kind == STRING:
             return self.text()
         if kind != ARRAY:
@@ -151,21 +153,20 @@ class _Parser:
         return [self.value(inner) for _ in range(count)]
 
     def text(self) -> str:
-        """One string."""
+        """Read a string: its length u64, then UTF-8."""
         return self.bytes(self.number("Q")).decode()
 
     def number(self, kind: str) -> Any:
-        """One number."""
+        """Read a number of a `struct` format, such as "I"."""
         return self.numbers(kind)[0]
 
     def numbers(self, kinds: str) -> tuple[Any, ...]:
-        """Numbers side by side, of the kinds that `struct` calls so."""
+        """Read numbers of a `struct` format, such as "QQ"."""
         layout = f"<{kinds}"
         return struct.unpack(layout, self.bytes(struct.calcsize(layout)))
 
     def bytes(self, count: int) -> bytes:
-        """The next bytes; a length beyond the file's, which damage can leave, must not be
-        allocated."""
+        """Read bytes. A damaged file may give any length, so it is checked before allocation."""
         if count > self.size - self.file.tell():
             raise struct.error("the file ends too early")
         return self.file.read(count)

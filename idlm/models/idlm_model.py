@@ -1,8 +1,7 @@
-"""`Idlm`: a stock transformers model, its MASK token and its gate, as one thing that can be asked
-for rows.
+"""`Idlm`: a stock transformers model with its tokenizer, MASK token and gate.
 
-Shapes: B batch, Q rows of this forward, S rows they may look at, D hidden size, V logit columns, T
-rows of one text.
+Shapes: B batch, Q rows of a forward, S rows that they may see, D hidden size, V logit columns, T
+rows of a text.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from idlm.models.attention import Cache
 from idlm.models.gated_lora import NO_ROWS, Gate, gated_layers
 
 SAME_ROWS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names of layers that multiply the same rows in the model families that have them."""
+"""Names of layers that have the same input, in the model families that have such layers."""
 
 
 @dataclass
@@ -29,14 +28,14 @@ class Idlm:
     """A loaded model.
 
     Attributes:
-        model: transformers' own model, whose attention is `idlm.models.attention`.
-        tokenizer: its tokenizer, or None where the folder has none.
-        mask_id: the MASK token; equals `vocab_size` where only the adapter has a row for it.
-        gate: the adapter's gate; None for a plain or fully fine-tuned model.
-        block_size: the largest block trained, b; strides up to b + 1 draft as trained. None: never
-            trained to draft.
-        name: what the user called it.
-        stored: the type that the checkpoint holds the weights in, if it came from one.
+        model: the model of transformers, whose attention is `idlm.models.attention`.
+        tokenizer: its tokenizer; None if the folder has none.
+        mask_id: the MASK token; `vocab_size` if only the adapter has a row for it.
+        gate: the gate of the adapter; None without an adapter.
+        block_size: the largest trained block size b, which serves strides up to b + 1. None: it was
+            never trained to draft.
+        name: the name or path that the user gave.
+        stored: the type of the weights in the checkpoint, if it is known.
     """
 
     model: PreTrainedModel
@@ -49,37 +48,37 @@ class Idlm:
 
     @property
     def vocab_size(self) -> int:
-        """Columns of the logits, V."""
+        """V, the columns of the logits; the tokenizer may have fewer tokens."""
         return int(self._output.weight.shape[0])
 
     @cached_property
     def encoder(self) -> PromptEncoder:
-        """Makes token ids of texts and messages."""
+        """The encoder that turns texts and messages into token ids."""
         return PromptEncoder(self.tokenizer, self.name)
 
     @property
     def can_draft(self) -> bool:
-        """Whether there is a MASK row to draft with, the base's own or an adapter's."""
+        """Whether the base or an adapter has a MASK row."""
         return self.gate is not None or self.mask_id < self.vocab_size
 
     @property
     def context(self) -> int:
-        """The most positions a sequence may have."""
+        """The most positions of a sequence, prompt and output together."""
         return int(self.model.config.max_position_embeddings)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights, and of every forward."""
         return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weights' type."""
+        """The type of the weights in memory; see `stored` for the checkpoint's."""
         return self.model.dtype
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """The tokens that end a sequence, from the generation config or the model's own."""
+        """The tokens that end a sequence, from the generation config, else from the config."""
         eos = self.model.generation_config.eos_token_id if self.model.generation_config else None
         eos = self.model.config.eos_token_id if eos is None else eos
         return frozenset([eos] if isinstance(eos, int) else eos or [])
@@ -94,9 +93,9 @@ class Idlm:
     ) -> Tensor:
         """Hidden states [B, Q, D] of the rows `tokens` [B, Q] at `positions` [B, Q].
 
-        `visible` is bool, broadcastable to [B, 1, Q, S]; None where a cache knows. Positions past
-        the context are clamped: only masks and drafts that no sequence can hold have them; learned
-        positions would fail on them.
+        `visible` is bool, broadcastable to [B, 1, Q, S]; None if the cache decides what is seen.
+        Positions past the context are clamped, since learned position embeddings would fail on
+        them. Only MASK rows and drafts that are never committed have such positions.
         """
         gate = self.gate or Gate()
         with gate.open(mask_rows):
@@ -121,7 +120,7 @@ class Idlm:
         return output
 
     def linear_layers(self) -> list[tuple[str, nn.Linear]]:
-        """The backbone's linear layers and their names."""
+        """The backbone's linear layers with their names; the output head is not among them."""
         backbone: nn.Module = self.model.base_model
         return [
             (name, layer)
@@ -130,10 +129,10 @@ class Idlm:
         ]
 
     def linear_groups(self) -> list[list[Tensor]]:
-        """The weights [N, K] of the linear layers, the head's too, once each; adapters' matrices
-        are not among them.
+        """The weights [N, K] of the linear layers and the head, in groups with the same input.
 
-        Layers of `SAME_ROWS` are one group, the others have one each.
+        The layers of `SAME_ROWS` share a group; every other layer is a group of its own. A shared
+        weight is listed once. The matrices of adapters are not included.
         """
         groups: dict[object, dict[int, Tensor]] = {}
         for name, layer in self.linear_layers():
@@ -147,36 +146,36 @@ class Idlm:
         return [*(list(group.values()) for group in groups.values()), [self._output.weight]]
 
     def leave_file(self) -> None:
-        """Copy the weights that are there: one that still lies in a mapped file keeps the whole
-        file in memory."""
+        """Copy all weights out of the memory-mapped checkpoint, which a single one would keep
+        mapped."""
         for weight in self.model.parameters():
             weight.data = weight.data.clone()
 
     def mask_weights(self) -> Callable[[Tensor], list[Tensor]]:
-        """Says what MASK rows have in the place of a linear layer's weight, by adapter; one where
-        none changes it."""
+        """A function from a linear layer's weight to the merged weight of each adapter.
+
+        A weight that no adapter changes gives a list of itself alone.
+        """
         gated = {id(layer.base.weight): layer for layer in gated_layers(self.model)}
         return lambda weight: gated[id(weight)].merged() if id(weight) in gated else [weight]
 
     def adapter_weights(self) -> list[tuple[Tensor, list[Tensor]]]:
-        """Each adapted layer's weight, and the matrices A [r, in] and B [out, r] of its adapters."""
+        """The weight of each adapted layer, with A [r, in] and B [out, r] of its adapters."""
         return [(layer.base.weight, layer.low_rank()) for layer in gated_layers(self.model)]
 
     @torch.inference_mode()
     def forward(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
-        """Logits [T, V] of one sequence's rows [T] under `visible` [T, T]; the form
-        `decoding.reference` asks for.
+        """Logits [T, V] of the rows `tokens` [T] of a sequence under `visible` [T, T].
 
-        They come back to the device that `tokens` are on.
+        This is the `forward` of `decoding.reference`. The result is on the device of `tokens`.
 
         Raises:
-            InputError: the MASK rows are not one run.
+            InputError: the MASK rows are not contiguous.
         """
         masks = torch.nonzero(tokens == self.mask_id).flatten().tolist()
         rows = slice(masks[0], masks[-1] + 1) if masks else NO_ROWS
         if rows.stop - rows.start != len(masks):
             raise InputError(f"the MASK rows {masks} are not one run; put them side by side")
-        place, seen = positions[None].to(self.device), visible[None, None].to(self.device)
-        return self.head(self.hidden(tokens[None].to(self.device), place, seen, rows))[0].to(
-            tokens.device
-        )
+        on_device = (positions[None].to(self.device), visible[None, None].to(self.device))
+        hidden = self.hidden(tokens[None].to(self.device), *on_device, rows)
+        return self.head(hidden)[0].to(tokens.device)

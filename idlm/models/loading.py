@@ -1,5 +1,4 @@
-"""`load`: a folder, a GGUF file, a hub id or a bundled name becomes an `Idlm`, with an adapter or
-without; and back."""
+"""`load` makes an `Idlm` of a folder, GGUF file, hub id or bundled name; `save_full` writes one."""
 
 from __future__ import annotations
 
@@ -34,8 +33,7 @@ FLOATS = {
 
 PROBE_POSITIONS = (0, 1, 2, 1)
 PROBE_VISIBLE = ((1, 0, 0, 0), (1, 1, 0, 0), (1, 1, 1, 0), (1, 0, 0, 1))
-"""Four rows with two continuations of the first: rows 0, 1, 2 are one text and rows 0, 3 another.
-"""
+"""Four rows of two texts that share row 0: rows 0, 1, 2 and rows 0, 3."""
 
 PROBE_TOLERANCE = {
     torch.float64: 1e-5,
@@ -43,8 +41,8 @@ PROBE_TOLERANCE = {
     torch.float16: 2e-2,
     torch.bfloat16: 6e-2,
 }
-"""Largest relative difference (2-norm of the logits) due to rounding; eager softmax is float32 even
-in float64."""
+"""The relative difference of logits (2-norm) that rounding explains. Eager attention computes the
+softmax in float32, even of a float64 model."""
 
 
 def load(
@@ -53,25 +51,26 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
 ) -> Idlm:
-    """Load a model that can be asked for rows.
+    """Load a model, and an adapter if there is one.
 
     Args:
         path_or_hub_id: a folder, a GGUF file, a hub id, or "nano", "nano-base", "nano-full".
-        adapter: a gated LoRA's folder or hub id; "nano" brings its own.
-        dtype: of the model: "auto", "float64", "float32", "bfloat16", "float16". "auto" is as
-            stored; on a CPU, where PyTorch is slow in 16 bits, float32, which holds 16-bit weights
-            as they are (an engine's linear layers then hold bfloat16 again: see `weights` of
-            `LLM`). A GGUF file's quantised weights become float32.
-        device: where to put the weights.
+        adapter: the folder or hub id of a gated LoRA; "nano" includes one.
+        dtype: "auto", "float64", "float32", "bfloat16" or "float16". "auto" is the type of the
+            checkpoint; but float32 on a CPU for 16-bit weights, which it represents exactly, since
+            PyTorch is slow in 16 bits there (the linear layers of an engine then use bfloat16
+            again: see `weights` of `LLM`). Quantised weights of a GGUF file become float32.
+        device: the device of the weights.
 
     Raises:
-        InputError: whatever cannot be loaded, in one line: what it is and what to do.
+        InputError: the model cannot be loaded; the message says why and what to do.
     """
-    kind, place = _dtype(dtype), _device(device)
+    wanted, target = _dtype(dtype), _device(device)
     folder, bundled = resolve(path_or_hub_id)
     if bundled is not None and adapter is not None:
         raise InputError(
-            f"{path_or_hub_id!r} brings its own adapter; name nano-base to give adapter={str(adapter)!r}"
+            f"{path_or_hub_id!r} brings its own adapter; "
+            f"name nano-base to give adapter={str(adapter)!r}"
         )
     extra = bundled if adapter is None else resolve(adapter)[0]
     config = read_config(folder)
@@ -79,19 +78,20 @@ def load(
     mask_id, source = mask_token(config, tokenizer)
     if extra is None and source == "config.json" and mask_id == config.vocab_size:
         raise InputError(
-            f"mask_token_id {mask_id} is outside the vocabulary of {config.vocab_size}; give an adapter with its row"
+            f"mask_token_id {mask_id} is outside the vocabulary of {config.vocab_size}; "
+            "give an adapter with its row"
         )
-    model = _read_model(folder, config, kind)
+    model = _read_model(folder, config, wanted)
     stored = model.dtype
-    if kind == "auto" and place.type == "cpu" and stored in (torch.bfloat16, torch.float16):
+    if wanted == "auto" and target.type == "cpu" and stored in (torch.bfloat16, torch.float16):
         model.float()  # type: ignore[no-untyped-call]
-    model.to(place)  # type: ignore[arg-type]  # transformers' decorator hides the signature
+    model.to(target)  # type: ignore[arg-type]  # transformers' decorator hides the signature
     name, block = str(path_or_hub_id), trained_block_size(config)
     idlm = Idlm(model, tokenizer, mask_id, block_size=block, name=name, stored=stored)
     check_architecture(idlm)
     if extra is not None:
-        own = mask_id if mask_id < config.vocab_size else None
-        idlm.gate, idlm.mask_id, idlm.block_size = adapters.load_into(model, extra, own)
+        base_mask = mask_id if mask_id < config.vocab_size else None
+        idlm.gate, idlm.mask_id, idlm.block_size = adapters.load_into(model, extra, base_mask)
     return idlm
 
 
@@ -105,26 +105,26 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 def _device(device: str | torch.device) -> torch.device:
     try:
-        place = torch.empty(0, device=device).device  # "cuda" gets its number
+        return torch.empty(0, device=device).device  # with its index: "cuda" becomes "cuda:0"
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(
-            f"device {str(device)!r} cannot be used ({first_line(error)}); use cpu, or cuda where there is one"
+            f"device {str(device)!r} cannot be used ({first_line(error)}); "
+            "use cpu, or cuda where there is one"
         ) from None
-    return place
 
 
 def _read_model(
     folder: Path, config: PreTrainedConfig, dtype: str | torch.dtype
 ) -> PreTrainedModel:
-    """transformers' own model with its weights, complete and of the right shapes."""
-    tensors = model_tensors(folder)  # refuses pickles and truncated files by name
+    """Load the model with transformers, and check that all weights are there with their shapes."""
+    tensors = model_tensors(folder)  # raises for pickles and truncated files
     if is_gguf(folder) and dtype == "auto":
         dtype = auto_dtype(tensors)
     try:
-        with _quiet(), _origin(folder) as (place, more):
+        with _quiet(), _origin(folder) as (source, options):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                place,
-                **more,
+                source,
+                **options,
                 config=config,
                 dtype=dtype,
                 attn_implementation=NAME,
@@ -133,9 +133,10 @@ def _read_model(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except Exception as error:  # each family has its own kinds of error
+    except Exception as error:  # model families raise many types
         raise InputError(
-            f"{str(folder)!r} cannot be loaded as {config.model_type} ({_kind(error)}); use another model"
+            f"{str(folder)!r} cannot be loaded as {config.model_type} ({_kind(error)}); "
+            "use another model"
         ) from error
     model: PreTrainedModel = loaded[0]
     report: dict[str, set[Any]] = loaded[1]
@@ -143,14 +144,15 @@ def _read_model(
         f"{name} {list(stored)} not {list(wanted)}"
         for name, stored, wanted in report["mismatched_keys"]
     ]
-    for problem, found in (
+    for problem, names in (
         ("misshapen", misshapen),
         ("missing", report["missing_keys"]),
         ("unexpected", report["unexpected_keys"]),
     ):
-        if found:
+        if names:
             raise InputError(
-                f"{str(folder)!r} has {len(found)} {problem} tensors, {min(found)} first; download it again"
+                f"{str(folder)!r} has {len(names)} {problem} tensors, {min(names)} first; "
+                "download it again"
             )
     if is_gguf(folder):
         _check_all_used(folder, model, tensors)
@@ -160,30 +162,31 @@ def _read_model(
 
 @contextmanager
 def _origin(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Where transformers is to look for weights, and the arguments that this needs."""
+    """The folder and the keyword arguments of `from_pretrained`."""
     if is_gguf(folder):
-        with origin(folder) as (empty, more):
-            yield empty, more | {"quantization_config": dequantised()}
+        with origin(folder) as (empty, options):
+            yield empty, options | {"quantization_config": dequantised()}
     else:
         yield folder, {"use_safetensors": True}
 
 
 def _check_all_used(path: Path, model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> None:
-    """transformers passes over tensors of a GGUF file that it has no place for: biases, say, or
-    scales of rotations."""
-    stored, loaded = (
-        sum(info.count for info in tensors.values()),
-        sum(p.numel() for p in model.parameters()),
-    )
+    """Check that the model has as many weights as the GGUF file.
+
+    transformers silently ignores tensors that the model has no parameter for, such as biases or
+    rotary scales.
+    """
+    stored = sum(info.count for info in tensors.values())
+    loaded = sum(p.numel() for p in model.parameters())
     if stored != loaded:
         raise InputError(
-            f"{str(path)!r} holds {stored} weights, but a {model.config.model_type} of its sizes has {loaded}; "
-            "use the model's original folder"
+            f"{str(path)!r} holds {stored} weights, but a {model.config.model_type} "
+            f"of its sizes has {loaded}; use the model's original folder"
         )
 
 
 class _Probe:
-    """A cache that keeps nothing and notes which layers asked it."""
+    """A cache that stores nothing and records the order of the layers that call it."""
 
     def __init__(self, visible: Tensor) -> None:
         self.visible = visible
@@ -200,8 +203,7 @@ def _kind(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' bar and its multi-line warnings away: what they warn of becomes one error
-    here."""
+    """Hide transformers' progress bar and warnings: their causes are reported as an error here."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(ERROR)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -214,14 +216,14 @@ def _quiet() -> Iterator[None]:
 
 
 def check_architecture(idlm: Idlm) -> None:
-    """Run four rows through the model's stock path and through ours; they must agree, and each
-    layer must write once.
+    """Run four rows through transformers' attention and through ours, and compare the logits.
 
-    This finds what configs have no common word for: scaled logits, ALiBi, attention sinks, layers
-    that drop `visible` or share their keys.
+    This detects features that configs do not name uniformly: scaled logits, ALiBi, attention sinks,
+    layers that ignore `visible` or share keys.
 
     Raises:
-        InputError: they disagree, or the model cannot run this way at all.
+        InputError: the logits differ, a layer does not write its keys exactly once and in order, or
+            the model fails.
     """
     step = max(1, idlm.vocab_size // 5)
     tokens = torch.tensor([k * step % idlm.vocab_size for k in range(1, 5)], device=idlm.device)
@@ -232,41 +234,43 @@ def check_architecture(idlm: Idlm) -> None:
     try:
         ours = _our_logits(idlm, tokens, positions, cache).double()
         stock = _stock_logits(idlm.model, tokens).double()
-    except Exception as error:  # whatever a foreign forward raises
+    except Exception as error:  # a model's forward may raise anything
         raise InputError(f"{what} ({_kind(error)}); use another model") from error
     if cache.layers != list(range(idlm.model.config.num_hidden_layers)):
         raise InputError(
             f"{what}: its layers write keys in the order {cache.layers}; use another model"
         )
-    apart, size = float((ours - stock).norm()), float(stock.norm())
-    if not apart <= PROBE_TOLERANCE[idlm.dtype] * size:
+    difference, size = float((ours - stock).norm()), float(stock.norm())
+    if not difference <= PROBE_TOLERANCE[idlm.dtype] * size:  # also if it is NaN
         raise InputError(
-            f"{what}: its logits differ from transformers' own by {apart:.2g} of {size:.2g}; use another model"
+            f"{what}: its logits differ from transformers' own by {difference:.2g} of {size:.2g}; "
+            "use another model"
         )
 
 
 @torch.inference_mode()
 def _our_logits(idlm: Idlm, tokens: Tensor, positions: Tensor, cache: _Probe) -> Tensor:
-    """Logits [4, V] of the probe's rows in one forward."""
+    """Logits [4, V] of the probe's rows, in a single forward."""
     return idlm.head(idlm.hidden(tokens[None], positions[None], None, cache=cache))[0]
 
 
 @torch.inference_mode()
 def _stock_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Logits [4, V] of the probe's rows by transformers' eager attention, one text at a time."""
+    """Logits [4, V] of the probe's rows by transformers' eager attention, a forward per text."""
     model.set_attn_implementation("eager")
     try:
-        first = model(input_ids=tokens[None, :3], use_cache=False).logits[0]
-        other = model(input_ids=tokens[None, [0, 3]], use_cache=False).logits[0, 1:]
+        rows_0_to_2 = model(input_ids=tokens[None, :3], use_cache=False).logits[0]
+        row_3 = model(input_ids=tokens[None, [0, 3]], use_cache=False).logits[0, 1:]
     finally:
         model.set_attn_implementation(NAME)
-    return torch.cat([first, other])
+    return torch.cat([rows_0_to_2, row_3])
 
 
 @torch.no_grad()
 def ensure_mask_row(idlm: Idlm) -> None:
-    """Give the embedding (and the head) a row for MASK where it has none: the mean of the others.
-    For full fine-tuning.
+    """Add a MASK row to the embedding and the head, if they have none: the mean of the other rows.
+
+    Full fine-tuning needs it.
 
     Raises:
         InputError: the model has an adapter.
@@ -284,18 +288,18 @@ def ensure_mask_row(idlm: Idlm) -> None:
 
 
 def save_full(idlm: Idlm, folder: str | Path, block_size: int | None) -> None:
-    """Write a fully trained model with its tokenizer; its config names the MASK id and the block
-    size.
+    """Write a fully fine-tuned model and its tokenizer, with MASK id and block size in the config.
 
     Raises:
-        InputError: the model has an adapter, or no MASK row although it was trained to draft.
+        InputError: the model has an adapter, or a block size without a MASK row.
     """
     if idlm.gate is not None:
         raise InputError(f"{idlm.name!r} has an adapter; save it with idlm.models.adapter.save")
     rows = embedding_rows(idlm.model).shape[0]
     if block_size is not None and idlm.mask_id >= rows:
         raise InputError(
-            f"mask_token_id {idlm.mask_id} has no row in an embedding of {rows}; call ensure_mask_row first"
+            f"mask_token_id {idlm.mask_id} has no row in an embedding of {rows}; "
+            "call ensure_mask_row first"
         )
     config = idlm.model.config
     if idlm.mask_id < rows:

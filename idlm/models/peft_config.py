@@ -1,5 +1,4 @@
-"""What is understood of PEFT's adapter_config.json; anything else that is switched on is refused by
-name."""
+"""The supported keys of PEFT's adapter_config.json. Any other feature that is on is refused."""
 
 from __future__ import annotations
 
@@ -23,15 +22,15 @@ HARMLESS = frozenset(
 )
 OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Ways to start a LoRA that leave the base's weights alone; others (pissa, olora, corda, loftq)
-change them."""
+"""Values of `init_lora_weights` that keep the base's weights; pissa, olora, corda and loftq change
+them."""
 
 
 def refuse_features(config: dict[str, Any], where: str) -> None:
-    """Go through an adapter_config.json, of the file `where`.
+    """Check the content of an adapter_config.json; `where` is the file, for messages.
 
     Raises:
-        InputError: it uses a PEFT feature that is not implemented: it names the key and the value.
+        InputError: it uses a PEFT feature that is not implemented; the message has key and value.
     """
     if config.get("peft_type") != "LORA":
         raise InputError(
@@ -40,7 +39,8 @@ def refuse_features(config: dict[str, Any], where: str) -> None:
     start = config.get("init_lora_weights", True)
     if start not in PLAIN_STARTS:
         raise InputError(
-            f"{where} has init_lora_weights {start!r}, which changes the base; convert it to plain LoRA with peft"
+            f"{where} has init_lora_weights {start!r}, which changes the base; "
+            "convert it to plain LoRA with peft"
         )
     for key, value in config.items():
         if key not in UNDERSTOOD | HARMLESS and value not in OFF:

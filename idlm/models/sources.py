@@ -1,5 +1,4 @@
-"""Where checkpoints come from: bundled names, folders, GGUF files, ids on the Hugging Face hub; and
-their JSON."""
+"""Finds checkpoints by bundled name, folder, GGUF file or hub id, and reads their JSON files."""
 
 from __future__ import annotations
 
@@ -19,20 +18,19 @@ BUNDLED = {
     "nano-base": (WEIGHTS / "base", None),
     "nano-full": (WEIGHTS / "full", None),
 }
-"""The bundled models: folder, and the adapter that the name includes."""
+"""The bundled models: the folder, and the adapter that belongs to the name."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-"""Configs, weights, tokenizers and chat templates: no pickle and no code is ever downloaded."""
+"""Configs, weights, tokenizers and chat templates. Pickles and code are never downloaded."""
 
 
 def resolve(name: str | Path) -> tuple[Path, Path | None]:
-    """The folder or GGUF file that `name` stands for, and the adapter that belongs to the name
-    (only for "nano").
+    """The folder or GGUF file of `name`, and the adapter that belongs to it (only for "nano").
 
     Raises:
-        InputError: there is no such folder or file, and the hub has none either or cannot be
-            reached; it is a file of another kind, or a folder that has weights in GGUF files only.
+        InputError: there is no such folder, file or hub id, or the hub cannot be reached; it is a
+            file of another kind, or a folder with GGUF weights only.
     """
     if str(name) in BUNDLED:
         return BUNDLED[str(name)]
@@ -48,14 +46,15 @@ def resolve(name: str | Path) -> tuple[Path, Path | None]:
         raise InputError(f"no file {str(name)!r}; check the path")
     if isinstance(name, Path) or not HUB_ID.fullmatch(name):
         raise InputError(
-            f"no folder {str(name)!r}; give a folder, a hub id such as Qwen/Qwen3-0.6B, or {', '.join(BUNDLED)}"
+            f"no folder {str(name)!r}; "
+            f"give a folder, a hub id such as Qwen/Qwen3-0.6B, or {', '.join(BUNDLED)}"
         )
     return _download(name), None
 
 
 def _refuse_only_gguf(folder: Path) -> None:
-    """Refuse a folder whose weights are GGUF files: which of them is meant, often of several, is
-    not ours to guess."""
+    """Raise InputError for a folder with GGUF weights only: it may have several, so the user must
+    name the file."""
     files = sorted(folder.glob("*.gguf"))
     if files and not any(folder.glob("*.safetensors")):
         raise InputError(
@@ -64,22 +63,20 @@ def _refuse_only_gguf(folder: Path) -> None:
 
 
 def _download(hub_id: str) -> Path:
-    """Fetch a repository of the hub into its usual cache."""
+    """Download a repository of the hub into the cache of huggingface_hub."""
     try:
         return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
-    except (
-        Exception
-    ) as error:  # the hub's client and the network libraries under it each raise their own kinds
+    except Exception as error:  # the hub's client and its network libraries raise many types
         raise InputError(
             f"no folder {hub_id!r}, and the hub gave none ({first_line(error)}); check the name"
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
+    """Read the JSON object in `path`.
 
     Raises:
-        InputError: there is no such file, or it holds something else.
+        InputError: there is no such file, or it is not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -99,6 +96,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's text, for messages of one line."""
+    """The first line of an error's text, or its type if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__

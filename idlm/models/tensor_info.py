@@ -1,4 +1,4 @@
-"""Where one tensor lies on disk, whatever the format of the file."""
+"""The position of a tensor in a file, for any file format."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor on disk: its type by the name its format has for it, its shape, and its bytes'
-    place in `file`."""
+    """A tensor in a file: bytes `start` to `stop`. `dtype` is the format's name of the type."""
 
     file: Path
     dtype: str
@@ -20,5 +19,5 @@ class TensorInfo:
 
     @property
     def count(self) -> int:
-        """Number of elements."""
+        """The number of elements, the product of the shape."""
         return math.prod(self.shape)

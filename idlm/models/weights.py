@@ -1,4 +1,4 @@
-"""Tensor files: what they hold, from their headers alone; and the fingerprint of a model's weights."""
+"""The tensors of a checkpoint, from headers alone, and the fingerprint of a model's weights."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ DTYPES = {
 
 
 def model_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """The tensors of a model folder, or of a GGUF file, by name.
+    """The tensors of a model folder or GGUF file, by name.
 
     Raises:
-        InputError: no safetensors weights (pickle is never read), a missing shard, a truncated
-            file.
+        InputError: there are no safetensors weights (pickles are never read), a shard is missing,
+            or a file is truncated.
     """
     if is_gguf(folder):
         return read_header(folder).tensors
@@ -66,11 +66,12 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def file_tensors(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, from its header: 8 bytes of length n, n bytes of JSON,
-    the tensors' bytes.
+    """The tensors of a safetensors file, from its header.
+
+    The format is: n as 8 bytes, n bytes of JSON, the bytes of the tensors.
 
     Raises:
-        InputError: there is no such file, or it is shorter or longer than its header says.
+        InputError: there is no such file, or its size is not the one that its header implies.
     """
     if not path.exists():
         raise InputError(f"no {path.name} in {str(path.parent)!r}; download it again")
@@ -88,7 +89,8 @@ def file_tensors(path: Path) -> dict[str, TensorInfo]:
     expected = max((info.stop for info in tensors.values()), default=8 + length)
     if size != expected:
         raise InputError(
-            f"{str(path)!r} has {size} bytes, not the {expected} its header names; download it again"
+            f"{str(path)!r} has {size} bytes, not the {expected} its header names; "
+            "download it again"
         )
     return tensors
 
@@ -99,13 +101,12 @@ def _info(path: Path, entry: dict[str, list[int]], data: int) -> TensorInfo:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """sha256 of a model's weights: the same with and without an adapter, and in whatever dtype they
-    were loaded.
+    """sha256 of a model's base weights. It does not depend on an adapter or on the loaded dtype.
 
-    It covers name, dtype, shape and all bytes of each tensor as stored: of the folder, or the GGUF
-    file, that the model came from (so a GGUF file and a folder made from it are two bases). A model
-    that came from neither is hashed in memory. Tensors are hashed apart and in parallel: about a
-    second per GB on two cores.
+    It covers the name, dtype, shape and bytes of each tensor as stored in the model's folder or
+    GGUF file, so a GGUF file and a folder that was made from it are different bases. A model
+    without either is hashed in memory. Tensors are hashed in parallel: about a second per GB on two
+    cores.
     """
     folder = Path(model.name_or_path or "")
     if model.name_or_path and (
@@ -119,7 +120,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """`fingerprint` of the model stored in `folder`, or in a GGUF file."""
+    """`fingerprint` of the model in a folder or GGUF file, without loading it."""
     tensors = model_tensors(folder)
     with ThreadPoolExecutor() as pool:
         hashes = list(pool.map(_hash_stored, tensors.values()))
@@ -153,20 +154,20 @@ def _dtype_name(tensor: Tensor) -> str:
 
 
 def _base_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The base's parameters by the names they have without an adapter; tied ones once, as
+    """The base's parameters, with their names without an adapter. Tied ones are listed once, as
     transformers stores them."""
     wrapped = {
         name
         for name, module in model.named_modules()
         if isinstance(module, (GatedLinear, MaskEmbedding))
     }
-    own = adapter_parameters(model)
-    found: dict[str, Tensor] = {}
+    of_adapter = adapter_parameters(model)
+    parameters: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         owner, _, last = name.rpartition(".base.")
-        if name not in own:
-            found[f"{owner}.{last}" if owner in wrapped else name] = parameter
-    return found
+        if name not in of_adapter:
+            parameters[f"{owner}.{last}" if owner in wrapped else name] = parameter
+    return parameters
 
 
 def embedding_rows(model: PreTrainedModel) -> Tensor:

@@ -1,1 +1,1 @@
-"""The bundled model and the generator of its data."""
+"""The bundled model, its word problems and its evaluation."""

@@ -1,8 +1,7 @@
-"""Held-out accuracy and TPF of the bundled models, one JSON object: `python -m idlm.nano.evaluate`.
+"""Held-out accuracy and TPF of the bundled models as JSON: `python -m idlm.nano.evaluate`.
 
-The base and the full fine-tune are asked through transformers' own batched `generate`, which shares
-no decoding code with ours; every other run reports in how many problems it gave the very tokens of
-that.
+The base and the full fine-tune also run with transformers' batched `generate`, which shares no
+decoding code with ours. Each of our runs reports the share of problems with the same tokens.
 """
 
 from __future__ import annotations
@@ -38,15 +37,15 @@ LIMIT = 256
 
 
 def stock_outputs(folder: Path, problems: Sequence[Problem], batch: int = 100) -> list[list[int]]:
-    """Greedy outputs of a model by transformers' `generate`, stop token included."""
+    """Greedy outputs of a model by transformers' `generate`, with their stop tokens."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     encoder = PromptEncoder(tokenizer, folder.name)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     outputs = []
-    for first in range(0, len(problems), batch):
+    for start in range(0, len(problems), batch):
         chats = [
             [{"role": "user", "content": problem.question}]
-            for problem in problems[first : first + batch]
+            for problem in problems[start : start + batch]
         ]
         prompts: Any = tokenizer.pad({"input_ids": encoder.chats(chats)}, return_tensors="pt")
         with torch.inference_mode():
@@ -60,7 +59,7 @@ def stock_outputs(folder: Path, problems: Sequence[Problem], batch: int = 100) -
 
 
 def share_right(problems: Sequence[Problem], outputs: list[list[int]]) -> float:
-    """The share of exact answers."""
+    """The share of problems whose output (token ids) ends with the right answer."""
     tokenizer = AutoTokenizer.from_pretrained(FOLDERS["nano"])
     texts = (str(tokenizer.decode(output, skip_special_tokens=True)) for output in outputs)
     right = [
@@ -70,7 +69,7 @@ def share_right(problems: Sequence[Problem], outputs: list[list[int]]) -> float:
 
 
 def main() -> None:
-    """Run and print."""
+    """Run the chosen `RUNS`; print progress to stderr and the report to stdout."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -92,16 +91,17 @@ def main() -> None:
     }
     for name, (model, stride, branches) in zip(options.runs, chosen, strict=True):
         params = SamplingParams(max_tokens=LIMIT, temperature=0.0)
-        found = evaluate(LLM(load(model), stride=stride, branches=branches), problems, params)
+        llm = LLM(load(model), stride=stride, branches=branches)
+        accuracy = evaluate(llm, problems, params)
         same = sum(
             result.token_ids == output
-            for result, output in zip(found.results, stock[model], strict=True)
+            for result, output in zip(accuracy.results, stock[model], strict=True)
         )
         report[name] = {
-            "accuracy": found.share,
+            "accuracy": accuracy.share,
             "same_tokens_as_transformers": same / len(problems),
-            **summary(found.results),
-            "seconds": found.seconds,
+            **summary(accuracy.results),
+            "seconds": accuracy.seconds,
         }
         print(name, json.dumps(report[name]), file=sys.stderr)
     print(

@@ -1,9 +1,9 @@
 """Word problems with worked solutions: the data of the bundled model.
 
-A problem is a story of two or three steps after its start. Every step needs the running total, so
-one wrong token early ruins the answer. `problem(seed, index)` is a pure function; the question's
-own hash decides whether it is held out, so the training stream and the held-out set share no
-question whatever their seeds.
+A problem is a story with a start and two or three steps. Each step uses the running total, so a
+wrong token makes the answer wrong. `problem(seed, index)` is a pure function. A question's hash
+decides whether it is held out, so the training stream and the held-out set share no question, for
+any seeds.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from dataclasses import dataclass
 from itertools import count, islice
 
 HELD_OUT_SHARE = 32
-"""One question in this many is held out."""
+"""The held-out set has a share of 1 / HELD_OUT_SHARE of all questions."""
 
 PEOPLE = {
     "she": ("Mia", "Anna", "Emma", "Lily", "Sara", "Nora", "Ruth", "Zoe", "Ivy", "Clara"),
     "he": ("Tom", "Ben", "Leo", "Max", "Sam", "Paul", "Omar", "Jack", "Hugo", "Eric"),
 }
 ITEMS = (
-    "apples", "pears", "marbles", "stickers", "coins", "books", "shells", "stamps", "cards", "pencils",
-    "cookies", "buttons", "beads", "stones", "flowers", "balloons", "candles", "tickets", "toys", "eggs",
+    "apples", "pears", "marbles", "stickers", "coins", "books", "shells", "stamps", "cards",
+    "pencils", "cookies", "buttons", "beads", "stones", "flowers", "balloons", "candles", "tickets",
+    "toys", "eggs",
 )  # fmt: skip
 BOXES = ("boxes", "bags", "jars", "baskets", "trays", "crates")
 PLACES = (
@@ -41,7 +42,7 @@ LOSSES = ("gives away", "loses", "sells", "breaks", "throws away")
 
 @dataclass(frozen=True)
 class Problem:
-    """One question, its worked solution (which ends in the answer) and the answer."""
+    """A question, its worked solution, which ends with the answer, and the answer."""
 
     question: str
     solution: str
@@ -50,7 +51,13 @@ class Problem:
 
 @dataclass
 class _Story:
-    """A story in the making: a protagonist, the sentences so far and the running total."""
+    """A problem under construction.
+
+    Attributes:
+        total: the running total.
+        told: the sentences of the question so far.
+        worked: the sentences of the solution so far.
+    """
 
     rng: random.Random
     name: str
@@ -61,7 +68,7 @@ class _Story:
     worked: list[str]
 
     def work(self, lead: str, left: int, sign: str, right: int) -> None:
-        """Tell one step of the solution: what happens, the sum, and what the total is now."""
+        """Add a step to the solution, with its equation and the new total."""
         operations: dict[str, Callable[[int, int], int]] = {
             "+": lambda a, b: a + b,
             "-": lambda a, b: a - b,
@@ -95,40 +102,40 @@ def _start_boxes(story: _Story) -> None:
 
 
 def _gain(story: _Story) -> None:
-    number, verb, place = (
-        story.rng.randint(2, 40),
-        story.rng.choice(GAINS),
-        story.rng.choice(PLACES),
-    )
-    told = f"Then {story.pronoun} {verb} {number} more {story.item} {place}"
-    story.told.append(f"{told}.")
-    story.work(told, story.total, "+", number)
+    amount = story.rng.randint(2, 40)
+    verb, place = story.rng.choice(GAINS), story.rng.choice(PLACES)
+    sentence = f"Then {story.pronoun} {verb} {amount} more {story.item} {place}"
+    story.told.append(f"{sentence}.")
+    story.work(sentence, story.total, "+", amount)
 
 
 def _lose(story: _Story) -> None:
-    number, verb = story.rng.randint(1, story.total - 2), story.rng.choice(LOSSES)
-    told = f"After that {story.pronoun} {verb} {number} of the {story.item}"
-    story.told.append(f"{told}.")
-    story.work(told, story.total, "-", number)
+    amount, verb = story.rng.randint(1, story.total - 2), story.rng.choice(LOSSES)
+    sentence = f"After that {story.pronoun} {verb} {amount} of the {story.item}"
+    story.told.append(f"{sentence}.")
+    story.work(sentence, story.total, "-", amount)
 
 
 def _double(story: _Story) -> None:
     factor, word = story.rng.choice(((2, "double"), (3, "triple")))
-    told = f"The next day a kind friend helps to {word} the number of {story.item}"
-    story.told.append(f"{told}.")
-    story.work(told, story.total, "*", factor)
+    sentence = f"The next day a kind friend helps to {word} the number of {story.item}"
+    story.told.append(f"{sentence}.")
+    story.work(sentence, story.total, "*", factor)
 
 
 def _share(story: _Story) -> None:
     divisors = [d for d in range(2, 10) if story.total % d == 0 and story.total // d > 2]
-    number = story.rng.choice(divisors)
-    told = f"Some time later {story.pronoun} shares all the {story.item} equally in a group of {number} people"
-    story.told.append(f"{told}.")
-    story.work(told, story.total, "/", number)
+    people = story.rng.choice(divisors)
+    sentence = (
+        f"Some time later {story.pronoun} shares all the {story.item} "
+        f"equally in a group of {people} people"
+    )
+    story.told.append(f"{sentence}.")
+    story.work(sentence, story.total, "/", people)
 
 
 def _possible_steps(story: _Story) -> list[Callable[[_Story], None]]:
-    """The steps that keep every number between 3 and 99."""
+    """The steps that keep all numbers below 100; gains and losses are twice as likely."""
     steps: list[Callable[[_Story], None]] = []
     if story.total <= 59:
         steps += [_gain, _gain]
@@ -142,7 +149,7 @@ def _possible_steps(story: _Story) -> list[Callable[[_Story], None]]:
 
 
 def problem(seed: int, index: int) -> Problem:
-    """The problem number `index` of the stream `seed`."""
+    """Problem `index` of the stream `seed`, whether it is held out or not."""
     rng = random.Random(f"{seed}/{index}")
     pronoun = rng.choice(("she", "he"))
     story = _Story(rng, rng.choice(PEOPLE[pronoun]), pronoun, rng.choice(ITEMS), 0, [], [])
@@ -155,22 +162,22 @@ def problem(seed: int, index: int) -> Problem:
 
 
 def is_held_out(question: str) -> bool:
-    """Whether a question belongs to the held-out set: a property of its text alone."""
+    """Whether a question is in the held-out set, which depends on its text alone."""
     return zlib.crc32(question.encode()) % HELD_OUT_SHARE == 0
 
 
 def training_problems(seed: int) -> Iterator[Problem]:
-    """The endless training stream of `seed`: no held-out question is in it."""
+    """The endless training stream of `seed`, without held-out questions."""
     return (p for p in (problem(seed, i) for i in count()) if not is_held_out(p.question))
 
 
-def held_out_problems(number: int, seed: int = 1) -> list[Problem]:
-    """The first `number` held-out problems."""
+def held_out_problems(size: int, seed: int = 1) -> list[Problem]:
+    """The first `size` held-out problems of the stream `seed`."""
     stream = (p for p in (problem(seed, i) for i in count()) if is_held_out(p.question))
-    return list(islice(stream, number))
+    return list(islice(stream, size))
 
 
 def read_answer(text: str) -> int | None:
-    """The number after "The answer is", or None where the text has none."""
+    """The number after "The answer is", or None if the text has none."""
     match = re.search(r"The answer is (\d+)\.", text)
     return int(match.group(1)) if match else None

@@ -1,5 +1,4 @@
-"""The project's word problems as training data: importing this module makes `nano` known to
-training."""
+"""The word problems as training data. Importing this module registers the source `nano`."""
 
 from __future__ import annotations
 
@@ -14,8 +13,8 @@ def _training(seed: int) -> Iterator[tuple[str, str]]:
     return ((p.question, p.solution) for p in training_problems(seed))
 
 
-def _held_out(number: int) -> list[tuple[str, str]]:
-    return [(p.question, p.solution) for p in held_out_problems(number)]
+def _held_out(size: int) -> list[tuple[str, str]]:
+    return [(p.question, p.solution) for p in held_out_problems(size)]
 
 
 SOURCES["nano"] = Source(_training, _held_out, train_tokenizer)

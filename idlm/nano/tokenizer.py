@@ -1,5 +1,5 @@
-"""The bundled model's tokenizer: byte-level BPE trained on the project's own problems, digits kept
-apart."""
+"""The bundled model's tokenizer: byte-level BPE, trained on the word problems; each digit is a
+token."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(vocab_size: int = 768, problems: int = 20_000) -> PreTrainedTokenizerFast:
-    """Train on the first problems of the training stream; any text can be encoded, byte by byte if
-    need be."""
+    """Train on the first problems of the training stream. It encodes any text, since all bytes are
+    tokens."""
     texts = (
         f"user\n{p.question}\nassistant\n{p.solution}"
         for p in islice(training_problems(0), problems)

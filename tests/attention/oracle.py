@@ -63,15 +63,17 @@ def case(
     is NaN."""
     torch.manual_seed(seed)
     batch, columns = len(lengths), max(1, max(-(-length // page) for length in lengths)) + 1
-    number = 1 + batch * columns
-    pages = torch.full((2, number, page, groups, size), torch.nan, dtype=torch.float64)
-    table = (torch.randperm(number - 1) + 1).view(batch, columns)
+    num_pages = 1 + batch * columns
+    pages = torch.full((2, num_pages, page, groups, size), torch.nan, dtype=torch.float64)
+    table = (torch.randperm(num_pages - 1) + 1).view(batch, columns)
     for slot, length in enumerate(lengths):
         for token in range(length):
             pages[:, table[slot, token // page], token % page] = torch.randn(
                 2, groups, size, dtype=torch.float64
             )
-        table[slot, -(-length // page) :] = torch.randint(number, (columns - -(-length // page),))
+        table[slot, -(-length // page) :] = torch.randint(
+            num_pages, (columns - -(-length // page),)
+        )
     return Case(
         query=torch.randn(batch, width, heads, size, dtype=torch.float64).to(DEVICE),
         key=torch.randn(batch, width, groups, size, dtype=torch.float64).to(DEVICE),

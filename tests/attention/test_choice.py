@@ -20,11 +20,11 @@ def pages(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_triton_serves_where_there_is_a_gpu_and_a_type_it_has(dtype: torch.dtype) -> None:
-    own = pages(dtype, DEVICE)
-    triton = own.is_cuda and dtype != torch.float64 and use_triton(own.float())
-    assert isinstance(choose(own, 2), TritonAttention) == triton
-    assert isinstance(choose(own, 2, deterministic=True), InvariantTritonAttention) == triton
-    assert isinstance(choose(own, 2, deterministic=True), InvariantAttention) != triton
+    layer = pages(dtype, DEVICE)
+    triton = layer.is_cuda and dtype != torch.float64 and use_triton(layer.float())
+    assert isinstance(choose(layer, 2), TritonAttention) == triton
+    assert isinstance(choose(layer, 2, deterministic=True), InvariantTritonAttention) == triton
+    assert isinstance(choose(layer, 2, deterministic=True), InvariantAttention) != triton
 
 
 @pytest.mark.parametrize("faster", [True, False])

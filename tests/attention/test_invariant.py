@@ -41,8 +41,8 @@ def triton_attend(case: Case) -> Tensor:
 def test_attention_is_the_double_loop(
     lengths: list[int], width: int, heads: tuple[int, int], page: int, causal: bool
 ) -> None:
-    one = case(lengths, width, *heads, size=8, page=page, causal=causal)
-    torch.testing.assert_close(attend(one), slow_attention(one))
+    example = case(lengths, width, *heads, size=8, page=page, causal=causal)
+    torch.testing.assert_close(attend(example), slow_attention(example))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -52,15 +52,15 @@ def test_attention_is_the_double_loop(
 def test_triton_attention_is_the_twin(
     shape: tuple[list[int], int, int, int, int, int], causal: bool
 ) -> None:
-    one = case(*shape, causal=causal)
+    example = case(*shape, causal=causal)
     torch.testing.assert_close(
-        triton_attend(one.to(torch.float32)), attend(one).float(), atol=2e-5, rtol=1e-4
+        triton_attend(example.to(torch.float32)), attend(example).float(), atol=2e-5, rtol=1e-4
     )
 
 
 def test_a_row_that_sees_nothing_gets_zeros() -> None:
-    one = case([0, 3], 2, 2, 1, 32, 4, causal=False)
-    blind = replace(one, visible=torch.zeros_like(one.visible))  # type: ignore[arg-type]
+    example = case([0, 3], 2, 2, 1, 32, 4, causal=False)
+    blind = replace(example, visible=torch.zeros_like(example.visible))  # type: ignore[arg-type]
     assert attend(blind)[0].eq(0).all() and attend(blind)[1].ne(0).all()
     assert triton_attend(blind.to(torch.float32))[0].eq(0).all()
 
@@ -71,30 +71,33 @@ def test_a_row_that_sees_nothing_gets_zeros() -> None:
 def test_attention_of_a_row_is_the_same_in_every_window(
     kernel: Callable[[Case], Tensor], length: int
 ) -> None:
-    """One text, cached up to `length`; later rows brought by windows of every shape, with strangers
-    beside it."""
+    """A text is cached up to `length`; its next rows come in windows of different widths, alone or
+    beside other texts."""
     text = case([length], 9, 6, 2, 32, 4, causal=True).to(torch.float32)
-    whole = kernel(text)
+    expected = kernel(text)
     for width in (1, 4):
-        strangers = case([40, 3], width, 6, 2, 32, 4, causal=True, seed=1).to(torch.float32)
+        others = case([40, 3], width, 6, 2, 32, 4, causal=True, seed=1).to(torch.float32)
         for slot in (0, 2):
-            part = kernel(beside(cut(text, width), strangers, slot))
-            assert torch.equal(part[slot], whole[0, :width])
+            part = kernel(beside(cut(text, width), others, slot))
+            assert torch.equal(part[slot], expected[0, :width])
 
 
-def cut(one: Case, width: int) -> Case:
-    """The first rows of its window."""
+def cut(example: Case, width: int) -> Case:
+    """`example` with the first `width` rows of its window."""
     return replace(
-        one, query=one.query[:, :width], key=one.key[:, :width], value=one.value[:, :width]
+        example,
+        query=example.query[:, :width],
+        key=example.key[:, :width],
+        value=example.value[:, :width],
     )
 
 
-def beside(one: Case, others: Case, slot: int) -> Case:
-    """`one` as slot `slot` among `others`, over pages put one after the other."""
-    first = one.pages.shape[1]
-    columns = max(one.table.shape[1], others.table.shape[1])
+def beside(example: Case, others: Case, slot: int) -> Case:
+    """`example` as slot `slot` among `others`; their pages are concatenated."""
+    first = example.pages.shape[1]
+    columns = max(example.table.shape[1], others.table.shape[1])
     tables = (
-        F.pad(one.table, (0, columns - one.table.shape[1])),
+        F.pad(example.table, (0, columns - example.table.shape[1])),
         F.pad(others.table + first, (0, columns - others.table.shape[1])),
     )
 
@@ -102,14 +105,14 @@ def beside(one: Case, others: Case, slot: int) -> Case:
         return torch.cat([b[:slot], a, b[slot:]])
 
     return Case(
-        query=mixed(one.query, others.query),
-        key=mixed(one.key, others.key),
-        value=mixed(one.value, others.value),
-        pages=torch.cat([one.pages, others.pages], 1),
+        query=mixed(example.query, others.query),
+        key=mixed(example.key, others.key),
+        value=mixed(example.value, others.value),
+        pages=torch.cat([example.pages, others.pages], 1),
         table=mixed(*tables),
-        lengths=mixed(one.lengths, others.lengths),
+        lengths=mixed(example.lengths, others.lengths),
         visible=None,
-        scale=one.scale,
+        scale=example.scale,
     )
 
 
@@ -175,7 +178,7 @@ def test_logits_of_the_bundled_model_do_not_depend_on_batch_or_width() -> None:
 
 @torch.inference_mode()
 def test_without_the_mode_they_do() -> None:
-    """The test above can fail: plain kernels do round differently."""
+    """The test above can fail: the default kernels round differently."""
     model = idlm.load("nano")
     text = torch.randint(10, model.vocab_size, (1, 60), generator=torch.Generator().manual_seed(0))
     assert not torch.equal(logits(model, text, [40] + [1] * 20), logits(model, text, [40, 20]))

@@ -33,9 +33,12 @@ def triton_attend(case: Case, splits: int) -> Tensor:
 def test_triton_is_the_twin(
     shape: tuple[list[int], int, int, int, int, int], splits: int, causal: bool
 ) -> None:
-    one = case(*shape, causal=causal)
+    example = case(*shape, causal=causal)
     torch.testing.assert_close(
-        triton_attend(one.to(torch.float32), splits), twin(one).float(), atol=2e-5, rtol=1e-4
+        triton_attend(example.to(torch.float32), splits),
+        twin(example).float(),
+        atol=2e-5,
+        rtol=1e-4,
     )
 
 
@@ -47,9 +50,12 @@ def test_many_splits_are_joined() -> None:
 
 
 def test_triton_chooses_its_splits() -> None:
-    one = case([300], 2, 2, 1, 32, 16, causal=False)
+    example = case([300], 2, 2, 1, 32, 16, causal=False)
     torch.testing.assert_close(
-        attend(TritonAttention(), one.to(torch.float32)), twin(one).float(), atol=2e-5, rtol=1e-4
+        attend(TritonAttention(), example.to(torch.float32)),
+        twin(example).float(),
+        atol=2e-5,
+        rtol=1e-4,
     )
 
 
@@ -57,15 +63,15 @@ def test_triton_chooses_its_splits() -> None:
 def test_triton_in_half_precision(dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16 and not torch.cuda.is_available():
         pytest.skip("Triton's interpreter multiplies no bfloat16; this needs a GPU")
-    one = case([20, 3], 7, 6, 2, 64, 8, causal=False).to(dtype)
-    expected = twin(one.to(torch.float64))
-    torch.testing.assert_close(triton_attend(one, 2).double(), expected, atol=3e-2, rtol=3e-2)
+    example = case([20, 3], 7, 6, 2, 64, 8, causal=False).to(dtype)
+    expected = twin(example.to(torch.float64))
+    torch.testing.assert_close(triton_attend(example, 2).double(), expected, atol=3e-2, rtol=3e-2)
 
 
 @pytest.mark.parametrize("splits", [1, 2])
 def test_a_row_that_sees_nothing_gets_zeros(splits: int) -> None:
-    one = case([0, 3], 2, 2, 1, 32, 4, causal=False)
-    blind = replace(one, visible=torch.zeros_like(one.visible))  # type: ignore[arg-type]
+    example = case([0, 3], 2, 2, 1, 32, 4, causal=False)
+    blind = replace(example, visible=torch.zeros_like(example.visible))  # type: ignore[arg-type]
     assert triton_attend(blind.to(torch.float32), splits)[0].eq(0).all()
 
 

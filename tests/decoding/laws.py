@@ -40,8 +40,11 @@ def fast_law(
     """Log-probabilities [V] of the token after `output`, from logits [V]."""
     law = batch_of_one(params, len(logits), mask_id, prompt, output, stop_ids)
     rows = logits if allowed is None else restrict(logits, allowed)
-    nothing, first = torch.empty(1, 0, dtype=torch.int64), torch.tensor([len(prompt) + len(output)])
-    return law.log_p(law.scores(rows[None, None], first, nothing))[0, 0]
+    nothing, position = (
+        torch.empty(1, 0, dtype=torch.int64),
+        torch.tensor([len(prompt) + len(output)]),
+    )
+    return law.log_p(law.scores(rows[None, None], position, nothing))[0, 0]
 
 
 def slow_law(

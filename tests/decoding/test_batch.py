@@ -96,12 +96,12 @@ def table(batch: list[Slot | None], mask_id: int) -> Settings:
     other = SamplingParams(
         top_k=2, min_p=0.5, presence_penalty=2.0, logit_bias={3: 9.0}, min_tokens=50
     )
-    for number, slot in enumerate(batch):
-        rows.put(number, other, 5, [1, 2, 3], [4, 4], [6])
+    for index, slot in enumerate(batch):
+        rows.put(index, other, 5, [1, 2, 3], [4, 4], [6])
         if slot is None:
-            rows.clear(number)
+            rows.clear(index)
         else:
-            rows.put(number, slot.params, slot.seed, slot.prompt, slot.output, STOPS)
+            rows.put(index, slot.params, slot.seed, slot.prompt, slot.output, STOPS)
     return rows
 
 
@@ -145,14 +145,14 @@ def test_verification_equals_the_single_request_functions(
     for b, slot in enumerate(batch):
         if slot is None:
             continue
-        number = len(slot.drafts)
-        log_p = slot.laws(logits[b, : number + 1], slot.drafts, mask_id)
+        count = len(slot.drafts)
+        log_p = slot.laws(logits[b, : count + 1], slot.drafts, mask_id)
         committed, accepted = slot.verify(logits[b], log_q[b], mask_id)
         assert committed[:-1] == slot.drafts[:accepted] and len(committed) == accepted + 1
         assert (verdicts.accepted[b], verdicts.tokens[b, accepted]) == (accepted, committed[-1])
         assert verdicts.tokens[b, : len(committed)].tolist() == committed
         if slot.params.verification != "coupled":
-            assert verdicts.log_p is not None and close(verdicts.log_p[b, : number + 1], log_p)
+            assert verdicts.log_p is not None and close(verdicts.log_p[b, : count + 1], log_p)
 
 
 @settings(max_examples=150, deadline=None)
@@ -223,15 +223,15 @@ def test_a_slot_does_not_see_its_neighbours(
     proposed = draft(together, logits[:, 1:], first)[0]
     for b, slot in enumerate(batch):
         if slot is not None:
-            rows, one = table([slot], V), slice(b, b + 1)
+            rows, this = table([slot], V), slice(b, b + 1)
             alone = Law(rows, rows.features)
             single = verify(
-                alone, logits[one], Drafts(drafts[one], valid[one], log_q[one]), first[one]
+                alone, logits[this], Drafts(drafts[this], valid[this], log_q[this]), first[this]
             )
-            assert torch.equal(single.accepted, verdicts.accepted[one])
+            assert torch.equal(single.accepted, verdicts.accepted[this])
             end = single.accepted[:, None]
-            assert torch.equal(single.tokens.gather(1, end), verdicts.tokens[one].gather(1, end))
-            assert torch.equal(draft(alone, logits[one, 1:], first[one])[0], proposed[one])
+            assert torch.equal(single.tokens.gather(1, end), verdicts.tokens[this].gather(1, end))
+            assert torch.equal(draft(alone, logits[this, 1:], first[this])[0], proposed[this])
 
 
 class Requests:
@@ -240,8 +240,8 @@ class Requests:
     def __init__(self, toy: Toy, batch: list[Slot], depth: int) -> None:
         self.toy, self.batch, self.depth = toy, batch, depth
         self.rows = Settings.empty(len(batch), V, toy.mask_id)
-        for number, slot in enumerate(batch):
-            self.rows.put(number, slot.params, slot.seed, slot.prompt, (), STOPS)
+        for index, slot in enumerate(batch):
+            self.rows.put(index, slot.params, slot.seed, slot.prompt, (), STOPS)
         self.first = positions(list(batch))
         self.drafts = torch.full((len(batch), depth), -1)
         self.valid = torch.zeros(len(batch), dtype=torch.int64)
@@ -261,17 +261,17 @@ class Requests:
         verdicts = verify(
             law, torch.stack(padding), Drafts(self.drafts, self.valid, self.log_q), self.first
         )
-        number = verdicts.accepted + 1
+        count = verdicts.accepted + 1
         masks = [
             self.mask_logits(b, verdicts.tokens[b, : verdicts.accepted[b]].tolist())
             for b in range(len(self.batch))
         ]
         for slot, tokens, committed in zip(
-            self.batch, verdicts.tokens.tolist(), number.tolist(), strict=True
+            self.batch, verdicts.tokens.tolist(), count.tolist(), strict=True
         ):
             slot.output += tokens[:committed]
-        self.rows.record(verdicts.tokens, number)
-        self.first = self.first + number
+        self.rows.record(verdicts.tokens, count)
+        self.first = self.first + count
         self.drafts, self.log_q = draft(law, torch.stack(masks), self.first)
         self.valid = torch.full_like(self.valid, self.depth)
 

@@ -85,12 +85,12 @@ def test_restricted_logits_are_verified_under_the_guided_law(
     verdicts = verify(law, restricted, Drafts(drafts, valid, log_q), positions(batch))
     for b, slot in enumerate(batch):
         assert slot is not None
-        number = len(slot.drafts)
-        log_p = slot.laws(logits[b, : number + 1], slot.drafts, mask_id)
+        count = len(slot.drafts)
+        log_p = slot.laws(logits[b, : count + 1], slot.drafts, mask_id)
         committed, accepted = slot.verify(logits[b], log_q[b], mask_id)
         assert (verdicts.accepted[b], verdicts.tokens[b, accepted]) == (accepted, committed[-1])
         if slot.params.verification != "coupled":
-            assert verdicts.log_p is not None and close(verdicts.log_p[b, : number + 1], log_p)
+            assert verdicts.log_p is not None and close(verdicts.log_p[b, : count + 1], log_p)
 
 
 @settings(max_examples=100, deadline=None)

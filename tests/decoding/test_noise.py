@@ -34,7 +34,7 @@ def test_split_mix_gives_the_published_sequence() -> None:
         16408922859458223821,
     ]
     assert [word % 2**64 for word in words.tolist()] == expected
-    assert [reference.split_mix(1234567, number) for number in range(5)] == expected
+    assert [reference.split_mix(1234567, index) for index in range(5)] == expected
 
 
 def test_the_oracle_meets_the_same_noise() -> None:

@@ -26,7 +26,7 @@ plans = st.builds(Plan, st.integers(1, 9), st.sampled_from(["all", "chain"]))
 
 
 def simulate(plan: Plan, acceptance: list[float], steps: int = 40_000) -> float:
-    """Tokens per step when draft k stands with its own chance, run step by step."""
+    """Tokens per step, simulated: draft k is accepted with probability `acceptance[k - 1]`."""
     rng, tokens, valid = random.Random(1), 0, 0
     for _ in range(steps):
         accepted = 0
@@ -111,7 +111,8 @@ def test_the_choice_is_the_fastest_and_of_equals_the_narrowest(candidates, accep
 def test_the_reason_gives_every_figure_on_one_line():
     costs = {AR: 0.0036, Plan(4, "chain"): 0.007, Plan(4, "all"): 0.0095}
     assert choose(costs, costs, [0.9]).reason == (
-        "chain-4: 2.92 tokens / 7.0 ms = 417 tok/s; all-4 3.44 / 9.5 ms = 362; ar 1.00 / 3.6 ms = 278"
+        "chain-4: 2.92 tokens / 7.0 ms = 417 tok/s; "
+        "all-4 3.44 / 9.5 ms = 362; ar 1.00 / 3.6 ms = 278"
     )
 
 
@@ -200,11 +201,11 @@ def test_counts_that_cannot_be_are_refused(reached, accepted):
 
 
 def table() -> CostTable:
-    made = CostTable()
+    costs_table = CostTable()
     for plan, costs in {AR: {8: 0.006, 1: 0.003}, Plan(4, (0, 3)): {1: 0.007}}.items():
         for batch, seconds in costs.items():
-            made.put(batch, plan, seconds)
-    return made
+            costs_table.put(batch, plan, seconds)
+    return costs_table
 
 
 @pytest.mark.parametrize(("batch", "seconds"), [(1, 0.003), (8, 0.006), (3, 0.003 + 0.003 * 2 / 7)])
@@ -271,7 +272,7 @@ def test_a_slower_machine_makes_every_plan_dearer():
 
 
 def test_a_look_at_another_plan_corrects_that_plan_alone():
-    """The table has AR three times too dear."""
+    """The table has three times the real cost of AR."""
     costs = running_costs(0.03, 0.02)
     for _ in range(8):
         costs.observe(1, CHAIN, 0.02, own=False)

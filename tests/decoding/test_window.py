@@ -23,7 +23,9 @@ def may_see(query: int, key: int, rows: list[tuple[str, int, int]], layout: Wind
         return False
     if rows[key][0] == "verify":
         return rows[key][2] <= rows[query][1]
-    same_group = (query - layout.stride) // layout.masks == (key - layout.stride) // layout.masks
+    same_group = (query - layout.stride) // layout.num_masks == (
+        key - layout.stride
+    ) // layout.num_masks
     return rows[query][0] == "mask" and same_group
 
 
@@ -37,7 +39,7 @@ def plans(draw: st.DrawFn) -> tuple[int, Branches]:
 @given(plans(), st.data())
 def test_layout_equals_the_double_loop(plan: tuple[int, Branches], data: st.DataObject) -> None:
     layout = window(*plan)
-    valid = data.draw(st.integers(0, layout.masks))
+    valid = data.draw(st.integers(0, layout.num_masks))
     rows = described(layout, valid)
     assert layout.width == len(rows) == layout.stride + layout.mask_rows
     for i, (kind, outcome, depth) in enumerate(rows):
@@ -50,12 +52,12 @@ def test_layout_equals_the_double_loop(plan: tuple[int, Branches], data: st.Data
 @given(plans(), st.data())
 def test_each_outcome_finds_its_own_masks(plan: tuple[int, Branches], data: st.DataObject) -> None:
     layout = window(*plan)
-    valid = data.draw(st.integers(0, layout.masks))
+    valid = data.draw(st.integers(0, layout.num_masks))
     rows = described(layout, valid)
     for accepted in range(layout.stride):
         group = int(layout.group[valid, accepted])
-        if layout.masks and accepted in outcomes(layout.branches, valid):
-            assert rows[layout.stride + group * layout.masks] == ("mask", accepted, 1)
+        if layout.num_masks and accepted in outcomes(layout.branches, valid):
+            assert rows[layout.stride + group * layout.num_masks] == ("mask", accepted, 1)
         else:
             assert group == -1
 

@@ -1,4 +1,4 @@
-"""What a caller can ask for: samples, stops, logprobs, priorities, deadlines; and what is refused."""
+"""Samples, stops, logprobs, priorities, deadlines; and what is refused."""
 
 from __future__ import annotations
 

@@ -15,7 +15,10 @@ def llm() -> LLM:
 
 
 def stream(llm: LLM, params: SamplingParams, drafting: bool = True) -> list[Update]:
-    question = "Mia has 14 apples. Then she buys 9 more apples at the market. How many apples does Mia have now?"
+    question = (
+        "Mia has 14 apples. Then she buys 9 more apples at the market. "
+        "How many apples does Mia have now?"
+    )
     prompt = llm.encode_chat([{"role": "user", "content": question}])
     return list(llm.stream(prompt, params, drafting=drafting))
 

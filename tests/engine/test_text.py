@@ -33,7 +33,7 @@ def byte_level() -> PreTrainedTokenizerBase:
 
 @cache
 def byte_fallback() -> PreTrainedTokenizerBase:
-    """Letters and "▁" for the space, everything else byte by byte, as SentencePiece models have it."""
+    """Letters and "▁" for the space, all else byte by byte, as SentencePiece models have it."""
     names = [
         "<unk>",
         *(f"<0x{byte:02X}>" for byte in range(256)),

@@ -23,9 +23,9 @@ SINGLE = {"atol": 2e-5, "rtol": 1e-4}
 
 
 @contextmanager
-def threads(number: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(number)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -47,11 +47,11 @@ def int8_twin(x: Tensor, panels: Panels) -> Tensor:
     numbers, scales = rounded(x)
     codes = panels._replace(scales=torch.empty(0)).matrix().double()
     of_groups = panels.scales.transpose(0, 1).flatten(1)[:, : panels.out]
-    found = torch.zeros(len(x), panels.out)
-    for group, own in enumerate(of_groups):
+    sums = torch.zeros(len(x), panels.out)
+    for group, group_scales in enumerate(of_groups):
         part = slice(group * GROUP, (group + 1) * GROUP)
-        found += (numbers[:, part].double() @ codes[:, part].t()).float() * own
-    return found * scales[:, None]
+        sums += (numbers[:, part].double() @ codes[:, part].t()).float() * group_scales
+    return sums * scales[:, None]
 
 
 def in_pieces(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,44 +75,46 @@ def uint8_twin(x: Tensor) -> Tensor:
     return (codes * scales.double()[..., None]).flatten(1)[:, : x.shape[1]]
 
 
-def check_product(kernels: Kernels, x: Tensor, weight: Tensor, format: str, number: int) -> None:
+def check_product(
+    kernels: Kernels, x: Tensor, weight: Tensor, format: str, num_threads: int
+) -> None:
     """`x` [T, K] by `weight` [N, K]; a row's bits do not depend on the rows beside it or on the
     threads."""
     panels, rows = Panels.of(weight, format), x
-    with threads(number):
-        found = kernels.linear(x, panels)
+    with threads(num_threads):
+        result = kernels.linear(x, panels)
     if format == "int8":
-        assert torch.equal(found, int8_twin(x, panels))
+        assert torch.equal(result, int8_twin(x, panels))
         x = (rounded(x)[0] * rounded(x)[1].double()[:, None]).float()
     if format == "uint8":
         x = uint8_twin(x)
     size = (
         x.abs().double() @ panels.matrix().abs().double().t()
     )  # what rounding errors are relative to
-    error = (found - x.double() @ panels.matrix().double().t()).abs()
+    error = (result - x.double() @ panels.matrix().double().t()).abs()
     assert (error <= 2**-22 * (2 + x.shape[1] ** 0.5) * size + 1e-30).all()
     if format != "int8":
         row = len(rows) // 2
-        assert torch.equal(found[row : row + 1], kernels.linear(rows[row : row + 1], panels))
+        assert torch.equal(result[row : row + 1], kernels.linear(rows[row : row + 1], panels))
 
 
-def twin(one: Case, rows: Tensor, real: int) -> tuple[Tensor, Tensor]:
+def twin(example: Case, rows: Tensor, real: int) -> tuple[Tensor, Tensor]:
     """What the PyTorch twin makes of the windows, and the pages it leaves."""
-    pages = one.pages.clone()
-    write_pages(pages, one.key[:, :real], one.value[:, :real], rows)
-    backend = TorchAttention(pages, one.query.shape[2])
-    return run(backend, replace(one, pages=pages.clone())), pages
+    pages = example.pages.clone()
+    write_pages(pages, example.key[:, :real], example.value[:, :real], rows)
+    backend = TorchAttention(pages, example.query.shape[2])
+    return run(backend, replace(example, pages=pages.clone())), pages
 
 
-def attend(kernels: Kernels, one: Case, pages: Tensor, rows: Tensor, real: int) -> Tensor:
+def attend(kernels: Kernels, example: Case, pages: Tensor, rows: Tensor, real: int) -> Tensor:
     """Windows; where the rows are causal, as pieces of prompts."""
-    if one.visible is not None:
-        return kernels.attend(one, pages, rows, real)
-    ends = torch.arange(1, len(one.lengths) + 1) * one.query.shape[1]
-    return kernels.attend_pieces(flattened(one), pages, rows.flatten(), ends)
+    if example.visible is not None:
+        return kernels.attend(example, pages, rows, real)
+    ends = torch.arange(1, len(example.lengths) + 1) * example.query.shape[1]
+    return kernels.attend_pieces(flattened(example), pages, rows.flatten(), ends)
 
 
-def flattened(one: Case, widths: Sequence[int] | None = None) -> Case:
+def flattened(example: Case, widths: Sequence[int] | None = None) -> Case:
     """The rows of all slots one after the other, as many of each as `widths` has."""
 
     def joined(rows: Tensor) -> Tensor:
@@ -120,45 +122,49 @@ def flattened(one: Case, widths: Sequence[int] | None = None) -> Case:
             [of[:width] for of, width in zip(rows, widths or [None] * len(rows), strict=True)]
         )
 
-    return replace(one, query=joined(one.query), key=joined(one.key), value=joined(one.value))
+    return replace(
+        example, query=joined(example.query), key=joined(example.key), value=joined(example.value)
+    )
 
 
-def check_attention(kernels: Kernels, one: Case, real: int, **tolerance: float) -> None:
-    real = one.query.shape[1] if one.visible is None else real  # pieces have no masks
+def check_attention(kernels: Kernels, example: Case, real: int, **tolerance: float) -> None:
+    real = example.query.shape[1] if example.visible is None else real  # pieces have no masks
     rows = torch.zeros(
-        len(one.lengths), real, dtype=torch.int64
+        len(example.lengths), real, dtype=torch.int64
     )  # the trash page's first row: nobody reads it
-    expected, left = twin(one, rows, real)
-    pages = one.pages.clone()
-    found = attend(kernels, one, pages, rows, real)
-    torch.testing.assert_close(found, flat(expected, real), **tolerance)
+    expected, left = twin(example, rows, real)
+    pages = example.pages.clone()
+    result = attend(kernels, example, pages, rows, real)
+    torch.testing.assert_close(result, flat(expected, real), **tolerance)
     torch.testing.assert_close(pages, left, rtol=0, atol=0, equal_nan=True)
 
 
 def check_pieces(
-    kernels: Kernels, one: Case, widths: Sequence[int], number: int, **tolerance: float
+    kernels: Kernels, example: Case, widths: Sequence[int], num_threads: int, **tolerance: float
 ) -> None:
     """Causal pieces of these lengths are the twin's one by one."""
     trash = torch.zeros(len(widths), max(widths), dtype=torch.int64)
-    whole, _ = twin(one, trash, max(widths))
-    with threads(number):
+    windows, _ = twin(example, trash, max(widths))
+    with threads(num_threads):
         ends, flat_rows = (
             torch.tensor(widths).cumsum(0),
             torch.zeros(sum(widths), dtype=torch.int64),
         )
-        found = kernels.attend_pieces(flattened(one, widths), one.pages.clone(), flat_rows, ends)
-    expected = torch.cat([rows[:n] for rows, n in zip(whole, widths, strict=True)])
-    torch.testing.assert_close(found, expected, **tolerance)
+        result = kernels.attend_pieces(
+            flattened(example, widths), example.pages.clone(), flat_rows, ends
+        )
+    expected = torch.cat([rows[:n] for rows, n in zip(windows, widths, strict=True)])
+    torch.testing.assert_close(result, expected, **tolerance)
 
 
 def check_threads(kernels: Kernels) -> None:
     """Attention is bit-equal on any number of threads."""
-    one, found = case([40, 7, 90], 40, 6, 2, 32, 16, causal=True), []
-    for number in (1, 2):
-        with threads(number):
+    example, results = case([40, 7, 90], 40, 6, 2, 32, 16, causal=True), []
+    for num_threads in (1, 2):
+        with threads(num_threads):
             rows = torch.zeros(3, 40, dtype=torch.int64)
-            found.append(attend(kernels, one, one.pages.clone(), rows, 40))
-    assert torch.equal(*found)
+            results.append(attend(kernels, example, example.pages.clone(), rows, 40))
+    assert torch.equal(*results)
 
 
 def check_alone(kernels: Kernels, dtype: torch.dtype) -> None:
@@ -179,17 +185,19 @@ def check_alone(kernels: Kernels, dtype: torch.dtype) -> None:
 
 def check_blind(kernels: Kernels) -> None:
     """A row that sees nothing gets zeros."""
-    one = replace(
+    example = replace(
         case([0], 2, 2, 1, 32, 4, causal=False), visible=torch.zeros(1, 2, dtype=torch.int64)
     )
-    assert kernels.attend(one, one.pages, torch.zeros(1, 2, dtype=torch.int64), 2).eq(0).all()
+    assert (
+        kernels.attend(example, example.pages, torch.zeros(1, 2, dtype=torch.int64), 2).eq(0).all()
+    )
 
 
 def check_far_scores(kernels: Kernels) -> None:
     """Scores so far apart that most weights are 0, and all of them far below 0."""
-    one = case([40, 3], 9, 4, 2, 8, 4, causal=False).to(torch.float32)
+    example = case([40, 3], 9, 4, 2, 8, 4, causal=False).to(torch.float32)
     for shift in (0, 50):
-        check_attention(kernels, replace(one, query=200 * one.query - shift), 5, **SINGLE)
+        check_attention(kernels, replace(example, query=200 * example.query - shift), 5, **SINGLE)
 
 
 def check_row_operations(kernels: Kernels, rows: int, size: int, heads: int) -> None:
@@ -201,8 +209,8 @@ def check_row_operations(kernels: Kernels, rows: int, size: int, heads: int) -> 
     half = (size + 1) // 2
     turning, (cosine, sine) = torch.randn(rows, heads, 2 * half), torch.randn(2, rows, 1, 2 * half)
     turned = torch.cat([-turning[..., half:], turning[..., :half]], -1)
-    found = kernels.rotate(turning, cosine[:, 0], sine[:, 0])
-    torch.testing.assert_close(found, turning * cosine + turned * sine)
+    result = kernels.rotate(turning, cosine[:, 0], sine[:, 0])
+    torch.testing.assert_close(result, turning * cosine + turned * sine)
 
 
 def check_extremes(kernels: Kernels) -> None:
@@ -214,14 +222,14 @@ def check_extremes(kernels: Kernels) -> None:
     weight, x = torch.randn(20, 8), torch.randn(4, 8)
     weight[3], x[1], x[2] = 0, 0, 1e-40
     for format in SIDE:
-        found = kernels.linear(x, Panels.of(weight, format))
-        assert found[1].eq(0).all()
-        assert found[2].abs().max() < 1e-37
-        assert found[:, 3].eq(0).all()
-        assert found[0].ne(0).sum() == 19
+        result = kernels.linear(x, Panels.of(weight, format))
+        assert result[1].eq(0).all()
+        assert result[2].abs().max() < 1e-37
+        assert result[:, 3].eq(0).all()
+        assert result[0].ne(0).sum() == 19
     for wrong in (torch.nan, torch.inf):
         x[0, 5] = wrong
         for format in ("int8", "uint8"):
-            found = kernels.linear(x, Panels.of(weight, format))
-            assert found[0].isnan().all()
-            assert found[1:].isfinite().all()
+            result = kernels.linear(x, Panels.of(weight, format))
+            assert result[0].isnan().all()
+            assert result[1:].isfinite().all()

@@ -42,10 +42,10 @@ class Kernels(Protocol):
     def linear(self, x: Tensor, panels: Panels) -> Tensor:
         """x [T, K] by the panels: [T, N]."""
 
-    def attend(self, one: Case, pages: Tensor, rows: Tensor, real: int) -> Tensor:
+    def attend(self, example: Case, pages: Tensor, rows: Tensor, real: int) -> Tensor:
         """The real rows of all windows, then their masks: [B R + B M, H, E]; writes `pages`."""
 
-    def attend_pieces(self, one: Case, pages: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+    def attend_pieces(self, example: Case, pages: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
         """`one` holds flat rows [T, heads, E] here, `rows` int64 [T]."""
 
     def rms_norm(self, rows: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -68,25 +68,30 @@ class Ops:
 
     def linear(self, x: Tensor, panels: Panels) -> Tensor:
         nothing = torch.empty(0)
-        found: Tensor = torch.ops.idlm.linear(
+        result: Tensor = torch.ops.idlm.linear(
             x, nothing, panels.weights, panels.scales, panels.out, ALWAYS
         )
-        return found
+        return result
 
-    def attend(self, one: Case, pages: Tensor, rows: Tensor, real: int) -> Tensor:
-        qkv = QKV(*(flat(tensor, real) for tensor in (one.query, one.key, one.value)))
-        masks = one.query.shape[1] - real
+    def attend(self, example: Case, pages: Tensor, rows: Tensor, real: int) -> Tensor:
+        qkv = QKV(*(flat(tensor, real) for tensor in (example.query, example.key, example.value)))
+        masks = example.query.shape[1] - real
         return _attend(
-            Segment(one.table, one.lengths, rows, one.visible, masks), pages, qkv, one.scale
+            Segment(example.table, example.lengths, rows, example.visible, masks),
+            pages,
+            qkv,
+            example.scale,
         )
 
-    def attend_pieces(self, one: Case, pages: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
-        segment = Segment(one.table, one.lengths, rows, ends=ends)
-        return _attend(segment, pages, QKV(one.query, one.key, one.value), one.scale)
+    def attend_pieces(self, example: Case, pages: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+        segment = Segment(example.table, example.lengths, rows, ends=ends)
+        return _attend(
+            segment, pages, QKV(example.query, example.key, example.value), example.scale
+        )
 
     def rms_norm(self, rows: Tensor, weight: Tensor, eps: float) -> Tensor:
-        found: Tensor = torch.ops.idlm.rms_norm(rows, weight, eps)
-        return found
+        result: Tensor = torch.ops.idlm.rms_norm(rows, weight, eps)
+        return result
 
     def rotate(self, heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
         turned: Tensor = torch.ops.idlm.rotate(
@@ -95,8 +100,8 @@ class Ops:
         return turned[0].transpose(0, 1)
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        found: Tensor = torch.ops.idlm.swiglu(gate, up)
-        return found
+        result: Tensor = torch.ops.idlm.swiglu(gate, up)
+        return result
 
 
 def _attend(segment: Segment, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
@@ -123,8 +128,8 @@ class Driver:
     def pieces(self, x: Tensor) -> Tensor:
         """x [K] as pieces: bytes [C, 136], of each a float32 scale, an int32 shift and 128 int8
         codes."""
-        (found,) = self._ask(PIECES, (), (x,))
-        return _tensor(found, torch.uint8).view(-1, 136)
+        (result,) = self._ask(PIECES, (), (x,))
+        return _tensor(result, torch.uint8).view(-1, 136)
 
     def linear(self, x: Tensor, panels: Panels) -> Tensor:
         weights, scales, out, inner = panels
@@ -135,18 +140,40 @@ class Driver:
         if weights.dtype == torch.int8:
             rounded, row_scales = zip(*map(self.numbers, x.unbind()), strict=True)
             arrays = [weights, scales, torch.stack(rounded), torch.cat(row_scales)]
-        (found,) = self._ask(PRODUCT, (format, len(x), inner, out), arrays)
-        return _tensor(found, torch.float32).view(len(x), out)
+        (result,) = self._ask(PRODUCT, (format, len(x), inner, out), arrays)
+        return _tensor(result, torch.float32).view(len(x), out)
 
-    def attend(self, one: Case, pages: Tensor, rows: Tensor, real: int) -> Tensor:
-        query, key, value = (flat(tensor, real) for tensor in (one.query, one.key, one.value))
-        masks = one.query.shape[1] - real
-        tensors = (query, key, value, pages, rows, one.table, one.lengths, one.visible, None)
-        return self._attend(tensors, real, masks, one.scale)
+    def attend(self, example: Case, pages: Tensor, rows: Tensor, real: int) -> Tensor:
+        query, key, value = (
+            flat(tensor, real) for tensor in (example.query, example.key, example.value)
+        )
+        masks = example.query.shape[1] - real
+        tensors = (
+            query,
+            key,
+            value,
+            pages,
+            rows,
+            example.table,
+            example.lengths,
+            example.visible,
+            None,
+        )
+        return self._attend(tensors, real, masks, example.scale)
 
-    def attend_pieces(self, one: Case, pages: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
-        tensors = (one.query, one.key, one.value, pages, rows, one.table, one.lengths, None, ends)
-        return self._attend(tensors, 0, 0, one.scale)
+    def attend_pieces(self, example: Case, pages: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+        tensors = (
+            example.query,
+            example.key,
+            example.value,
+            pages,
+            rows,
+            example.table,
+            example.lengths,
+            None,
+            ends,
+        )
+        return self._attend(tensors, 0, 0, example.scale)
 
     def _attend(
         self, tensors: Sequence[Tensor | None], real: int, masks: int, scale: float
@@ -181,8 +208,8 @@ class Driver:
         arrays: Sequence[Tensor],
         real: float | None = None,
     ) -> Tensor:
-        (found,) = self._ask(operation, numbers, arrays, real)
-        return _tensor(found, torch.float32).view(x.shape)
+        (result,) = self._ask(operation, numbers, arrays, real)
+        return _tensor(result, torch.float32).view(x.shape)
 
     def _ask(
         self,
@@ -204,14 +231,14 @@ class Driver:
         return [self._read(self._number()) for _ in range(self._number())]
 
     def _number(self) -> int:
-        found: int = struct.unpack("q", self._read(8))[0]
-        return found
+        result: int = struct.unpack("q", self._read(8))[0]
+        return result
 
     def _read(self, size: int) -> bytes:
         assert self.process.stdout is not None
-        found = self.process.stdout.read(size)
-        assert len(found) == size, "the driver ended; its complaint stands above"
-        return found
+        result = self.process.stdout.read(size)
+        assert len(result) == size, "the driver ended; its complaint stands above"
+        return result
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -230,12 +257,12 @@ def _tensor(content: bytes, dtype: torch.dtype) -> Tensor:
 
 
 def available() -> list[InstructionSet]:
-    """The instruction sets that this machine runs, by itself or, where that is asked for, emulated."""
+    """The instruction sets that this machine can run; with EVERYWHERE also emulated ones."""
     foreign = os.environ.get(EVERYWHERE) == "1"
     return [
-        one
-        for one in INSTRUCTION_SETS.values()
-        if runs_here(one) or foreign and one.machine == "aarch64"
+        target
+        for target in INSTRUCTION_SETS.values()
+        if runs_here(target) or foreign and target.machine == "aarch64"
     ]
 
 
@@ -245,7 +272,7 @@ def driver(target: InstructionSet) -> Driver:
     if runs_here(target):
         compiler, command = os.environ.get("CC") or "cc", []
     else:
-        missing = [one for one in (COMPILER, EMULATOR) if shutil.which(one) is None]
+        missing = [program for program in (COMPILER, EMULATOR) if shutil.which(program) is None]
         assert not missing, (
             f"{', '.join(missing)} not found; `make kernels-everywhere` says what to install"
         )
@@ -272,7 +299,7 @@ def program(compiler: str, target: InstructionSet) -> Path:
 def build(compiler: str, target: InstructionSet, flags: Sequence[str], folder: Path) -> Path:
     units = [unit for unit in compiling.UNITS if unit[0] != "ops.c"]
     objects = compiling.compile_units(compiler, target, folder, units, *flags)
-    made = folder / "driver"
+    program = folder / "driver"
     command = [
         compiler,
         *compiling.FLAGS,
@@ -282,7 +309,7 @@ def build(compiler: str, target: InstructionSet, flags: Sequence[str], folder: P
         *objects,
         "-lm",
         "-o",
-        str(made),
+        str(program),
     ]
     subprocess.run(command, check=True)
-    return made
+    return program

@@ -84,7 +84,7 @@ def test_a_tie_and_noise_are_ours() -> None:
 )
 def test_a_choice_by_row_counts(wins: list[bool], rows: Sequence[int]) -> None:
     bits = choice._bits(timings(*zip(ROWS, wins, strict=False)))
-    assert [one for one in range(1, 2000) if bits >> (one - 1).bit_length() & 1] == list(rows)
+    assert [count for count in range(1, 2000) if bits >> (count - 1).bit_length() & 1] == list(rows)
     assert -(2**63) <= bits < 2**63
     assert (bits == ALWAYS) == all(wins)
 
@@ -95,7 +95,8 @@ def test_the_log_has_ranges_of_rows() -> None:
     ours = f"C/{name.name}"
     found = choice._line("linear 8x40", timings((1, True), (2, True), (4, False), (8, True)))
     assert found == (
-        f"linear 8x40: 1+ rows {ours} 1000.000 ms (torch 1500.000), 4+ rows torch 1500.000 ms ({ours} 2000.000), "
+        f"linear 8x40: 1+ rows {ours} 1000.000 ms (torch 1500.000), "
+        f"4+ rows torch 1500.000 ms ({ours} 2000.000), "
         f"8+ rows {ours} 1000.000 ms (torch 1500.000)"
     )
 
@@ -128,7 +129,7 @@ def test_what_was_found_is_kept(monkeypatch: pytest.MonkeyPatch, cache: Path) ->
     assert len(calls) == 2 * len(ROWS)
     choose_linears(second)
     assert len(calls) == 2 * len(ROWS)
-    assert [one.choice for one in first.layers] == [one.choice for one in second.layers]
+    assert [layer.choice for layer in first.layers] == [layer.choice for layer in second.layers]
     choose_linears(Linears([[torch.randn(16, 16)]], "float32"))  # another model
     assert len(calls) == 3 * len(ROWS)
     assert len(list(cache.iterdir())) == 2
@@ -152,14 +153,14 @@ def test_a_file_that_holds_something_else_is_measured_anew(
 ) -> None:
     calls = clock(monkeypatch, 0.5)
     choose_linears(three())
-    (place,) = cache.iterdir()
-    good = json.loads(place.read_text())
-    place.write_text(content)
+    (path,) = cache.iterdir()
+    valid = json.loads(path.read_text())
+    path.write_text(content)
     linears = three()
     choose_linears(linears)
     assert len(calls) == 4 * len(ROWS)
     assert all(layer.choice == ALWAYS for layer in linears.layers)
-    assert json.loads(place.read_text()) == good
+    assert json.loads(path.read_text()) == valid
 
 
 def test_without_a_place_to_write_it_is_measured_each_time(
@@ -167,9 +168,9 @@ def test_without_a_place_to_write_it_is_measured_each_time(
 ) -> None:
     (tmp_path / "choices").write_text("a file where the folder should be")
     calls = clock(monkeypatch, 0.5)
-    for number in (1, 2):
+    for start in (1, 2):
         choose_linears(three())
-        assert len(calls) == 2 * number * len(ROWS)
+        assert len(calls) == 2 * start * len(ROWS)
 
 
 def test_timing_ends_when_its_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,11 +236,11 @@ def test_a_recording_has_the_operators_that_were_chosen(
     monkeypatch.setattr(products, "faster_operators", lambda *shape: frozenset(used))
     found, fuse = set[str](), fused.fuse
 
-    def kept(graph: torch.Graph, *given: Any) -> None:
-        fuse(graph, *given)
+    def kept_graph(graph: torch.Graph, *arguments: Any) -> None:
+        fuse(graph, *arguments)
         found.update(node.kind() for node in graph.nodes())
 
-    monkeypatch.setattr("idlm.engine.record.fuse", kept)
+    monkeypatch.setattr("idlm.engine.record.fuse", kept_graph)
     model = tiny_idlm("qwen3")
     model.model.float()
     engine = build_engine(model, EngineConfig(4, "all", max_num_seqs=2))

@@ -19,10 +19,12 @@ from triton.compiler import ASTSource
 from idlm.kernels import batch_invariant_triton, choose_triton
 from idlm.kernels import prefill_attention_triton, window_attention_triton
 
-POINTERS = {"lengths": "*i64", "table": "*i64", "visible": "*i64", "order": "*i64", "counts": "*i64"}
+INT64 = ("lengths", "table", "visible", "order", "counts")
+INT64 += ("keys", "positions", "ids", "starts", "ends")
+BFLOAT16 = ("query", "key", "value", "pages", "x", "weight", "bias", "out")
+POINTERS = {name: "*i64" for name in INT64}
 POINTERS |= {name: "*fp32" for name in ("partial", "weights")}
-POINTERS |= {name: "*bf16" for name in ("query", "key", "value", "pages", "x", "weight", "bias", "out")}
-POINTERS |= {name: "*i64" for name in ("keys", "first", "ids", "starts", "ends")}
+POINTERS |= {name: "*bf16" for name in BFLOAT16}
 POINTERS |= {name: "*fp64" for name in ("temperatures", "bests")}
 POINTERS["scale"] = "fp32"
 HEAD = {"PAGE": 16, "G": 8, "F": 4, "E": 80, "SIZE": 128}
@@ -30,7 +32,8 @@ HEAD = {"PAGE": 16, "G": 8, "F": 4, "E": 80, "SIZE": 128}
 
 def compiles(kernel, processor=80, **constants):
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else POINTERS.get(name, "i32") for name in names}
+    signature = {name: POINTERS.get(name, "i32") for name in names}
+    signature |= {name: "constexpr" for name in names if name in constants}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     assert triton.compile(source, target=GPUTarget("cuda", processor, 32)).asm["cubin"]
 

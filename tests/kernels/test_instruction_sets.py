@@ -25,7 +25,7 @@ few = settings(max_examples=20, deadline=None)  # an emulated processor is slow
 SETS = available() if native.loaded() else []
 
 
-@pytest.fixture(scope="module", params=SETS, ids=lambda one: one.name)
+@pytest.fixture(scope="module", params=SETS, ids=lambda target: target.name)
 def kernels(request: pytest.FixtureRequest) -> Driver:
     return driver(request.param)
 
@@ -89,7 +89,7 @@ def test_activations_as_pieces(kernels: Driver, size: int, seed: int) -> None:
     assert torch.equal(
         found[:, 4:8].contiguous().view(torch.int32)[:, 0].long(), -128 * codes[0].sum(1)
     )
-    groups = [(one.double() / one.abs().max().double() * 127) for one in x.split(128)]
+    groups = [(group.double() / group.abs().max().double() * 127) for group in x.split(128)]
     error = torch.cat(groups) - codes.flatten()[:size]
     assert error.abs().max() < 0.5 + 0.01
     assert codes.flatten()[size:].eq(0).all()
@@ -119,11 +119,13 @@ def test_attention(
     single: bool,
     seed: int,
 ) -> None:
-    one = case(lengths, width, *heads, size=size, page=page, causal=causal, seed=seed)
+    example = case(lengths, width, *heads, size=size, page=page, causal=causal, seed=seed)
     if single:
-        checks.check_attention(kernels, one.to(torch.float32), min(real, width), **checks.SINGLE)
+        checks.check_attention(
+            kernels, example.to(torch.float32), min(real, width), **checks.SINGLE
+        )
     else:
-        checks.check_attention(kernels, one, min(real, width))
+        checks.check_attention(kernels, example, min(real, width))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -143,9 +145,9 @@ def test_attention_of_real_shapes(
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_pieces(kernels: Driver, dtype: torch.dtype) -> None:
-    one = case([0, 33, 7], 50, 6, 2, size=20, page=3, causal=True).to(dtype)
+    example = case([0, 33, 7], 50, 6, 2, size=20, page=3, causal=True).to(dtype)
     tolerance = {} if dtype == torch.float64 else checks.SINGLE
-    checks.check_pieces(kernels, one, [50, 1, 17], 2, **tolerance)
+    checks.check_pieces(kernels, example, [50, 1, 17], 2, **tolerance)
 
 
 CHECKS = (
@@ -177,12 +179,14 @@ def test_row_operations(kernels: Driver, rows: int, size: int, heads: int, seed:
     checks.check_row_operations(kernels, rows, size, heads)
 
 
-COMPILERS = [one for one in ("cc", "gcc", "clang") if shutil.which(one)]
+COMPILERS = [command for command in ("cc", "gcc", "clang") if shutil.which(command)]
 
 
 @pytest.mark.parametrize("compiler", COMPILERS)
 @pytest.mark.parametrize(
-    "target", [one for one in SETS if instruction_sets.runs_here(one)], ids=lambda one: one.name
+    "target",
+    [target for target in SETS if instruction_sets.runs_here(target)],
+    ids=lambda target: target.name,
 )
 def test_compilers_have_nothing_to_say(
     compiler: str, target: InstructionSet, tmp_path: Path
@@ -200,10 +204,10 @@ class TestWhichOne:
         monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, cpuinfo: str | None
     ) -> None:
         """Pretend to be one that /proc/cpuinfo describes so."""
-        place = tmp_path / "cpuinfo"
+        path = tmp_path / "cpuinfo"
         if cpuinfo is not None:
-            place.write_text(cpuinfo)
-        monkeypatch.setattr(instruction_sets, "Path", lambda _: place)
+            path.write_text(cpuinfo)
+        monkeypatch.setattr(instruction_sets, "Path", lambda _: path)
         monkeypatch.setattr(instruction_sets.platform, "machine", lambda: name)
         monkeypatch.setattr(
             instruction_sets, "processor_flags", instruction_sets.processor_flags.__wrapped__
@@ -301,8 +305,8 @@ def test_uint8_has_the_codes_of_int8() -> None:
 
 def test_int8_is_the_same_on_every_instruction_set() -> None:
     torch.manual_seed(1)
-    x, weight, found = torch.randn(9, 1100), torch.randn(70, 1100), list[Tensor]()
+    x, weight, results = torch.randn(9, 1100), torch.randn(70, 1100), list[Tensor]()
     panels = checks.Panels.of(weight, "int8")
     for target in SETS:
-        found.append(driver(target).linear(x, panels))
-    assert all(torch.equal(one, found[0]) for one in found)
+        results.append(driver(target).linear(x, panels))
+    assert all(torch.equal(result, results[0]) for result in results)

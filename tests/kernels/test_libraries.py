@@ -44,7 +44,7 @@ def target() -> InstructionSet:
 def places(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> Path:
-    """A folder with the wheel's libraries (lib), the cache (cache) and a compiler that copies (cc)."""
+    """A folder with a wheel's libraries (lib), a cache (cache) and a compiler that copies (cc)."""
     compiler = tmp_path / "cc"
     compiler.write_text(
         '#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && printf compiled > "$2"; shift; done\n'

@@ -1,4 +1,4 @@
-"""Products by panels inside the model: weights of MASK rows, and what they may and may not change."""
+"""Products by panels in a model, and the weights of MASK rows, which must not change outputs."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def exact(x: Tensor, weights: Tensor, adapter: Tensor, format: str) -> Tensor:
     inner=st.integers(1, 70),
     out=st.integers(1, 300),
     adapters=st.integers(1, 3),
-    number=st.integers(1, 2),
+    num_threads=st.integers(1, 2),
     choice=st.sampled_from([ALWAYS, 0]),
     format=st.sampled_from(list(FORMATS)),
     drafts=st.sampled_from(DRAFTS),
@@ -75,7 +75,7 @@ def test_masks_by_their_adapters_codes_and_the_others_as_ever(
     inner: int,
     out: int,
     adapters: int,
-    number: int,
+    num_threads: int,
     choice: int,
     format: str,
     drafts: str,
@@ -85,7 +85,7 @@ def test_masks_by_their_adapters_codes_and_the_others_as_ever(
     weights, x = torch.randn(adapters, out, inner), torch.randn(1, real + masks, inner)
     adapter = torch.randint(adapters, (masks,))
     layer = Layer(weights[0], Panels.of(weights[0], format), stacked(list(weights), drafts), choice)
-    with threads(number):
+    with threads(num_threads):
         found = layer.multiply(x, adapter)[0]
         assert found.shape == (real + masks, out)
         if real:
@@ -175,15 +175,15 @@ def test_merged_weights_are_the_gated_update() -> None:
     """Rows of two adapters by the gated layers and by the merged weights, in float64."""
     tokens, positions = torch.full((1, 3), 24), torch.arange(3)[None]
     visible = torch.ones(3, 3, dtype=torch.bool).tril()[None, None]
-    for number in range(2):
+    for index in range(2):
         gated, merged = (with_second_adapter(tiny_idlm("qwen3")) for _ in range(2))
         assert gated.gate is not None
         assert merged.gate is not None
-        gated.gate.adapter = merged.gate.adapter = torch.full((3,), number)
+        gated.gate.adapter = merged.gate.adapter = torch.full((3,), index)
         want = gated.hidden(tokens, positions, visible, slice(0, 3))
         weights, of = sum(merged.linear_groups(), []), merged.mask_weights()
-        for weight, own in [(weight, of(weight)) for weight in weights]:
-            weight.data = own[number] if len(own) == 2 else own[0]
+        for weight, merged_weights in [(weight, of(weight)) for weight in weights]:
+            weight.data = merged_weights[index] if len(merged_weights) == 2 else merged_weights[0]
         merged.gate.merged = True
         torch.testing.assert_close(merged.hidden(tokens, positions, visible, slice(0, 3)), want)
 
@@ -207,7 +207,7 @@ def results(model: Idlm, int8: bool, monkeypatch: pytest.MonkeyPatch, record: bo
         params = SamplingParams(max_tokens=40, temperature=0.7 * (seed % 2), ignore_eos=True)
         engine.add([5, 6, 7 + seed], params, seed, adapters[seed // 4 % len(adapters)])
     found = [update.result for update in engine.run() if update.result is not None]
-    return sorted(found, key=lambda one: one.seed)
+    return sorted(found, key=lambda result: result.seed)
 
 
 @pytest.mark.parametrize("record", [True, False], ids=["recorded", "eager"])
@@ -217,32 +217,32 @@ def test_the_output_stays_and_the_drafts_hardly_change(
 ) -> None:
     model = with_second_adapter(single(family))
     plain, int8 = (results(model, on, monkeypatch, record) for on in (False, True))
-    assert [one.token_ids for one in int8] == [one.token_ids for one in plain]
-    assert sum(one.forwards for one in int8) == pytest.approx(
-        sum(one.forwards for one in plain), rel=0.05
+    assert [result.token_ids for result in int8] == [result.token_ids for result in plain]
+    assert sum(result.forwards for result in int8) == pytest.approx(
+        sum(result.forwards for result in plain), rel=0.05
     )
 
 
 @pytest.mark.parametrize("int8", [True, False])
 def test_recorded_and_eager_steps_draft_alike(int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded, eager = (results(single(), int8, monkeypatch, record) for record in (True, False))
-    assert [(one.forwards, one.reached, one.accepted) for one in recorded] == [
-        (one.forwards, one.reached, one.accepted) for one in eager
+    assert [(result.forwards, result.reached, result.accepted) for result in recorded] == [
+        (result.forwards, result.reached, result.accepted) for result in eager
     ]
 
 
 def test_acceptance_of_the_bundled_model_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     forwards, chats = (
         [],
-        [[{"role": "user", "content": one.question}] for one in held_out_problems(8)],
+        [[{"role": "user", "content": problem.question}] for problem in held_out_problems(8)],
     )
     for int8 in (False, True):
         int8_drafts(monkeypatch, int8)
         llm = idlm.LLM("nano", stride=4, branches="chain", max_num_seqs=8)
         forwards.append(
             sum(
-                one.forwards
-                for one in llm.chat(chats, SamplingParams(temperature=0, max_tokens=60))
+                result.forwards
+                for result in llm.chat(chats, SamplingParams(temperature=0, max_tokens=60))
             )
         )
     assert forwards[1] <= forwards[0] * 1.03
@@ -310,13 +310,13 @@ def test_no_memory_for_panels_is_said(
 
 
 def test_layers_that_are_not_known_are_left_alone() -> None:
-    known, weight, x = torch.randn(5, 8), torch.randn(5, 8), torch.randn(1, 3, 8)
-    linears = Linears([[known]], "int8")
+    served, weight, x = torch.randn(5, 8), torch.randn(5, 8), torch.randn(1, 3, 8)
+    linears = Linears([[served]], "int8")
     with linears.use():
         assert torch.equal(F.linear(x, weight), x @ weight.t())
-        assert not torch.equal(F.linear(x, known), x @ known.t())
+        assert not torch.equal(F.linear(x, served), x @ served.t())
         with pytest.raises(RuntimeError, match="dtype"):
-            F.linear(x.double(), known)
+            F.linear(x.double(), served)
 
 
 def test_a_bias_is_added() -> None:
@@ -333,7 +333,9 @@ def test_layers_of_the_same_rows_are_one_product(
     q, k, v = group = [torch.randn(out, 70) for out in (40, 7, 33)]
     linears, calls = Linears([group], format), []
     multiply = Layer.multiply
-    monkeypatch.setattr(Layer, "multiply", lambda *given: calls.append(1) or multiply(*given))
+    monkeypatch.setattr(
+        Layer, "multiply", lambda *arguments: calls.append(1) or multiply(*arguments)
+    )
     exact = [Panels.of(weight, format).matrix() for weight in group]
     x, other, bias = torch.randn(1, 3, 70), torch.randn(1, 5, 70), torch.randn(7)
     for choice in (ALWAYS, 0) if format == "float32" else (ALWAYS,):
@@ -348,14 +350,14 @@ def test_layers_of_the_same_rows_are_one_product(
             assert len(calls) == 3
         want = [F.linear(x, exact[0]), F.linear(x, exact[1], bias), F.linear(x, exact[2])]
         tolerance = 1e-5 if format == "float32" else 1e-3
-        for one, other_one in zip([*found, again], [*want, want[0]], strict=True):
-            torch.testing.assert_close(one, other_one, rtol=tolerance, atol=tolerance)
+        for product, expected in zip([*found, again], [*want, want[0]], strict=True):
+            torch.testing.assert_close(product, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_a_group_has_panels_of_its_own_until_one_of_it_is_trained_on() -> None:
     q, k = group = [torch.nn.Parameter(torch.randn(5, 8)) for _ in range(2)]
-    first, alone = _shared([group], "float32")[0], _shared([[k]], "float32")[0]
-    assert alone.weights is not first.weights
+    panels, alone = _shared([group], "float32")[0], _shared([[k]], "float32")[0]
+    assert alone.weights is not panels.weights
     assert torch.equal(_shared([group], "float32")[0].matrix(), torch.cat(group))
     with torch.no_grad():
         k += 1
@@ -406,9 +408,9 @@ def test_an_engine_frees_the_weights_that_it_loaded(format: str) -> None:
 
 def test_engines_on_one_model_share_its_panels_until_it_is_trained_on() -> None:
     weight = torch.nn.Parameter(torch.randn(5, 8))
-    first = _shared([[weight]], "float32")[0]
-    assert _shared([[weight]], "float32")[0].weights is first.weights
-    assert _shared([[weight]], "int8")[0].weights is not first.weights
+    panels = _shared([[weight]], "float32")[0]
+    assert _shared([[weight]], "float32")[0].weights is panels.weights
+    assert _shared([[weight]], "int8")[0].weights is not panels.weights
     with torch.no_grad():
         weight += 1
     assert torch.equal(_shared([[weight]], "float32")[0].matrix(), weight)
@@ -423,7 +425,7 @@ def greedy(model: Idlm, stride: int, branches: str, **options: object) -> Iterat
         params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
         engine.add([5, 6, 7 + seed, 3][: 2 + seed % 3], params, seed)
     found = [update.result for update in engine.run() if update.result is not None]
-    yield from (tuple(one.token_ids) for one in sorted(found, key=lambda one: one.seed))
+    yield from (tuple(result.token_ids) for result in sorted(found, key=lambda result: result.seed))
 
 
 @pytest.mark.parametrize("int8", [True, False], ids=["int8-drafts", "own"])

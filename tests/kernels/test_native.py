@@ -55,8 +55,8 @@ def test_attention_is_the_twin(
     real: int,
     seed: int,
 ) -> None:
-    one = case(lengths, width, *heads, size=size, page=page, causal=causal, seed=seed)
-    checks.check_attention(OPS, one, min(real, width))
+    example = case(lengths, width, *heads, size=size, page=page, causal=causal, seed=seed)
+    checks.check_attention(OPS, example, min(real, width))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -87,8 +87,8 @@ def test_pieces_of_unequal_length_are_the_twins_one_by_one(
     pieces: list[tuple[int, int]], heads: tuple[int, int], page: int, threads: int, seed: int
 ) -> None:
     lengths, widths = [start for start, _ in pieces], [width for _, width in pieces]
-    one = case(lengths, max(widths), *heads, size=8, page=page, causal=True, seed=seed)
-    checks.check_pieces(OPS, one, widths, threads)
+    example = case(lengths, max(widths), *heads, size=8, page=page, causal=True, seed=seed)
+    checks.check_pieces(OPS, example, widths, threads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -171,7 +171,7 @@ def test_recordings_use_them(
 ) -> None:
     """Two layers: two norms each, two more of heads in Qwen3, and the last; in float64 nothing is
     touched."""
-    fused._say.cache_clear()
+    fused._log_counts.cache_clear()
     caplog.set_level(logging.INFO, "idlm")
     idlm = tiny_idlm(family, adapter=False)
     idlm.model.to(dtype).requires_grad_(False)
@@ -197,9 +197,9 @@ def test_recordings_use_them(
             tuple(found[f"idlm::{name}"] for name in ("rms_norm", "rotate", "swiglu")) == expected
         )
         torch.testing.assert_close(recorded(tokens), hidden(tokens))
-    told = f"a recorded step has fused operators: {norms} rms_norm, 4 rotate, 2 swiglu"
+    message = f"a recorded step has fused operators: {norms} rms_norm, 4 rotate, 2 swiglu"
     assert [record.message for record in caplog.records] == (
-        [told] if dtype == torch.float32 else []
+        [message] if dtype == torch.float32 else []
     )
 
 
@@ -214,10 +214,10 @@ def test_a_recording_dies_with_its_engine() -> None:
     linears = engine.runner.model_step.products.linears
     assert linears is not None
     held = [weakref.ref(layer.panels.weights) for layer in linears.layers]
-    assert all(one() is not None for one in held)
+    assert all(reference() is not None for reference in held)
     del engine, linears, idlm
     gc.collect()
-    assert all(one() is None for one in held)
+    assert all(reference() is None for reference in held)
 
 
 def test_a_recording_drafts_as_the_step_it_was_made_from() -> None:
@@ -236,7 +236,10 @@ def test_a_recording_drafts_as_the_step_it_was_made_from() -> None:
             )
         results = [update.result for update in engine.run() if update.result is not None]
         found.append(
-            sorted((one.token_ids, one.forwards, one.reached, one.accepted) for one in results)
+            sorted(
+                (result.token_ids, result.forwards, result.reached, result.accepted)
+                for result in results
+            )
         )
     assert found[0] == found[1]
 

@@ -51,9 +51,9 @@ def table(
 
 
 def triton_choose(
-    scores: Tensor, rows: Settings, stream: Stream, first: Tensor, splits: int | None = None
+    scores: Tensor, rows: Settings, stream: Stream, position: Tensor, splits: int | None = None
 ) -> Tensor:
-    return triton_rows()(scores, rows, rows.features.sampled, stream, first, splits)
+    return triton_rows()(scores, rows, rows.features.sampled, stream, position, splits)
 
 
 def triton_rows() -> Callable[..., Tensor]:
@@ -65,13 +65,13 @@ def triton_rows() -> Callable[..., Tensor]:
     return choose_rows
 
 
-def scored(logits: Tensor, rows: Settings, first: Tensor) -> Tensor:
+def scored(logits: Tensor, rows: Settings, position: Tensor) -> Tensor:
     """What the law makes of the logits: what tokens are chosen from."""
-    return Law(rows, rows.features).scores(logits.clone(), first)
+    return Law(rows, rows.features).scores(logits.clone(), position)
 
 
 def expected(
-    logits: Tensor, rows: Settings, requests: list[SamplingParams], stream: Stream, first: Tensor
+    logits: Tensor, rows: Settings, requests: list[SamplingParams], stream: Stream, position: Tensor
 ) -> Tensor:
     """Row by row with the oracle."""
     tokens = torch.empty(logits.shape[:2], dtype=torch.int64)
@@ -80,7 +80,7 @@ def expected(
         request = reference.Request([0], params, rows.mask_id, seed=2**63 - 1 - slot)
         for row in range(ROWS):
             log_p = request.law(logits[slot, row].cpu(), [])
-            tokens[slot, row] = request.sample(log_p, int(first[slot]) + row, stream_of)
+            tokens[slot, row] = request.sample(log_p, int(position[slot]) + row, stream_of)
     return tokens.to(DEVICE)
 
 
@@ -89,36 +89,36 @@ def expected(
 def test_kernel_and_twin_choose_what_law_and_noise_say(
     vocab: int, mask_id: int, splits: int | None, stream: Stream
 ) -> None:
-    rows, logits, first = table(vocab, mask_id, REQUESTS)
-    oracle = expected(logits, rows, REQUESTS, stream, first)
-    scores = scored(logits, rows, first)
-    assert torch.equal(choose(scores, rows, True, stream, first), oracle)
-    assert torch.equal(triton_choose(scores, rows, stream, first, splits), oracle)
+    rows, logits, position = table(vocab, mask_id, REQUESTS)
+    oracle = expected(logits, rows, REQUESTS, stream, position)
+    scores = scored(logits, rows, position)
+    assert torch.equal(choose(scores, rows, True, stream, position), oracle)
+    assert torch.equal(triton_choose(scores, rows, stream, position, splits), oracle)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_twins_agree_in_every_type(dtype: torch.dtype) -> None:
     """Logits of low precision tie often: the lowest id wins for both."""
-    rows, logits, first = table(3000, 5, REQUESTS)
-    scores = scored(logits.to(dtype), rows, first)
+    rows, logits, position = table(3000, 5, REQUESTS)
+    scores = scored(logits.to(dtype), rows, position)
     assert scores.dtype == dtype, "nothing but MASK was asked for"
-    twin = choose(scores, rows, True, Stream.TOKEN, first)
+    twin = choose(scores, rows, True, Stream.TOKEN, position)
     assert not (twin == rows.mask_id).any()
-    assert torch.equal(triton_choose(scores, rows, Stream.TOKEN, first), twin)
-    assert torch.equal(triton_choose(scores, rows, Stream.TOKEN, first, splits=2), twin)
+    assert torch.equal(triton_choose(scores, rows, Stream.TOKEN, position), twin)
+    assert torch.equal(triton_choose(scores, rows, Stream.TOKEN, position, splits=2), twin)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_the_greedy_choice_is_the_first_of_equals(splits: int) -> None:
-    rows, logits, first = table(3000, 0, REQUESTS[:1] * 2)
+    rows, logits, position = table(3000, 0, REQUESTS[:1] * 2)
     logits = logits.round()
-    scores = scored(logits, rows, first)
-    choice = triton_choose(scores, rows, Stream.TOKEN, first, splits)
+    scores = scored(logits, rows, position)
+    choice = triton_choose(scores, rows, Stream.TOKEN, position, splits)
     best = torch.stack(
         [reference.adjusted(row, REQUESTS[0], banned=(0,)).argmax() for row in logits[0]]
     )
     assert torch.equal(choice[0], best) and (logits[0, 0] == logits[0, 0, best[0]]).sum() > 1
-    assert torch.equal(choice, choose(scores, rows, False, Stream.TOKEN, first))
+    assert torch.equal(choice, choose(scores, rows, False, Stream.TOKEN, position))
 
 
 def test_bias_and_bans() -> None:
@@ -127,26 +127,26 @@ def test_bias_and_bans() -> None:
         SamplingParams(temperature=0.8, logit_bias={7: 25.0, 9: 24.5, 630: -3.0}),
         SamplingParams(temperature=1.2),
     ]
-    rows, logits, first = table(640, 639, requests)
-    oracle = expected(logits, rows, requests, Stream.TOKEN, first)
+    rows, logits, position = table(640, 639, requests)
+    oracle = expected(logits, rows, requests, Stream.TOKEN, position)
     assert oracle[0].tolist() == [0] * ROWS and 7 in oracle[1]
-    scores = scored(logits, rows, first)
-    assert torch.equal(choose(scores, rows, True, Stream.TOKEN, first), oracle)
-    assert torch.equal(triton_choose(scores, rows, Stream.TOKEN, first), oracle)
+    scores = scored(logits, rows, position)
+    assert torch.equal(choose(scores, rows, True, Stream.TOKEN, position), oracle)
+    assert torch.equal(triton_choose(scores, rows, Stream.TOKEN, position), oracle)
 
 
 def test_a_row_without_a_possible_token_gives_an_id() -> None:
-    rows, logits, first = table(640, 639, REQUESTS[:2])
-    tokens = triton_choose(logits.fill_(-torch.inf), rows, Stream.TOKEN, first)
+    rows, logits, position = table(640, 639, REQUESTS[:2])
+    tokens = triton_choose(logits.fill_(-torch.inf), rows, Stream.TOKEN, position)
     assert ((tokens >= 0) & (tokens < 640)).all()
 
 
 def test_a_slice_of_larger_logits_and_an_empty_batch() -> None:
-    rows, logits, first = table(640, 640, REQUESTS)
-    whole = torch.cat([logits, logits], dim=1)[:, 1 : 1 + ROWS]
-    twin = choose(whole, rows, True, Stream.TOKEN, first)
-    assert torch.equal(triton_choose(whole, rows, Stream.TOKEN, first), twin)
-    assert triton_choose(logits[:0], rows, Stream.TOKEN, first[:0]).shape == (0, ROWS)
+    rows, logits, position = table(640, 640, REQUESTS)
+    expected = torch.cat([logits, logits], dim=1)[:, 1 : 1 + ROWS]
+    twin = choose(expected, rows, True, Stream.TOKEN, position)
+    assert torch.equal(triton_choose(expected, rows, Stream.TOKEN, position), twin)
+    assert triton_choose(logits[:0], rows, Stream.TOKEN, position[:0]).shape == (0, ROWS)
 
 
 def test_the_choice_is_made_for_the_device() -> None:
@@ -164,13 +164,13 @@ def test_verification_and_drafting_use_the_choice() -> None:
         SamplingParams(verification="relaxed", tau=0.4),
     ]
     for live in (requests, requests[:2], requests[:1]):
-        rows, logits, first = table(640, 600, live)
+        rows, logits, position = table(640, 600, live)
         log_q = logits[:, 1:].flip(1).log_softmax(dim=-1)
         drafts = logits[:, 1:].argmax(dim=-1)
         valid = torch.arange(len(live), device=DEVICE) % ROWS
         laws = Law(rows, rows.features, triton_rows()), Law(rows, rows.features)
-        verdicts = [verify(law, logits, Drafts(drafts, valid, log_q), first) for law in laws]
+        verdicts = [verify(law, logits, Drafts(drafts, valid, log_q), position) for law in laws]
         for ours, twin in zip(*verdicts, strict=True):
             assert ours is twin is None or torch.equal(ours, twin)
-        proposed, plain = (draft(law, logits, first) for law in laws)
+        proposed, plain = (draft(law, logits, position) for law in laws)
         assert torch.equal(proposed[0], plain[0])

@@ -16,7 +16,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tests.models.tiny import tiny_model
 
-CHAT = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>"
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>"
+)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot|>"]
 LETTERS = list(bytes_to_unicode().values())
 MERGES = ["h e", "l l", "he ll", "hell o", "Ġ w", "Ġ Ġ"]

@@ -97,7 +97,7 @@ def reaches(visible: Tensor) -> Tensor:
 @pytest.mark.parametrize("branches", ["all", "chain"])
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_no_row_of_a_window_depends_on_what_it_may_not_see(family: str, branches: str) -> None:
-    """Every token of prefix and window is changed in turn; exactly the rows that see it may move."""
+    """Change each token of prefix and window: only rows that see it may change."""
     model = model_of(family)
     idlm = Idlm(model, None, MASK, attach(model, LoraSpec(4, 8.0, ("q_proj", "v_proj")), MASK))
     torch.manual_seed(0)

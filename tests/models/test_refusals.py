@@ -170,7 +170,7 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 def refusal(call: Callable[[], Any], capfd: pytest.CaptureFixture[str]) -> str:
-    """The one line `call` is refused with; transformers' own reports must not reach the terminal."""
+    """The error of `call`, a single line; transformers must not write to the terminal."""
     capfd.readouterr()
     with pytest.raises(InputError) as caught:
         call()

@@ -84,7 +84,10 @@ def write_sdar(folder: Path) -> Path:
         fuse_cross_entropy=True,
     )
     edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.SDARTokenizer", None]})
-    trace = f"from pathlib import Path\nPath({str(folder / 'ran')!r}).touch()\nraise RuntimeError('remote code ran')\n"
+    trace = (
+        f"from pathlib import Path\nPath({str(folder / 'ran')!r}).touch()\n"
+        "raise RuntimeError('remote code ran')\n"
+    )
     (folder / "code.py").write_text(trace)
     return folder
 

@@ -1,5 +1,5 @@
-/* What the kernels and their registration share. Window attention is compiled once with REAL float and once with double;
-   NAME(f) is then f_float and f_double. */
+/* Types and functions that the kernels share with their registration. Window attention is compiled
+   with REAL float and with REAL double; NAME(f) is f_float and f_double. */
 
 #include <stdint.h>
 
@@ -7,10 +7,10 @@
 #define JOINED(a, b) JOIN(a, b)
 #define NAME(f) JOINED(f, REAL)
 
-/* Window attention; see window_attention.c. Strides are in elements. */
+/* The arguments of window attention; see window_attention.c. Strides are in elements. */
 typedef struct {
     const void *query, *key, *value;
-    void *pages, *out; /* pages: the keys; the values lie `half` elements further on */
+    void *pages, *out; /* pages: the keys; the values are `half` elements after them */
     const int64_t *table, *lengths, *visible, *rows, *ends;
     int64_t batch, total, real, masks, heads, groups, size, page, columns, half;
     int64_t query_row, query_head, key_row, key_group, value_row, value_group;
@@ -20,7 +20,7 @@ typedef struct {
 int attend_float(const Attention *job, int threads);
 int attend_double(const Attention *job, int threads);
 
-/* A tensor as rows along its last dimension, which has to be dense. */
+/* A tensor as rows of its last dimension, which must be dense. */
 typedef struct {
     float *data;
     int64_t dim, rows, size;
@@ -41,12 +41,12 @@ enum { FLOAT32, BFLOAT16, INT8, UINT8 };
 #define PANEL 32
 #define GROUP 128 /* inputs that share a scale */
 
-/* GROUP inputs of a row as 8-bit codes, zeros past the row's end. */
+/* GROUP inputs of a row as 8-bit codes; 0 past the end of the row. */
 typedef struct {
     float scale;
     int32_t shift; /* -128 times the sum of the codes */
     int8_t codes[GROUP];
-} Piece;
+} QuantGroup;
 
 typedef struct {
     const void *panels;
@@ -55,7 +55,8 @@ typedef struct {
     int format;
 } Weights;
 
-/* Rows float32 [in]; 16-bit numbers where the weights are int8, with the rows' scales; pieces where they are uint8. */
+/* y = x w for `rows` rows. The rows of x are float32 [in]; 16-bit integers with a scale for each
+   row if the weights are int8; QuantGroups if the weights are uint8. */
 typedef struct {
     const Weights *w;
     const void *const *x;
@@ -65,10 +66,10 @@ typedef struct {
 } Product;
 
 void multiply(const Product *product, int threads);
-float to_numbers(const float *from, int16_t *to, int64_t size);
-void to_pieces(const float *from, Piece *to, int64_t size);
+float quantise_row(const float *from, int16_t *to, int64_t size);
+void quantise_groups(const float *from, QuantGroup *to, int64_t size);
 
 void rms_norm(const Rows *from, const float *weight, float *to, double eps);
-void rotate(const float *from, const float *cosine, const float *sine, float *to, int64_t rows, int64_t heads,
-            int64_t size, int64_t from_row, int64_t from_head);
+void rotate(const float *from, const float *cosine, const float *sine, float *to, int64_t rows,
+            int64_t heads, int64_t size, int64_t from_row, int64_t from_head);
 void swiglu(const Rows *gate, const Rows *up, float *to);

@@ -1,6 +1,6 @@
-/* What the kernels know of the machine they are compiled for: the width of a vector register and how many there are.
-   One source serves all: AVX-512 (32 registers of 64 bytes), AVX2 (16 of 32), plain x86-64 (16 of 16), ARM64 (32 of
-   16). A tile of sums has to stay in registers, so its shape is chosen here and nowhere else. */
+/* Properties of the target machine: the width and number of its vector registers. One source serves
+   AVX-512 (32 registers of 64 bytes), AVX2 (16 of 32), plain x86-64 (16 of 16) and ARM64 (32 of
+   16). The sums of a tile must stay in registers, so the shape of a tile is chosen here. */
 
 #include <stdint.h>
 
@@ -24,7 +24,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* Lanes of two vectors in another order, by their numbers: b's follow a's. */
+/* Select lanes of two vectors by index; the lanes of b come after those of a. */
 #if defined(__clang__) || __GNUC__ >= 12
 #define LANES_OF(type, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
