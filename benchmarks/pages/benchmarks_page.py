@@ -87,6 +87,11 @@ SECTIONS = {
                 "python -m benchmarks.outcomes --model nano-base --adapter runs/nano-300/final",
                 "Entry 23 of the log trains this adapter.", tables.outcomes),
     ),
+    "GPU": (
+        Section("Qwen3-8B's shape and nano on a GPU", "gpu.json", "make gpu-check",
+                "The 8B shape has random weights in bf16; its acceptance is SIMULATED (0.9, 0.88, 0.86). nano drafts "
+                "with its own adapter.", tables.gpu),
+    ),
     "Speed": (
         Section("Under load, against vLLM", "serving_avx2.json",
                 'IDLM_NATIVE=avx2 make bench ARGS="--stride 8 --modes ar planner --peers vllm --concurrency 1 8 32 64 '

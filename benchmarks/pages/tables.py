@@ -427,3 +427,38 @@ def ablation(report: Report) -> Iterator[str]:
         "training",
     )
     yield from markdown(head, rows)
+
+
+def gpu(report: Report) -> Iterator[str]:
+    """Of `benchmarks.gpu_check`."""
+    costs = report["costs"]
+    plans = ("all-2", "chain-4", "all-4", "all-8")
+    steps = {"ar": costs["AR"]["ar"]} | {plan: costs["windows"][plan] for plan in plans}
+    rows = [
+        (plan, *(f"{row['device']:.1f}" for row in by_batch.values()))
+        for plan, by_batch in steps.items()
+    ]
+    least = costs["AR"]["least_ms"].values()
+    rows.append(("weights and KV over the copy bandwidth", *(f"{ms:.1f}" for ms in least)))
+    yield from markdown(("a step of the 8B shape, ms", "batch 1", "8", "64"), rows)
+    yield ""
+    loads = [
+        (
+            name,
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['over_ar']:.2f}",
+            f"{row['tpf_decode']:.2f}",
+        )
+        for name, row in report["sweep"].items()
+        if "tokens_per_second" in row
+    ]
+    yield from markdown(("model, mode and requests at once", "tokens/s", "over AR", "TPF"), loads)
+    yield ""
+    shares = [
+        (name, *(row.get(key, "-") for key in ("all-4 = AR", "batch = alone", "graph = eager")))
+        for name, row in report["smoke"].items()
+        if "all-4 = AR" in row
+    ]
+    yield from markdown(
+        ("nano, share of equal tokens", "ISD, AR", "batch, alone", "graph, eager"), shares
+    )
