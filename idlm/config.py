@@ -1,7 +1,7 @@
-"""`EngineConfig`: every option of an engine, with its default, checked once.
+"""`EngineConfig`: all options of an engine with their defaults, checked in one place.
 
-`LLM`, the server and its worker, the command line and the benches all take one, so that an option
-means the same and has the same default everywhere.
+`LLM`, the server and its worker, the command line and the benches all use it, so that an option has
+the same meaning and default everywhere.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ class EngineConfig:
 
     Attributes:
         stride: N, the most tokens that one forward commits; 1 is plain AR.
-        branches: "planner" picks stride (up to `stride`) and branches at each step from measured
-            costs and running acceptance, and AR where nothing is faster; "all" drafts for every
-            outcome of the verification, "chain" only for full acceptance; a tuple of numbers of
-            accepted drafts, for those outcomes.
-        max_num_seqs: the most requests at once; others wait.
-        kv_memory: of the KV cache: bytes, or a string such as "512MiB". None takes twice what
-            `max_num_seqs` requests of full length need, so that as much can stay cached, within a
-            share of the free memory.
-        page_size: tokens that a page of the KV cache holds.
-        prefill_tokens: prompt tokens that one step may prefill beside decoding requests. None: on
-            a CPU as many as take about as long as the step, on a GPU 512.
-        deterministic: batch-invariant kernels: a token's logits do not depend on the other rows of
-            the step, also in float32 and bfloat16. Slower.
-        weights: on a CPU, what linear layers hold their weights in: "float32", "bfloat16" (half the
-            bytes to read) or "int8" (a quarter: a quantised model, whose AR and ISD outputs are
-            equal). "auto" is what the checkpoint holds.
-        threads: on a CPU, the engine's threads. None measures 1, 2 and 4, as far as the machine has
-            them.
+        branches: "planner" chooses stride (up to `stride`) and branches at each step, by measured
+            costs and running acceptance; it chooses AR if nothing is faster. "all" drafts for every
+            outcome of the verification, "chain" only for full acceptance. A tuple of numbers of
+            accepted drafts: drafts for these outcomes.
+        max_num_seqs: the most running requests; others wait.
+        kv_memory: the size of the KV cache: bytes, or a string such as "512MiB". None: twice the
+            need of `max_num_seqs` requests of full length, so that as many pages can stay cached;
+            at most a share of the free memory.
+        page_size: the tokens of a page of the KV cache.
+        prefill_tokens: prompt tokens that a step may prefill beside decoding requests. None: on a
+            CPU, as many as take about as long as a decode step; on a GPU, 512. More if most
+            requests prefill.
+        deterministic: use batch-invariant kernels: a token's logits do not depend on the other
+            rows of the step, also in float32 and bfloat16. Slower.
+        weights: on a CPU, the format of the linear layers' weights: "float32", "bfloat16" (half the
+            bytes to read) or "int8" (a quarter; a quantised model, whose AR and ISD outputs are
+            equal). "auto": the format of the checkpoint.
+        threads: on a CPU, the engine's threads. None: measure 1, 2 and 4, up to the free cores.
         lookahead: steps launched before the results of a step are read. None: 1 on a GPU, which
             hides the host's work, and 0 on a CPU.
         record: whether decode steps are recorded and replayed without Python.
@@ -86,7 +86,7 @@ class EngineConfig:
         """A copy with some options changed.
 
         Raises:
-            InputError: one is unknown or out of range.
+            InputError: an option is unknown or out of range.
         """
         known = [field.name for field in fields(self)]
         for name in options:
@@ -106,7 +106,7 @@ def parse_memory(value: int | str) -> int:
     """Bytes of `value`: a number of bytes, or a string such as "512MiB" or "2GiB".
 
     Raises:
-        InputError: it is neither.
+        InputError: `value` is neither.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(|KiB|MiB|GiB)\s*", str(value))
     if isinstance(value, bool) or match is None or float(match[1]) == 0:

@@ -205,7 +205,8 @@ STRIDES = (2, 3, 4, 6, 8, 12, 16)
 
 
 def candidates(stride: int) -> list[Plan]:
-    """The plans up to a stride that fit a window: AR, and each stride's chain and all outcomes."""
+    """The plans that the planner compares: AR, and for strides up to `stride` the chain and all
+    outcomes, if they fit the largest window. At stride 2 the chain is left out."""
     strides = sorted({*(n for n in STRIDES if n < stride), stride} - {1})
     plans = [Plan(n, branches) for n in strides for branches in ("chain", "all")]
     return [
@@ -219,14 +220,14 @@ def candidates(stride: int) -> list[Plan]:
 
 
 def plans_for(stride: int, branches: str | tuple[int, ...]) -> list[Plan]:
-    """The plans that an engine chooses from: several for "planner", else the one asked for.
+    """The plans that an engine chooses from: `candidates` for "planner", else a single plan.
 
     Raises:
-        InputError: the stride or the branches are wrong, or too wide for a window.
+        InputError: the stride or the branches are invalid, or the window is wider than MAX_WIDTH.
     """
     if branches == "planner":
         parse_branches("chain", stride)
         return candidates(stride)
     chosen = parse_branches(branches, stride)
-    window(stride, chosen)  # refuses one that is too wide
+    window(stride, chosen)  # raises if it is too wide
     return [Plan(stride, chosen)]

@@ -1,1 +1,1 @@
-"""The machinery: turns the mathematics of `decoding` and a model into generated text."""
+"""The engine: runs requests with a model and the rules of `decoding`, many in one batch."""

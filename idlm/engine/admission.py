@@ -1,4 +1,4 @@
-"""`Admission`: makes a `Request` of what a caller asks for, or refuses it."""
+"""`Admission`: checks a caller's arguments and makes a `Request` from them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Admission:
     """Makes requests for one engine.
 
     Args:
-        depth: K, the most drafts a plan has.
-        pool: the pages that a request has to fit into.
-        adapters: names of the adapters, by index.
+        depth: K, the most drafts of any plan.
+        pool: the pages of the KV cache; a request must fit into it.
+        adapters: the names of the adapters, by index.
     """
 
     def __init__(self, idlm: Idlm, depth: int, pool: PagePool, adapters: Sequence[str]) -> None:
@@ -45,14 +45,15 @@ class Admission:
 
         Args:
             prompt: token ids, which the caller has checked against the vocabulary.
-            adapter: which one drafts; None: the first.
-            drafting: False is plain AR.
-            priority: the lower one goes first.
-            timeout: seconds after which it ends as it is, with finish reason "timeout".
-            salt: requests share cached prefixes only with those of the same salt.
+            adapter: the name of the adapter that drafts; None: the first.
+            drafting: False: plain AR.
+            priority: requests with lower numbers run first.
+            timeout: seconds after which the request ends with finish reason "timeout". It keeps
+                the output that it has by then.
+            salt: requests share cached prefixes only if they have the same salt.
 
         Raises:
-            InputError: it could never run here.
+            InputError: the engine can never run the request.
         """
         self.check_size(prompt, params)
         number, now = next(self._numbers), perf_counter()
@@ -78,7 +79,7 @@ class Admission:
         )
 
     def matcher(self, params: SamplingParams) -> Matcher | None:
-        """What follows the request's guide; None where it has none.
+        """A matcher for the request's guide; None if it has no guide.
 
         Raises:
             InputError: the guide cannot be used.
@@ -90,10 +91,10 @@ class Admission:
         )
 
     def check_size(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        """Refuse a request that the whole pool could not hold.
+        """Refuse a request that does not fit into the pool even if it is empty.
 
         Raises:
-            InputError: it needs more pages than there are.
+            InputError: the request needs more pages than the pool has.
         """
         needed = -(-self._limit(prompt, params) // self.pool.page_size)
         if needed > self.pool.total:
@@ -106,8 +107,8 @@ class Admission:
         return min(len(prompt) + params.max_tokens, self.idlm.context)
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
-        """A guide's end is the model's end token, which so ends the output even where it would be
-        ignored."""
+        """The tokens that end the output. A guide ends with the model's end token, so a request
+        with a guide stops at it even if `ignore_eos` is set."""
         own = frozenset(params.stop_token_ids)
         return own if params.ignore_eos and params.guide is None else own | self.idlm.eos_ids
 

@@ -1,8 +1,8 @@
 """`PrefillBudget`: how many prompt tokens a step prefills beside the windows of decoding requests.
 
 A step that also prefills takes longer, and every decoding request waits for it. The budget keeps
-that wait below about three decode steps: it is the number of prompt tokens that take about as long
-as one decode step, from what both took in the steps before.
+that wait below about three decode steps. It is the number of prompt tokens that take about as long
+as one decode step. Both times are estimated from earlier steps.
 """
 
 from __future__ import annotations
@@ -10,28 +10,28 @@ from __future__ import annotations
 from idlm.decoding.plan import Plan
 
 GAP_SHARE = 1.0
-"""Decode steps that the prompt tokens beside decoding requests may take. Requests then wait for
-less than three: the estimate comes from earlier chunks, and later chunks attend to a longer
-prefix."""
+"""The time that the prompt tokens of a step may take, in decode steps. Inter-token latency then
+stays below three decode steps. It can exceed two: the time of a prompt token is estimated from
+earlier chunks, and later chunks attend to a longer prefix."""
 SMOOTHING = 0.2
 FIRST_BUDGET = 64
 SMALLEST_BUDGET, LARGEST_BUDGET = 16, 4096
 MOST_STEPS = 4
-"""The most decode steps' worth of prompt tokens that a step takes where prefilling requests
-outnumber decoding ones."""
+"""The upper bound of the budget, in units of one decode step, if prefilling requests outnumber
+decoding requests."""
 PREFILL_ALONE = 2048
-"""Prompt tokens of one step while nobody decodes."""
+"""The budget of a step without decoding requests."""
 PREFILL_LATE = 512
-"""Prompt tokens of a step where results are read later than it is launched: the host's clock then
-measures launches only."""
+"""Used in place of `step_worth` if results are read after the next step is launched. The host's
+clock then measures launches only."""
 
 
 class PrefillBudget:
-    """The budget of an engine's steps.
+    """Computes the budget of each step.
 
     Args:
-        fixed: prompt tokens beside decoding requests, if the user has set them.
-        clocked: whether the seconds given to `observe` are those of the device.
+        fixed: the budget of steps with decoding requests, if the user has set it.
+        clocked: whether `observe` gets the times of the device, and not of launches only.
     """
 
     def __init__(self, fixed: int | None = None, clocked: bool = True) -> None:
@@ -41,9 +41,10 @@ class PrefillBudget:
         self._token_seconds: float | None = None  # of a prompt token
 
     def tokens(self, decoding: int, prefilling: int) -> int:
-        """Prompt tokens of the next step, by the numbers of decoding and prefilling requests.
+        """The budget of the next step, given the numbers of decoding and prefilling requests.
 
-        More where most requests prefill: else the few that decode would hold up all others.
+        It is larger if most requests prefill. Otherwise a few decoding requests would delay the
+        first tokens of many.
         """
         if not decoding:
             return PREFILL_ALONE
@@ -53,14 +54,14 @@ class PrefillBudget:
         return min(worth * min(max(1, prefilling // decoding), MOST_STEPS), PREFILL_ALONE)
 
     def step_worth(self) -> int:
-        """Prompt tokens that take about `GAP_SHARE` decode steps."""
+        """The number of prompt tokens that take about as long as `GAP_SHARE` decode steps."""
         if self._decode_seconds is None or not self._token_seconds:
             return FIRST_BUDGET
         fitting = int(GAP_SHARE * self._decode_seconds / self._token_seconds)
         return min(max(fitting, SMALLEST_BUDGET), LARGEST_BUDGET)
 
     def observe(self, plan: Plan, batch: int, prompt_tokens: int, seconds: float) -> None:
-        """Learn from a step of `batch` windows and so many prompt tokens what it took."""
+        """Update the estimates with a step of `batch` windows and `prompt_tokens` prompt tokens."""
         decode = self._decodes.get((plan, batch)) if batch else 0.0
         if not prompt_tokens:
             decode = self._decodes[plan, batch] = _smooth(decode, seconds)

@@ -1,4 +1,4 @@
-"""`build_engine`: an engine from a model and a config."""
+"""`build_engine`: chooses plans, kernels and cache size, and makes an engine from them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ log = logging.getLogger("idlm")
 def build_engine(
     idlm: Idlm, config: EngineConfig, adapters: Sequence[str] = (), take_weights: bool = False
 ) -> Engine:
-    """An engine; the log gives the reason for each automatic choice.
+    """An engine for the model. The log gives the reason for each automatic choice.
 
     Args:
-        adapters: the names that requests give, by the adapter's index.
-        take_weights: the model belongs to the engine, which frees the weights of linear layers
-            that its kernels hold a copy of.
+        adapters: the names of the adapters, by index.
+        take_weights: the engine owns the model. It frees the weights of linear layers that its
+            kernels have a copy of.
 
     Raises:
         InputError: an option cannot be used with this model or on this machine.
@@ -39,13 +39,13 @@ def build_engine(
     pages = cache_pages(idlm, config, max(plans, key=lambda plan: plan.width))
     runner = Runner(idlm, config, depth, pages, products)
     if take_weights and products.linears is not None:
-        free_weights(idlm, products.linears)  # before steps are recorded: a recording keeps them
+        free_weights(idlm, products.linears)  # before recording: a recording keeps them alive
     costs = measured_costs(runner, plans, config.max_num_seqs) if len(plans) > 1 else None
     return Engine(runner, Planner(plans, costs), config, adapters)
 
 
 def _plans(idlm: Idlm, config: EngineConfig) -> list[Plan]:
-    """The plans to choose from, as far as the model can run them."""
+    """The configured plans that the model can run: only AR if it has no MASK row."""
     if any(not layer.weight.numel() for _, layer in idlm.linear_layers()):
         raise InputError(
             f"model {idlm.name!r}: its weights are an engine's, which freed them; load it again"

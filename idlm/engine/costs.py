@@ -1,4 +1,4 @@
-"""What the steps of each plan cost on this machine, measured when an engine starts."""
+"""The step costs of each plan on this machine, measured when an engine starts."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from idlm.engine.runner import Runner
 from idlm.kernels import native
 
 MEASURE_SECONDS = 3.0
-"""Measuring stops after this long, on a GPU without the time that recording takes; costs of what is
-left are taken from the nearest batch size."""
+"""The time limit for measuring; on a GPU recording does not count. Batch sizes that were not
+measured get the costs of the nearest size."""
 MEASURE_ROUNDS, KEPT_ROUNDS = 5, 3
-"""Times each plan is measured; the least counts, since noise only ever adds. With fewer than
-KEPT_ROUNDS the table is not kept for the next start."""
+"""How often each plan is measured. The shortest time counts, since noise only adds time. A table
+with fewer than KEPT_ROUNDS rounds is not saved for the next start."""
 
 
 def measured_costs(
     runner: Runner, plans: Sequence[Plan], slots: int, seconds: float = MEASURE_SECONDS
 ) -> CostTable:
-    """Step costs of every plan at several batch sizes; read from the cache where this machine has
-    measured them before, several times each.
+    """Step costs of every plan at several batch sizes. They are read from the cache folder if this
+    machine has measured them before.
 
-    The batch sizes are tried from both ends inwards, so that whatever the time allows covers the
-    range; what it does not is learnt from the steps that run.
+    The smallest and the largest batch size are measured first, then sizes between them, so that
+    the range is covered when the time is up. The steps of requests correct the other costs later.
     """
     place = _cache_file(runner, plans, slots)
     if (known := _read(place)) is not None:
@@ -42,7 +42,7 @@ def measured_costs(
     for batch in _batches(slots, cuda):
         best = dict.fromkeys(plans, float("inf"))
         for number in range(MEASURE_ROUNDS):
-            for plan in plans:  # in turn, so that what else the machine does hits them alike
+            for plan in plans:  # in turn, so that other load on the machine affects all alike
                 started = perf_counter()
                 step = runner.measure(plan, batch)
                 best[plan] = min(best[plan], step)
@@ -60,15 +60,15 @@ def measured_costs(
 
 
 def _batches(slots: int, cuda: bool = False) -> list[int]:
-    """1, the largest, and powers of four and two between them; fewer on a GPU, where each is a
-    graph of its own."""
+    """The batch sizes to measure, in order. There are fewer on a GPU, since each size needs its own
+    CUDA graph."""
     sizes = [1, slots, 8] if cuda else [1, slots, 8, 32, 4, 16, 2, 64]
     return list(dict.fromkeys(size for size in sizes if size <= slots))
 
 
 def _cache_file(runner: Runner, plans: Sequence[Plan], slots: int) -> Path:
-    """Where the costs of this model on this machine lie: one file for each combination of what they
-    depend on."""
+    """The cache file. Its name is a hash of everything that the costs depend on: model, machine,
+    threads, slots, plans and kernels."""
     idlm = runner.idlm
     config: dict[str, Any] = idlm.model.config.to_dict()
     where = (
@@ -76,7 +76,7 @@ def _cache_file(runner: Runner, plans: Sequence[Plan], slots: int) -> Path:
         if idlm.device.type == "cuda"
         else platform.processor()
     )
-    node = None if idlm.device.type == "cuda" else platform.node()  # a container's is new each time
+    node = None if idlm.device.type == "cuda" else platform.node()  # a container's is not stable
     facts = [config, str(idlm.dtype), idlm.gate is not None, where, node, torch.__version__]
     linears = runner.model_step.products.linears
     facts += [torch.get_num_threads(), slots, [plan.name for plan in plans]]
@@ -94,7 +94,7 @@ def _read(place: Path) -> CostTable | None:
 
 
 def _write(place: Path, table: CostTable) -> None:
-    """Best effort: without a place to write, the next start measures again."""
+    """Save the table. If the folder cannot be written, the next start measures again."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         draft = place.with_suffix(f".{os.getpid()}")

@@ -1,19 +1,20 @@
-"""`Engine`: many requests, one batch, step by step.
+"""`Engine`: runs many requests in one batch, step by step.
 
-A request's life:
-    1. `add` queues it; the admission refuses what cannot be done before it costs anything
-    2. the scheduler gives it a slot and pages, those of the prefix cache first
-    3. its prompt is prefilled in chunks beside the others' windows; with the last chunk comes its
-       own first window, which brings its first token and drafts
-    4. each step verifies its drafts, commits what stands and drafts again
-    5. the host reads the step's result (one step late on a GPU), finds stop strings, hands out the
-       text
-    6. it ends: by a stop, its limit, `abort`, or its deadline; its slot is free, its full pages
-       stay cached
-    7. when pages run out, the last one in the order gives its own up, waits, and is prefilled again
-    8. `check` finds every slot and page accounted for
+The life of a request:
+    1. `add` queues it. The admission refuses requests that can never run.
+    2. The scheduler gives it a slot and pages. Pages of the prefix cache are used first.
+    3. Its prompt is prefilled in chunks, beside the windows of other requests. The step of the last
+       chunk also runs its first window, which commits its first token and makes drafts.
+    4. Each step verifies its drafts, commits tokens and makes new drafts.
+    5. The host reads the step's result (one step late on a GPU), finds stop strings and returns
+       the text.
+    6. It ends at a stop, at its limit, by `abort` or at its deadline. Its slot becomes free; its
+       full pages stay cached.
+    7. If pages run out, the last request in the order is pre-empted: it loses its pages, waits, and
+       is prefilled again later.
+    8. `check` verifies that no slot and no page is lost.
 
-Nothing here looks at a tensor's value before `read`, but for steps with a guided request; see
+The host reads no tensor of a step before `read`, except in steps with a guided request; see
 `GuidedRows`.
 """
 
@@ -46,11 +47,12 @@ WARM_UP_SECONDS = 5.0
 
 @dataclass
 class InFlight:
-    """A launched step and its requests, in the order of its rows.
+    """A launched step.
 
     Attributes:
-        tokens: by which it may lengthen each of them.
-        prompts: the chunks that it prefills.
+        requests: the requests that decode, in the order of the result's rows.
+        tokens: the most tokens that the step commits for each of them.
+        prompts: the chunks that the step prefills.
     """
 
     pending: PendingStep
@@ -60,12 +62,12 @@ class InFlight:
 
 
 class Engine:
-    """The loop.
+    """The engine loop: `add` requests, then call `step` while `busy`.
 
     Args:
-        runner: the device side.
-        planner: says which plan to run.
-        adapters: names of the adapters, by index.
+        runner: runs steps on the device.
+        planner: chooses the plan of each step.
+        adapters: the names of the adapters, by index.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether `step` has anything to do."""
+        """Whether there are requests, steps in flight or updates that were not returned yet."""
         return bool(self._requests or self._in_flight or self._updates)
 
     def add(
@@ -100,11 +102,11 @@ class Engine:
         timeout: float | None = None,
         salt: bytes = b"",
     ) -> str:
-        """Queue a request for one sample; returns its id. The arguments are those of
+        """Queue a request for one sample and return its id. The arguments are those of
         `Admission.request`.
 
         Raises:
-            InputError: it could never run here.
+            InputError: the engine can never run the request.
         """
         request = self.admission.request(
             prompt, params, seed, adapter, drafting, priority, timeout, salt
@@ -114,25 +116,30 @@ class Engine:
         return request.id
 
     def result(self, request_id: str) -> Result:
-        """What a request that is still here has come to; it grows in place, and is the result in
-        the end."""
+        """The result of a request that has not ended. It grows in place and becomes the final
+        result.
+
+        Raises:
+            KeyError: the request has ended, or never existed.
+        """
         return self._requests[request_id].result
 
     @torch.inference_mode()
     def abort(self, request_id: str) -> bool:
-        """End a request in whatever state it is; False where it is not known (any more)."""
+        """End a request, whether it waits or runs. False if it has ended already or never
+        existed."""
         request = self._requests.get(request_id)
         if request is None:
             return False
         self._end(request, "abort")
         return True
 
-    @torch.inference_mode()  # once for all that it calls: entering it costs more than most of that
+    @torch.inference_mode()  # once for all calls in it: entering the mode is slow
     def step(self) -> list[Update]:
-        """Admit, launch one step, and return what the results read in this call bring.
+        """Admit requests, launch one step, and return the updates of the results read in this call.
 
-        With `lookahead` those are the results of the step before: the host works on them while the
-        device runs this one.
+        With `lookahead` these are the results of the step before. The host processes them while
+        the device runs the new step.
         """
         started = perf_counter()
         self._expire()
@@ -149,23 +156,23 @@ class Engine:
         return updates
 
     def run(self) -> Iterable[Update]:
-        """Step until nothing is left."""
+        """Call `step` until the engine is not busy; yield every update."""
         while self.busy:
             yield from self.step()
 
     def warm_up(self, seconds: float = WARM_UP_SECONDS) -> None:
-        """Prepare the steps that most requests need, in bounded time; a server does so before it is
-        ready."""
+        """Record the steps that most requests need, within about `seconds`. A server does so before
+        it reports that it is ready."""
         self.runner.warm_up(self.planner.plans, seconds)
 
     @torch.inference_mode()
     def drain(self) -> None:
-        """Read what is under way, so that host and device agree."""
+        """Read the results of all steps in flight, so that host and device agree."""
         while self._in_flight:
             self._absorb(self._in_flight.popleft())
 
     def check(self) -> None:
-        """Check that no slot and no page is lost; see `Scheduler.check`."""
+        """Check that no slot and no page is lost; errors as in `Scheduler.check`."""
         self.scheduler.check()
 
     def _expire(self) -> None:
@@ -179,10 +186,10 @@ class Engine:
             self.runner.seat(request)
 
     def _launch(self) -> bool:
-        """One forward: windows of decoding requests and chunks of prefilling ones."""
+        """Launch one step: decode windows and prefill chunks. False if there is no work."""
         scheduler = self.scheduler
         if any(request.matcher for request in scheduler.running):
-            self.drain()  # a guide has to know all that is committed
+            self.drain()  # a guide needs all committed tokens
         running = scheduler.decoding or scheduler.prefilling
         if not running:
             return False
@@ -213,7 +220,7 @@ class Engine:
         prompts: list[tuple[Request, Chunk]],
         seconds: float,
     ) -> None:
-        """Let metrics, budget and planner learn from a step of so many seconds."""
+        """Count a step in the metrics, and give its time to the budget and the planner."""
         batch, prompt_tokens = len(requests), sum(len(chunk.tokens) for _, chunk in prompts)
         self.metrics.count_launch(plan, batch, prompt_tokens, seconds)
         self.budget.observe(plan, batch, prompt_tokens, seconds)
@@ -227,12 +234,12 @@ class Engine:
         return StepKey(plan, self.runner.settings.features, max(counts) if counts else None)
 
     def _ahead(self, plan: Plan) -> int:
-        """Tokens by which the device may be ahead of the host, and the drafts of the next step."""
+        """The most tokens that steps in flight may commit, plus the drafts of the next step."""
         return sum(step.tokens for step in self._in_flight) + plan.drafts
 
     def _grow(self, plan: Plan) -> None:
-        """Pages for the next step; where they run out, the last request in the order is
-        pre-empted."""
+        """Give decoding requests the pages for the next step. If pages run out, pre-empt the last
+        request in the order."""
         scheduler, ahead, entries = self.scheduler, self._ahead(plan), []
         lacking = [
             request
@@ -251,8 +258,8 @@ class Engine:
             self.runner.map_pages([entry for entry in entries if entry[0] in seated])
 
     def _preempt(self) -> None:
-        """Free the pages of the last request in the order. Steps in flight are read first: one of
-        them may end a request, and then nobody has to be pre-empted."""
+        """Pre-empt the last request in the order, or read the steps in flight if there are any: a
+        request that ends in one of them frees its pages, so that none need be pre-empted."""
         if self._in_flight:
             self.drain()
             return
@@ -262,7 +269,7 @@ class Engine:
         self.metrics.preemptions += 1
 
     def _absorb(self, step: InFlight) -> None:
-        """Read a step's result and give each request its tokens."""
+        """Wait for a step's result and append its tokens to the requests."""
         started = perf_counter()
         result = step.pending.read()
         self.metrics.device_seconds += perf_counter() - started
@@ -294,7 +301,7 @@ class Engine:
     def _end(
         self, request: Request, reason: str | None, tokens: Sequence[int] = (), text: str = ""
     ) -> None:
-        """Free what it holds and report it."""
+        """Free the request's slot and pages, and report its result."""
         slot = self.scheduler.leave(request)
         if slot is not None:
             self.runner.clear(slot)

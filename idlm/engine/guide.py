@@ -1,12 +1,12 @@
-"""Structured output: which tokens a request's `Guide` allows, found by llguidance on the host.
+"""Structured output: the tokens that a request's `Guide` allows, found by llguidance on the host.
 
-    Guide      the text: a schema, a regular expression, a grammar
-      | Guides.matcher, once a request; the same text is compiled once
-    Matcher    follows the committed tokens of one request, and says what may come after them and
-    some drafts
-      | GuidedRows, once a step
-    bool [B, R, V], which the step folds into the logits: verification, drafts and logprobs see one
-    law
+    Guide               the text: a schema, a regular expression or a grammar
+      | Guides.matcher  once per request; each text is compiled once
+    Matcher             follows the committed tokens of a request; gives the tokens allowed after
+      |                 them and after drafts
+      | GuidedRows      once per step
+    bool [B, R, V]      the step masks its logits with it, so that verification, drafts and logprobs
+                        use one law
 
 Shapes: B slots, K drafts, R = 1 + K verify rows, V logit columns.
 """
@@ -29,30 +29,30 @@ from idlm.models.idlm_model import Idlm
 from idlm.params import Guide
 
 COMPILED = 64
-"""Guides that stay compiled."""
+"""How many compiled guides are kept."""
 LIMITS = LLParserLimits(max_grammar_size=100_000, max_lexer_states=50_000, verbose_errors=False)
-"""Half a second to compile and 100 MB at worst; the time of a mask is bounded by llguidance's
-defaults."""
+"""At worst a guide then takes half a second and 100 MB to compile. llguidance's defaults bound the
+time of a mask."""
 OBJECT = '{"type": "object"}'
 WHITESPACE = r" |\n( {0,20}|\t{0,10})"
-"""Between the parts of JSON: as it is usually printed, on one line or indented. A model that has
-lost its way would write blanks forever where any number is allowed."""
+"""The white space allowed between the parts of JSON: one space, or a line break with indentation.
+If any amount were allowed, a model could write blanks forever."""
 LONGEST_REASON = 300
 
 
 class Guides:
-    """Compiles guides for one model."""
+    """Compiles guides for one model, and keeps the last `COMPILED` of them."""
 
     def __init__(self, idlm: Idlm) -> None:
         self._idlm = idlm
         self._compiled = lru_cache(COMPILED)(self._compile)
 
     def matcher(self, guide: Guide, banned: Iterable[int] = ()) -> Matcher:
-        """A matcher at the start of an output in which `banned` tokens never come out.
+        """A matcher at the start of an output that never contains `banned` tokens.
 
         Raises:
-            InputError: the guide has an error, is too large, or cannot be followed with this
-                model's tokens.
+            InputError: the guide has an error or is too large, or the model's tokens cannot
+                express it.
         """
         permitted = self._permitted.clone()
         permitted[list(banned)] = False
@@ -62,7 +62,7 @@ class Guides:
         return matcher
 
     def _compile(self, guide: Guide) -> LLMatcher:
-        tokens = self._tokens  # first: a model that can follow no guide is no fault of the guide
+        tokens = self._tokens  # first: its error is about the model, not about this guide
         try:
             compiled = LLMatcher(tokens, _grammar(guide), log_level=0, limits=LIMITS)
         except ValueError as error:
@@ -73,7 +73,7 @@ class Guides:
 
     @cached_property
     def _tokens(self) -> LLTokenizer:
-        """The model's tokens as llguidance wants them; takes a second for a large vocabulary."""
+        """The model's tokens in llguidance's form. A large vocabulary takes a second."""
         tokenizer, name = self._idlm.tokenizer, self._idlm.name
         if not isinstance(tokenizer, PreTrainedTokenizerFast) or not self._ends:
             raise InputError(
@@ -95,7 +95,8 @@ class Guides:
 
     @cached_property
     def _permitted(self) -> Tensor:
-        """bool [V]: no special tokens but the ends, though a grammar can name them, and no MASK."""
+        """bool [V]: all tokens except MASK and special tokens; end tokens are permitted. A grammar
+        can name special tokens, so they have to be excluded here."""
         special = [self._tokens.is_special_token(token) for token in range(self._idlm.vocab_size)]
         permitted = ~torch.tensor(special)
         permitted[sorted(self._ends)] = True
@@ -104,8 +105,8 @@ class Guides:
 
 
 class Matcher:
-    """Follows the output of one request. Sets of tokens are bits, uint8 [ceil(V / 8)], the lowest
-    token lowest."""
+    """Follows the output of one request. A set of tokens is a bit mask, uint8 [ceil(V / 8)]: token
+    t is bit t % 8 of byte t // 8."""
 
     def __init__(self, compiled: LLMatcher, permitted: Tensor, ends: frozenset[int]) -> None:
         self._start, self._permitted, self._ends = compiled, permitted, ends
@@ -116,18 +117,18 @@ class Matcher:
 
     @property
     def error(self) -> str:
-        """Why nothing is allowed, where nothing is."""
+        """Why no token is allowed; meaningful only in that case."""
         return (
             self._failure
             or "the vocabulary and the request's bans leave no token that the guide allows"
         )
 
     def allowed(self, ahead: Sequence[int] = ()) -> Tensor:
-        """What may come after the committed tokens and those `ahead`.
+        """The tokens allowed after the committed tokens and the tokens `ahead`.
 
-        All tokens past the guide's end, and after tokens ahead that it refuses: nothing there is
-        ever committed. The masks that drafts are drawn with verify them in the next step, so they
-        are kept until then.
+        Past the guide's end, and after tokens `ahead` that the guide refuses, all tokens are
+        allowed, since none of them is ever committed. Masks are cached: the next step verifies
+        drafts with the masks that they were drawn with.
         """
         path = tuple(ahead)
         if path not in self._masks:
@@ -135,9 +136,9 @@ class Matcher:
         return self._masks[path]
 
     def advance(self, tokens: Sequence[int]) -> int:
-        """Take committed tokens up to the first that is not allowed; returns how many.
+        """Append committed tokens up to the first that is not allowed, and return their number.
 
-        Fewer than all mean that the law had nothing to choose from: see `error`.
+        If it is less than len(tokens), the guide allowed no token at that place: see `error`.
         """
         good = 0
         while good < len(tokens) and _holds(self.allowed(tokens[:good]), tokens[good]):
@@ -162,8 +163,8 @@ class Matcher:
         return mask[: len(self._permitted)] & self._permitted
 
     def _fail(self, reason: str) -> Tensor:
-        """llguidance gave up here and stays so: begin again for where the output may still go
-        another way."""
+        """Replace llguidance's matcher, which is of no use after an error, by a fresh one at the
+        committed tokens: the output may not take the path that failed. Returns an empty mask."""
         self._failure = _brief(reason)
         self._matcher = self._start.deep_copy()
         self._matcher.try_consume_tokens(self._text(self._output))
@@ -180,8 +181,9 @@ class Matcher:
 class GuidedRows:
     """The matchers of a step's slots, None for those without a guide.
 
-    They look at tokens, so the host waits for the device within the step, and a step must not be
-    launched before the last one has been read. Only steps with a guided request pay for that.
+    Matchers need the values of tokens. So the host waits for the device within the step, and the
+    results of all earlier steps must be read before the launch. Only steps with a guided request
+    pay for this.
     """
 
     def __init__(self, matchers: Sequence[Matcher | None], vocab_size: int) -> None:
@@ -190,15 +192,15 @@ class GuidedRows:
         self._all = torch.full((-(-vocab_size // 8),), 255, dtype=torch.uint8)
 
     def restrict(self, logits: Tensor, drafts: Tensor, valid: Tensor) -> Tensor:
-        """Verify rows [B, 1 + K, V], row k after the first k of `drafts` [B, K], of which `valid`
-        [B] count."""
+        """Mask the `logits` [B, 1 + K, V] of verify rows. Row k comes after the first k of `drafts`
+        [B, K]; the first `valid` [B] drafts count."""
         rows = zip(drafts.tolist(), valid.tolist(), strict=True)
         paths = [[row[: min(k, count)] for k in range(len(row) + 1)] for row, count in rows]
         return restrict(logits, self._allowed(paths, drafts.device))
 
     def allow(self, tokens: Tensor, number: Tensor) -> Allow:
-        """What the next drafts may be after this step has committed the first `number` [B] of
-        `tokens` [B, R]."""
+        """A function that gives the tokens allowed after drafts, once this step has committed the
+        first `number` [B] of `tokens` [B, R]."""
         committed = [
             row[:count] for row, count in zip(tokens.tolist(), number.tolist(), strict=True)
         ]
@@ -210,7 +212,8 @@ class GuidedRows:
         return allow
 
     def _allowed(self, paths: Sequence[Sequence[list[int]]], device: torch.device) -> Tensor:
-        """bool [B, R, V] of R paths a slot, each of tokens ahead of what is committed."""
+        """bool [B, R, V]: the tokens allowed after each of a slot's R paths. A path is a list of
+        tokens that follow the committed ones."""
         bits = [
             torch.stack([self._all if matcher is None else matcher.allowed(path) for path in row])
             for matcher, row in zip(self._matchers, paths, strict=True)
@@ -219,10 +222,10 @@ class GuidedRows:
 
 
 def _grammar(guide: Guide) -> str:
-    """What llguidance compiles.
+    """The guide as a grammar for llguidance.
 
     Raises:
-        ValueError: the text is not of its kind.
+        ValueError: the text is not of the kind that the guide names.
     """
     if guide.kind in ("json_object", "json_schema"):
         return LLMatcher.grammar_from_json_schema(
@@ -238,7 +241,7 @@ def _refusal(guide: Guide, reason: str) -> InputError:
 
 
 def _brief(reason: str) -> str:
-    """A message of llguidance on one line."""
+    """A message of llguidance on one line, cut to `LONGEST_REASON` characters."""
     return " ".join(reason.replace("<non-verbose/>", "").split())[:LONGEST_REASON]
 
 
@@ -247,13 +250,13 @@ def _powers(device: torch.device) -> Tensor:
 
 
 def _packed(flags: Tensor) -> Tensor:
-    """bool [V] as bits."""
+    """Pack bool [V] into a bit mask, uint8 [ceil(V / 8)]; see `Matcher`."""
     padded = torch.nn.functional.pad(flags.to(torch.uint8), (0, -len(flags) % 8))
     return (padded.unflatten(0, (-1, 8)) * _powers(flags.device)).sum(dim=1).to(torch.uint8)
 
 
 def _unpacked(bits: Tensor, vocab_size: int) -> Tensor:
-    """bool [..., V] of bits [..., ceil(V / 8)]."""
+    """Unpack bit masks, uint8 [..., ceil(V / 8)], into bool [..., V]."""
     return ((bits[..., None] & _powers(bits.device)) != 0).flatten(-2)[..., :vocab_size]
 
 

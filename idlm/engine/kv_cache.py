@@ -1,14 +1,15 @@
-"""`KVCache`: the pages of all layers, and what the rows of the running forward see of them.
+"""`KVCache`: the pages of all layers, and the attention of a forward's rows to them.
 
-Rows of one forward lie flat, [1, T]: the pieces of prompts, then the windows' real rows, slot by
-slot, then their MASK rows, so that the adapter's gate is one slice and the linear layers see plain
+The rows of one forward are flat, [1, T]: pieces of prompts, then the real rows of all windows, slot
+by slot, then their MASK rows. So the adapter's gate is one slice, and linear layers get plain
 matrices:
 
     piece 0 | piece 1 | ... | B slots x R real rows | B slots x M masks
 
-Pieces come first: the window of a slot whose prompt ends in this very forward sees what they have
-written. Real rows are written to the pages at their positions; the next window overwrites what was
-rejected, so there is nothing to trim. MASK rows never enter the pages.
+Pieces come first: if the last piece of a prompt is in the forward, the window of its slot reads the
+keys and values that the piece has written. Real rows are written to the pages at their positions.
+The next window overwrites rejected drafts, so nothing is trimmed. MASK rows are never written to
+the pages.
 
 Shapes as in `idlm.attention.base`; P pieces.
 """
@@ -28,10 +29,10 @@ from idlm.errors import InputError
 
 
 class KVCache:
-    """Keys and values of every layer, [2, N, page, G, E] each; page 0 takes what nobody wants.
+    """Keys and values of every layer, [2, N, page, G, E] each. Page 0 is the trash page.
 
     Attributes:
-        backend: the attention, the same for every forward.
+        backend: the attention back-end of all forwards.
     """
 
     def __init__(
@@ -42,8 +43,8 @@ class KVCache:
         like: Tensor,
         deterministic: bool = False,
     ) -> None:
-        """`shapes` are (H, G, E) by layer; `like` has the type and the device of the keys;
-        `deterministic` as in `choose`."""
+        """`shapes` are (H, G, E) by layer. `like` has the dtype and the device of the keys.
+        `deterministic` is that of `choose`."""
         if len(set(shapes)) > 1:
             raise InputError(
                 f"layers with attention of different shapes {sorted(set(shapes))} are not supported"
@@ -55,23 +56,23 @@ class KVCache:
         self._prepared: list[tuple[int, Any]] = []  # flat rows and metadata, by segment
 
     def columns(self, tokens: int) -> int:
-        """Page-table columns that `tokens` tokens need."""
+        """The number of page-table columns that `tokens` tokens need."""
         return -(-tokens // self.page_size)
 
     def windows(
         self, table: Tensor, lengths: Tensor, visible: Tensor, positions: Tensor, masks: int
     ) -> Segment:
-        """The windows of slots whose real rows go to `positions` int64 [B, R]; the rest as in
-        `Segment`.
+        """The segment of the slots' windows. Their real rows are written at `positions` int64
+        [B, R]; the other arguments are those of `Segment`.
 
-        Rows past the end of the table go to the trash page.
+        Rows past the end of the table are written to the trash page.
         """
         end = table.shape[1] * self.page_size
         inside = cache_rows(table, positions.clamp(max=end - 1), self.page_size)
         return Segment(table, lengths, torch.where(positions < end, inside, 0), visible, masks)
 
     def pieces(self, table: Tensor, batch: PrefillBatch) -> Segment:
-        """The pieces of prompts, with the page tables `table` [P, C]."""
+        """The segment of prompt pieces; `table` [P, C] has the page table of each piece."""
         column = batch.owner * table.shape[1] + batch.positions // self.page_size
         rows = (
             table.flatten().index_select(0, column) * self.page_size
@@ -80,13 +81,14 @@ class KVCache:
         return Segment(table, batch.starts, rows, ends=batch.ends, widths=batch.widths)
 
     def prepare(self, segments: Sequence[Segment]) -> None:
-        """Say what the rows of the next forward are."""
+        """Set the segments of the next forward, in the order of its rows."""
         if not self.backend.takes_pieces:
             segments = [window for segment in segments for window in segment.windows()]
         self._prepared = [(segment.size, self.backend.prepare(segment)) for segment in segments]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """See `idlm.models.attention.Cache`."""
+        """Attention of a layer's rows, as `idlm.models.attention.Cache` defines it. Writes the keys
+        and values of real rows to the pages."""
         pages, qkv = (
             self.pages[layer],
             QKV(*(rows[0].transpose(0, 1) for rows in (query, key, value))),

@@ -30,23 +30,23 @@ Prompt = str | Sequence[int]
 
 
 class LLM:
-    """A model that generates.
+    """A model with an engine that generates text.
 
     Args:
         model: a folder, a hub id, a GGUF file, a bundled name ("nano", "nano-base", "nano-full"),
-            or a loaded `Idlm`. The weights of what is loaded here are freed where the engine holds
-            them in a form of its own; a loaded model stays as it is.
-        adapter: a gated LoRA's folder.
+            or a loaded `Idlm`. If it is loaded here, the engine frees the weights that its kernels
+            have a copy of. A loaded `Idlm` is not changed in this way.
+        adapter: the folder of a gated LoRA.
         adapters: more gated LoRAs of the same base, by the name that requests give: `generate(...,
-            adapter=name)`. The first one given is the default; `adapter` is called "default".
+            adapter=name)`. The first adapter is the default; `adapter` has the name "default".
         dtype: "auto" (the checkpoint's), or a torch dtype or its name.
-        device: where to run: "cpu", "cuda", "cuda:1".
+        device: for example "cpu", "cuda" or "cuda:1".
         config: the engine's options.
-        options: fields of `EngineConfig`, which change those of `config`: stride, branches,
+        options: fields of `EngineConfig`, which replace those of `config`: stride, branches,
             max_num_seqs, kv_memory, page_size, prefill_tokens, deterministic, weights, threads, ...
 
     Attributes:
-        engine: what runs the requests; `engine.metrics` counts.
+        engine: runs the requests; its counters are `engine.metrics`.
 
     Raises:
         InputError: an argument cannot be used; the message says why and what to do.
@@ -86,19 +86,19 @@ class LLM:
         timeout: float | None = None,
         progress: bool = False,
     ) -> list[Result]:
-        """Complete each prompt (text, or token ids); one result for each, in order.
+        """Complete each prompt (text, or token ids). Results are in the order of the prompts.
 
-        Every prompt is checked before the first is run.
+        All prompts are checked before any of them runs.
 
         Args:
-            adapter: which adapter drafts.
-            priority: lower goes first.
-            timeout: seconds for each request, after which it ends as it is.
-            progress: show a bar, where stderr is a terminal.
+            adapter: the name of the adapter that drafts.
+            priority: requests with lower numbers run first.
+            timeout: seconds after which each request ends with the output that it has.
+            progress: show a progress bar if stderr is a terminal.
 
         Raises:
-            InputError: a prompt is empty, longer than the context, or holds a MASK or ids the model
-                does not have; or the sampling_params cannot be used with this model.
+            InputError: a prompt is empty or longer than the context, or contains MASK or ids that
+                the model does not have; or the model cannot use the sampling_params.
         """
         ids = [self.encode(prompt) for prompt in _as_prompts(prompts)]
         params = _as_params(sampling_params, len(ids))
@@ -143,10 +143,10 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         **options: Any,
     ) -> Result | list[Result]:
-        """Answer a conversation of {"role", "content"} messages through the model's own chat
-        template; or several.
+        """Answer a conversation of {"role", "content"} messages, or each of several, with the
+        model's chat template.
 
-        `options` as for `generate`.
+        `options` are those of `generate`.
         """
         if not messages:
             raise InputError("messages=[] holds no message; give at least one {'role', 'content'}")
@@ -165,12 +165,13 @@ class LLM:
         adapter: str | None = None,
         drafting: bool = True,
     ) -> Iterator[Update]:
-        """Complete one prompt, piece by piece; the last update carries the result.
+        """Complete one prompt and yield its updates. The last update has the result.
 
-        `drafting=False` is plain AR: the same tokens, one a forward.
+        `drafting=False` is plain AR: the same tokens, one per forward.
 
         Raises:
-            InputError: as `generate`, before the first piece; or n > 1.
+            InputError: for the reasons of `generate`, or n > 1; raised by the call, before the
+                first update.
         """
         (params,) = _as_params(sampling_params, 1)
         if params.n > 1:
@@ -193,8 +194,8 @@ class LLM:
 
     @contextmanager
     def _requests(self) -> Iterator[Callable[..., list[str]]]:
-        """Gives a function that adds all samples of a prompt; what has not finished at the end is
-        aborted."""
+        """Yields a function that adds all samples of a prompt. Requests that have not finished when
+        the context ends are aborted."""
         added: list[str] = []
 
         def add(prompt: list[int], params: SamplingParams, **options: Any) -> list[str]:
@@ -211,27 +212,27 @@ class LLM:
                 self.engine.abort(one)
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The token ids of a prompt, checked.
+        """The token ids of a prompt, checked against the model.
 
         Raises:
-            InputError: it is empty, longer than the context, or holds a MASK or ids the model does
-                not have.
+            InputError: the prompt is empty or longer than the context, or contains MASK or ids that
+                the model does not have.
         """
         ids = self.idlm.encoder.text(prompt, trusted=True) if isinstance(prompt, str) else prompt
         return check_ids(ids, self.idlm)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """The token ids of a conversation, by the model's own chat template; their number is not
-        checked.
+        """The token ids of a conversation in the model's chat template. Their number is not checked
+        against the context.
 
         Raises:
-            InputError: the model has no chat template, or it refuses the messages.
+            InputError: the model has no chat template, or the template refuses the messages.
         """
         return self.idlm.encoder.chat(messages)
 
 
 def _gather(samples: list[Result]) -> Result:
-    """The first sample, with the others of the same prompt in it."""
+    """The first sample's result; its `samples` are the other results of the same prompt."""
     first, *others = samples
     return replace(first, samples=others) if others else first
 

@@ -1,4 +1,4 @@
-"""Log-probabilities for callers: those a step brings along, and those of a prompt's own tokens."""
+"""Log-probabilities for callers: those of a step's tokens, and those of prompt tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from idlm.models.idlm_model import Idlm
 
 
 def logprob_entries(outcome: StepResult, row: int, request: Request) -> list[dict[int, Logprob]]:
-    """For each token of a row of a step: itself, then the likeliest ones the request asked for."""
+    """For each token of a result's row: its own log-probability, then those of the likeliest
+    tokens, as many as the request asks for."""
     top = request.params.logprobs
     if top is None or not outcome.logprobs:
         return []
@@ -26,7 +27,7 @@ def logprob_entries(outcome: StepResult, row: int, request: Request) -> list[dic
 
 
 def _entries(tokens: Sequence[int], found: Sequence[Tensor], top: int) -> list[dict[int, Logprob]]:
-    """Of one slot's `tokens`; `found` are its rows of `idlm.decoding.verify.Logprobs`."""
+    """The entries of one slot's `tokens`, from its rows `found` of `Logprobs`."""
     chosen, rank, values, ids = (tensor.tolist() for tensor in found)
     return [_entry(*token, top) for token in zip(tokens, chosen, rank, ids, values, strict=True)]
 
@@ -42,12 +43,11 @@ def _entry(
 
 @torch.inference_mode()
 def add_prompt_logprobs(idlm: Idlm, work: Sequence[tuple[Request, Chunk]], hidden: Tensor) -> None:
-    """Give the requests of a prefill that asked for them the log-probabilities of their prompt
-    tokens.
+    """Append prompt log-probabilities to the results of prefilled requests that ask for them.
 
-    `hidden` [T, D] are the chunks' rows one after the other; row i gives the law of token i + 1.
-    The law is the request's own, at temperature 1 where it is greedy, without penalties: those are
-    about what was generated.
+    `hidden` [T, D] has the rows of the chunks, chunk after chunk; row i gives the law of token
+    i + 1. The law is that of the request, with two changes. Temperature 0 becomes 1. Penalties are
+    left out, since they count generated tokens.
     """
     start = 0
     for request, chunk in work:
@@ -58,7 +58,7 @@ def add_prompt_logprobs(idlm: Idlm, work: Sequence[tuple[Request, Chunk]], hidde
             continue
         rows = rows[
             len(known) - chunk.start - 1 :
-        ]  # one that was pre-empted has some, or all of them, already
+        ]  # a request that was pre-empted has some or all of its entries already
         targets = request.prompt[len(known) : len(known) + len(rows)]
         if not targets:
             continue

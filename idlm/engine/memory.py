@@ -1,4 +1,4 @@
-"""How much memory the KV cache takes, and the reason for it."""
+"""The size of the KV cache. The log gives the reason for it."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from idlm.models.idlm_model import Idlm
 log = logging.getLogger("idlm")
 
 MEMORY_SHARE = {"cpu": 0.25, "cuda": 0.85}
-"""Of the memory that is free after the weights are loaded: the KV cache's share by default."""
+"""The default share of the KV cache in the memory that is free after the weights are loaded."""
 GRAPHS_MEMORY = 3 * 2**29
-"""Bytes left for CUDA's graphs and libraries."""
+"""Bytes reserved for CUDA graphs and libraries."""
 
 
 def cache_pages(idlm: Idlm, config: EngineConfig, widest: Plan) -> int:
-    """Pages of the KV cache, the trash page included; the log says why so many.
+    """The number of pages of the KV cache, including the trash page.
 
     Raises:
-        InputError: `config.kv_memory` holds less than two pages.
+        InputError: `config.kv_memory` is too small for two pages.
     """
     page_size, slots = config.page_size, config.max_num_seqs
     shapes = attention_shapes(idlm)
     page_bytes = sum(2 * page_size * groups * size for _, groups, size in shapes)
     page_bytes *= idlm.dtype.itemsize
     per_request = math.ceil(idlm.context / page_size)
-    enough = 2 * slots * per_request + 1  # every slot full, and as much again for the prefix cache
+    enough = 2 * slots * per_request + 1  # all slots at full length, and as many cached pages
     if config.kv_memory is None:
         budget = _share(idlm, slots, widest)
         pages = min(enough, budget // page_bytes)
@@ -59,7 +59,7 @@ def cache_pages(idlm: Idlm, config: EngineConfig, widest: Plan) -> int:
 
 
 def _share(idlm: Idlm, slots: int, widest: Plan) -> int:
-    """Bytes that the KV cache may take where nobody has said."""
+    """The bytes of the KV cache if `kv_memory` is not set."""
     if idlm.device.type != "cuda":
         return int(MEMORY_SHARE["cpu"] * psutil.virtual_memory().available)
     work = working_memory(idlm, PREFILL_ALONE + slots * widest.width, slots * widest.stride)
@@ -67,6 +67,6 @@ def _share(idlm: Idlm, slots: int, widest: Plan) -> int:
 
 
 def gpu_share(free: int, work: int) -> int:
-    """Bytes of a GPU's free ones for the KV cache; `work` is what a step's forward takes, its
-    verdict takes as much."""
+    """The bytes of the KV cache on a GPU with `free` bytes. A step's forward takes `work` bytes;
+    its verification takes as many again."""
     return max(0, min(int(MEMORY_SHARE["cuda"] * free), free - 2 * work - GRAPHS_MEMORY))

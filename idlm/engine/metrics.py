@@ -1,4 +1,4 @@
-"""`Metrics`: what an engine has done so far."""
+"""`Metrics`: counters of an engine's steps, tokens and times."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from idlm.decoding.plan import Plan
 
 @dataclass
 class Metrics:
-    """Counters since the start; times in seconds.
+    """Counters since the engine's start. Times are in seconds.
 
     Attributes:
-        steps: engine steps that launched something; tokens: committed for callers.
-        decode_steps, rows: forwards of running requests, and the requests in them, summed.
-        plans: how often each plan was run, by name.
-        step_seconds: of all steps; device_seconds: of it, launching and waiting for the device.
+        steps: engine steps that launched a forward.
+        tokens: tokens that results have received.
+        prefill_tokens: prompt tokens that were prefilled.
+        decode_steps: forwards with at least one window.
+        rows: windows in these forwards, summed.
+        window_rows: rows of these windows, summed.
+        preemptions: requests that were pre-empted.
+        plans: the number of forwards with each plan, by the plan's name.
+        step_seconds: the time of all steps.
+        device_seconds: the part of it spent on launches and on waiting for the device.
     """
 
     steps: int = 0
@@ -32,16 +38,16 @@ class Metrics:
 
     @property
     def host_seconds(self) -> float:
-        """Time outside launches and waits: scheduling, text, bookkeeping."""
+        """The time outside launches and waits: scheduling, text and bookkeeping."""
         return self.step_seconds - self.device_seconds
 
     def count_step(self, seconds: float) -> None:
-        """A step ended."""
+        """Count an engine step that launched a forward and took `seconds`."""
         self.steps += 1
         self.step_seconds += seconds
 
     def count_launch(self, plan: Plan, batch: int, prompt_tokens: int, seconds: float) -> None:
-        """A forward of `batch` windows and so many prompt tokens was run."""
+        """Count a forward of `batch` windows and `prompt_tokens` prompt tokens."""
         self.device_seconds += seconds
         if batch:
             self.decode_steps += 1

@@ -1,18 +1,18 @@
-"""`PagePool`: who holds which page of the KV cache, and which committed pages can be found again.
+"""`PagePool`: the pages of the KV cache that requests hold, and those that the prefix cache finds.
 
-Page 0 is the trash page: rows that nobody wants are written there, and it is never handed out. Each
+Page 0 is the trash page: rows that are never read are written there. It is never allocated. Each
 other page is in exactly one region:
 
     free      never used, or forgotten     allocate -> live live      1 or more requests hold it
     release  -> cached where it was published, else free cached    nobody holds it, findable
     match    -> live; evicted, the longest unused first -> live under a new owner
 
-so free + cached + live == total, always. A page is published under the hash of its tokens and all
-tokens before them (`chain`), once it is full of committed tokens: what can still change is never
-found by others.
+So free + cached + live == total at all times. A page is published once it is full of committed
+tokens, which do not change any more. Its key is the hash of its tokens and of all tokens before
+them (`chain`).
 
-Pure bookkeeping: the keys and values themselves are elsewhere. Errors here are bugs of the caller,
-not of a user.
+The pool only counts pages; keys and values are in `KVCache`. Its errors are bugs of the caller, not
+errors of a user.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def chain(tokens: Sequence[int], page_size: int, root: bytes) -> list[bytes]:
     """The hash of each full page of `tokens`: of its tokens and the hash before it.
 
     Args:
-        root: stands for all that the keys and values depend on beside the tokens (the weights); or
-            the hash of the page before the first of these tokens, to go on from there.
+        root: identifies all that keys and values depend on apart from the tokens, such as the
+            weights. To continue a chain: the hash of the page before the first of `tokens`.
     """
     hashes = [root]
     for start in range(0, len(tokens) - page_size + 1, page_size):
@@ -41,14 +41,15 @@ def chain(tokens: Sequence[int], page_size: int, root: bytes) -> list[bytes]:
 
 
 class PagePool:
-    """The pages of one cache.
+    """Allocates the pages of one cache and counts their owners.
 
     Args:
-        pages: P, all pages of the cache, the trash page included.
-        page_size: tokens a page holds.
+        pages: P, the number of pages of the cache, including the trash page.
+        page_size: the tokens of a page.
 
     Attributes:
-        evictions: cached pages given to a new owner so far.
+        total: the pages that can be allocated, P - 1.
+        evictions: how many cached pages have been evicted so far.
     """
 
     def __init__(self, pages: int, page_size: int) -> None:
@@ -68,33 +69,32 @@ class PagePool:
 
     @property
     def free(self) -> int:
-        """Pages that hold nothing."""
+        """The number of pages that hold nothing."""
         return len(self._free)
 
     @property
     def cached(self) -> int:
-        """Pages that nobody holds and that `match` can still find."""
+        """The number of pages without an owner that `match` can find."""
         return len(self._cached)
 
     @property
     def live(self) -> int:
-        """Pages that somebody holds."""
+        """The number of pages with at least one owner."""
         return len(self._references)
 
     def references(self, page: int) -> int:
-        """How many hold the page."""
+        """The number of owners of a page."""
         return self._references.get(page, 0)
 
     def can_allocate(self, number: int) -> bool:
-        """Whether `allocate(number)` would succeed."""
         return number <= self.free + self.cached
 
     def allocate(self, number: int) -> list[int]:
-        """`number` pages for one owner; cached pages are evicted where the free ones do not
-        suffice.
+        """Allocate `number` pages for one owner. Cached pages are evicted if there are not enough
+        free pages.
 
         Raises:
-            RuntimeError: there are not so many; nothing has changed.
+            RuntimeError: there are fewer free and cached pages. Nothing has changed.
         """
         if not self.can_allocate(number):
             raise RuntimeError(
@@ -105,15 +105,15 @@ class PagePool:
         return pages
 
     def share(self, page: int) -> None:
-        """Let one more owner hold a live page."""
+        """Add an owner to a live page."""
         self._references[self._live(page)] += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """Let go of a request's pages, given in the order of their tokens: the last of them is
+        """Release a request's pages, given in the order of their tokens. The last of them will be
         evicted first.
 
         Raises:
-            ValueError: nobody holds one of them (so often); nothing has changed.
+            ValueError: a page has fewer owners than it has entries in `pages`. Nothing has changed.
         """
         for page, number in Counter(pages).items():
             if number > self.references(page):
@@ -126,8 +126,8 @@ class PagePool:
                 self._retire(page)
 
     def match(self, hashes: Sequence[bytes]) -> list[int]:
-        """The pages of the longest run of `hashes`, from the first on, that can be found; the
-        caller now holds them."""
+        """Find the pages of `hashes`, up to the first hash that no page has. The caller becomes an
+        owner of each page returned."""
         pages: list[int] = []
         for page in map(self._page.get, hashes):
             if page is None:
@@ -138,11 +138,11 @@ class PagePool:
         return pages
 
     def publish(self, page: int, key: bytes) -> None:
-        """Make a live page, full of committed tokens, findable; a page that has the hash already
-        stays the one found.
+        """Make a live page, full of committed tokens, findable by its hash. If another page is
+        published under the hash, `match` continues to find that page.
 
         Raises:
-            ValueError: nobody holds the page, or it is published under another hash.
+            ValueError: the page is not live, or is published under another hash.
         """
         if self._hash.get(self._live(page), key) != key:
             raise ValueError(
@@ -152,10 +152,10 @@ class PagePool:
             self._hash[page] = key
 
     def check(self) -> None:
-        """Check that each page is in one region and that those found are those published.
+        """Check that each page is in exactly one region, and `match` finds the published pages.
 
         Raises:
-            RuntimeError: the pool is broken; the message says how.
+            RuntimeError: the pool is inconsistent; the message says how.
         """
         regions = [*self._free, *self._cached, *self._references]
         if sorted(regions) != list(range(1, self.total + 1)):
@@ -178,14 +178,14 @@ class PagePool:
         return page
 
     def _evict(self) -> int:
-        """Forget the cached page that was not used for longest."""
+        """Take the least recently used cached page and delete its hash."""
         page, _ = self._cached.popitem(last=False)
         del self._page[self._hash.pop(page)]
         self.evictions += 1
         return page
 
     def _retire(self, page: int) -> None:
-        """Move a page whose last owner let go."""
+        """Move a page without owners to the cached pages if it is published, else to the free."""
         del self._references[page]
         if page in self._hash:
             self._cached[page] = None

@@ -1,4 +1,4 @@
-"""`Planner`: which plan the next step runs; and the measured costs it decides by."""
+"""`Planner`: chooses the plan of the next step by measured costs and running acceptance."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from idlm.decoding.costs import CostTable, RunningCosts
 from idlm.decoding.plan import AR, Choice, Plan, RunningAcceptance, choose
 
 SETTLING = 6
-"""Steps after a change of plan whose times tell of the plan and not of the machine."""
+"""The times of so many steps after a change of plan correct the cost of that plan. The times of
+later steps correct the costs of all plans (`RunningCosts`)."""
 LOOK_SHARE = 0.01
-"""Share of the time that looks at other plans may cost."""
+"""The share of the time that trials of other plans ("looks") may cost."""
 WORTH_A_LOOK = 0.5
-"""A plan is looked at if it is expected to bring at least this share of the best one's tokens."""
+"""A plan is tried if its expected tokens per second are at least this share of the best plan's."""
 CHOOSE_EVERY = 8
-"""Steps between two looks at the costs, unless the batch changes: a look costs a fraction of a
-millisecond."""
+"""Steps between two comparisons of all plans. A change of the batch size also causes a comparison,
+which takes a fraction of a millisecond."""
 
 
 class Planner:
-    """A fixed plan, or the best of several by measured cost and running acceptance.
+    """Chooses the only plan, or the best of several by measured cost and running acceptance.
 
-    Costs are measured when the engine starts and corrected by every step since. Now and then a step
-    runs another plan, the one not seen for longest among those that could be the best: what such
-    looks are expected to cost stays below `LOOK_SHARE` of the time.
+    Costs are measured when the engine starts. Every step corrects them. From time to time a step
+    tries another plan (a look): of the plans that could be the best, the least recently used. The
+    expected cost of looks stays below `LOOK_SHARE` of the time.
     """
 
     def __init__(self, plans: Sequence[Plan], costs: CostTable | None = None) -> None:
@@ -44,11 +45,11 @@ class Planner:
 
     @property
     def reason(self) -> str:
-        """Why the plan in use was chosen, in one line."""
+        """The reason for the current plan, in one line."""
         return f"{self.current.name}: fixed" if self._choice is None else self._choice.reason
 
     def choose(self, batch: int, drafting: bool = True) -> Plan:
-        """The plan for a step of `batch` requests; AR where none of them wants drafts."""
+        """The plan for a step of `batch` requests; AR if none of them is `drafting`."""
         if not drafting:
             return AR
         if self.costs is None:
@@ -71,11 +72,12 @@ class Planner:
         return self.current
 
     def observe(self, reached: Sequence[int], accepted: Sequence[int]) -> None:
-        """Learn from a step: drafts looked at and accepted, by depth, over all requests."""
+        """Count a step's reached and accepted drafts, by depth, of all requests."""
         self.acceptance.update(reached, accepted)
 
     def observe_cost(self, batch: int, plan: Plan, seconds: float) -> None:
-        """Learn from a step what it took; not of one that prefilled, or was recorded, as well."""
+        """Correct the costs with the time of a step. Do not call it for a step that also prefilled
+        or was being recorded."""
         if self.costs is None or plan not in self.plans:
             return
         own = plan != self.current or self._settling > 0
@@ -87,7 +89,8 @@ class Planner:
         self._allowance += LOOK_SHARE * seconds
 
     def _start_look(self, choice: Choice) -> bool:
-        """Take up another plan for a look, if the allowance pays for it."""
+        """Begin a look at another plan if its expected cost is within the allowance. True if it
+        has begun."""
         best = choice.tokens_per_second
         others = [one for one in choice.figures[1:] if one[1] / one[2] >= WORTH_A_LOOK * best]
         if not others:
@@ -103,10 +106,11 @@ class Planner:
 
 
 def _price(choice: Choice, plan: Plan, tokens: float, seconds: float) -> tuple[int, float]:
-    """Steps of a look at `plan`, and the seconds by which it is expected to bring less.
+    """The number of steps of a look at `plan`, and its expected cost in seconds against the best
+    plan.
 
-    Drafts have to be made before they can be judged, so from AR a look takes two steps; and AR
-    leaves none, so the step after a look at it commits one token.
+    From AR a look takes two steps: the first makes drafts, the second verifies them. AR makes no
+    drafts, so the step after a look at AR commits one token.
     """
     current, _, own = choice.figures[0]
     if current == AR:

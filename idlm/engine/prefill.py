@@ -1,6 +1,6 @@
-"""The prompt rows of a step: a `Chunk` for the scheduler, a `PrefillBatch` for the device.
+"""The prompt tokens of a step: `Chunk`s on the host, a `PrefillBatch` on the device.
 
-Shapes: P pieces, T tokens in all, C columns of the page table.
+Shapes: P chunks, T tokens of all chunks, C columns of the page table.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a prefill: `tokens` of `slot` from position `start` on."""
+    """A part of a prompt that one step prefills: `tokens` of `slot`, from position `start`."""
 
     slot: int
     tokens: Sequence[int]
@@ -26,11 +26,12 @@ class PrefillBatch(NamedTuple):
     """The chunks of a step.
 
     Attributes:
-        widths: how many tokens each chunk has, known to the host.
-        tokens, positions, owner: int64 [T]: the tokens, where they stand, and in which chunk.
-        slots, starts, ends: int64 [P], by chunk: its slot, its first position, the row behind its
-            last one.
-        columns: int64 [C], the columns of the page table that they need.
+        widths: the number of tokens of each chunk, known on the host.
+        tokens, positions, owner: int64 [T], by token: its id, its position, the number of its
+            chunk.
+        slots, starts, ends: int64 [P], by chunk: its slot, its first position, the row after its
+            last row.
+        columns: int64 [C], the columns of the page table that the chunks need.
     """
 
     widths: tuple[int, ...]
@@ -46,7 +47,7 @@ class PrefillBatch(NamedTuple):
     def of(
         cls, chunks: Sequence[Chunk], page_size: int, on_device: Callable[[list[int]], Tensor]
     ) -> PrefillBatch:
-        """`on_device` makes tensors of numbers."""
+        """The batch of `chunks`; `on_device` copies a list of numbers to the device."""
         widths = tuple(len(chunk.tokens) for chunk in chunks)
         longest = max(chunk.start + width for chunk, width in zip(chunks, widths, strict=True))
         numbers = (
@@ -62,5 +63,5 @@ class PrefillBatch(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What lies on the device."""
+        """All fields but `widths`: the tensors on the device."""
         return self[1:]

@@ -1,4 +1,4 @@
-"""What multiplies by a model's weights in an engine: C kernels on a copy of them, or PyTorch."""
+"""`Products`: the kernels that multiply by a model's weights, chosen when an engine is built."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from idlm.models.idlm_model import Idlm
 log = logging.getLogger("idlm")
 
 PANELS_SHARE, DRAFT_SHARE = 0.5, 0.25
-"""Of the free memory: what the kernels' copy of the weights may take, and what MASK rows' own
-weights may."""
+"""Shares of the free memory: the most for the kernels' copy of the weights, and the most for the
+int8 weights of MASK rows."""
 
 
 @dataclass(frozen=True)
 class Products:
-    """What multiplies in an engine's steps.
+    """The kernels that an engine's steps use.
 
     Attributes:
-        linears: the kernels that multiply by the linear layers' weights; None where PyTorch does.
-        fused: the operators that recordings of steps use C kernels for.
+        linears: the linear layers as C kernels with a copy of the weights; None: PyTorch's.
+        fused: the operators for which recorded steps use C kernels.
     """
 
     linears: Linears | None = None
@@ -40,7 +40,8 @@ class Products:
 
 
 def products_for(idlm: Idlm, config: EngineConfig, drafting: bool) -> Products:
-    """The fastest products here, by measurement, and the number of threads; the log says why.
+    """Choose the fastest kernels by measurement, and set the number of threads. The log gives the
+    reasons.
 
     Raises:
         InputError: `config.weights` cannot be used with this model or on this machine.
@@ -57,14 +58,14 @@ def products_for(idlm: Idlm, config: EngineConfig, drafting: bool) -> Products:
 
 
 def free_weights(idlm: Idlm, linears: Linears) -> None:
-    """Free the weights that the kernels hold a copy of, and the checkpoint's mapped file."""
+    """Free the weights that the kernels have a copy of, and the checkpoint's mapped file."""
     linears.take(layer for _, layer in idlm.linear_layers())
     idlm.leave_file()
     give_back()
 
 
 def _linears(idlm: Idlm, weights: str, deterministic: bool) -> Linears | None:
-    """The kernels that multiply by the model's weights; None where PyTorch does."""
+    """The linear layers as C kernels, if they can be used and their copy of the weights fits."""
     reason = _no_kernels(idlm, deterministic)
     if reason is not None:
         if weights != "auto":
@@ -85,7 +86,7 @@ def _linears(idlm: Idlm, weights: str, deterministic: bool) -> Linears | None:
 
 
 def _no_kernels(idlm: Idlm, deterministic: bool) -> str | None:
-    """Why the C kernels cannot multiply for this engine; None where they can."""
+    """Why this engine cannot use the C kernels; None if it can."""
     if idlm.device.type != "cpu":
         return f"is for a CPU, and the model is on {idlm.device}"
     if deterministic:
@@ -99,7 +100,7 @@ def _no_kernels(idlm: Idlm, deterministic: bool) -> str | None:
 
 
 def _add_drafts(idlm: Idlm, linears: Linears) -> None:
-    """Give MASK rows int8 weights of their own where this machine is faster with them."""
+    """Add int8 weights for MASK rows if they fit and make steps faster on this machine."""
     adapters = 1 if idlm.gate is None else idlm.gate.adapters
     size, free = adapters * idlm.model.num_parameters(), psutil.virtual_memory().available
     beside = idlm.adapter_weights()

@@ -1,14 +1,14 @@
-"""`Recorder`: steps recorded once and replayed without Python.
+"""`Recorder`: records steps and replays them without Python.
 
 A step of a small model on a CPU spends about half its time in Python; one of a large model on a GPU
-waits for kernel launches. Both go away when the step's operations are recorded: by
-`torch.jit.trace` on a CPU, as a CUDA graph on a GPU. It is made on the spare slot, which changes
-nothing. A recording is bit-equal to the step it was made from, but for float32 on a CPU: there the
-small operations between the matrix products are fused (`idlm.kernels.fused`).
+waits for kernel launches. A recording of the step's operations avoids both. It is a trace on a CPU
+and a CUDA graph on a GPU. Recording uses the spare slot, so it changes no request. A recording's
+results are bit-equal to those of the step, except for float32 on a CPU: there the small operations
+between the matrix products are fused (`idlm.kernels.fused`).
 
-On a CPU one recording serves every batch size and prefix length; a CUDA graph serves one of each,
-so the runner rounds them up there. Graphs are replayed one at a time and their outputs copied, so
-they share their memory.
+On a CPU a recording serves all batch sizes and prefix lengths. A CUDA graph serves a single batch
+size and a single number of page-table columns, so the runner rounds both up on a GPU. Graphs are
+replayed one at a time, and their outputs are copied, so they share memory.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ log = logging.getLogger("idlm")
 Replay = Callable[..., tuple[Tensor, ...]]
 
 WARM = {"cpu": 4, "cuda": 1}
-"""How often a step runs before it is recorded: a recording costs as much as dozens of steps."""
+"""How often a step runs before it is recorded. A recording takes as long as dozens of steps."""
 MOST_GRAPHS = 64
-"""CUDA graphs that are kept; the one not used for longest makes room."""
+"""The most CUDA graphs that are kept. The least recently used graph is dropped first."""
 
 
 class Recorder:
-    """Runs steps, recorded where that is on."""
+    """Runs steps; records and replays them if `on`."""
 
     def __init__(self, model_step: ModelStep, on: bool) -> None:
         self.model_step = model_step
         self.on = on
         self._device = model_step.idlm.device.type
         self.steady = True
-        """Whether the last step ran as all later ones of its kind will: neither recorded just now
-        nor bound to be recorded later."""
+        """Whether later steps of the same kind run as the last step did. False if that step was
+        recorded just then, or if the kind will be recorded later."""
         self._seen: Counter[object] = Counter()
         self._recordings: OrderedDict[object, Replay] = OrderedDict()
-        self._eager: set[object] = set()  # for what there was no memory
+        self._eager: set[object] = set()  # kinds of steps that had no memory to be recorded
         self._place: _Place | None = None
 
     def step(
         self, step_key: StepKey, rows: Tensor, columns: Tensor, prompts: PrefillBatch | None
     ) -> StepResult:
-        """`ModelStep.step`.
+        """Run `ModelStep.step`, or replay its recording.
 
-        With pieces of prompts it is recorded where the attention takes any number of them at once,
-        which is the C kernel's doing.
+        A step with prompts is recorded only if the attention back-end takes any number of pieces in
+        a single call.
         """
         model_step = self.model_step
         key = (
@@ -80,18 +80,18 @@ class Recorder:
         return StepResult(packed, tuple(logprobs), hidden)
 
     def prepare(self, step_key: StepKey) -> None:
-        """On a CPU: let the next step of this kind be recorded, however new it is."""
-        # now: made while a step is recorded, they would be made in every step
+        """On a CPU, let the next step of this kind be recorded, even if it has never run."""
+        # make the tables now: if a recording made them, each replay would make them again
         self.model_step.tables(step_key.plan)
         for prompts in (False, True):
             self._seen[step_key, prompts] = max(self._seen[step_key, prompts], WARM["cpu"])
 
     def forget(self) -> None:
-        """Record all steps anew, since what they do has changed."""
+        """Drop all recordings, since the steps have changed."""
         self._recordings.clear()
 
     def _due(self, key: object) -> bool:
-        """Whether to record now, or to use the recording."""
+        """Count the step; whether it shall be recorded now, or replayed."""
         self._seen[key] += 1
         return self.on and self._seen[key] > WARM[self._device] and key not in self._eager
 
@@ -103,7 +103,7 @@ class Recorder:
         columns: Tensor,
         prompts: PrefillBatch | None,
     ) -> bool:
-        """Whether there is a recording; it is made where there is none yet."""
+        """Make the recording if there is none. False if there is no memory for it."""
         if key in self._recordings:
             self._recordings.move_to_end(key)
         elif self._device != "cuda":
@@ -113,7 +113,8 @@ class Recorder:
         return key in self._recordings
 
     def _capture(self, key: object, step_key: StepKey, rows: Tensor, columns: Tensor) -> None:
-        """Make room for a CUDA graph and record it; without memory, these steps stay eager."""
+        """Make room for a CUDA graph and record it. If memory runs out, steps of this kind run
+        eagerly from now on."""
         while len(self._recordings) >= MOST_GRAPHS:
             self._recordings.popitem(last=False)
         self._place = self._place or _Place()
@@ -132,8 +133,8 @@ class Recorder:
 def _trace(model_step: ModelStep, step: Replay, *inputs: Tensor) -> Replay:
     """A recording of `step` for inputs of any length.
 
-    What a step writes to is an input of the recording, though it reaches it through `model_step`:
-    writes to anything else would count as dead code.
+    The tensors that a step writes to are inputs of the recording too, although `step` reaches them
+    through `model_step`. Writes to tensors that are not inputs would be removed as dead code.
     """
     written = model_step.written()
 
@@ -141,9 +142,8 @@ def _trace(model_step: ModelStep, step: Replay, *inputs: Tensor) -> Replay:
         return step(*values[: len(inputs)])
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of sizes that are static by design
-        # what `torch.jit.trace` returns stays for ever in a unit of the whole process, the weights
-        # with it
+        warnings.simplefilter("ignore")  # about sizes that are static by design
+        # not `torch.jit.trace`: the process would keep its result, and with it the weights, forever
         graph, _ = torch._C._create_graph_by_tracing(
             given, (*inputs, *written), lambda _: "", True, False
         )
@@ -164,7 +164,8 @@ def _recording(
     columns: Tensor,
     prompts: PrefillBatch | None,
 ) -> Replay:
-    """Of three windows, and of two pieces if there are any, all on the spare slot."""
+    """A recording of a step with three windows, and with two pieces if there are `prompts`. All are
+    on the spare slot."""
 
     def step(rows: Tensor, columns: Tensor, *pieces: Tensor) -> tuple[Tensor, ...]:
         outcome = model_step.step(
@@ -191,7 +192,7 @@ def _recording(
 
 @dataclass
 class _Graph:
-    """A CUDA graph with the tensors it reads and writes."""
+    """A CUDA graph, with the tensors that it reads and writes."""
 
     graph: torch.cuda.CUDAGraph
     rows: Tensor
@@ -199,15 +200,16 @@ class _Graph:
     outputs: tuple[Tensor, ...]
 
     def __call__(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
-        """Replay for other slots; the outputs are copied, since the next replay overwrites them."""
+        """Replay for the slots `rows`. The outputs are copied, since the next replay overwrites
+        them."""
         self.rows.copy_(rows)
         self.graph.replay()
         return tuple(output.clone() for output in self.outputs)
 
 
 class _Place:
-    """Where CUDA graphs are recorded: their common memory, and one stream, since memory and
-    workspaces go by stream."""
+    """The memory pool and the stream that all CUDA graphs share. They use a single stream, since
+    CUDA keeps memory and workspaces by stream."""
 
     def __init__(self) -> None:
         self.memory = torch.cuda.graph_pool_handle()
@@ -217,7 +219,7 @@ class _Place:
 def _graph(
     model_step: ModelStep, step_key: StepKey, rows: Tensor, columns: Tensor, place: _Place
 ) -> Replay:
-    """A CUDA graph for this number of rows and columns; recording runs nothing but the warm-up on
+    """A CUDA graph for this number of rows and columns. Recording runs a single warm-up step, on
     the spare slot."""
     spare = torch.full_like(rows, model_step.slots.spare)
     columns = columns.clone()

@@ -1,4 +1,4 @@
-"""`Request`: what one caller asked for and how far it has come; `Result`: what the caller gets."""
+"""`Request`: a sample that a caller asked for, and its state; `Result`: what the caller gets."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from idlm.params import SamplingParams
 
 @dataclass
 class Timing:
-    """When things happened, in seconds of `time.perf_counter`; `worst_gap` is the longest wait
-    between two outputs."""
+    """Times of a request's events, in seconds of `time.perf_counter`. `worst_gap` is the longest
+    time between two outputs."""
 
     arrival: float
     first_token: float | None = None
@@ -24,7 +24,7 @@ class Timing:
     worst_gap: float = 0.0
 
     def mark(self, now: float) -> None:
-        """Output came."""
+        """Record that a forward committed tokens at the time `now`."""
         if self.last_token is None:
             self.first_token = now
         else:
@@ -34,7 +34,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Logprob:
-    """A token's log-probability, and its rank among all (1 is the likeliest)."""
+    """A token's log-probability, and its rank among all tokens (1 is the likeliest)."""
 
     logprob: float
     rank: int
@@ -42,25 +42,26 @@ class Logprob:
 
 @dataclass
 class Result:
-    """One request, finished or on its way.
+    """The output of a request that runs or has finished.
 
     Attributes:
-        prompt_token_ids, token_ids: the prompt and the output; the output keeps its stop token.
-        text: the output as text; empty where the model has no tokenizer.
-        finish_reason: "stop", "length", "abort", "timeout", or "error" where its guide left no
-            token to go on with.
-        stop_reason: the stop string or stop id that ended it; None for the model's own end token;
-            after an error, why.
-        seed: of the noise: the same seed gives the same tokens at any stride, in any batch.
-        forwards: forward passes that committed tokens of it; the prefill counts as one.
-        reached: by depth (index k - 1): drafts looked at, all before them having been accepted.
-        accepted: by depth: drafts accepted.
-        sources: for each token "first" (from the prefill), "accepted", "corrected" or "bonus".
-        logprobs: for each token a mapping of token ids, its own first, to `Logprob`; None unless
-            asked for.
-        prompt_logprobs: the same for the prompt; its first entry is None.
-        cached_tokens: prompt tokens that were in the prefix cache.
-        samples: with n > 1, the other samples of the same prompt.
+        prompt_token_ids, token_ids: the prompt and the output. The output includes its stop token.
+        text: the output as text; empty if the model has no tokenizer.
+        finish_reason: "stop", "length", "abort", "timeout", or "error" if the guide allows no
+            further token.
+        stop_reason: the stop string or stop id that ended the output, None for the model's end
+            token; after an error, its message.
+        seed: the seed of the noise. The same seed gives the same tokens at any stride, in any
+            batch.
+        forwards: forward passes that committed tokens; the one with the first token is included.
+        reached: by depth k (index k - 1), the drafts that were reached: all before them in their
+            window were accepted.
+        accepted: by depth, the drafts that were accepted.
+        sources: for each token "first" (of the first forward), "accepted", "corrected" or "bonus".
+        logprobs: for each token, `Logprob` by token id, its own id first; None unless requested.
+        prompt_logprobs: the same for prompt tokens; the first entry is None.
+        cached_tokens: prompt tokens that were found in the prefix cache.
+        samples: if n > 1, the other samples of the prompt.
     """
 
     prompt_token_ids: list[int]
@@ -81,7 +82,7 @@ class Result:
 
     @property
     def tpf(self) -> float:
-        """Tokens per forward, the prefill counted."""
+        """Tokens per forward, including the forward of the first token."""
         return len(self.token_ids) / self.forwards if self.forwards else 0.0
 
     @property
@@ -91,12 +92,12 @@ class Result:
 
 
 class Update(NamedTuple):
-    """What one engine step brought one request.
+    """The output that an engine step added to a request.
 
     Attributes:
-        text: what the tokens settle of the output's text; it may come later than they do.
-        result: once it has finished.
-        sources: of each token, as in `Result`.
+        text: the text that has become certain; it may come later than its tokens.
+        result: the final result if the request has finished, else None.
+        sources: for each token, as in `Result`.
     """
 
     request_id: str
@@ -108,18 +109,19 @@ class Update(NamedTuple):
 
 @dataclass(eq=False)
 class Request:
-    """A request inside the engine.
+    """A request inside the engine, with its state on the host.
 
     Attributes:
-        limit: the length (prompt and output) at which it ends.
-        adapter: index of the adapter that drafts; `drafting` False: plain AR.
-        order: (priority, number of arrival): the lower one goes first.
-        deadline: in seconds of `time.perf_counter`; None: it may take forever.
-        slot: where it sits; None while it waits.
-        pages: what its page table names, in order.
-        computed: tokens of its text whose prefill has been launched.
-        page_keys: of its full pages, as far as the scheduler has needed them.
-        matcher: follows the output along its guide, if it has one.
+        limit: the length (prompt and output) at which the request ends.
+        adapter: the index of the adapter that drafts.
+        drafting: False: plain AR.
+        order: (priority, number of arrival); requests with lower orders run first.
+        deadline: in seconds of `time.perf_counter`; None: no deadline.
+        slot: the request's slot; None while it waits.
+        pages: the pages of its page table, in order.
+        computed: tokens of its text that are cached or whose prefill has been launched.
+        page_keys: the hashes of its first full pages, as many as the scheduler has needed.
+        matcher: follows the output if the request has a guide.
     """
 
     id: str
@@ -142,24 +144,24 @@ class Request:
 
     @property
     def text(self) -> list[int]:
-        """Prompt and output so far."""
+        """The token ids of prompt and output, as far as the host has read them."""
         return self.prompt + self.result.token_ids
 
     @property
     def length(self) -> int:
-        """Tokens of the text, as far as the host knows."""
+        """The number of tokens of `text`."""
         return len(self.prompt) + len(self.result.token_ids)
 
     @property
     def finished(self) -> bool:
-        """Whether it has ended, for whatever reason."""
+        """Whether the request has ended, for any reason."""
         return self.result.timing.finished is not None
 
     def extend(self, tokens: Sequence[int], drafted: int, accepted: int) -> tuple[list[int], str]:
-        """Take what one forward committed; returns the tokens kept and the text they add.
+        """Append the tokens that a forward committed; returns the tokens kept and their text.
 
-        `drafted` drafts were looked at and `accepted` of them stood; those past the request's end
-        are not counted.
+        The forward verified `drafted` drafts and accepted `accepted` of them. Drafts past the
+        request's end are not counted.
         """
         result, start = self.result, len(self.result.token_ids)
         before = result.forwards
@@ -194,11 +196,11 @@ class Request:
 
     @property
     def complete(self) -> bool:
-        """Whether the output ends here by itself."""
+        """Whether the output has reached a stop, an error or the limit."""
         return self.result.finish_reason in ("stop", "error") or self.length >= self.limit
 
     def finish(self, reason: str | None = None) -> str:
-        """End it; returns the text that had been held back."""
+        """End the request; returns the rest of its text, which had been held back."""
         rest = "" if self.stream is None else self.stream.finish()
         self.result.text = "" if self.stream is None else self.stream.text
         self.result.finish_reason = reason or self.result.finish_reason
@@ -207,5 +209,5 @@ class Request:
 
 
 def _sources(tokens: int, drafted: int, accepted: int) -> list[str]:
-    """Of the first `tokens` tokens of a forward that looked at so many drafts."""
+    """The sources of the first `tokens` tokens of a forward that verified `drafted` drafts."""
     return [*["accepted"] * accepted, "corrected" if accepted < drafted else "bonus"][:tokens]

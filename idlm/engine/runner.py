@@ -1,7 +1,6 @@
-"""`Runner`: launches steps on the device and brings their results back.
+"""`Runner`: launches steps on the device and copies their results to the host.
 
-It owns what lies on the device: model, pages, slots, settings. Of requests it knows only what a
-slot holds.
+It owns the state on the device: model, pages, slots and settings.
 """
 
 from __future__ import annotations
@@ -30,24 +29,23 @@ from idlm.engine.step import ModelStep, StepKey, StepResult, Verify
 from idlm.models.idlm_model import Idlm
 
 WARM_UP = 2
-"""Steps before the first one that is timed: it is recorded in the first."""
+"""Steps before the step that is timed. The first of them is recorded."""
 MEASURE_PREFIX = 256
-"""Cached tokens of the slots that step costs are measured on."""
+"""The cached tokens of each window when step costs are measured."""
 SHORT_CONTEXT = 512
-"""Tokens of the shortest requests that CUDA graphs tell apart; the next ones hold four times as
-many, and so on."""
+"""The smallest context of a CUDA graph, in tokens. Each larger context is four times as long."""
 
 
 @dataclass
 class PendingStep:
-    """A step under way; `read` waits for it."""
+    """A launched step and the copy of its result to the host; `read` waits for it."""
 
     result: StepResult
     done: torch.cuda.Event | None = None
 
     @classmethod
     def of(cls, result: StepResult) -> PendingStep:
-        """Start the copies to the host."""
+        """Start to copy `result` to the host. The hidden states of prompts stay on the device."""
         if result.packed.device.type != "cuda":
             return cls(result)
         packed = result.packed.to("cpu", non_blocking=True)
@@ -57,19 +55,19 @@ class PendingStep:
         return cls(StepResult(packed, logprobs, result.prompt), done)
 
     def read(self) -> StepResult:
-        """The result, on the host."""
+        """Wait for the copy; returns the result on the host."""
         if self.done is not None:
             self.done.synchronize()
         return self.result
 
 
 class Runner:
-    """The device side of an engine; its methods are called in torch's inference mode.
+    """The device side of an engine. Its methods must be called in torch's inference mode.
 
     Args:
-        depth: K, the most drafts that a plan has.
-        pages: of the KV cache; page 0 is the trash page.
-        products: what multiplies by the model's weights.
+        depth: K, the most drafts of any plan.
+        pages: the number of pages of the KV cache, including the trash page.
+        products: the kernels that multiply by the model's weights.
     """
 
     def __init__(
@@ -83,15 +81,15 @@ class Runner:
         self.slots = Slots(slots, depth, cache.columns(idlm.context), idlm.vocab_size, idlm.device)
         self.settings = Settings.empty(slots + 1, idlm.vocab_size, idlm.mask_id, idlm.device)
         self.model_step = ModelStep(idlm, cache, self.slots, self.settings, products, deterministic)
-        # on a CPU one recording serves all batch sizes, but the number of fixed tiles is part of it
+        # a CPU recording serves all batch sizes, but deterministic kernels fix a number of tiles
         tiled = deterministic and idlm.device.type == "cpu"
         self._graphs = idlm.device.type == "cuda"
         self._measured: set[tuple[Plan, int]] = set()
         self._steps = Recorder(self.model_step, config.record and not tiled)
 
     def seat(self, request: Request) -> None:
-        """Write a request's state to its slot; the prefill of its text but for the last token
-        follows."""
+        """Write a request's state to its slot. Later steps must prefill its text except the last
+        token, which is pending."""
         assert request.slot is not None  # noqa: S101
         if request.params.verification == "ratio" and self.slots.log_q is None:
             rows = len(self.slots.state.length)
@@ -104,12 +102,12 @@ class Runner:
         self.slots.put(request)
 
     def replace_verify(self, verify: Verify) -> None:
-        """Accept drafts by another rule from now on; a bench does so to simulate acceptance."""
+        """Change the rule that accepts drafts. Benches use this to simulate acceptance."""
         self.model_step.verify = verify
         self._steps.forget()
 
     def clear(self, slot: int) -> None:
-        """Free a slot."""
+        """Free a slot. Steps in flight commit nothing more for it."""
         self.settings.clear(slot)
         self.slots.clear(slot)
 
@@ -125,11 +123,10 @@ class Runner:
         chunks: Sequence[Chunk] = (),
         matchers: Sequence[Matcher | None] = (),
     ) -> PendingStep:
-        """One window for each of `slots`, none of which has more than `tokens` tokens, drafts
-        included; and `chunks`.
+        """Launch a window for each of `slots`, and the prefill of `chunks`.
 
-        `matchers` are those of the slots; where there is one, the step is not recorded: its host
-        takes part in it.
+        No slot has more than `tokens` tokens, including drafts. `matchers` are those of the slots.
+        A step with a matcher is not recorded, since the host takes part in it.
         """
         with current(self.idlm.device):
             prompts = (
@@ -139,7 +136,7 @@ class Runner:
             )
             if prompts is None or not self._graphs:
                 return PendingStep.of(self._windows(key, slots, tokens, prompts, matchers))
-            hidden = self.model_step.prefill(prompts)  # by itself: graphs are of windows alone
+            hidden = self.model_step.prefill(prompts)  # separately: graphs have windows only
             if not slots:
                 nothing = hidden.new_empty(0, key.plan.stride + 3, dtype=torch.int64)
                 return PendingStep.of(StepResult(nothing, prompt=hidden))
@@ -155,7 +152,7 @@ class Runner:
         prompts: PrefillBatch | None,
         matchers: Sequence[Matcher | None],
     ) -> StepResult:
-        """The windows, and the pieces of prompts in the same forward."""
+        """Run windows, and the pieces of prompts in the same forward."""
         slots = slots or [self.slots.spare]
         batch, tokens = (
             (_round_up(len(slots)), _context(tokens)) if self._graphs else (len(slots), tokens)
@@ -175,12 +172,12 @@ class Runner:
 
     @torch.inference_mode()
     def measure(self, plan: Plan, batch: int, prefix: int = MEASURE_PREFIX) -> float:
-        """Seconds of one greedy decode step of `batch` requests with `prefix` cached tokens each,
-        on the spare slot."""
+        """The seconds of a greedy decode step of `batch` windows with `prefix` cached tokens each.
+        All windows are on the spare slot."""
         prefix = min(prefix, self.idlm.context - self.depth - 1)
         self.slots.state.length[self.slots.spare] = prefix
         key, slots = StepKey(plan, Features()), [self.slots.spare] * batch
-        shape = (plan, batch if self.idlm.device.type == "cuda" else 0)  # what one recording serves
+        shape = (plan, batch if self.idlm.device.type == "cuda" else 0)  # one recording for each
         self._steps.prepare(key)
         for _ in range(1 if shape in self._measured else WARM_UP):
             self.step(key, slots, prefix + self.depth).read()
@@ -193,15 +190,16 @@ class Runner:
 
     @property
     def steady(self) -> bool:
-        """Whether the time of the last step says what later ones like it will take."""
+        """Whether the time of the last step predicts that of later steps of the same kind."""
         return self._steps.steady and self.idlm.device.type == "cpu"
 
     @torch.inference_mode()
     def warm_up(self, plans: Iterable[Plan], seconds: float) -> None:
-        """Record the steps of greedy and of plainly sampled requests, so that no request waits for
-        that later.
+        """Record the steps of greedy requests and of requests with a temperature, so that no
+        request waits for a recording.
 
-        A CUDA graph is for one batch size, so there it is left to the first of each.
+        A CUDA graph serves a single batch size, so on a GPU graphs are recorded when they are
+        needed.
         """
         if self.idlm.device.type == "cuda":
             return
@@ -223,8 +221,7 @@ def _round_up(number: int) -> int:
 
 
 def _context(tokens: int) -> int:
-    """The next of 512, 2048, 8192, ...: requests up to so many tokens have their CUDA graphs in
-    common."""
+    """The next of 512, 2048, 8192, ...; steps with the same value share CUDA graphs."""
     size = SHORT_CONTEXT
     while size < tokens:
         size *= 4
@@ -232,6 +229,6 @@ def _context(tokens: int) -> int:
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Within it a GPU is CUDA's current one: Triton, graphs, streams and events go by that, not by
-    their tensors."""
+    """A context that makes a GPU CUDA's current device. Triton, graphs, streams and events use the
+    current device, not that of their tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

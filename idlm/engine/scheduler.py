@@ -1,12 +1,11 @@
-"""`Scheduler`: who waits, who sits in which slot, who holds which pages. It decides; it launches
-nothing.
+"""`Scheduler`: gives slots and pages to requests, and decides what each step prefills.
 
-    waiting -> prefilling -> decoding -> gone
+    waiting -> prefilling -> decoding -> ended
        ^____________|____________|
-              pre-empted: its pages are taken, its text is prefilled again later
+              pre-empted: it loses its pages; its text is prefilled again later
 
-First come, first served within a priority. A request keeps its place in the order when it is
-pre-empted, so it is the first to come back.
+Requests of a priority are served in the order of arrival. A pre-empted request keeps its order, so
+it comes back before later requests.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ from idlm.engine.prefill import Chunk
 from idlm.engine.request import Request
 
 AHEAD = 4
-"""Pages that a growing request gets at once, where they are free."""
+"""The pages that a growing request gets at once if enough are free."""
 
 
 class Scheduler:
-    """The host's picture of slots and pages.
+    """The slots, pages and states of all requests, on the host.
 
     Args:
-        slots: the most requests at once.
-        pool: the pages.
-        root: what the prefix cache's keys start from; names the weights.
+        slots: the most running requests.
+        pool: the pages of the KV cache.
+        root: the start of all prefix-cache keys; it identifies the weights.
 
     Attributes:
-        prefilling, decoding: who sits, in the order they came in.
+        prefilling, decoding: the running requests, in the order in which they came to the list.
     """
 
     def __init__(self, slots: int, pool: PagePool, root: bytes) -> None:
@@ -44,30 +43,31 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """How many wait."""
+        """The number of requests without a slot."""
         return len(self._waiting)
 
     @property
     def running(self) -> list[Request]:
-        """Who has a slot."""
+        """The requests that have a slot."""
         return [*self.prefilling, *self.decoding]
 
     def columns(self, tokens: int) -> int:
-        """Pages that `tokens` tokens need."""
+        """The number of pages that `tokens` tokens need."""
         return -(-tokens // self.pool.page_size)
 
     def wait(self, request: Request) -> None:
-        """Queue a request."""
+        """Queue a request by its order."""
         heapq.heappush(self._waiting, (request.order, request))
 
     def admit(self) -> Request | None:
-        """Seat the next request, if there are a slot and pages for its text, cached ones too."""
+        """Seat the next request if a slot is free and there are pages for its text. Pages of the
+        prefix cache are used first."""
         if not self._waiting or not self._free_slots:
             return None
         request = self._waiting[0][1]
         text = request.text
         cached: list[int] = []
-        if request.params.prompt_logprobs is None:  # those need every row computed
+        if request.params.prompt_logprobs is None:  # these need all hidden states
             cached = self.pool.match(self._keys(request, len(text) - 1))
         missing = self.columns(len(text)) - len(cached)
         if not self.pool.can_allocate(missing):
@@ -83,15 +83,16 @@ class Scheduler:
         return request
 
     def lacks(self, request: Request, tokens: int) -> bool:
-        """Whether a text of `tokens` tokens, or as long as it may become, needs more pages than it
-        has."""
+        """Whether the request needs more pages to reach `tokens` tokens, or its limit if that is
+        less."""
         return min(tokens, request.limit) > len(request.pages) * self.pool.page_size
 
     def grow(self, request: Request, tokens: int) -> list[tuple[int, int, int]] | None:
-        """The pages that it lacks for `tokens` tokens, as (slot, column, page); None where there
-        are not enough.
+        """Give a request the pages that it lacks for `tokens` tokens; returns them as (slot,
+        column, page), or None if there are too few.
 
-        Where plenty are free it gets `AHEAD` at once, so that few steps have pages to map.
+        If many pages are free, a request that lacks any gets up to `AHEAD`, so that few steps have
+        to change page tables.
         """
         assert request.slot is not None  # noqa: S101
         held = len(request.pages)
@@ -105,12 +106,12 @@ class Scheduler:
         return [(request.slot, held + index, page) for index, page in enumerate(fresh)]
 
     def victim(self) -> Request:
-        """Whose pages to take: the last in the order."""
+        """The request to pre-empt: the last running request in the order."""
         return max(self.running, key=lambda request: request.order)
 
     def chunks(self, budget: int) -> list[tuple[Request, Chunk]]:
-        """Prefill work of at most `budget` tokens; who lacks only its last token after it decodes
-        from this step on."""
+        """The chunks of the next step, at most `budget` tokens in all. A request whose remaining
+        prefill is just its last token moves to `decoding` in this step."""
         work = []
         for request in list(self.prefilling):
             assert request.slot is not None  # noqa: S101
@@ -128,13 +129,13 @@ class Scheduler:
         return work
 
     def publish(self, request: Request, tokens: int) -> None:
-        """Make the full pages of its first `tokens` tokens, all computed, findable for others."""
+        """Publish the full pages of the request's first `tokens` tokens, which must be computed."""
         for page, key in zip(request.pages, self._keys(request, tokens), strict=False):
             self.pool.publish(page, key)
 
     def _keys(self, request: Request, tokens: int) -> list[bytes]:
-        """Of the full pages of its first `tokens` tokens; each is hashed once, however long the
-        request waits."""
+        """The hashes of the full pages of the request's first `tokens` tokens. They are kept in the
+        request, so that each page is hashed once."""
         size, known = self.pool.page_size, request.page_keys
         if tokens // size > len(known):
             root = known[-1] if known else self.root + request.salt
@@ -142,15 +143,15 @@ class Scheduler:
         return known[: tokens // size]
 
     def leave(self, request: Request) -> int | None:
-        """Take a request out, wherever it is; returns its slot. What it has computed stays in the
-        prefix cache."""
+        """Remove a request, whether it waits or runs; returns its slot, if any. Its full computed
+        pages stay in the prefix cache."""
         if request.slot is None:
             self._waiting = [entry for entry in self._waiting if entry[1] is not request]
             heapq.heapify(self._waiting)
             return None
         decoding = request in self.decoding
         (self.decoding if decoding else self.prefilling).remove(request)
-        # the last token's keys are written by the step that would have come next
+        # the last token is pending: its keys and values are not in the cache
         self.publish(request, request.length - 1 if decoding else request.computed)
         self.pool.release(request.pages)
         slot, request.slot, request.pages, request.computed = request.slot, None, [], 0
@@ -158,16 +159,17 @@ class Scheduler:
         return slot
 
     def preempt(self, request: Request) -> int | None:
-        """Take its slot and pages and let it wait again; returns the slot."""
+        """Take a request's slot and pages and queue it again; returns the slot."""
         slot = self.leave(request)
         self.wait(request)
         return slot
 
     def check(self) -> None:
-        """Check that slots and pages are all accounted for.
+        """Check that slots and pages are consistent.
 
         Raises:
-            RuntimeError: one is lost, held twice or held by nobody.
+            RuntimeError: a slot is taken twice, or both taken and free; or the number of live pages
+                is not that of the running requests.
         """
         self.pool.check()
         seated = [request.slot for request in self.running]
@@ -179,5 +181,5 @@ class Scheduler:
 
 
 def longest(requests: Sequence[Request]) -> int:
-    """Tokens of the longest text."""
+    """The number of tokens of the longest text."""
     return max(request.length for request in requests)

@@ -1,5 +1,4 @@
-"""Shapes of a model's attention, and the memory of its largest forward, as the model itself has
-them."""
+"""The attention shapes of a model and the memory of its largest forward, found by running it."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from idlm.models.idlm_model import Idlm
 
 
 class _Shapes:
-    """A cache that keeps nothing and notes each layer's shape."""
+    """A cache that stores no keys and records the shapes of each layer."""
 
     def __init__(self) -> None:
         self.found: list[tuple[int, int, int]] = []
@@ -22,8 +21,8 @@ class _Shapes:
 
 @torch.inference_mode()
 def working_memory(idlm: Idlm, rows: int, logits: int) -> int:
-    """Bytes that a GPU's largest forward takes beside weights and pages: of so many rows, with
-    logits of some."""
+    """The bytes that a forward of `rows` rows and `logits` rows of logits takes on a GPU, apart
+    from weights and pages."""
     torch.cuda.reset_peak_memory_stats(idlm.device)
     before = torch.cuda.memory_allocated(idlm.device)
     tokens = torch.zeros(1, rows, dtype=torch.int64, device=idlm.device)
@@ -36,7 +35,7 @@ def working_memory(idlm: Idlm, rows: int, logits: int) -> int:
 
 @torch.inference_mode()
 def attention_shapes(idlm: Idlm) -> list[tuple[int, int, int]]:
-    """Query heads, key/value heads and head size of each layer, as the model computes them."""
+    """(H, G, E) of each layer: query heads, key/value heads and head size."""
     cache = _Shapes()
     one = torch.zeros(1, 1, dtype=torch.int64, device=idlm.device)
     idlm.hidden(one, one, None, cache=cache)

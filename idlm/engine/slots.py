@@ -1,12 +1,12 @@
-"""`Slots`: the state of the running requests, on the device, one row each; requests do not move
-while they run.
+"""`Slots`: the state of the running requests on the device, a row for each. A request keeps its row
+while it runs.
 
-    x_0 ... x_{n-2}    in the KV pages that the slot's page table names x_{n-1}            the
-    pending token d_1 .. d_valid     the drafts, claims of the tokens at n, n+1, ...; what lies past
-    them is left over
+    x_0 ... x_{n-2}    their keys and values are in the pages of the slot's page table
+    x_{n-1}            the pending token
+    d_1 .. d_valid     the valid drafts of the tokens at n, n + 1, ...; later drafts are left over
 
-The last row is spare: it is never alive, its page table names the trash page alone, and it stands
-in where a step of fixed size has fewer requests.
+The last row is spare. It is never alive, and its page table has only the trash page. It fills the
+rows of a step that has fewer requests than rows.
 
 Shapes: B slots, K drafts, M page-table columns, V logit columns.
 """
@@ -31,11 +31,11 @@ class State:
     Attributes:
         length: int64 [B], n; pending: int64 [B].
         limit: int64 [B], the length at which the request ends.
-        alive: bool [B], still decoding, as the device knows it.
-        drafting: bool [B], wants drafts; False is plain AR.
-        drafts: int64 [B, K]; valid: int64 [B], how many of them stand for anything.
-        adapter: int64 [B], which adapter drafts.
-        table: int64 [B, M], the page of each stretch of positions.
+        alive: bool [B], whether the request has not ended yet.
+        drafting: bool [B]; False: plain AR.
+        drafts: int64 [B, K]; valid: int64 [B], the number of valid drafts.
+        adapter: int64 [B], the index of the adapter that drafts.
+        table: int64 [B, M], the page tables.
     """
 
     length: Tensor
@@ -50,11 +50,11 @@ class State:
 
 
 class Slots:
-    """All rows, and how they are read and written.
+    """The rows of all slots.
 
     Attributes:
         stops: bool [B, V], the tokens that end each request.
-        log_q: [B, K, V], the laws the drafts were drawn from; kept only once a request asks for the
+        log_q: [B, K, V], the laws that the drafts were drawn from; None until a request uses the
             ratio rule.
     """
 
@@ -66,7 +66,7 @@ class Slots:
         def whole(*shape: int) -> Tensor:
             return torch.zeros(rows, *shape, dtype=torch.int64, device=device)
 
-        # a request's row is written at once: the numbers of all slots are columns of two tables
+        # fields are columns of two tables, so that a request's row is written in two copies
         self._numbers = torch.tensor([1, 0, 1, 0, 0], device=device).repeat(rows, 1)
         self._flags = torch.zeros(rows, 2, dtype=torch.bool, device=device)
         length, pending, limit, valid, adapter = self._numbers.unbind(1)
@@ -87,7 +87,7 @@ class Slots:
         self.stops = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
 
     def put(self, request: Request) -> None:
-        """Seat a request: its committed tokens, the last of which is pending, its end and pages."""
+        """Write a request's state to its slot. The last token of its text is pending."""
         slot, text, pages = request.slot, request.text, request.pages
         assert slot is not None  # noqa: S101
         table, device = self.state.table[slot], self.state.table.device
@@ -99,7 +99,7 @@ class Slots:
         self.stops[slot].fill_(False).index_fill_(0, stops, True)
 
     def clear(self, slot: int) -> None:
-        """Free a slot: a step still under way writes to the trash page and commits nothing."""
+        """Free a slot. Later steps on it write to the trash page and commit nothing."""
         self.state.alive[slot].fill_(False)
         self.state.table[slot].fill_(0)
 
@@ -113,7 +113,7 @@ class Slots:
             self.state.table[slot, column] = page
 
     def read(self, rows: Tensor, columns: Tensor) -> State:
-        """Copies of the rows [B]; of their page tables only the columns [M]."""
+        """Copy the rows [B] of the state, and of their page tables only the `columns`."""
         taken = {
             field.name: getattr(self.state, field.name).index_select(0, rows)
             for field in fields(State)
@@ -121,12 +121,12 @@ class Slots:
         return State(**taken | {"table": taken["table"].index_select(1, columns)})
 
     def write(self, rows: Tensor, **values: Tensor) -> None:
-        """Put rows back, in place."""
+        """Write fields of the slots `rows` in place; `values` are by the name of the field."""
         for name, value in values.items():
             getattr(self.state, name).index_copy_(0, rows, value)
 
     def keep_laws(self, rows: Tensor, log_q: Tensor) -> None:
-        """Remember what the drafts of the slots `rows` were drawn from, [B, K, V]."""
+        """Store the laws [B, K, V] that the drafts of the slots `rows` were drawn from."""
         assert self.log_q is not None  # noqa: S101
         depth = log_q.shape[1]
         self.log_q.index_copy_(
@@ -140,9 +140,9 @@ def staged(numbers: Sequence[int], device: torch.device) -> Tensor:
 
 
 def select(settings: Settings, rows: Tensor, features: Features) -> Settings:
-    """The settings of some slots, copied; `steps` is about the vocabulary and stays.
+    """Copy the settings of the slots `rows`. `steps` has no row per slot and is not copied.
 
-    Of what is as large as the logits, only what the `features` need.
+    Tensors as large as the logits are copied only if the `features` need them.
     """
     needed = {
         "bias": features.biased,
@@ -164,7 +164,7 @@ def select(settings: Settings, rows: Tensor, features: Features) -> Settings:
 
 
 def store(settings: Settings, rows: Tensor, changed: Settings) -> None:
-    """Put the history of some slots back."""
+    """Write the token history (`seen`, `counts`) of the slots `rows` back to `settings`."""
     for all_slots, some in ((settings.seen, changed.seen), (settings.counts, changed.counts)):
         if all_slots is not None and some is not None:
             all_slots.index_copy_(0, rows, some)

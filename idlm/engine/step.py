@@ -1,16 +1,16 @@
-"""`ModelStep`: one step, as tensor operations of static shape. Nothing waits for the device.
+"""`ModelStep`: a step as tensor operations of static shape. The host does not wait for the device.
 
-    1. read the slots' state; lay out their windows, and the prompt tokens that this step prefills
-    2. one forward over all these rows
-    3. the head on the verify rows; verification: how many drafts are accepted, and the token after
-    4. commit: cut at the request's limit and at its first stop token; the last token committed
-       becomes pending
-    5. the head on the masks of that very outcome: the next drafts
+    1. Read the slots' state; lay out their windows and the prompt tokens to prefill.
+    2. Run a forward over all these rows.
+    3. Run the head on the verify rows; count the accepted drafts and choose the next token.
+    4. Commit: cut at the request's limit and at its first stop token. The last committed token
+       becomes pending.
+    5. Run the head on the MASK rows of the outcome; draw the next drafts.
 
-A prompt's last token is not prefilled: it is the pending token of its slot's first window, which
-has no drafts to verify. That window may be in the forward that prefills the rest.
+A prompt's last token is not prefilled. It is the pending token of its slot's first window, which
+has no drafts. That window may be in the forward that prefills the other tokens.
 
-Shapes: B slots, K drafts, R = 1 + K verify rows, G groups of K masks, W = R + G K rows of a window,
+Shapes: B slots, K drafts, R = 1 + K verify rows, G groups of K MASK rows, W = R + G K window rows,
 P pieces of T prompt tokens in all, D hidden size, V logit columns, C columns of the page table.
 """
 
@@ -46,11 +46,11 @@ Verify = Callable[[Law, Tensor, Drafts, Tensor], Verdicts]
 
 @dataclass(frozen=True)
 class StepKey:
-    """What is static about a step.
+    """The static properties of a step.
 
     Attributes:
         features: the parts of the law that its requests use.
-        logprobs: how many top log-probabilities they want; None: none at all.
+        logprobs: the number of top log-probabilities for each token; None: no log-probabilities.
     """
 
     plan: Plan
@@ -63,7 +63,7 @@ class SlotResult(NamedTuple):
 
     Attributes:
         tokens: R tokens, of which the first `committed` are committed.
-        drafted: drafts that were verified; accepted: those accepted.
+        drafted: the number of drafts verified; accepted: the number accepted.
     """
 
     tokens: list[int]
@@ -74,12 +74,12 @@ class SlotResult(NamedTuple):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step tells the host.
+    """The results of a step for the host.
 
     Attributes:
-        packed: int64 [B, R + 3]: R tokens, how many of them are committed, the drafts verified,
-            and those accepted; one tensor, so that it is one copy.
-        logprobs: of the R tokens, if asked for; see `idlm.decoding.verify.logprobs`.
+        packed: int64 [B, R + 3]: R tokens, then the numbers of tokens committed, drafts verified
+            and drafts accepted. It is a single tensor, so that the host needs a single copy.
+        logprobs: those of the R tokens, if requested; see `idlm.decoding.verify.logprobs`.
         prompt: hidden states [T, D] of the prompt tokens prefilled, for prompt logprobs.
     """
 
@@ -88,18 +88,18 @@ class StepResult:
     prompt: Tensor | None = None
 
     def slots(self) -> Iterator[SlotResult]:
-        """The rows, once they are on the host."""
+        """The rows of `packed`, which must be on the host."""
         for *tokens, committed, drafted, accepted in self.packed.tolist():
             yield SlotResult(tokens, committed, drafted, accepted)
 
 
 class StepContext(NamedTuple):
-    """What the rows of one forward are; attention, gate and products are told of it in one place.
+    """The rows of a forward, for attention, gate and products.
 
     Attributes:
-        segments: what the rows see, in their order; empty for the head alone.
-        mask_rows: which of the rows are MASK rows.
-        adapter: int64 [MASK rows], whose adapter each of them drafts with.
+        segments: the segments of the rows, in order; empty for the head alone.
+        mask_rows: the MASK rows.
+        adapter: int64 [MASK rows], the index of each MASK row's adapter.
     """
 
     segments: Sequence[Segment] = ()
@@ -128,7 +128,7 @@ class Verified:
 
     Attributes:
         logits: [B, R, V], of the verify rows.
-        valid: [B], the drafts verified.
+        valid: [B], the number of drafts verified.
     """
 
     slots: Tensor
@@ -141,14 +141,13 @@ class Verified:
 
 
 class ModelStep:
-    """The model, the pages and the slots: what every step works on.
+    """Runs steps on a model, its pages and its slots.
 
     Attributes:
-        verify: the rule that accepts drafts: `idlm.decoding.verify.verify`, but where a bench
+        verify: the rule that accepts drafts: `idlm.decoding.verify.verify`, unless a bench
             simulates acceptance.
-        kernels: a context for every step; batch-invariant kernels where results must not depend on
-            the batch.
-        chooser: what chooses tokens on the model's device.
+        kernels: a context for every step: batch-invariant kernels if the engine is deterministic.
+        chooser: chooses tokens on the model's device.
     """
 
     def __init__(
@@ -187,15 +186,15 @@ class ModelStep:
         prompts: PrefillBatch | None = None,
         guided: Guided = None,
     ) -> StepResult:
-        """One window for each of the `slots` [B], and the prompt tokens of `prompts`.
+        """Run a window for each of the `slots` [B], and prefill the tokens of `prompts`.
 
-        The slots' texts lie in the first `columns` [C] of their page tables.
+        `columns` [C] are the page-table columns that the slots' texts occupy.
         """
         with self.kernels(), self._multiplied():
             return self._step(key, slots, columns, prompts, guided)
 
     def prefill(self, prompts: PrefillBatch) -> Tensor:
-        """The prompt tokens alone; returns their hidden states [T, D]."""
+        """Prefill prompt tokens without windows; returns their hidden states [T, D]."""
         context = StepContext([self._pieces(prompts)])
         with self.kernels(), self._multiplied():
             return self._hidden(prompts.tokens, prompts.positions, context)
@@ -234,7 +233,7 @@ class ModelStep:
         return StepResult(packed, top, prompt)
 
     def _pieces(self, prompts: PrefillBatch) -> Segment:
-        """What prompt tokens see: those before them, in their slots' pages and in this forward."""
+        """The segment of the prompt tokens. They see pages and earlier prompt tokens."""
         table = self.slots.state.table.index_select(0, prompts.slots)
         return self.cache.pieces(table.index_select(1, prompts.columns), prompts)
 
@@ -263,14 +262,14 @@ class ModelStep:
         return hidden[:first], hidden[first:]
 
     def _hidden(self, tokens: Tensor, positions: Tensor, context: StepContext) -> Tensor:
-        """Hidden states [rows, D]."""
+        """Run the model on the rows of `context`; returns their hidden states [rows, D]."""
         with self._entered(context):
             rows, cache = context.mask_rows, self.cache
             return self.idlm.hidden(tokens[None], positions[None], None, rows, cache)[0]
 
     @contextmanager
     def _entered(self, context: StepContext) -> Iterator[None]:
-        """Run model code on the rows of `context`."""
+        """Set attention, gate and products for model code that runs on the rows of `context`."""
         if context.segments:
             self.cache.prepare(context.segments)
         gate, linears, adapter = self.idlm.gate or Gate(), self.products.linears, context.adapter
@@ -298,7 +297,7 @@ class ModelStep:
         drafts: Drafts,
         guided: Guided,
     ) -> Verified:
-        """How many drafts are accepted, and the tokens that follow, by the slots' own laws."""
+        """Verify the drafts by the slots' laws, and choose the tokens that follow."""
         features, log_q = key.features, self.slots.log_q
         law = Law(select(self.settings, slots, features), features, self.chooser)
         if guided is not None:
@@ -312,8 +311,8 @@ class ModelStep:
     def _commit(
         self, key: StepKey, verified: Verified, mask_hidden: Tensor | None, served: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Commit the verdict and draft from `mask_hidden` [B, K, D], which the slots `served` [B]
-        have; see `StepResult`."""
+        """Commit the verdict and draft from `mask_hidden` [B, K, D]. Slots that are not `served`
+        [B] get no drafts. Returns `packed` and `logprobs` of `StepResult`."""
         state, tokens = verified.state, verified.verdict.tokens
         keep, ended = self._cut(verified)
         count = keep.sum(dim=1)
@@ -331,8 +330,8 @@ class ModelStep:
         return torch.cat([tokens, columns], dim=1), top
 
     def _cut(self, verified: Verified) -> tuple[Tensor, Tensor]:
-        """Which tokens [B, R] are committed, up to the limit and the first stop token; and whether
-        that came [B]."""
+        """The tokens [B, R] to commit, as flags: up to the limit and the first stop token; and
+        whether there is a stop token [B]."""
         state, tokens = verified.state, verified.verdict.tokens
         index = torch.arange(tokens.shape[1], device=tokens.device)
         room = torch.minimum(verified.verdict.accepted + 1, state.limit - state.length)
@@ -349,7 +348,7 @@ class ModelStep:
         served: Tensor | None,
         position: Tensor,
     ) -> None:
-        """Write the drafts of the tokens from `position` [B] on."""
+        """Draw the drafts of the tokens from `position` [B] on, and write them to the slots."""
         slots, state = verified.slots, verified.state
         if mask_hidden is None or served is None:
             self.slots.write(slots, valid=torch.zeros_like(verified.valid))
@@ -377,8 +376,8 @@ class ModelStep:
 def _chosen(
     tables: WindowTables, verified: Verified, mask_hidden: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The masks' hidden states [B, K, D] of each slot's outcome, and which slots [B] have some;
-    None under AR."""
+    """The hidden states [B, K, D] of the MASK rows of each slot's outcome, and whether the outcome
+    has a branch [B]; None for AR."""
     if not tables.num_masks:
         return None, None
     group = tables.group[verified.valid, verified.verdict.accepted]

@@ -1,16 +1,15 @@
-"""`TextStream`: the text of one request as its tokens come, and the stop strings that end it.
+"""`TextStream`: decodes the tokens of a request as they come, and finds stop strings.
 
-A token may end in the middle of a character, and a stop string may begin in one token and end in
-another. So the text so far is
+A token may end within a character, and a stop string may span several tokens. So the text so far is
 
     returned | may become a stop string | characters whose bytes are not all there
     ---------+--------------------------+-----------------------------------------
-     certain |         held: the next tokens tell what becomes of it
+     certain |         held: the next tokens decide
 
-Only a window of the last tokens is decoded each time, a *tail* long enough that what comes before
-does not matter. Together the pieces are `tokenizer.decode` of all tokens. (The exception: a run of
-byte tokens of a tokenizer with byte fallback, whose decoder shows valid characters as broken once a
-broken one follows them; what was returned stays.)
+Each call decodes only the last tokens, enough of them that earlier tokens do not matter. The pieces
+together equal `tokenizer.decode` of all tokens. There is an exception: with byte fallback, the
+decoder shows valid characters of a run of byte tokens as broken if a broken character follows.
+Characters that were returned before are not taken back.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ BROKEN = "\ufffd"
 MAX_WINDOW = 24
 TAIL = 12
 CHARACTER = 4
-"""The most bytes, and so the most tokens, of a character."""
+"""The most bytes of a character, and so the most tokens."""
 Decode = Callable[[list[int]], str]
 
 
@@ -31,17 +30,17 @@ class TextStream:
     """The text of one request.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         skip_special_tokens: leave special tokens out.
-        stop: strings of which the first one completed ends the text.
-        include_stop: whether that string stays at the end of the text.
-        min_tokens: no stop string is looked for in so many first tokens.
+        stop: stop strings; the first that is complete ends the text.
+        include_stop: keep the stop string at the end of the text.
+        min_tokens: stop strings that are complete within so many first tokens do not count.
 
     Attributes:
-        text: all that was returned so far.
-        stopped_at: how many tokens there are up to and including the one that completed a stop
-            string; None before.
-        stopped_by: that stop string.
+        text: the text returned so far.
+        stopped_at: the number of tokens up to and including the token that completed a stop
+            string; None if there is no stop.
+        stopped_by: the stop string that ended the text.
     """
 
     def __init__(
@@ -67,11 +66,10 @@ class TextStream:
         self._held = ""
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Take the next tokens, and return the text that is certain now. After a stop, tokens are
+        """Append tokens and return the text that has become certain. Tokens after a stop are
         ignored.
 
-        Without stop strings it is cheapest to push many tokens at once: nothing is decoded per
-        token.
+        Without stop strings all tokens of a call are decoded together.
         """
         if not self._matchers:
             return self._return(self._decoder.push(tokens))
@@ -84,15 +82,15 @@ class TextStream:
         return self._return(certain)
 
     def finish(self) -> str:
-        """No more tokens: the text that was held, half characters as the tokenizer decodes them;
-        none after a stop."""
+        """End the text and return the rest that was held. Incomplete characters are decoded as the
+        tokenizer does. After a stop the rest is empty."""
         if self.stopped_at is not None:
             return ""
         rest, self._held = self._held + self._decoder.finish(), ""
         return self._return(rest)
 
     def _search(self, text: str) -> str:
-        """Follow the stop strings through new text; return what can no longer become one."""
+        """Search new text for stop strings; return the text that cannot be part of one any more."""
         for place, character in enumerate(text):
             complete = [matcher.stop for matcher in self._matchers if matcher.step(character)]
             if complete and self._tokens > self._min_tokens:
@@ -111,11 +109,11 @@ class TextStream:
 
 
 class _Decoder:
-    """Decodes tokens as they come; never returns the first bytes of a character without the rest.
+    """Decodes tokens as they come; returns only whole characters.
 
-    `_window` holds tokens whose text was returned, `_open` those after them: they end within a
-    character, which decodes to a broken one, or to one for each of its bytes, or (byte fallback)
-    makes the whole run of bytes look broken.
+    `_window` holds tokens whose text was returned. `_open` holds later tokens, which end within a
+    character. They decode to one broken character, to one for each byte, or (byte fallback) to a
+    run of bytes that all look broken.
     """
 
     def __init__(self, decode: Decode, left_out: frozenset[int]) -> None:
@@ -136,14 +134,14 @@ class _Decoder:
         return self._give_up()
 
     def finish(self) -> str:
-        """What is left, broken or not."""
+        """The text of the open tokens, with broken characters."""
         rest = self._decode(self._window + self._open)[len(self._text) :]
         self._open = []
         return rest
 
     def _settle(self, number: int, text: str) -> str:
-        """Move the first open tokens to the window, which then has this text; return what that
-        adds."""
+        """Move the first `number` open tokens to the window, which then decodes to `text`; return
+        the new part of it."""
         new = text[len(self._text) :]
         if (
             new or not text
@@ -156,10 +154,10 @@ class _Decoder:
         return new
 
     def _give_up(self) -> str:
-        """Settle what stays broken, for it is more than half a character.
+        """Settle bytes that stay broken, since they are more than a part of a character.
 
-        That is all up to the last place where the text is that of both sides joined: no character
-        spans it.
+        They are settled up to the last place that no character spans: the text of both sides
+        joined there equals the whole text.
         """
         whole = self._decode(self._window + self._open)
         for number in range(len(self._open) - 1, len(self._open) - 1 - CHARACTER, -1):
@@ -169,9 +167,10 @@ class _Decoder:
         return ""
 
     def _trim(self) -> None:
-        """Keep the tail of the window, if it decodes by itself to the end of the text.
+        """Keep only the tail of the window, if its text is the end of the window's text.
 
-        One that begins within a character does not: so as many are tried as a character has bytes.
+        A tail that begins within a character fails, so as many sizes are tried as a character has
+        bytes.
         """
         for size in range(TAIL, TAIL + CHARACTER):
             text = self._decode(self._window[-size:])
@@ -181,8 +180,8 @@ class _Decoder:
 
 
 def _decode_function(tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> Decode:
-    """`tokenizer.decode`, without its own overhead (three times the work) where it adds nothing to
-    the backend's."""
+    """A function equal to `tokenizer.decode`. It calls the tokenizer's backend if the result is the
+    same, since `tokenizer.decode` takes three times as long."""
     stock = getattr(type(tokenizer), "_decode", None) is PreTrainedTokenizerFast._decode
     plain = stock and not tokenizer.clean_up_tokenization_spaces
     decode = tokenizer.backend_tokenizer.decode if plain else tokenizer.decode
@@ -190,7 +189,8 @@ def _decode_function(tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bo
 
 
 class _Matcher:
-    """How much of one stop string the text so far ends with (Knuth, Morris, Pratt)."""
+    """Matches one stop string (Knuth, Morris, Pratt). The text ends with the first `matched`
+    characters of it."""
 
     def __init__(self, stop: str) -> None:
         self.stop = stop
@@ -200,7 +200,7 @@ class _Matcher:
             self._shorter.append(self._extend(self._shorter[place - 1], stop[place]))
 
     def step(self, character: str) -> bool:
-        """Take a character; whether it completes the stop string."""
+        """Append a character to the text; True if it completes the stop string."""
         self.matched = self._extend(self.matched, character)
         if self.matched < len(self.stop):
             return False
@@ -208,8 +208,8 @@ class _Matcher:
         return True
 
     def _extend(self, matched: int, character: str) -> int:
-        """The longest beginning of the stop string that ends in `character`, given one that ended
-        just before it."""
+        """The length of the longest prefix of the stop string that the text ends with after
+        `character`, given the length `matched` before it."""
         while matched and self.stop[matched] != character:
             matched = self._shorter[matched - 1]
         return matched + (self.stop[matched] == character)

@@ -1,4 +1,4 @@
-"""How many threads an engine on a CPU uses: 1, 2 or 4, by what they bring on this machine now."""
+"""The number of threads of an engine on a CPU: 1, 2 or 4, by measurement when it starts."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ log = logging.getLogger("idlm")
 
 COUNTS = (1, 2, 4)
 WORTH = 0.9
-"""More threads are used if a pass takes at most this share of the time with fewer of them."""
+"""More threads are used if a pass with them takes at most this share of the time."""
 ROUNDS = 5
 
 
 def free_cores() -> int:
-    """Cores this process may use, as far as PyTorch was not told to use fewer."""
+    """The cores that this process may use, but no more than PyTorch's number of threads."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(allowed or 1, torch.get_num_threads())
 
 
 def choose_threads(idlm: Idlm, linears: Linears | None, wanted: int | None) -> None:
-    """Set PyTorch's number of threads, which the C kernels take too; the log says why.
+    """Set PyTorch's number of threads, which the C kernels use too. The log gives the reason.
 
     Args:
-        wanted: the number; None: whichever is fastest in a pass of one row through all linear
-            layers, and of 1, 2 and 4 no more than there are free cores.
+        wanted: the number. None: measure a pass of a single row through all linear layers with
+            each of `COUNTS`, up to the free cores, and use more threads only if they pay.
 
     Raises:
-        InputError: `wanted` is not a number of threads.
+        InputError: `wanted` is not from 1 to 1024.
     """
     if wanted is not None:
         if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= 1024:
@@ -58,7 +58,7 @@ def choose_threads(idlm: Idlm, linears: Linears | None, wanted: int | None) -> N
 
 @torch.inference_mode()
 def _time(idlm: Idlm, linears: Linears | None, counts: list[int]) -> dict[int, float]:
-    """Seconds of a pass by number of threads."""
+    """The seconds of a pass of a row through all linear layers, by number of threads."""
     weights = [weight for group in idlm.linear_groups() for weight in group]
     rows = {size: torch.randn(1, size, dtype=idlm.dtype) for size in {w.shape[1] for w in weights}}
 

@@ -1,4 +1,4 @@
-"""What holding the linear layers' weights in another format does to a model's logits.
+"""The effect of a weight format of the linear layers on a model's logits.
 
 Shapes: T tokens of the text, V logit columns.
 """
@@ -41,7 +41,7 @@ class WeightsAccuracy:
     Attributes:
         logit_difference_mean, logit_difference_worst: absolute, over all tokens and columns.
         kl_mean, kl_worst: KL(float32 || format) of the next token's law, in nats.
-        same_top: share of tokens after which both have the same likeliest one.
+        same_top: the share of rows whose most likely token is the same in both.
         tokens: T.
     """
 
@@ -55,10 +55,10 @@ class WeightsAccuracy:
 
 @torch.inference_mode()
 def weights_accuracy(idlm: Idlm, format: str) -> WeightsAccuracy:
-    """Run the text through the model in float32 and with its weights in `format`.
+    """Run `TEXT` through the model in float32 and with its weights in `format`.
 
     Raises:
-        InputError: the model is not in float32 on a CPU, or the C kernels are not there.
+        InputError: the model is not in float32 on a CPU, or the C kernels are not available.
     """
     if idlm.device.type != "cpu" or idlm.dtype != torch.float32:
         raise InputError(f"weights={format!r} is for a float32 model on a CPU")
@@ -82,7 +82,7 @@ def weights_accuracy(idlm: Idlm, format: str) -> WeightsAccuracy:
 
 
 def _tokens(idlm: Idlm) -> Tensor:
-    """int64 [T]: the text's, or random ones where the model has no tokenizer."""
+    """int64 [T]: the tokens of `TEXT`, or random tokens if the model has no tokenizer."""
     if idlm.tokenizer is not None:
         return torch.tensor(idlm.tokenizer(TEXT).input_ids[: idlm.context])
     generator = torch.Generator().manual_seed(0)
@@ -90,7 +90,7 @@ def _tokens(idlm: Idlm) -> Tensor:
 
 
 def _logits(idlm: Idlm, tokens: Tensor) -> Tensor:
-    """float64 [T, V] of the text, causally."""
+    """float64 [T, V]: the logits of `tokens` with causal attention."""
     visible = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()[None, None]
     positions = torch.arange(len(tokens))[None]
     return idlm.head(idlm.hidden(tokens[None], positions, visible))[0].double()

@@ -1,15 +1,14 @@
-"""Attention of prompt pieces, any number and lengths of them at once; shapes are explained in
-`idlm.attention.base`.
+"""Triton attention for prompt pieces of any number and length; shapes as in `idlm.attention.base`.
 
-The pieces' own keys and values are in the pages already, so one program walks over the pages alone:
-it holds a tile of the width * F query rows of one piece and one key/value head, and reads the keys
-up to its last row.
+The keys and values of the pieces are already in the pages, so a program reads pages only. It has a
+tile of the width * F query rows of one piece and one key/value head, and reads the keys up to its
+last row.
 
     piece p: rows ends[p - 1] .. ends[p] - 1, at positions starts[p], starts[p] + 1, ...
-    tiles:   those of piece p begin at number ends[p - 1] * F // ROWS + p
+    tiles:   the first tile of piece p is number ends[p - 1] * F // ROWS + p
 
-By that formula a piece has tiles enough, at most one of them empty, and the kernel finds the piece
-of a tile by itself: launches depend on the numbers of rows and pieces alone.
+By this formula each piece has enough tiles, and at most one of them is empty. The kernel finds the
+piece of a tile by itself, so a launch depends only on the numbers of rows and pieces.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def _first_tile(ends, piece, F: tl.constexpr, ROWS: tl.constexpr):  # type: igno
     return begin * F // ROWS + piece, begin
 
 
-# compiled once for all batches: not anew where a number is 1 or a multiple of 16
+# compile once for all batches: no special versions for values that are 1 or multiples of 16
 @triton.jit(
     do_not_specialize=["pieces", "columns"],
     do_not_specialize_on_alignment=["table", "starts", "ends"],
@@ -40,12 +39,12 @@ def _attend(  # type: ignore[no-untyped-def]
     PAGE: tl.constexpr, G: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows over all keys that it sees; `half` is where the values begin in `pages`."""
+    """Attention of one tile of rows. `half` is the offset of the values in `pages`."""
     tile = tl.program_id(0)
     group = tl.program_id(1)
     piece = tile * 0
     last = piece + pieces - 1
-    while piece < last:  # the last piece whose first tile is not behind this one
+    while piece < last:  # find the last piece whose first tile is not after this tile
         middle = (piece + last + 1) // 2
         number, _ = _first_tile(ends, middle, F, ROWS)
         piece = tl.where(number <= tile, middle, piece)
@@ -83,7 +82,7 @@ def _attend(  # type: ignore[no-untyped-def]
 def attend(
     query: Tensor, pages: Tensor, table: Tensor, starts: Tensor, ends: Tensor, scale: float
 ) -> Tensor:
-    """Attention [T, H, E] in float16, bfloat16 or float32; `starts` and `ends` int64 [P]."""
+    """Attention [T, H, E] in float16, bfloat16 or float32; `starts` and `ends` are int64 [P]."""
     rows, heads, size = query.shape
     groups, pieces = pages.shape[3], ends.numel()
     fold = heads // groups
