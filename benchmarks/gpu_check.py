@@ -102,7 +102,7 @@ def run_tests(until: float) -> dict[str, object]:
         status: object = waited(child, until - time() - TESTS_LEAVE)
         log.seek(0)
         lines = log.read().decode(errors="replace").splitlines()
-    return {"passed": status == 0, "status": status, **said(lines)}
+    return {"passed": status == 0, "status": status, **outcome(lines)}
 
 
 def waited(child: subprocess.Popen[bytes], seconds: float) -> object:
@@ -117,8 +117,8 @@ def waited(child: subprocess.Popen[bytes], seconds: float) -> object:
         return "time is up"
 
 
-def said(lines: list[str]) -> dict[str, object]:
-    """What pytest's output comes to."""
+def outcome(lines: list[str]) -> dict[str, object]:
+    """Counts, failures and errors in the output of pytest."""
     items = [found[1] for line in lines if (found := re.search(r"\b(\d+) items\b", line))]
     failed = {
         line.partition("tests/")[2][:150]
@@ -315,7 +315,6 @@ def shorter(value: object) -> str:
 
 
 def main() -> int:
-    """Run the parts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -179,7 +179,7 @@ def step_costs(llm: LLM, plans: Sequence[Plan], bandwidth: float) -> dict[str, o
 
 @torch.inference_mode()
 def kernels(llm: LLM, plan: Plan, batch: int, steps: int = 4) -> dict[str, object]:
-    """See `profiled`, of a step."""
+    """The kernels of `steps` steps of `batch` requests, by time; see `profiled`."""
     runner, kind, slots = llm.engine.runner, StepKey(plan, Features()), seat(llm, batch)
     step = partial(runner.step, kind, slots, PREFIX + ROOM)
     for _ in range(3):  # the first ones are recorded

@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import torch
+
 from idlm.config import EngineConfig
 from idlm.decoding.plan import AR, Plan, plans_for
 from idlm.engine.costs import measured_costs
 from idlm.engine.engine import Engine
+from idlm.engine.kv_cache import KVCache
 from idlm.engine.memory import cache_pages
 from idlm.engine.planner import Planner
 from idlm.engine.products import free_weights, products_for
 from idlm.engine.runner import Runner
+from idlm.engine.shapes import attention_shapes
 from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 
@@ -35,9 +39,18 @@ def build_engine(
     plans = _plans(idlm, config)
     idlm.model.requires_grad_(False)
     depth = max(plan.drafts for plan in plans)
-    products = products_for(idlm, config, drafting=depth > 0)
-    pages = cache_pages(idlm, config, max(plans, key=lambda plan: plan.width))
-    runner = Runner(idlm, config, depth, pages, products)
+    shapes = attention_shapes(idlm)
+    # before the kernels copy the weights: the cache's share is of the memory that is free now
+    pages = cache_pages(idlm, config, shapes, max(plans, key=lambda plan: plan.width))
+    products = products_for(idlm, config, shapes, drafting=depth > 0)
+    cache = KVCache(
+        shapes,
+        pages,
+        config.page_size,
+        torch.empty(0, dtype=idlm.dtype, device=idlm.device),
+        config.deterministic,
+    )
+    runner = Runner(idlm, config, depth, cache, products)
     if take_weights and products.linears is not None:
         free_weights(idlm, products.linears)  # before recording: a recording keeps them alive
     costs = measured_costs(runner, plans, config.max_num_seqs) if len(plans) > 1 else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 
 import psutil
 import torch
@@ -11,7 +12,7 @@ import torch
 from idlm.config import EngineConfig, parse_memory
 from idlm.decoding.plan import Plan
 from idlm.engine.budget import PREFILL_ALONE
-from idlm.engine.shapes import attention_shapes, working_memory
+from idlm.engine.shapes import Shape, working_memory
 from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 
@@ -23,14 +24,15 @@ GRAPHS_MEMORY = 3 * 2**29
 """Bytes reserved for CUDA graphs and libraries."""
 
 
-def cache_pages(idlm: Idlm, config: EngineConfig, widest: Plan) -> int:
+def cache_pages(idlm: Idlm, config: EngineConfig, shapes: Sequence[Shape], widest: Plan) -> int:
     """The number of pages of the KV cache, including the trash page.
+
+    `shapes` are those of the attention, by layer; `widest` is the plan with the most rows.
 
     Raises:
         InputError: `config.kv_memory` is too small for two pages.
     """
     page_size, slots = config.page_size, config.max_num_seqs
-    shapes = attention_shapes(idlm)
     page_bytes = sum(2 * page_size * groups * size for _, groups, size in shapes)
     page_bytes *= idlm.dtype.itemsize
     per_request = math.ceil(idlm.context / page_size)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
 import torch
 
 from idlm.config import EngineConfig
-from idlm.engine.shapes import attention_shapes
+from idlm.engine.shapes import Shape
 from idlm.engine.threads import choose_threads
 from idlm.errors import InputError
 from idlm.kernels import native
@@ -39,7 +40,9 @@ class Products:
     fused: frozenset[str] = OPERATORS
 
 
-def products_for(idlm: Idlm, config: EngineConfig, drafting: bool) -> Products:
+def products_for(
+    idlm: Idlm, config: EngineConfig, shapes: Sequence[Shape], drafting: bool
+) -> Products:
     """Choose the fastest kernels by measurement, and set the number of threads. The log gives the
     reasons.
 
@@ -54,7 +57,7 @@ def products_for(idlm: Idlm, config: EngineConfig, drafting: bool) -> Products:
         if drafting:
             _add_drafts(idlm, linears)
     floats = idlm.device.type == "cpu" and idlm.dtype == torch.float32
-    return Products(linears, _fused(idlm) if floats else frozenset())
+    return Products(linears, _fused(idlm, shapes[0]) if floats else frozenset())
 
 
 def free_weights(idlm: Idlm, linears: Linears) -> None:
@@ -114,9 +117,9 @@ def _add_drafts(idlm: Idlm, linears: Linears) -> None:
         linears.add([matrix] for _, low in beside for matrix in low)
 
 
-def _fused(idlm: Idlm) -> frozenset[str]:
+def _fused(idlm: Idlm, shape: Shape) -> frozenset[str]:
     """The operators that recordings of steps use the C kernels for."""
-    heads, _, size = attention_shapes(idlm)[0]
+    heads, _, size = shape
     config = idlm.model.config
     hidden = int(config.hidden_size)
     return faster_operators(

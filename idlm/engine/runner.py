@@ -23,7 +23,6 @@ from idlm.engine.prefill import Chunk, PrefillBatch
 from idlm.engine.products import Products
 from idlm.engine.record import Recorder
 from idlm.engine.request import Request
-from idlm.engine.shapes import attention_shapes
 from idlm.engine.slots import Slots, staged
 from idlm.engine.step import ModelStep, StepKey, StepResult, Verify
 from idlm.models.idlm_model import Idlm
@@ -66,18 +65,14 @@ class Runner:
 
     Args:
         depth: K, the most drafts of any plan.
-        pages: the number of pages of the KV cache, including the trash page.
         products: the kernels that multiply by the model's weights.
     """
 
     def __init__(
-        self, idlm: Idlm, config: EngineConfig, depth: int, pages: int, products: Products
+        self, idlm: Idlm, config: EngineConfig, depth: int, cache: KVCache, products: Products
     ) -> None:
         self.idlm, self.depth = idlm, depth
-        like = torch.empty(0, dtype=idlm.dtype, device=idlm.device)
-        shapes, deterministic = attention_shapes(idlm), config.deterministic
-        cache = KVCache(shapes, pages, config.page_size, like, deterministic)
-        slots = config.max_num_seqs
+        slots, deterministic = config.max_num_seqs, config.deterministic
         self.slots = Slots(slots, depth, cache.columns(idlm.context), idlm.vocab_size, idlm.device)
         self.settings = Settings.empty(slots + 1, idlm.vocab_size, idlm.mask_id, idlm.device)
         self.model_step = ModelStep(idlm, cache, self.slots, self.settings, products, deterministic)

@@ -7,12 +7,15 @@ from torch import Tensor
 
 from idlm.models.idlm_model import Idlm
 
+Shape = tuple[int, int, int]
+"""Of a layer's attention: query heads, key/value heads, head size."""
+
 
 class _Shapes:
     """A cache that stores no keys and records the shapes of each layer."""
 
     def __init__(self) -> None:
-        self.found: list[tuple[int, int, int]] = []
+        self.found: list[Shape] = []
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         self.found.append((query.shape[1], key.shape[1], key.shape[3]))
@@ -34,8 +37,8 @@ def working_memory(idlm: Idlm, rows: int, logits: int) -> int:
 
 
 @torch.inference_mode()
-def attention_shapes(idlm: Idlm) -> list[tuple[int, int, int]]:
-    """(H, G, E) of each layer: query heads, key/value heads and head size."""
+def attention_shapes(idlm: Idlm) -> list[Shape]:
+    """The shape of each layer, found by a forward of one row."""
     cache = _Shapes()
     one = torch.zeros(1, 1, dtype=torch.int64, device=idlm.device)
     idlm.hidden(one, one, None, cache=cache)

@@ -16,8 +16,8 @@ from benchmarks.gpu_check import (
     attempt,
     failures,
     main,
+    outcome,
     run_part,
-    said,
     start_part,
     summary,
 )
@@ -106,7 +106,7 @@ def test_summaries_are_short() -> None:
     )
 
 
-def test_what_pytest_said() -> None:
+def test_the_outcome_of_pytest() -> None:
     lines = [
         "4 workers [7 items]",
         "[gw0] [  1%] PASSED tests/a.py::one ",
@@ -114,7 +114,7 @@ def test_what_pytest_said() -> None:
         "E   assert 1 == 2",
         "end",
     ]
-    found = said(lines)
+    found = outcome(lines)
     assert found["counts"] == {"passed": 1, "skipped": 0, "failed": 1, "error": 0, "of": 7}
     assert (found["failed"], found["errors"]) == (["a.py::two[1] "], ["E   assert 1 == 2"])
     assert found["last"] == ["end"]
