@@ -98,11 +98,14 @@ def _report(laps: Any) -> dict[str, Any]:
 
 
 def _show(idlm: Idlm, questions: list[str], results: list[Result], report: dict[str, Any]) -> None:
-    """Print the answers with each token in the colour of its source, a legend, and a table."""
+    """Print the answers with each token in the colour of its source, a legend, and a table.
+
+    A terminal wraps lines; a pipe gets them whole, so that they can be searched.
+    """
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     for question, result in zip(questions, results, strict=True):
         console.print(question, style="dim", markup=False)
         console.print(_coloured(idlm, result), end="\n\n")
