@@ -1,24 +1,17 @@
-"""From a `Job` to an HTTP response: whole, or as server-sent events.
-
-When the client disconnects, its samples are aborted.
-"""
+"""From a `Job` to the body of a response of chat or completions, whole or in chunks."""
 
 from __future__ import annotations
 
-import asyncio
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
-from typing import Any, TypeVar
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
-from fastapi import Request, Response
-from fastapi.responses import StreamingResponse
 from msgspec import UNSET, UnsetType
-from starlette.types import Receive, Scope, Send
 
 from idlm.engine.request import Logprob
-from idlm.serving.errors import ApiError, Expected, as_api_error
-from idlm.serving.jobs import Body, Event, Job
+from idlm.serving.errors import ApiError
+from idlm.serving.jobs import Body, Job
 from idlm.serving.prompts import Prompts
 from idlm.serving.responses import (
     ChatChoice,
@@ -41,10 +34,10 @@ from idlm.serving.responses import (
 )
 from idlm.serving.schema import CompletionRequest
 from idlm.serving.schema_chat import ChatRequest
+from idlm.serving.sending import Streamable
 from idlm.serving.tools import CallParser, Family, ForcedParser, Parser
 from idlm.serving.wire import Delta, Finished
 
-T = TypeVar("T")
 Entry = Mapping[int, Logprob]
 """Log-probabilities at one position by token id; the sampled token is the first."""
 DONE = b"data: [DONE]\n\n"
@@ -52,8 +45,8 @@ LOWEST_LOGPROB = -9999.0
 """Stands for log 0, as in OpenAI's API; JSON has no infinity."""
 
 
-class Answer(ABC):
-    """Builds the response to one request, whole or in chunks."""
+class Answer(Streamable):
+    """A response in the form of chat and completions."""
 
     def __init__(self, job: Job, body: Body, prompts: Prompts) -> None:
         self.job, self.prompts = job, prompts
@@ -62,18 +55,19 @@ class Answer(ABC):
         self._begun: set[int] = set()
 
     @abstractmethod
-    def response(self, samples: Sequence[Sequence[Delta]], usage: Usage) -> msgspec.Struct:
-        """The whole response; `samples` are the updates of each sample."""
-
-    @abstractmethod
-    def chunks(self, index: int, event: Delta | Finished) -> list[msgspec.Struct]:
-        """The chunks that an event adds to a stream; the last chunk of a sample has its finish
-        reason."""
-
-    @abstractmethod
     def chunk(self, choices: list[Any], usage: Usage | None = None) -> msgspec.Struct:
         """A chunk of a stream; the last one has no choices, but the usage if the request asked for
         it."""
+
+    def encode(self, chunks: Sequence[msgspec.Struct]) -> bytes:
+        return b"".join(b"data: " + msgspec.json.encode(chunk) + b"\n\n" for chunk in chunks)
+
+    def last(self) -> bytes:
+        usage = [self.chunk([], self.job.usage())] if self.include_usage else []
+        return self.encode(usage) + DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        return self.encode([error.body])
 
     def begins(self, index: int) -> bool:
         """Whether this is the first call for a sample."""
@@ -293,92 +287,3 @@ class CompletionAnswer(Answer):
         return {
             self.prompts.token(token): max(entry.logprob, LOWEST_LOGPROB) for token, entry in rising
         }
-
-
-async def respond(request: Request, answer: Answer, stream: bool) -> Response:
-    """Run an answer's job to its end, or begin to stream it.
-
-    Raises:
-        ApiError, InputError, EngineDown: the job failed before any byte was sent.
-    """
-    job = answer.job
-    try:
-        if not stream:
-            return as_json(await _unless_gone(request, _collect(answer)))
-        events = job.events()
-        # before the response begins: an early refusal gets a status code, not an event
-        first = await _unless_gone(request, anext(events))
-    except BaseException:
-        job.cancel()
-        raise
-    return _EventStream(job, _sse(first, events, answer))
-
-
-def as_json(value: msgspec.Struct, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
-
-
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """Await `work` while the client is connected. The body must have been read.
-
-    Raises:
-        ApiError: 499: the client has disconnected, so only the log sees it.
-    """
-    task = asyncio.ensure_future(work)
-    watcher = asyncio.create_task(_left(request))
-    try:
-        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ApiError(499, "the client has left")
-        return task.result()
-    finally:
-        task.cancel()
-        watcher.cancel()
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _collect(answer: Answer) -> msgspec.Struct:
-    samples: list[list[Delta]] = [[] for _ in answer.job.tickets]
-    async for index, event in answer.job.events():
-        if isinstance(event, Delta):
-            samples[index].append(event)
-    return answer.response(samples, answer.job.usage())
-
-
-async def _sse(first: Event, events: AsyncIterator[Event], answer: Answer) -> AsyncIterator[bytes]:
-    """The events of a stream; an error is the last event."""
-    try:
-        yield _encode(answer.chunks(*first))
-        async for event in events:
-            chunks = answer.chunks(*event)
-            if chunks:
-                yield _encode(chunks)
-        if answer.include_usage:
-            yield _encode([answer.chunk([], answer.job.usage())])
-        yield DONE
-    except Expected as error:
-        yield _encode([as_api_error(error).body])
-
-
-def _encode(chunks: Sequence[msgspec.Struct]) -> bytes:
-    return b"".join(b"data: " + msgspec.json.encode(chunk) + b"\n\n" for chunk in chunks)
-
-
-class _EventStream(StreamingResponse):
-    """Cancels its job at the end, even if the client disconnects before the first byte."""
-
-    def __init__(self, job: Job, content: AsyncIterator[bytes]) -> None:
-        super().__init__(
-            content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
-        )
-        self._job = job
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._job.cancel()
