@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -34,6 +36,15 @@ def serve(
     api_key: Annotated[
         list[str] | None,
         _option("Network", f"A key that opens all routes; can be repeated. Or ${KEY_VARIABLE}."),
+    ] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        _option(
+            "Network",
+            "A web page's origin that may use the server, a JSON list of them, or *; can be "
+            "repeated.",
+            metavar="ORIGIN",
+        ),
     ] = None,
     name: Annotated[
         str | None, _option("Model", "What requests call the model; MODEL if not given.")
@@ -96,9 +107,9 @@ def serve(
     adapters = _adapters(adapter or [])
     worker = WorkerConfig(model, adapters, dtype, device, engine)
     keys = _keys(api_key or [])
-    config = ServeConfig(
-        worker, _name(name or model, adapters), host, port, keys, salt_by_key, log_prompts, limits
-    )
+    named = _name(name or model, adapters)
+    origins = _origins(allowed_origins or [])
+    config = ServeConfig(worker, named, host, port, keys, salt_by_key, log_prompts, limits, origins)
     _check_port(port)
 
     from idlm.serving.server import serve as run
@@ -181,6 +192,26 @@ def _keys(options: list[str]) -> tuple[str, ...]:
                 f"use letters and digits ({len(key)} long)"
             )
     return tuple(keys)
+
+
+def _origins(options: list[str]) -> tuple[str, ...]:
+    """Origins, each option one or a JSON list of them, as vLLM takes them."""
+    found: list[str] = []
+    for option in options:
+        try:
+            value = json.loads(option) if option.startswith("[") else [option]
+        except ValueError:
+            value = [None]
+        for origin in value:
+            parts = urlsplit(origin) if isinstance(origin, str) else None
+            whole = parts is not None and origin == f"{parts.scheme}://{parts.netloc}"
+            if origin != "*" and not (parts and whole and parts.scheme and parts.netloc):
+                raise InputError(
+                    f"--allowed-origins {option!r} is no origin; write for example "
+                    "https://example.org, a JSON list of such, or *"
+                )
+            found.append(origin)
+    return tuple(found)
 
 
 def _is_loopback(host: str) -> bool:

@@ -134,7 +134,7 @@ class ChatAnswer(Answer):
             self.trace(index, *deltas, end),
         )
 
-    def chunks(self, index: int, event: Delta | Finished) -> list[msgspec.Struct]:
+    def chunks(self, index: int, event: Delta | Finished) -> list[ChatChunk]:
         """The chunk with the role comes first."""
         choices = [ChunkChoice(index, ChoiceDelta("assistant", ""))] if self.begins(index) else []
         choices += (
@@ -193,6 +193,11 @@ def _split(pieces: Sequence[str | ToolCall]) -> tuple[str, list[ToolCall]]:
 
 def _choice_delta(text: str, calls: list[ToolCall]) -> ChoiceDelta:
     return ChoiceDelta(content=text or UNSET, tool_calls=calls or UNSET)
+
+
+def thought(delta: ChoiceDelta) -> str:
+    """The part of a thought that a delta adds."""
+    return getattr(delta, "reasoning_content", None) or ""
 
 
 def _reason(end: Finished, calls: bool = False) -> FinishReason:

@@ -9,9 +9,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from pydantic import Discriminator, Tag
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match
 
 from idlm import __version__
-from idlm.serving import responses
+from idlm.serving import apis, info, responses
 from idlm.serving.answers import CompletionAnswer
 from idlm.serving.chat import chat_answer
 from idlm.serving.client import EngineClient
@@ -40,10 +42,14 @@ SHAPES = (
         responses.ModelList,
     ),
     *(responses.Tokenized, responses.Detokenized, responses.Status, responses.Version, ErrorBody),
+    *(*apis.SHAPES, *info.SHAPES),
 )
 """Every type of a response body."""
-
-
+WITH_MODEL = (
+    *("ChatRequest", "CompletionRequest", "ResponsesRequest", "MessagesRequest", "CountRequest"),
+)
+"""Requests whose `model` is one of those that are served."""
+ROOT = "/v1"
 router = strict_router()
 
 
@@ -84,6 +90,8 @@ async def list_models(request: Request) -> Response:
 @router.get("/v1/models/{id:path}", responses=answers(responses.ModelCard, 404))
 async def get_model(request: Request, id: str) -> Response:
     """Describe one model; 404 if it is not served."""
+    if not id:
+        raise _no_path(request)
     server = the_server(request)
     server.target(id)
     return as_json(_card(server, id))
@@ -177,7 +185,7 @@ class App(FastAPI):
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
             schemas |= components()
-            for name in ("ChatRequest", "CompletionRequest"):
+            for name in WITH_MODEL:
                 schemas[name]["properties"]["model"]["enum"] = list(self.state.server.targets)
             self.openapi_schema = document
         return self.openapi_schema
@@ -190,8 +198,17 @@ def create_app(config: ServeConfig, client: EngineClient, prompts: Prompts) -> F
     )
     meters = Meters(client)
     app.state.server = Server(config, client, prompts, meters)
-    app.include_router(router)
+    for routes in (router, apis.router, info.router):
+        app.include_router(routes)
     app.add_middleware(AuthAndLimits, api_keys=config.api_keys, limits=config.limits)
+    if config.allowed_origins:  # before the keys: a browser's preflight has none
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     app.add_middleware(AccessLog, meters=meters)  # the last one added is the outermost
     app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
     for kind in Expected:
@@ -200,13 +217,32 @@ def create_app(config: ServeConfig, client: EngineClient, prompts: Prompts) -> F
 
 
 async def _expected(request: Request, error: Exception) -> Response:
-    return as_api_error(error).response()
+    known = as_api_error(error)
+    if known.status_code == 404 and not isinstance(error, ApiError):
+        known = _no_path(request)
+    return known.response(request.scope["path"])
+
+
+def _no_path(request: Request) -> ApiError:
+    """404, with the path that is probably meant."""
+    path = request.scope["path"]
+    plain = "/" + path.strip("/")
+    meant = next((one for one in (plain, ROOT + plain) if _has_route(request, one)), None)
+    hint = f"; use {meant}" if meant else "; GET /openapi.json lists the paths"
+    return ApiError(404, f"there is no path {path[:80]}{hint}", code="unknown_path")
+
+
+def _has_route(request: Request, path: str) -> bool:
+    if path in ("/", request.scope["path"]):
+        return False
+    scope = {**request.scope, "path": path}
+    return any(route.matches(scope)[0] is not Match.NONE for route in request.app.router.routes)
 
 
 async def _invalid(request: Request, error: RequestValidationError) -> Response:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
-        return ApiError(
-            415, "the body is not application/json; send the header Content-Type"
-        ).response()
-    return validation_error(error.errors()).response()
+        kind = ApiError(415, "the body is not application/json; send the header Content-Type")
+    else:
+        kind = validation_error(error.errors())
+    return kind.response(request.scope["path"])

@@ -62,10 +62,11 @@ class ServeConfig:
 
     Attributes:
         name: of the model in requests; adapters have their own names.
-        api_keys: any of them opens every route; without keys all routes are open. /health needs
-            none.
+        api_keys: any of them opens every route; without keys all routes are open. /health, /ping
+            and the page /docs need none.
         salt_by_key: requests share cached prefixes only with those of the same key.
         log_prompts: write prompts and outputs to the log.
+        allowed_origins: of web pages that may use the server, or "*"; none by default.
     """
 
     worker: WorkerConfig
@@ -76,3 +77,4 @@ class ServeConfig:
     salt_by_key: bool = False
     log_prompts: bool = False
     limits: Limits = field(default_factory=Limits)
+    allowed_origins: tuple[str, ...] = ()

@@ -122,9 +122,10 @@ class Job:
     Attributes:
         head: id, created, model and system_fingerprint of the response.
         ends: the end of each finished sample, by its index.
+        prompt_tokens: of all prompts, before any is computed.
     """
 
-    def __init__(self, server: Server, request: Request, body: Body) -> None:
+    def __init__(self, server: Server, request: Request, body: Body, prompt_tokens: int) -> None:
         self.head: dict[str, Any] = {
             "id": f"{body.kind}-{secrets.token_hex(16)}",
             "created": int(time()),
@@ -132,6 +133,7 @@ class Job:
             "system_fingerprint": server.fingerprint,
         }
         self.samples = body.samples
+        self.prompt_tokens = prompt_tokens
         self.tickets: list[Ticket] = []
         self.ends: dict[int, Finished] = {}
         self._facts: dict[str, Any] = request.scope["state"]["facts"]
@@ -234,11 +236,11 @@ def admit(request: Request, body: Body, prompts: Sequence[list[int]]) -> Job:
     """
     server = the_server(request)
     context, limits = server.engine().context, server.config.limits
-    job = Job(server, request, body)
+    job = Job(server, request, body, sum(map(len, prompts)))
     facts, guide = request.scope["state"]["facts"], body.guide(limits)
     facts |= {
         "model": body.model,
-        "prompt_tokens": sum(map(len, prompts)),
+        "prompt_tokens": job.prompt_tokens,
         "samples": len(prompts) * body.samples,
     }
     submits = []

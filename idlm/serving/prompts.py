@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -59,6 +59,24 @@ class Prompts(PromptEncoder):
             self._tokens[token] = self.decode([token])
         return self._tokens[token]
 
+    def tokenizer_info(self) -> dict[str, Any]:
+        """The tokenizer's configuration as JSON has it, without paths of this machine.
+
+        Raises:
+            InputError: the model has none.
+        """
+        tokenizer = self.tokenizer
+        kept = {
+            name: value
+            for name, value in tokenizer.init_kwargs.items()
+            if not name.endswith(("_file", "name_or_path"))
+        }
+        kept |= tokenizer.special_tokens_map
+        kept |= {"tokenizer_class": type(tokenizer).__name__}
+        if tokenizer.chat_template:
+            kept["chat_template"] = tokenizer.chat_template
+        return {name: _as_json(value) for name, value in kept.items()}
+
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids of a client.
 
@@ -72,3 +90,12 @@ class Prompts(PromptEncoder):
                     f"tokens holds an id outside the vocabulary 0..{size - 1}; take it out"
                 )
         return self.decode(ids)
+
+
+def _as_json(value: Any) -> Any:
+    """A value of a tokenizer's configuration; special tokens become their texts."""
+    if isinstance(value, dict):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
