@@ -174,7 +174,12 @@ class _Watched:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", []), (b"x-request-id", self._id.encode())]
+            id = self._id.encode()
+            message["headers"] = [
+                *message.get("headers", []),
+                (b"x-request-id", id),
+                (b"request-id", id),  # the name that Anthropic's clients read
+            ]
         await self._send(message)
 
 

@@ -170,6 +170,8 @@ class Prompt(Strict):
         if self.thinking is not None:
             on = self.thinking.type != "disabled"
             fields["chat_template_kwargs"] = {"enable_thinking": on}
+            if on and self.thinking.budget_tokens is not None:
+                fields["thinking_token_budget"] = self.thinking.budget_tokens
         if self.output_config is not None and self.output_config.effort is not None:
             fields["reasoning_effort"] = self.output_config.effort
         return fields | _choice(self.tool_choice)

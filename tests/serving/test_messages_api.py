@@ -424,6 +424,7 @@ def test_errors_of_every_layer_have_its_shape(served: Running, http: httpx.Clien
             PATH, json=ASK, headers={"x-api-key": KEY, "anthropic-version": "2023-06-01"}
         )
     assert right.status_code == 200
+    assert right.headers["request-id"] == right.headers["x-request-id"]
     long = b'{"model": "%b"}' % (b"x" * (5 * 2**20))
     json_type = {"Content-Type": "application/json"}
     for answer, status, kind in (
