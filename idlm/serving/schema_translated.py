@@ -31,7 +31,10 @@ class Translated(Generation):
 
     n: Literal[1] | None = None
     stop: None = None
-    idlm: None = None  # type: ignore[assignment]  # these APIs have no place for a trace
+    # what follows has no place in the responses of these APIs
+    idlm: None = None  # type: ignore[assignment]
+    prompt_logprobs: None = None
+    return_token_ids: None = None
 
     def chat_fields(self) -> dict[str, Any]:
         """The fields that chat has under the same name, as they were sent."""
