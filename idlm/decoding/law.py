@@ -178,9 +178,10 @@ def completing(settings: Settings, ahead: Tensor | None, rows: int) -> Tensor:
     begin, last = words[:, None, :, :-1], words[:, None, :, -1].expand(-1, rows, -1)
     # [B, R, words]: whether the tokens before a row end with all of a word but its last token
     match = ((begin == before[:, :, None]) | (begin == ABSENT)).all(dim=-1) & (last != ABSENT)
-    banned = torch.zeros(*match.shape[:2], settings.vocab_size + 1, dtype=torch.bool)
-    banned = banned.to(match.device)  # its last column takes the words that do not match
-    return banned.scatter_(2, last.where(match, settings.vocab_size), True)[..., :-1]
+    # the last column takes the words that do not match
+    banned = match.new_zeros(*match.shape[:2], settings.vocab_size + 1)
+    place = last.masked_fill(~match, settings.vocab_size)
+    return banned.scatter(2, place, torch.ones_like(match))[..., :-1]
 
 
 def _penalised(scores: Tensor, settings: Settings, ahead: Tensor | None) -> Tensor:

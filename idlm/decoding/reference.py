@@ -73,7 +73,7 @@ def adjusted(
     for token, bias in params.logit_bias.items():
         scores[token] += bias
     bad = [
-        word[-1]
+        int(word[-1])
         for word in params.bad_words
         if [*output][max(0, len(output) + 1 - len(word)) :] == [*word[:-1]]
     ]

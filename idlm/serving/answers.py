@@ -28,18 +28,16 @@ from idlm.serving.responses import (
     ChatLogprobs,
     ChoiceDelta,
     ChunkChoice,
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
     FinishReason,
     Message,
+    PromptLogprob,
+    PromptLogprobs,
     ToolCall,
     TopLogprob,
     Trace,
     TraceEntry,
     Usage,
 )
-from idlm.serving.schema import CompletionRequest
 from idlm.serving.schema_chat import ChatRequest
 from idlm.serving.tools import CallParser, Family, ForcedParser, Parser
 from idlm.serving.wire import Delta, Finished
@@ -57,7 +55,8 @@ class Answer(ABC):
 
     def __init__(self, job: Job, body: Body, prompts: Prompts) -> None:
         self.job, self.prompts = job, prompts
-        self.include_usage, self._traced = body.include_usage, body.idlm.trace
+        self.include_usage, self._continuous = body.include_usage, body.continuous_usage
+        self._traced, self._with_ids = body.idlm.trace, bool(body.return_token_ids)
         self._forwards = [0] * len(job.tickets)
         self._begun: set[int] = set()
 
@@ -83,7 +82,32 @@ class Answer(ABC):
 
     def shown(self, usage: Usage | None) -> Usage | None | UnsetType:
         """The value of a chunk's field `usage`."""
+        if usage is None and self._continuous:
+            return self.job.usage_so_far()
         return usage if self.include_usage else UNSET
+
+    def ids(self, *deltas: Delta) -> list[int] | UnsetType:
+        """The value of the field `token_ids`."""
+        return [token for delta in deltas for token in delta.tokens] if self._with_ids else UNSET
+
+    def prompt_ids(self, index: int) -> list[int] | UnsetType:
+        """The value of the field `prompt_token_ids`."""
+        return self.job.prompts[index // self.job.samples] if self._with_ids else UNSET
+
+    def prompt_logprobs(self, index: int, top: int | None) -> PromptLogprobs | UnsetType:
+        """The value of the field `prompt_logprobs`; `top` is that of the request."""
+        entries = self.job.ends[index].prompt_logprobs
+        if top is None or entries is None:
+            return UNSET
+        return [None if entry is None else self._prompt_logprob(entry, top) for entry in entries]
+
+    def _prompt_logprob(self, entry: Entry, top: int) -> dict[str, PromptLogprob]:
+        return {
+            str(token): PromptLogprob(
+                max(found.logprob, LOWEST_LOGPROB), found.rank, self.prompts.token(token)
+            )
+            for token, found in likeliest(entry, top).items()
+        }
 
     def trace(self, index: int, *events: Delta | Finished) -> Trace | UnsetType:
         """The source of each token in `events`, and the TPF once the sample has finished."""
@@ -123,7 +147,13 @@ class ChatAnswer(Answer):
 
     def response(self, samples: Sequence[Sequence[Delta]], usage: Usage) -> ChatCompletion:
         choices = [self._choice(index, deltas) for index, deltas in enumerate(samples)]
-        return ChatCompletion(**self.job.head, choices=choices, usage=usage)
+        return ChatCompletion(
+            **self.job.head,
+            choices=choices,
+            usage=usage,
+            prompt_token_ids=self.prompt_ids(0),
+            prompt_logprobs=self.prompt_logprobs(0, self._body.prompt_logprobs),
+        )
 
     def _choice(self, index: int, deltas: Sequence[Delta]) -> ChatChoice:
         parser, end = self._parsers[index], self.job.ends[index]
@@ -135,36 +165,40 @@ class ChatAnswer(Answer):
         return ChatChoice(
             index,
             Message(text if text or not calls else None, tool_calls=calls or UNSET),
-            _reason(end, bool(calls)),
+            reason(end, bool(calls)),
             self._logprobs([entry for delta in deltas for entry in delta.logprobs or ()]),
+            self.ids(*deltas),
             self.trace(index, *deltas, end),
         )
 
     def chunks(self, index: int, event: Delta | Finished) -> list[msgspec.Struct]:
-        """The chunk with the role comes first."""
-        choices = [ChunkChoice(index, ChoiceDelta("assistant", ""))] if self.begins(index) else []
-        choices += (
-            self._delta(index, event) if isinstance(event, Delta) else self._end(index, event)
-        )
-        return [self.chunk([choice]) for choice in choices]
+        """The chunk with the role comes first, and has the prompt's ids if they are asked for."""
+        first = []
+        if self.begins(index):
+            first = [self.chunk([ChunkChoice(index, ChoiceDelta("assistant", ""))])]
+            first[0].prompt_token_ids = self.prompt_ids(index)
+        choices = self._delta(index, event) if isinstance(event, Delta) else self._end(index, event)
+        return [*first, *(self.chunk([choice]) for choice in choices)]
 
     def _delta(self, index: int, event: Delta) -> list[ChunkChoice]:
-        """What a step adds: nothing if its text is held back and no log-probabilities or trace are
-        due."""
+        """What a step adds: nothing if its text is held back and no log-probabilities, ids or trace
+        are due."""
         parser, calls = self._parsers[index], list[ToolCall]()
         text = event.text
         if parser is not None:
             text, calls = _split(parser.push(text))
         logprobs, trace = self._logprobs(event.logprobs or ()), self.trace(index, event)
-        choice = ChunkChoice(index, _choice_delta(text, calls), logprobs=logprobs, idlm=trace)
-        return [choice] if text or calls or logprobs or trace is not UNSET else []
+        delta, ids = _choice_delta(text, calls), self.ids(event)
+        choice = ChunkChoice(index, delta, None, logprobs, ids, trace)
+        due = logprobs or trace is not UNSET or ids is not UNSET
+        return [choice] if text or calls or due else []
 
     def _end(self, index: int, event: Finished) -> list[ChunkChoice]:
         parser = self._parsers[index]
         text, calls = _split(parser.finish()) if parser is not None else ("", [])
         held = [ChunkChoice(index, _choice_delta(text, calls))] if text or calls else []
-        reason = _reason(event, bool(parser and parser.calls))
-        return [*held, ChunkChoice(index, ChoiceDelta(), reason, idlm=self.trace(index, event))]
+        ended = reason(event, bool(parser and parser.calls))
+        return [*held, ChunkChoice(index, ChoiceDelta(), ended, idlm=self.trace(index, event))]
 
     def chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> ChatChunk:
         return ChatChunk(**self.job.head, choices=choices, usage=self.shown(usage))
@@ -179,11 +213,10 @@ class ChatAnswer(Answer):
     def _logprob(self, entry: Entry) -> ChatLogprob:
         """The sampled token is the first of `entry`; `top_logprobs` has it only if it is among
         them."""
-        likeliest = sorted(entry, key=lambda token: -entry[token].logprob)[
-            : self._body.top_logprobs or 0
-        ]
+        ordered = sorted(entry, key=lambda token: -entry[token].logprob)
         sampled = next(iter(entry))
-        chosen, *top = [self._top(token, entry[token]) for token in (sampled, *likeliest)]
+        shown = (sampled, *ordered[: self._body.top_logprobs or 0])
+        chosen, *top = [self._top(token, entry[token]) for token in shown]
         return ChatLogprob(chosen.token, chosen.logprob, chosen.bytes, top)
 
     def _top(self, token: int, logprob: Logprob) -> TopLogprob:
@@ -197,102 +230,23 @@ def _split(pieces: Sequence[str | ToolCall]) -> tuple[str, list[ToolCall]]:
     return text, [piece for piece in pieces if isinstance(piece, ToolCall)]
 
 
+def likeliest(entry: Entry, top: int) -> Entry:
+    """The token of an entry, and the `top` likeliest ones: there may be more, for another field."""
+    return {
+        token: found
+        for place, (token, found) in enumerate(entry.items())
+        if place == 0 or found.rank <= top
+    }
+
+
 def _choice_delta(text: str, calls: list[ToolCall]) -> ChoiceDelta:
     return ChoiceDelta(content=text or UNSET, tool_calls=calls or UNSET)
 
 
-def _reason(end: Finished, calls: bool = False) -> FinishReason:
+def reason(end: Finished, calls: bool = False) -> FinishReason:
     if end.reason == "length":
         return "length"
     return "tool_calls" if calls else "stop"
-
-
-class CompletionAnswer(Answer):
-    """Builds the response to a completions request. Choice i * n + k is sample k of prompt i."""
-
-    def __init__(
-        self, job: Job, body: CompletionRequest, prompts: Prompts, ids: Sequence[Sequence[int]]
-    ) -> None:
-        super().__init__(job, body, prompts)
-        self._body, self._ids = body, ids
-        self._written = [0] * len(job.tickets)  # characters so far, for `text_offset` in a stream
-
-    def response(self, samples: Sequence[Sequence[Delta]], usage: Usage) -> Completion:
-        if self._body.prompt_only:
-            samples = [() for _ in samples]
-            usage.total_tokens, usage.completion_tokens = usage.prompt_tokens, 0
-        choices = [self._choice(index, deltas) for index, deltas in enumerate(samples)]
-        return Completion(**self.job.head, choices=choices, usage=usage)
-
-    def _choice(self, index: int, deltas: Sequence[Delta]) -> CompletionChoice:
-        end = self.job.ends[index]
-        entries = [
-            *(end.prompt_logprobs or ()),
-            *(entry for delta in deltas for entry in delta.logprobs or ()),
-        ]
-        first = self.prompts.decode(self._ids[index // self.job.samples][:1])
-        return CompletionChoice(
-            index,
-            self._echoed(index) + "".join(delta.text for delta in deltas),
-            "length" if self._body.prompt_only else _reason(end),
-            self._logprobs(entries, first) if self._body.logprobs is not None else None,
-            self.trace(index, *deltas, end),
-        )
-
-    def _echoed(self, index: int) -> str:
-        """The prompt's text if the request has `echo`, else ""."""
-        if not self._body.echo:
-            return ""
-        prompt = self._body.prompts[index // self.job.samples]
-        return prompt if isinstance(prompt, str) else self.prompts.decode(prompt)
-
-    def chunks(self, index: int, event: Delta | Finished) -> list[msgspec.Struct]:
-        """No chunk if a step's text is held back and no log-probabilities or trace are due."""
-        choice = CompletionChoice(index, self._echoed(index) if self.begins(index) else "")
-        choice.idlm = self.trace(index, event)
-        if isinstance(event, Finished):
-            choice.finish_reason = _reason(event)
-            return [self.chunk([choice])]
-        choice.text += event.text
-        if self._body.logprobs is not None:
-            choice.logprobs = self._logprobs(event.logprobs or (), offset=self._written[index])
-            self._written[index] += sum(map(len, choice.logprobs.tokens))
-        has_content = choice.text or choice.logprobs is not None or choice.idlm is not UNSET
-        return [self.chunk([choice])] if has_content else []
-
-    def chunk(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
-        return Completion(**self.job.head, choices=choices, usage=self.shown(usage))
-
-    def _logprobs(
-        self, entries: Sequence[Entry | None], first: str = "", offset: int = 0
-    ) -> CompletionLogprobs:
-        """OpenAI's four lists, one entry for each token.
-
-        Args:
-            entries: None for the first token of a prompt, which has no law.
-            first: the text of that token.
-            offset: where the first token begins; offsets count the characters of the tokens' own
-                texts.
-        """
-        shown = CompletionLogprobs([], [], [], [])
-        for entry in entries:
-            token = first if entry is None else self.prompts.token(next(iter(entry)))
-            logprob = (
-                None if entry is None else max(next(iter(entry.values())).logprob, LOWEST_LOGPROB)
-            )
-            shown.tokens.append(token)
-            shown.text_offset.append(offset)
-            shown.token_logprobs.append(logprob)
-            shown.top_logprobs.append(None if entry is None else self._by_text(entry))
-            offset += len(token)
-        return shown
-
-    def _by_text(self, entries: Entry) -> dict[str, float]:
-        """If two tokens have the same text, the likelier one's log-probability is shown."""
-        rising = sorted(entries.items(), key=lambda pair: pair[1].logprob)
-        return {
-            self.prompts.token(token): max(entry.logprob, LOWEST_LOGPROB) for token, entry in rising
-        }
 
 
 async def respond(request: Request, answer: Answer, stream: bool) -> Response:

@@ -14,8 +14,9 @@ from pydantic import Discriminator, Tag
 
 from idlm import __version__
 from idlm.serving import responses
-from idlm.serving.answers import ChatAnswer, CompletionAnswer, as_json, respond
+from idlm.serving.answers import ChatAnswer, as_json, respond
 from idlm.serving.client import EngineClient
+from idlm.serving.completion_answer import CompletionAnswer
 from idlm.serving.config import ServeConfig
 from idlm.serving.errors import ApiError, ErrorBody, Expected, as_api_error
 from idlm.serving.jobs import Server, admit, the_server
@@ -25,11 +26,10 @@ from idlm.serving.prompts import Prompts
 from idlm.serving.schema import (
     CompletionRequest,
     DetokenizeRequest,
-    StrictRequest,
     TokenizeText,
-    validation_error,
 )
 from idlm.serving.schema_chat import ChatRequest, TokenizeMessages
+from idlm.serving.strict import StrictRequest, validation_error
 from idlm.serving.tools import family_of
 
 JSON, EVENTS = "application/json", "text/event-stream"
@@ -119,12 +119,13 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     """Answer a conversation, as one body or as a stream."""
     server = the_server(request)
     server.accept(body)
-    family = family_of(server.prompts.template) if body.tools_in_use else None
-    ids = await server.prompts.in_thread(body.encoder(server.prompts))
-    if family is not None and family.special:
-        body = body.model_copy(update={"skip_special_tokens": False})
-    job = admit(request, body, [ids])
-    return await respond(request, ChatAnswer(job, body, server.prompts, family), bool(body.stream))
+    with body.naming():
+        family = family_of(server.prompts.template) if body.tools_in_use else None
+        ids = await server.prompts.in_thread(body.encoder(server.prompts))
+        if family is not None and family.special:
+            body = body.model_copy(update={"skip_special_tokens": False})
+        answer = ChatAnswer(admit(request, body, [ids]), body, server.prompts, family)
+        return await respond(request, answer, bool(body.stream))
 
 
 @router.post(
@@ -135,14 +136,16 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     """Complete one prompt or several, as one body or as a stream."""
     server = the_server(request)
     server.accept(body)
-    text = server.prompts.text
-    prompts = await server.prompts.in_thread(
-        lambda: [text(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
-    )
-    job = admit(request, body, prompts)
-    return await respond(
-        request, CompletionAnswer(job, body, server.prompts, prompts), bool(body.stream)
-    )
+    special = body.add_special_tokens is not False
+    parsed = server.config.parse_special if body.parse_special is None else body.parse_special
+
+    def ids(prompt: str | list[int]) -> list[int]:
+        return server.prompts.text(prompt, special, parsed) if isinstance(prompt, str) else prompt
+
+    with body.naming():
+        prompts = await server.prompts.in_thread(lambda: list(map(ids, body.prompts)))
+        answer = CompletionAnswer(admit(request, body, prompts), body, server.prompts)
+        return await respond(request, answer, bool(body.stream))
 
 
 @router.get("/v1/models", responses=answers(responses.ModelList))
@@ -249,7 +252,7 @@ class App(FastAPI):
                 schemas.pop(name, None)
             schemas |= components()
             for name in ("ChatRequest", "CompletionRequest"):
-                schemas[name]["properties"]["model"]["enum"] = list(self.state.server.targets)
+                schemas[name]["properties"]["model"]["enum"] = [*self.state.server.targets, None]
             self.openapi_schema = document
         return self.openapi_schema
 
@@ -280,4 +283,4 @@ async def _invalid(request: Request, error: RequestValidationError) -> Response:
         return ApiError(
             415, "the body is not application/json; send the header Content-Type"
         ).response()
-    return validation_error(error.errors()).response()
+    return validation_error(error.errors(), error.body).response()

@@ -10,6 +10,7 @@ from typing import TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from idlm.chat_template import PromptEncoder
+from idlm.engine.text import TextStream
 from idlm.errors import InputError
 from idlm.models.architecture import read_config, read_tokenizer
 from idlm.models.sources import resolve
@@ -58,6 +59,10 @@ class Prompts(PromptEncoder):
         if token not in self._tokens:
             self._tokens[token] = self.decode([token])
         return self._tokens[token]
+
+    def stream(self, skip_special_tokens: bool) -> TextStream | None:
+        """Decodes tokens as they come; None without a tokenizer."""
+        return None if self._tokenizer is None else TextStream(self._tokenizer, skip_special_tokens)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids of a client.

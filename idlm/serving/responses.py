@@ -27,13 +27,26 @@ class CompletionDetails(msgspec.Struct):
 
 
 class Usage(msgspec.Struct):
-    """Token counts of a request; a prompt counts once, however many samples it has."""
+    """Token counts of a request; a prompt counts once, however many samples it has. The details
+    come at the end."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptDetails
-    completion_tokens_details: CompletionDetails
+    prompt_tokens_details: PromptDetails | UnsetType = UNSET
+    completion_tokens_details: CompletionDetails | UnsetType = UNSET
+
+
+class PromptLogprob(msgspec.Struct):
+    """A token at a position of the prompt: its log-probability, its rank there, and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""By position of the prompt, its token and the likeliest ones by id; null for the first."""
 
 
 class TraceEntry(msgspec.Struct):
@@ -109,6 +122,7 @@ class ChatChoice(msgspec.Struct):
     message: Message
     finish_reason: FinishReason
     logprobs: ChatLogprobs | None = None
+    token_ids: list[int] | UnsetType = UNSET
     idlm: Trace | UnsetType = UNSET
 
 
@@ -126,6 +140,8 @@ class ChatCompletion(Head):
 
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     object: Literal["chat.completion"] = "chat.completion"
 
 
@@ -144,6 +160,7 @@ class ChunkChoice(msgspec.Struct):
     delta: ChoiceDelta
     finish_reason: FinishReason | None = None
     logprobs: ChatLogprobs | None = None
+    token_ids: list[int] | UnsetType = UNSET
     idlm: Trace | UnsetType = UNSET
 
 
@@ -152,6 +169,7 @@ class ChatChunk(Head):
 
     choices: list[ChunkChoice]
     usage: Usage | None | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
 
@@ -171,6 +189,9 @@ class CompletionChoice(msgspec.Struct):
     text: str
     finish_reason: FinishReason | None = None
     logprobs: CompletionLogprobs | None = None
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     idlm: Trace | UnsetType = UNSET
 
 
