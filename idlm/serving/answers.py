@@ -220,8 +220,8 @@ class ChatAnswer(Answer):
         return ChatLogprob(chosen.token, chosen.logprob, chosen.bytes, top)
 
     def _top(self, token: int, logprob: Logprob) -> TopLogprob:
-        text = self.prompts.token(token)
-        return TopLogprob(text, max(logprob.logprob, LOWEST_LOGPROB), list(text.encode()))
+        value, data = max(logprob.logprob, LOWEST_LOGPROB), self.prompts.token_bytes(token)
+        return TopLogprob(self.prompts.token(token), value, list(data))
 
 
 def _split(pieces: Sequence[str | ToolCall]) -> tuple[str, list[ToolCall]]:

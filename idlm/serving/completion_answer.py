@@ -108,7 +108,7 @@ class CompletionAnswer(Answer):
         shown = CompletionLogprobs([], [], [], [])
         for entry in entries:
             token, found = next(iter(entry.items()))
-            shown.tokens.append(self.prompts.token(token))
+            shown.tokens.append(self.prompts.token_name(token))
             shown.text_offset.append(offset + (0 if text is None else len(text.text)))
             law = found is not NO_LAW
             shown.token_logprobs.append(max(found.logprob, LOWEST_LOGPROB) if law else None)
@@ -122,5 +122,6 @@ class CompletionAnswer(Answer):
         shown = likeliest(entries, self._body.logprobs or 0)
         rising = sorted(shown.items(), key=lambda pair: pair[1].logprob)
         return {
-            self.prompts.token(token): max(entry.logprob, LOWEST_LOGPROB) for token, entry in rising
+            self.prompts.token_name(token): max(entry.logprob, LOWEST_LOGPROB)
+            for token, entry in rising
         }

@@ -67,7 +67,8 @@ class Trace(msgspec.Struct):
 
 
 class TopLogprob(msgspec.Struct):
-    """A likely token; `bytes` is its text in UTF-8."""
+    """A likely token; `bytes` are those of its text in UTF-8, also if it is a part of a
+    character."""
 
     token: str
     logprob: float

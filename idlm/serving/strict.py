@@ -121,8 +121,11 @@ def _path(error: Mapping[str, Any], body: Any) -> tuple[str | int, ...]:
     return path
 
 
-def _progress(found: tuple[tuple[str | int, ...], Mapping[str, Any]]) -> tuple[int, bool]:
-    """How far an error's member of a union was read: to a part of the value, or at least past its
-    type."""
+def _progress(
+    found: tuple[tuple[str | int, ...], Mapping[str, Any]],
+) -> tuple[int, list[int], bool]:
+    """How far an error's member of a union was read: to a part of the value, to a later item of a
+    list, or at least past its type."""
     path, error = found
-    return len(path), not error["type"].endswith("_type")
+    items = [part for part in path if isinstance(part, int)]
+    return len(path), items, not error["type"].endswith("_type")
