@@ -241,7 +241,8 @@ def _grammar(guide: Guide) -> str:
 
 def _refusal(guide: Guide, reason: str) -> InputError:
     return InputError(
-        f"guide {guide.kind!r} cannot be used: {_brief(reason)}; mend {guide.text[:40]!r}"
+        f"guide {guide.kind!r} cannot be used: {_brief(reason)}; mend {guide.text[:40]!r}",
+        "guide",
     )
 
 

@@ -1,24 +1,17 @@
-"""From a `Job` to an HTTP response: whole, or as server-sent events.
-
-When the client disconnects, its samples are aborted.
-"""
+"""From a `Job` to the body of a response of chat or completions, whole or in chunks."""
 
 from __future__ import annotations
 
-import asyncio
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
-from typing import Any, TypeVar
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
-from fastapi import Request, Response
-from fastapi.responses import StreamingResponse
 from msgspec import UNSET, UnsetType
-from starlette.types import Receive, Scope, Send
 
 from idlm.engine.request import Logprob
-from idlm.serving.errors import ApiError, Expected, as_api_error
-from idlm.serving.jobs import Body, Event, Job
+from idlm.serving.errors import ApiError
+from idlm.serving.jobs import Body, Job
 from idlm.serving.prompts import Prompts
 from idlm.serving.responses import (
     ChatChoice,
@@ -28,6 +21,9 @@ from idlm.serving.responses import (
     ChatLogprobs,
     ChoiceDelta,
     ChunkChoice,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
     FinishReason,
     Message,
     PromptLogprob,
@@ -38,11 +34,12 @@ from idlm.serving.responses import (
     TraceEntry,
     Usage,
 )
+from idlm.serving.schema import CompletionRequest
 from idlm.serving.schema_chat import ChatRequest
+from idlm.serving.sending import Streamable
 from idlm.serving.tools import CallParser, Family, ForcedParser, Parser
 from idlm.serving.wire import Delta, Finished
 
-T = TypeVar("T")
 Entry = Mapping[int, Logprob]
 """Log-probabilities at one position by token id; the sampled token is the first."""
 DONE = b"data: [DONE]\n\n"
@@ -50,8 +47,8 @@ LOWEST_LOGPROB = -9999.0
 """Stands for log 0, as in OpenAI's API; JSON has no infinity."""
 
 
-class Answer(ABC):
-    """Builds the response to one request, whole or in chunks."""
+class Answer(Streamable):
+    """A response in the form of chat and completions."""
 
     def __init__(self, job: Job, body: Body, prompts: Prompts) -> None:
         self.job, self.prompts = job, prompts
@@ -61,18 +58,19 @@ class Answer(ABC):
         self._begun: set[int] = set()
 
     @abstractmethod
-    def response(self, samples: Sequence[Sequence[Delta]], usage: Usage) -> msgspec.Struct:
-        """The whole response; `samples` are the updates of each sample."""
-
-    @abstractmethod
-    def chunks(self, index: int, event: Delta | Finished) -> list[msgspec.Struct]:
-        """The chunks that an event adds to a stream; the last chunk of a sample has its finish
-        reason."""
-
-    @abstractmethod
     def chunk(self, choices: list[Any], usage: Usage | None = None) -> msgspec.Struct:
         """A chunk of a stream; the last one has no choices, but the usage if the request asked for
         it."""
+
+    def encode(self, chunks: Sequence[msgspec.Struct]) -> bytes:
+        return b"".join(b"data: " + msgspec.json.encode(chunk) + b"\n\n" for chunk in chunks)
+
+    def last(self) -> bytes:
+        usage = [self.chunk([], self.job.usage())] if self.include_usage else []
+        return self.encode(usage) + DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        return self.encode([error.body])
 
     def begins(self, index: int) -> bool:
         """Whether this is the first call for a sample."""
@@ -165,10 +163,10 @@ class ChatAnswer(Answer):
         return ChatChoice(
             index,
             Message(text if text or not calls else None, tool_calls=calls or UNSET),
-            reason(end, bool(calls)),
+            _reason(end, bool(calls)),
             self._logprobs([entry for delta in deltas for entry in delta.logprobs or ()]),
-            self.ids(*deltas),
             self.trace(index, *deltas, end),
+            self.ids(*deltas),
         )
 
     def chunks(self, index: int, event: Delta | Finished) -> list[msgspec.Struct]:
@@ -181,24 +179,24 @@ class ChatAnswer(Answer):
         return [*first, *(self.chunk([choice]) for choice in choices)]
 
     def _delta(self, index: int, event: Delta) -> list[ChunkChoice]:
-        """What a step adds: nothing if its text is held back and no log-probabilities, ids or trace
+        """What a step adds: nothing if its text is held back and no log-probabilities, trace or ids
         are due."""
         parser, calls = self._parsers[index], list[ToolCall]()
         text = event.text
         if parser is not None:
             text, calls = _split(parser.push(text))
         logprobs, trace = self._logprobs(event.logprobs or ()), self.trace(index, event)
-        delta, ids = _choice_delta(text, calls), self.ids(event)
-        choice = ChunkChoice(index, delta, None, logprobs, ids, trace)
-        due = logprobs or trace is not UNSET or ids is not UNSET
+        choice = ChunkChoice(index, _choice_delta(text, calls), logprobs=logprobs, idlm=trace)
+        choice.token_ids = self.ids(event)
+        due = logprobs or trace is not UNSET or self._with_ids
         return [choice] if text or calls or due else []
 
     def _end(self, index: int, event: Finished) -> list[ChunkChoice]:
         parser = self._parsers[index]
         text, calls = _split(parser.finish()) if parser is not None else ("", [])
         held = [ChunkChoice(index, _choice_delta(text, calls))] if text or calls else []
-        ended = reason(event, bool(parser and parser.calls))
-        return [*held, ChunkChoice(index, ChoiceDelta(), ended, idlm=self.trace(index, event))]
+        reason = _reason(event, bool(parser and parser.calls))
+        return [*held, ChunkChoice(index, ChoiceDelta(), reason, idlm=self.trace(index, event))]
 
     def chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> ChatChunk:
         return ChatChunk(**self.job.head, choices=choices, usage=self.shown(usage))
@@ -220,8 +218,8 @@ class ChatAnswer(Answer):
         return ChatLogprob(chosen.token, chosen.logprob, chosen.bytes, top)
 
     def _top(self, token: int, logprob: Logprob) -> TopLogprob:
-        value, data = max(logprob.logprob, LOWEST_LOGPROB), self.prompts.token_bytes(token)
-        return TopLogprob(self.prompts.token(token), value, list(data))
+        text = self.prompts.token(token)
+        return TopLogprob(text, max(logprob.logprob, LOWEST_LOGPROB), list(text.encode()))
 
 
 def _split(pieces: Sequence[str | ToolCall]) -> tuple[str, list[ToolCall]]:
@@ -243,96 +241,104 @@ def _choice_delta(text: str, calls: list[ToolCall]) -> ChoiceDelta:
     return ChoiceDelta(content=text or UNSET, tool_calls=calls or UNSET)
 
 
-def reason(end: Finished, calls: bool = False) -> FinishReason:
+def _reason(end: Finished, calls: bool = False) -> FinishReason:
     if end.reason == "length":
         return "length"
     return "tool_calls" if calls else "stop"
 
 
-async def respond(request: Request, answer: Answer, stream: bool) -> Response:
-    """Run an answer's job to its end, or begin to stream it.
+class CompletionAnswer(Answer):
+    """Builds the response to a completions request. Choice i * n + k is sample k of prompt i."""
 
-    Raises:
-        ApiError, InputError, EngineDown: the job failed before any byte was sent.
-    """
-    job = answer.job
-    try:
-        if not stream:
-            return as_json(await _unless_gone(request, _collect(answer)))
-        events = job.events()
-        # before the response begins: an early refusal gets a status code, not an event
-        first = await _unless_gone(request, anext(events))
-    except BaseException:
-        job.cancel()
-        raise
-    return _EventStream(job, _sse(first, events, answer))
+    def __init__(
+        self, job: Job, body: CompletionRequest, prompts: Prompts, ids: Sequence[Sequence[int]]
+    ) -> None:
+        super().__init__(job, body, prompts)
+        self._body, self._ids = body, ids
+        self._written = [0] * len(job.tickets)  # characters so far, for `text_offset` in a stream
 
+    def response(self, samples: Sequence[Sequence[Delta]], usage: Usage) -> Completion:
+        if self._body.prompt_only:
+            samples = [() for _ in samples]
+            usage.total_tokens, usage.completion_tokens = usage.prompt_tokens, 0
+        choices = [self._choice(index, deltas) for index, deltas in enumerate(samples)]
+        return Completion(**self.job.head, choices=choices, usage=usage)
 
-def as_json(value: msgspec.Struct, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
-
-
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """Await `work` while the client is connected. The body must have been read.
-
-    Raises:
-        ApiError: 499: the client has disconnected, so only the log sees it.
-    """
-    task = asyncio.ensure_future(work)
-    watcher = asyncio.create_task(_left(request))
-    try:
-        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ApiError(499, "the client has left")
-        return task.result()
-    finally:
-        task.cancel()
-        watcher.cancel()
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _collect(answer: Answer) -> msgspec.Struct:
-    samples: list[list[Delta]] = [[] for _ in answer.job.tickets]
-    async for index, event in answer.job.events():
-        if isinstance(event, Delta):
-            samples[index].append(event)
-    return answer.response(samples, answer.job.usage())
-
-
-async def _sse(first: Event, events: AsyncIterator[Event], answer: Answer) -> AsyncIterator[bytes]:
-    """The events of a stream; an error is the last event."""
-    try:
-        yield _encode(answer.chunks(*first))
-        async for event in events:
-            chunks = answer.chunks(*event)
-            if chunks:
-                yield _encode(chunks)
-        if answer.include_usage:
-            yield _encode([answer.chunk([], answer.job.usage())])
-        yield DONE
-    except Expected as error:
-        yield _encode([as_api_error(error).body])
-
-
-def _encode(chunks: Sequence[msgspec.Struct]) -> bytes:
-    return b"".join(b"data: " + msgspec.json.encode(chunk) + b"\n\n" for chunk in chunks)
-
-
-class _EventStream(StreamingResponse):
-    """Cancels its job at the end, even if the client disconnects before the first byte."""
-
-    def __init__(self, job: Job, content: AsyncIterator[bytes]) -> None:
-        super().__init__(
-            content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+    def _choice(self, index: int, deltas: Sequence[Delta]) -> CompletionChoice:
+        end = self.job.ends[index]
+        entries = [
+            *(end.prompt_logprobs if self._body.echo and end.prompt_logprobs else ()),
+            *(entry for delta in deltas for entry in delta.logprobs or ()),
+        ]
+        first = self.prompts.decode(self._ids[index // self.job.samples][:1])
+        return CompletionChoice(
+            index,
+            self._echoed(index) + "".join(delta.text for delta in deltas),
+            "length" if self._body.prompt_only else _reason(end),
+            self._logprobs(entries, first) if self._body.logprobs is not None else None,
+            self.trace(index, *deltas, end),
+            self.ids(*deltas),
+            self.prompt_ids(index),
+            self.prompt_logprobs(index, self._body.prompt_logprobs),
         )
-        self._job = job
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._job.cancel()
+    def _echoed(self, index: int) -> str:
+        """The prompt's text if the request has `echo`, else ""."""
+        if not self._body.echo:
+            return ""
+        number = index // self.job.samples
+        prompt, ids = self._body.prompts[number], self.job.prompts[number]
+        whole = isinstance(prompt, str) and self._body.truncate_prompt_tokens is None
+        return str(prompt) if whole else self.prompts.decode(ids)
+
+    def chunks(self, index: int, event: Delta | Finished) -> list[msgspec.Struct]:
+        """No chunk if a step's text is held back and no log-probabilities, trace or ids are due."""
+        begins = self.begins(index)
+        choice = CompletionChoice(index, self._echoed(index) if begins else "")
+        choice.prompt_token_ids = self.prompt_ids(index) if begins else UNSET
+        choice.idlm = self.trace(index, event)
+        if isinstance(event, Finished):
+            choice.finish_reason = _reason(event)
+            return [self.chunk([choice])]
+        choice.text += event.text
+        choice.token_ids = self.ids(event)
+        if self._body.logprobs is not None:
+            choice.logprobs = self._logprobs(event.logprobs or (), offset=self._written[index])
+            self._written[index] += sum(map(len, choice.logprobs.tokens))
+        has_content = choice.text or choice.logprobs is not None or choice.idlm is not UNSET
+        return [self.chunk([choice])] if has_content or self._with_ids else []
+
+    def chunk(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
+        return Completion(**self.job.head, choices=choices, usage=self.shown(usage))
+
+    def _logprobs(
+        self, entries: Sequence[Entry | None], first: str = "", offset: int = 0
+    ) -> CompletionLogprobs:
+        """OpenAI's four lists, one entry for each token.
+
+        Args:
+            entries: None for the first token of a prompt, which has no law.
+            first: the text of that token.
+            offset: where the first token begins; offsets count the characters of the tokens' own
+                texts.
+        """
+        shown = CompletionLogprobs([], [], [], [])
+        for entry in entries:
+            token = first if entry is None else self.prompts.token(next(iter(entry)))
+            logprob = (
+                None if entry is None else max(next(iter(entry.values())).logprob, LOWEST_LOGPROB)
+            )
+            shown.tokens.append(token)
+            shown.text_offset.append(offset)
+            shown.token_logprobs.append(logprob)
+            shown.top_logprobs.append(None if entry is None else self._by_text(entry))
+            offset += len(token)
+        return shown
+
+    def _by_text(self, entries: Entry) -> dict[str, float]:
+        """If two tokens have the same text, the likelier one's log-probability is shown."""
+        shown = likeliest(entries, self._body.logprobs or 0)
+        rising = sorted(shown.items(), key=lambda pair: pair[1].logprob)
+        return {
+            self.prompts.token(token): max(entry.logprob, LOWEST_LOGPROB) for token, entry in rising
+        }

@@ -62,7 +62,6 @@ class ChatNeutral(Neutral):
     prediction: dict[str, Any] | None = None
     separate_reasoning: bool | None = None
     stream_reasoning: bool | None = None
-    include_reasoning: bool | None = None
 
     modalities: Annotated[
         list[Literal["text"]] | None, only(["text"], instead="the model writes text")
@@ -75,7 +74,6 @@ class ChatNeutral(Neutral):
     functions: Annotated[None, only(instead="use tools")] = None
     function_call: Annotated[None, only(instead="use tool_choice")] = None
     web_search_options: Annotated[None, only(instead="offer a tool that searches")] = None
-    echo: Annotated[Off, only(False, instead="the messages are not repeated")] = None
     add_special_tokens: Annotated[Off, only(False, instead="the chat template writes them all")] = (
         None
     )

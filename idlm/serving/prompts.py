@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from idlm.chat_template import PromptEncoder
-from idlm.engine.text import BROKEN, TextStream
 from idlm.errors import InputError
 from idlm.models.architecture import read_config, read_tokenizer
 from idlm.models.sources import resolve
 
 T = TypeVar("T")
-BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
-"""By the character that byte-level tokenizers write for it."""
-BYTE_FALLBACK = re.compile("<0x([0-9A-F]{2})>")
 
 
 class Prompts(PromptEncoder):
@@ -64,30 +58,6 @@ class Prompts(PromptEncoder):
         if token not in self._tokens:
             self._tokens[token] = self.decode([token])
         return self._tokens[token]
-
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes of one token. They may be a part of a character, which has no text."""
-        text = self.token(token)
-        if BROKEN not in text:
-            return text.encode()
-        piece = str(self.tokenizer.convert_ids_to_tokens(token))
-        if match := BYTE_FALLBACK.fullmatch(piece):
-            return bytes.fromhex(match[1])
-        if set(piece) <= set(BYTES):
-            return bytes(BYTES[character] for character in piece)
-        return text.encode()
-
-    def token_name(self, token: int) -> str:
-        """The text of one token, or OpenAI's form of its bytes if it is a part of a character."""
-        data = self.token_bytes(token)
-        try:
-            return data.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-    def stream(self, skip_special_tokens: bool) -> TextStream | None:
-        """Decodes tokens as they come; None without a tokenizer."""
-        return None if self._tokenizer is None else TextStream(self._tokenizer, skip_special_tokens)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids of a client.

@@ -67,8 +67,7 @@ class Trace(msgspec.Struct):
 
 
 class TopLogprob(msgspec.Struct):
-    """A likely token; `bytes` are those of its text in UTF-8, also if it is a part of a
-    character."""
+    """A likely token; `bytes` is its text in UTF-8."""
 
     token: str
     logprob: float
@@ -123,8 +122,8 @@ class ChatChoice(msgspec.Struct):
     message: Message
     finish_reason: FinishReason
     logprobs: ChatLogprobs | None = None
-    token_ids: list[int] | UnsetType = UNSET
     idlm: Trace | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class Head(msgspec.Struct):
@@ -161,8 +160,8 @@ class ChunkChoice(msgspec.Struct):
     delta: ChoiceDelta
     finish_reason: FinishReason | None = None
     logprobs: ChatLogprobs | None = None
-    token_ids: list[int] | UnsetType = UNSET
     idlm: Trace | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatChunk(Head):
@@ -190,10 +189,10 @@ class CompletionChoice(msgspec.Struct):
     text: str
     finish_reason: FinishReason | None = None
     logprobs: CompletionLogprobs | None = None
+    idlm: Trace | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
-    idlm: Trace | UnsetType = UNSET
 
 
 class Completion(Head):

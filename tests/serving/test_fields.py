@@ -9,7 +9,6 @@ import httpx2 as httpx
 import pytest
 
 from idlm import LLM, SamplingParams
-from idlm.serving.completion_answer import CompletionAnswer
 from idlm.serving.prompts import Prompts
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -34,10 +33,8 @@ CHAT_NEUTRAL: dict[str, list[Any]] = {
     "prediction": [{"type": "content", "content": "x"}],
     "separate_reasoning": [True, False],
     "stream_reasoning": [True],
-    "include_reasoning": [True],
     "modalities": [["text"]],
     "verbosity": ["medium"],
-    "echo": [False],
     "add_special_tokens": [False],
 }
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -53,7 +50,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "functions": ([], "use tools"),
     "function_call": ("auto", "use tool_choice"),
     "web_search_options": ({}, "offer a tool"),
-    "echo": (True, "not repeated"),
     "add_special_tokens": (True, "chat template"),
     "service_tier": ("fast", "'flex'"),
     "store": (0, "boolean"),
@@ -263,38 +259,6 @@ def test_prompt_logprobs(path: str, http: httpx.Client, llm: LLM) -> None:
     assert all(len(tops) <= 2 for tops in echoed["logprobs"]["top_logprobs"] if tops)
 
 
-@pytest.mark.parametrize("echo", [False, True])
-def test_text_offsets_are_places_in_the_text(echo: bool, http: httpx.Client) -> None:
-    """A character of several tokens too."""
-    text = "é日本 x😀"
-    ids = Prompts.load("nano-base").text(text)
-    bias = {str(token): 100 for token in ids[:4]}
-    for prompt in (text, ids):
-        body = {"prompt": prompt, "logprobs": 0, "echo": echo, "logit_bias": bias, "max_tokens": 12}
-        (choice,) = post(http, TEXT, **body)["choices"]
-        offsets, tokens = choice["logprobs"]["text_offset"], choice["logprobs"]["tokens"]
-        assert offsets == sorted(offsets) and len(offsets) == 12 + len(ids) * echo
-        for at, token in zip(offsets, tokens, strict=True):
-            if not token.startswith("bytes:"):
-                assert choice["text"][at:].startswith(token)
-        if echo:
-            assert choice["text"].startswith(text)
-            assert offsets[: len(ids) + 1] == [0, 0, 1, 1, 1, 2, 2, 2, 3, 4, 5, 5, 5, 5, 6]
-            assert tokens[:2] == ["bytes:\\xc3", "bytes:\\xa9"]
-            streamed = chunks(http, TEXT, **body | {"echo": False})
-            parts = [part["choices"][0].get("logprobs") or {} for part in streamed]
-            late = sum((part.get("text_offset", []) for part in parts), [])
-            assert late == [at - len(text) for at in offsets[len(ids) :]]
-
-
-def test_the_bytes_of_tokens_make_up_the_text(http: httpx.Client) -> None:
-    ids = Prompts.load("nano-base").text("日本")
-    body = {"logprobs": True, "allowed_token_ids": ids, "max_tokens": 24, "temperature": 2}
-    (choice,) = post(http, CHAT, **body)["choices"]
-    data = b"".join(bytes(token["bytes"]) for token in choice["logprobs"]["content"])
-    assert data.decode(errors="replace") == choice["message"]["content"]
-
-
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_bans_and_seeds_are_those_of_llm(path: str, http: httpx.Client, llm: LLM) -> None:
     ids = llm.encode("Mia has 14 apples and 9")
@@ -340,7 +304,3 @@ def test_prefixes_are_shared_within_a_salt(http: httpx.Client) -> None:
         return int(details["cached_tokens"])
 
     assert [cached(salt) for salt in ("a", "a", "b", "b", None, None)] == [0, 32, 0, 32, 0, 32]
-
-
-def test_offsets_need_no_tokenizer() -> None:
-    assert Prompts(None, "none", 16).stream(True) is None and CompletionAnswer
