@@ -50,9 +50,11 @@ def check_ids(ids: Iterable[object], model: Bounds) -> list[int]:
     """
     tokens = _whole_numbers(ids, "prompt")
     if not tokens:
-        raise InputError("a prompt has 0 tokens; give at least one", "prompt")
+        raise InputError(
+            f"a prompt has 0 tokens; this model takes 1 to {model.context - 1}", "prompt"
+        )
     if len(tokens) >= model.context:
-        raise too_long(f"a prompt of {len(tokens)} tokens", model.context)
+        raise too_long(f"a prompt has {len(tokens)} tokens", model.context)
     if model.mask_id in tokens:
         raise InputError(
             f"a prompt holds the MASK token {model.mask_id}; take it out, it stands for no text",
@@ -64,8 +66,8 @@ def check_ids(ids: Iterable[object], model: Bounds) -> list[int]:
 def too_long(what: str, context: int) -> InputError:
     """The error for a prompt that does not fit the context, in words that clients search for."""
     return InputError(
-        f"{what} is too long; this model's maximum context length is {context} tokens, "
-        "one of them for the output",
+        f"{what}; this model's maximum context length is {context} tokens, and one of them is for "
+        "the output: shorten it",
         "prompt",
         "context_length_exceeded",
     )
@@ -249,7 +251,7 @@ class PromptEncoder:
 
     def _check_length(self, text: str) -> None:
         if self._context is not None and len(text) > self._context * self._longest:
-            raise too_long(f"a prompt of {len(text)} characters", self._context)
+            raise too_long(f"a prompt has {len(text)} characters", self._context)
 
     @cached_property
     def _longest(self) -> int:

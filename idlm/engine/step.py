@@ -135,8 +135,7 @@ class Verified:
     """The slots [B] of a step once their drafts have been verified.
 
     Attributes:
-        logits: [B, R, V], of the verify rows, restricted by guides.
-        raw: the same without guides.
+        logits: [B, R, V], of the verify rows; the model's own if `StepKey.raw_logprobs`.
         valid: [B], the number of drafts verified.
     """
 
@@ -144,7 +143,6 @@ class Verified:
     state: State
     law: Law
     logits: Tensor
-    raw: Tensor
     valid: Tensor
     verdict: Verdicts
     guided: Guided
@@ -310,14 +308,15 @@ class ModelStep:
     ) -> Verified:
         """Verify the drafts by the slots' laws, and choose the tokens that follow."""
         features, log_q = key.features, self.slots.log_q
-        law, raw = Law(select(self.settings, slots, features), features, self.chooser), logits
+        law, own = Law(select(self.settings, slots, features), features, self.chooser), logits
         if guided is not None:
             logits = guided.restrict(logits, drafts.tokens, drafts.valid)
         if log_q is not None and features.ratio and drafts.tokens.shape[1]:
             kept = log_q.index_select(0, slots)[:, : drafts.tokens.shape[1]]
             drafts = drafts._replace(log_q=kept)
         verdict = self.verify(law, logits, drafts, state.length)
-        return Verified(slots, state, law, logits, raw, drafts.valid, verdict, guided)
+        logits = own if key.raw_logprobs else logits
+        return Verified(slots, state, law, logits, drafts.valid, verdict, guided)
 
     def _commit(
         self, key: StepKey, verified: Verified, mask_hidden: Tensor | None, served: Tensor | None
@@ -384,7 +383,7 @@ class ModelStep:
             return ()
         tokens, position = verified.verdict.tokens, verified.state.length
         if key.raw_logprobs:
-            return report(verified.law.raw_log_p(verified.raw), tokens, key.logprobs)
+            return report(verified.law.raw_log_p(verified.logits), tokens, key.logprobs)
         return logprobs(verified.law, verified.logits, tokens, position, key.logprobs)
 
 
