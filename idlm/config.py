@@ -13,6 +13,7 @@ from typing import Any
 
 from idlm.errors import InputError
 
+LOGPROBS_MODES = ("processed_logprobs", "raw_logprobs")
 WEIGHTS = ("auto", "float32", "bfloat16", "int8")
 MOST_THREADS = 1024
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -41,6 +42,9 @@ class EngineConfig:
         weights: on a CPU, the format of the linear layers' weights: "float32", "bfloat16" (half the
             bytes to read) or "int8" (a quarter; a quantised model, whose AR and ISD outputs are
             equal). "auto": the format of the checkpoint.
+        logprobs_mode: which log-probabilities requests get: "processed_logprobs", those of the law
+            that tokens are chosen by, after temperature, penalties, bias, bans, guide and filters;
+            or "raw_logprobs", the model's own. vLLM's default is "raw_logprobs".
         threads: on a CPU, the engine's threads. None: measure 1, 2 and 4, up to the free cores.
         lookahead: steps launched before the results of a step are read. None: 1 on a GPU, which
             hides the host's work, and 0 on a CPU.
@@ -58,6 +62,7 @@ class EngineConfig:
     prefill_tokens: int | None = None
     deterministic: bool = False
     weights: str = "auto"
+    logprobs_mode: str = "processed_logprobs"
     threads: int | None = None
     lookahead: int | None = None
     record: bool = True
@@ -74,6 +79,10 @@ class EngineConfig:
             raise InputError(f"lookahead={self.lookahead!r} is unknown; use 0 or 1")
         if self.weights not in WEIGHTS:
             raise InputError(f"weights={self.weights!r} is unknown; use {', '.join(WEIGHTS)}")
+        if self.logprobs_mode not in LOGPROBS_MODES:
+            raise InputError(
+                f"logprobs_mode={self.logprobs_mode!r} is unknown; use {', '.join(LOGPROBS_MODES)}"
+            )
         if self.kv_memory is not None:
             parse_memory(self.kv_memory)
         if not isinstance(self.branches, str):

@@ -44,7 +44,7 @@ class MessagesAnswer(Streamable):
     def __init__(self, chat: ChatAnswer) -> None:
         self.job, self._chat = chat.job, chat
         head = chat.job.head
-        usage = MessagesUsage(chat.job.prompt_tokens, 0)
+        usage = MessagesUsage(sum(map(len, chat.job.prompts)), 0)
         id = f"msg_{head['id'].rpartition('-')[2]}"
         self._message = MessageObject(id, head["model"], [], usage)
         self._open = False
@@ -156,5 +156,6 @@ def _object(arguments: str) -> dict[str, object]:
 
 
 def _usage(usage: Usage) -> MessagesUsage:
-    cached = usage.prompt_tokens_details.cached_tokens
+    details = usage.prompt_tokens_details
+    cached = details.cached_tokens if details else 0
     return MessagesUsage(usage.prompt_tokens - cached, usage.completion_tokens, cached)

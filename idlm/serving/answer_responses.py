@@ -222,15 +222,15 @@ def _id(prefix: str) -> str:
 
 
 def _usage(usage: Usage) -> ResponsesUsage:
-    drafts = usage.completion_tokens_details
+    cached, drafts = usage.prompt_tokens_details, usage.completion_tokens_details
     return ResponsesUsage(
         usage.prompt_tokens,
-        InputDetails(usage.prompt_tokens_details.cached_tokens),
+        InputDetails(cached.cached_tokens if cached else 0),
         usage.completion_tokens,
         OutputDetails(
             getattr(drafts, "reasoning_tokens", 0),
-            drafts.accepted_prediction_tokens,
-            drafts.rejected_prediction_tokens,
+            drafts.accepted_prediction_tokens if drafts else 0,
+            drafts.rejected_prediction_tokens if drafts else 0,
         ),
         usage.total_tokens,
     )

@@ -26,6 +26,8 @@ from idlm.serving.responses import (
     CompletionLogprobs,
     FinishReason,
     Message,
+    PromptLogprob,
+    PromptLogprobs,
     ToolCall,
     TopLogprob,
     Trace,
@@ -50,7 +52,8 @@ class Answer(Streamable):
 
     def __init__(self, job: Job, body: Body, prompts: Prompts) -> None:
         self.job, self.prompts = job, prompts
-        self.include_usage, self._traced = body.include_usage, body.idlm.trace
+        self.include_usage, self._continuous = body.include_usage, body.continuous_usage
+        self._traced, self._with_ids = body.idlm.trace, bool(body.return_token_ids)
         self._forwards = [0] * len(job.tickets)
         self._begun: set[int] = set()
 
@@ -77,7 +80,32 @@ class Answer(Streamable):
 
     def shown(self, usage: Usage | None) -> Usage | None | UnsetType:
         """The value of a chunk's field `usage`."""
+        if usage is None and self._continuous:
+            return self.job.usage_so_far()
         return usage if self.include_usage else UNSET
+
+    def ids(self, *deltas: Delta) -> list[int] | UnsetType:
+        """The value of the field `token_ids`."""
+        return [token for delta in deltas for token in delta.tokens] if self._with_ids else UNSET
+
+    def prompt_ids(self, index: int) -> list[int] | UnsetType:
+        """The value of the field `prompt_token_ids`."""
+        return self.job.prompts[index // self.job.samples] if self._with_ids else UNSET
+
+    def prompt_logprobs(self, index: int, top: int | None) -> PromptLogprobs | UnsetType:
+        """The value of the field `prompt_logprobs`; `top` is that of the request."""
+        entries = self.job.ends[index].prompt_logprobs
+        if top is None or entries is None:
+            return UNSET
+        return [None if entry is None else self._prompt_logprob(entry, top) for entry in entries]
+
+    def _prompt_logprob(self, entry: Entry, top: int) -> dict[str, PromptLogprob]:
+        return {
+            str(token): PromptLogprob(
+                max(found.logprob, LOWEST_LOGPROB), found.rank, self.prompts.token(token)
+            )
+            for token, found in likeliest(entry, top).items()
+        }
 
     def trace(self, index: int, *events: Delta | Finished) -> Trace | UnsetType:
         """The source of each token in `events`, and the TPF once the sample has finished."""
@@ -117,7 +145,13 @@ class ChatAnswer(Answer):
 
     def response(self, samples: Sequence[Sequence[Delta]], usage: Usage) -> ChatCompletion:
         choices = [self._choice(index, deltas) for index, deltas in enumerate(samples)]
-        return ChatCompletion(**self.job.head, choices=choices, usage=usage)
+        return ChatCompletion(
+            **self.job.head,
+            choices=choices,
+            usage=usage,
+            prompt_token_ids=self.prompt_ids(0),
+            prompt_logprobs=self.prompt_logprobs(0, self._body.prompt_logprobs),
+        )
 
     def _choice(self, index: int, deltas: Sequence[Delta]) -> ChatChoice:
         parser, end = self._parsers[index], self.job.ends[index]
@@ -132,26 +166,30 @@ class ChatAnswer(Answer):
             _reason(end, bool(calls)),
             self._logprobs([entry for delta in deltas for entry in delta.logprobs or ()]),
             self.trace(index, *deltas, end),
+            self.ids(*deltas),
         )
 
     def chunks(self, index: int, event: Delta | Finished) -> list[ChatChunk]:
-        """The chunk with the role comes first."""
-        choices = [ChunkChoice(index, ChoiceDelta("assistant", ""))] if self.begins(index) else []
-        choices += (
-            self._delta(index, event) if isinstance(event, Delta) else self._end(index, event)
-        )
-        return [self.chunk([choice]) for choice in choices]
+        """The chunk with the role comes first, and has the prompt's ids if they are asked for."""
+        first = []
+        if self.begins(index):
+            first = [self.chunk([ChunkChoice(index, ChoiceDelta("assistant", ""))])]
+            first[0].prompt_token_ids = self.prompt_ids(index)
+        choices = self._delta(index, event) if isinstance(event, Delta) else self._end(index, event)
+        return [*first, *(self.chunk([choice]) for choice in choices)]
 
     def _delta(self, index: int, event: Delta) -> list[ChunkChoice]:
-        """What a step adds: nothing if its text is held back and no log-probabilities or trace are
-        due."""
+        """What a step adds: nothing if its text is held back and no log-probabilities, trace or ids
+        are due."""
         parser, calls = self._parsers[index], list[ToolCall]()
         text = event.text
         if parser is not None:
             text, calls = _split(parser.push(text))
         logprobs, trace = self._logprobs(event.logprobs or ()), self.trace(index, event)
         choice = ChunkChoice(index, _choice_delta(text, calls), logprobs=logprobs, idlm=trace)
-        return [choice] if text or calls or logprobs or trace is not UNSET else []
+        choice.token_ids = self.ids(event)
+        due = logprobs or trace is not UNSET or self._with_ids
+        return [choice] if text or calls or due else []
 
     def _end(self, index: int, event: Finished) -> list[ChunkChoice]:
         parser = self._parsers[index]
@@ -173,11 +211,10 @@ class ChatAnswer(Answer):
     def _logprob(self, entry: Entry) -> ChatLogprob:
         """The sampled token is the first of `entry`; `top_logprobs` has it only if it is among
         them."""
-        likeliest = sorted(entry, key=lambda token: -entry[token].logprob)[
-            : self._body.top_logprobs or 0
-        ]
+        ordered = sorted(entry, key=lambda token: -entry[token].logprob)
         sampled = next(iter(entry))
-        chosen, *top = [self._top(token, entry[token]) for token in (sampled, *likeliest)]
+        shown = (sampled, *ordered[: self._body.top_logprobs or 0])
+        chosen, *top = [self._top(token, entry[token]) for token in shown]
         return ChatLogprob(chosen.token, chosen.logprob, chosen.bytes, top)
 
     def _top(self, token: int, logprob: Logprob) -> TopLogprob:
@@ -189,6 +226,15 @@ def _split(pieces: Sequence[str | ToolCall]) -> tuple[str, list[ToolCall]]:
     """Joins the pieces of content; returns the content and the tool calls."""
     text = "".join(piece for piece in pieces if isinstance(piece, str))
     return text, [piece for piece in pieces if isinstance(piece, ToolCall)]
+
+
+def likeliest(entry: Entry, top: int) -> Entry:
+    """The token of an entry, and the `top` likeliest ones: there may be more, for another field."""
+    return {
+        token: found
+        for place, (token, found) in enumerate(entry.items())
+        if place == 0 or found.rank <= top
+    }
 
 
 def _choice_delta(text: str, calls: list[ToolCall]) -> ChoiceDelta:
@@ -226,7 +272,7 @@ class CompletionAnswer(Answer):
     def _choice(self, index: int, deltas: Sequence[Delta]) -> CompletionChoice:
         end = self.job.ends[index]
         entries = [
-            *(end.prompt_logprobs or ()),
+            *(end.prompt_logprobs if self._body.echo and end.prompt_logprobs else ()),
             *(entry for delta in deltas for entry in delta.logprobs or ()),
         ]
         first = self.prompts.decode(self._ids[index // self.job.samples][:1])
@@ -236,28 +282,36 @@ class CompletionAnswer(Answer):
             "length" if self._body.prompt_only else _reason(end),
             self._logprobs(entries, first) if self._body.logprobs is not None else None,
             self.trace(index, *deltas, end),
+            self.ids(*deltas),
+            self.prompt_ids(index),
+            self.prompt_logprobs(index, self._body.prompt_logprobs),
         )
 
     def _echoed(self, index: int) -> str:
         """The prompt's text if the request has `echo`, else ""."""
         if not self._body.echo:
             return ""
-        prompt = self._body.prompts[index // self.job.samples]
-        return prompt if isinstance(prompt, str) else self.prompts.decode(prompt)
+        number = index // self.job.samples
+        prompt, ids = self._body.prompts[number], self.job.prompts[number]
+        whole = isinstance(prompt, str) and self._body.truncate_prompt_tokens is None
+        return str(prompt) if whole else self.prompts.decode(ids)
 
     def chunks(self, index: int, event: Delta | Finished) -> list[msgspec.Struct]:
-        """No chunk if a step's text is held back and no log-probabilities or trace are due."""
-        choice = CompletionChoice(index, self._echoed(index) if self.begins(index) else "")
+        """No chunk if a step's text is held back and no log-probabilities, trace or ids are due."""
+        begins = self.begins(index)
+        choice = CompletionChoice(index, self._echoed(index) if begins else "")
+        choice.prompt_token_ids = self.prompt_ids(index) if begins else UNSET
         choice.idlm = self.trace(index, event)
         if isinstance(event, Finished):
             choice.finish_reason = _reason(event)
             return [self.chunk([choice])]
         choice.text += event.text
+        choice.token_ids = self.ids(event)
         if self._body.logprobs is not None:
             choice.logprobs = self._logprobs(event.logprobs or (), offset=self._written[index])
             self._written[index] += sum(map(len, choice.logprobs.tokens))
         has_content = choice.text or choice.logprobs is not None or choice.idlm is not UNSET
-        return [self.chunk([choice])] if has_content else []
+        return [self.chunk([choice])] if has_content or self._with_ids else []
 
     def chunk(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
         return Completion(**self.job.head, choices=choices, usage=self.shown(usage))
@@ -288,7 +342,8 @@ class CompletionAnswer(Answer):
 
     def _by_text(self, entries: Entry) -> dict[str, float]:
         """If two tokens have the same text, the likelier one's log-probability is shown."""
-        rising = sorted(entries.items(), key=lambda pair: pair[1].logprob)
+        shown = likeliest(entries, self._body.logprobs or 0)
+        rising = sorted(shown.items(), key=lambda pair: pair[1].logprob)
         return {
             self.prompts.token(token): max(entry.logprob, LOWEST_LOGPROB) for token, entry in rising
         }

@@ -18,7 +18,8 @@ from idlm.serving.document import READS, RUNS, answers, strict_router
 from idlm.serving.errors import MESSAGES_PATH, ApiError, MessagesError
 from idlm.serving.jobs import the_server
 from idlm.serving.schema_messages import CountRequest, MessagesRequest
-from idlm.serving.schema_responses import ResponsesRequest
+from idlm.serving.schema_responses import NAMES, ResponsesRequest
+from idlm.serving.schema_translated import renamed
 from idlm.serving.sending import as_json, respond
 
 SHAPES = (
@@ -34,8 +35,9 @@ router = strict_router()
 )
 async def create_response(request: Request, body: ResponsesRequest) -> Response:
     """Answer a conversation in the form of OpenAI's responses, as one body or as a stream."""
-    chat = await chat_answer(request, body.to_chat())
-    return await respond(request, ResponsesAnswer(chat, body), bool(body.stream))
+    with renamed(NAMES):
+        chat = await chat_answer(request, body.to_chat())
+        return await respond(request, ResponsesAnswer(chat, body), bool(body.stream))
 
 
 @router.api_route(

@@ -28,10 +28,10 @@ from idlm.serving.schema import (
     CompletionRequest,
     DetokenizeRequest,
     TokenizeText,
-    validation_error,
 )
 from idlm.serving.schema_chat import ChatRequest, TokenizeMessages
 from idlm.serving.sending import as_json, respond
+from idlm.serving.strict import validation_error
 
 SHAPES = (
     *(
@@ -59,7 +59,8 @@ router = strict_router()
 )
 async def create_chat_completion(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation, as one body or as a stream."""
-    return await respond(request, await chat_answer(request, body), bool(body.stream))
+    with body.naming():
+        return await respond(request, await chat_answer(request, body), bool(body.stream))
 
 
 @router.post(
@@ -70,14 +71,17 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     """Complete one prompt or several, as one body or as a stream."""
     server = the_server(request)
     server.accept(body)
-    text = server.prompts.text
-    prompts = await server.prompts.in_thread(
-        lambda: [text(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
-    )
-    job = admit(request, body, prompts)
-    return await respond(
-        request, CompletionAnswer(job, body, server.prompts, prompts), bool(body.stream)
-    )
+    special = body.add_special_tokens is not False
+    parsed = server.config.parse_special if body.parse_special is None else body.parse_special
+
+    def ids(prompt: str | list[int]) -> list[int]:
+        return server.prompts.text(prompt, special, parsed) if isinstance(prompt, str) else prompt
+
+    with body.naming():
+        prompts = await server.prompts.in_thread(lambda: list(map(ids, body.prompts)))
+        job = admit(request, body, prompts)
+        answer = CompletionAnswer(job, body, server.prompts, job.prompts)
+        return await respond(request, answer, bool(body.stream))
 
 
 @router.get("/v1/models", responses=answers(responses.ModelList))
@@ -186,7 +190,8 @@ class App(FastAPI):
                 schemas.pop(name, None)
             schemas |= components()
             for name in WITH_MODEL:
-                schemas[name]["properties"]["model"]["enum"] = list(self.state.server.targets)
+                model = schemas[name]["properties"]["model"]
+                model["enum"] = [*self.state.server.targets, *([None] if "anyOf" in model else [])]
             self.openapi_schema = document
         return self.openapi_schema
 
@@ -244,5 +249,5 @@ async def _invalid(request: Request, error: RequestValidationError) -> Response:
     if media_type != "application/json" and not media_type.endswith("+json"):
         kind = ApiError(415, "the body is not application/json; send the header Content-Type")
     else:
-        kind = validation_error(error.errors())
+        kind = validation_error(error.errors(), error.body)
     return kind.response(request.scope["path"])

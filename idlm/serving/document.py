@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.routing import APIRoute
 
 from idlm.serving.errors import ErrorBody
-from idlm.serving.schema import StrictRequest
+from idlm.serving.strict import StrictRequest
 
 JSON, EVENTS = "application/json", "text/event-stream"
 ERRORS = {

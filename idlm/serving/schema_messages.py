@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from idlm.serving.schema import MOST_STOPS, Boolean, Stop, Strict
+from idlm.serving.schema import MOST_STOPS, Stop
 from idlm.serving.schema_chat import ChatRequest
 from idlm.serving.schema_translated import (
     TEXT_OR_LIST,
@@ -20,6 +20,7 @@ from idlm.serving.schema_translated import (
     known_type,
     system_first,
 )
+from idlm.serving.strict import Boolean, Strict
 
 BLOCKS = ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
 RESULTS = ("text",)
@@ -149,7 +150,7 @@ class Metadata(Strict):
 class Prompt(Strict):
     """What the prompt is made of."""
 
-    model: str
+    model: str | None = None
     messages: Annotated[list[Turn], Field(min_length=1, fail_fast=True)]
     system: Texts | None = None
     tools: list[Tool] | None = None

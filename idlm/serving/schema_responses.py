@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from idlm.params import MOST_LOGPROBS
-from idlm.serving.schema import Boolean, Strict
 from idlm.serving.schema_chat import ChatRequest
 from idlm.serving.schema_translated import (
     TEXT_OR_LIST,
@@ -21,10 +20,19 @@ from idlm.serving.schema_translated import (
     known_type,
     system_first,
 )
+from idlm.serving.strict import Boolean, Strict
 
 TEXT_PARTS = ("input_text", "output_text", "text", "refusal")
 ITEMS = ("message", "function_call", "function_call_output", "reasoning")
 LOGPROBS = "message.output_text.logprobs"
+NAMES = {
+    **{"messages": "input", "prompt": "input"},
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+    "verbosity": "text.verbosity",
+}
+"""By the name of a field of chat, its name here."""
 
 
 class ItemPart(Lenient):
@@ -198,7 +206,6 @@ class ResponsesRequest(Translated):
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     include: list[Includable] | None = None
     truncation: Literal["disabled"] | None = None
-    store: bool | None = None  # type: ignore[assignment]
     background: Annotated[Literal[False] | None, Boolean] = None
     stream_options: ResponsesStreamOptions | None = None  # type: ignore[assignment]
     chat_template_kwargs: dict[str, str | bool | int | float | None] | None = None

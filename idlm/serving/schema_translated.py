@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 from pydantic_core import PydanticCustomError
 
-from idlm.serving.schema import Generation, validation_error
+from idlm.errors import InputError
+from idlm.serving.errors import ApiError
+from idlm.serving.schema import Generation
 from idlm.serving.schema_chat import ChatRequest
+from idlm.serving.strict import validation_error
 
 UNUSED = frozenset({"n", "max_tokens", "stop", "stream_options", "idlm", "metadata"})
 """Fields of `Generation` that are not passed on as they are."""
@@ -51,9 +55,18 @@ def chat_request(fields: dict[str, Any]) -> ChatRequest:
     try:
         return ChatRequest.model_validate(fields)
     except ValidationError as error:
-        raise validation_error(
-            [one | {"loc": ("body", *one["loc"])} for one in error.errors()]
-        ) from None
+        errors = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
+        raise validation_error(errors, fields) from None
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors about a field of chat name the field that it was translated from."""
+    try:
+        yield
+    except (ApiError, InputError) as error:
+        error.param = names.get(error.param or "", error.param)
+        raise
 
 
 def system_first(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -189,7 +189,7 @@ def test_one_refused_does_not_touch_the_other(
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temprature": 1.0}, "temprature"),
         ({"stop_token_ids": [640]}, "stop_token_ids names token 640"),
-        ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**63}, "seed=9223372036854775808"),
         ({"timeout": float("nan")}, "timeout=nan"),
     ],
 )

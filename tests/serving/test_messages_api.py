@@ -214,7 +214,7 @@ def scripted(tokenizer: PreTrainedTokenizerBase, end: Finished) -> MessagesAnswe
     body = MessagesRequest.model_validate(ASK | {"tools": [TOOL]})
     head = {"id": "chatcmpl-1", "created": 1, "model": "m", "system_fingerprint": "f"}
     job: Any = SimpleNamespace(
-        **{"head": head, "tickets": [None], "ends": {0: end}, "samples": 1, "prompt_tokens": 9},
+        **{"head": head, "tickets": [None], "ends": {0: end}, "samples": 1, "prompts": [[5] * 9]},
         usage=lambda: USAGE,
     )
     return MessagesAnswer(ChatAnswer(job, body.to_chat(), Prompts(tokenizer, "m", 160), FORM))

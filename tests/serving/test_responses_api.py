@@ -324,6 +324,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a schema that is none": ({"text": {"format": {"type": "json_schema"}}}, "schema"),
     "a trace": ({"idlm": {"trace": True}}, "idlm"),
     "no model": ({"model": "gpt-7"}, "gpt-7"),
+    "a prompt that is too long": ({"input": "word " * 600}, "tokens"),
 }
 
 
@@ -333,8 +334,10 @@ def test_refusals_name_what_is_wrong(case: str, client: openai.OpenAI) -> None:
     fields, named = REFUSED[case]
     body: Any = {"model": "nano", "input": "hello"} | fields
     status = openai.NotFoundError if case == "no model" else openai.BadRequestError
-    with pytest.raises(status, match=named):
+    with pytest.raises(status, match=named) as raised:
         client.post("/responses", body=body, cast_to=object)
+    if case.startswith("a prompt that"):
+        assert raised.value.code == "context_length_exceeded" and raised.value.param == "input"
 
 
 def test_nothing_is_stored(client: openai.OpenAI) -> None:
