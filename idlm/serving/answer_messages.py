@@ -96,7 +96,7 @@ class MessagesAnswer(Streamable):
             yield from self._write(delta.content)
         for call in delta.tool_calls or ():
             if self._call != call.index:
-                yield from self._begin(ToolUseContent(call.id, call.function.name))
+                yield from self._begin(ToolUseContent(str(call.id), str(call.function.name)))
                 self._call, self._calls = call.index, True
             if call.function.arguments:
                 self._arguments += call.function.arguments

@@ -119,7 +119,7 @@ class ResponsesAnswer(Streamable):
             yield from self._write(delta.content)
         for call in delta.tool_calls or ():
             if self._call != call.index:
-                yield from self._begin(OutputCall(_id("fc"), call.id, call.function.name))
+                yield from self._begin(OutputCall(_id("fc"), str(call.id), str(call.function.name)))
                 self._call = call.index
             if call.function.arguments:
                 yield self._argue(call.function.arguments)

@@ -168,6 +168,8 @@ class Prompt(Strict):
             "messages": system_first([*system, *(one for t in self.messages for one in _turn(t))]),
             "tools": [_chat_tool(tool) for tool in self.tools or ()] or None,
         }
+        if self.messages[-1].role == "assistant":  # the model goes on with it
+            fields |= {"continue_final_message": True, "add_generation_prompt": False}
         if self.thinking is not None:
             on = self.thinking.type != "disabled"
             fields["chat_template_kwargs"] = {"enable_thinking": on}

@@ -228,8 +228,9 @@ class ResponsesRequest(Translated):
             "logprobs": LOGPROBS in (self.include or ()),
             "tools": [_chat_tool(tool) for tool in self.tools or ()] or None,
             "tool_choice": _chat_choice(self.tool_choice),
-            "response_format": _chat_format(self.text.format if self.text else None),
         }
+        if self.text and self.text.format is not None:
+            fields["response_format"] = _chat_format(self.text.format)
         if self.text and self.text.verbosity is not None:
             fields["verbosity"] = self.text.verbosity
         if self.reasoning and self.reasoning.effort is not None:
@@ -270,9 +271,7 @@ def _chat_choice(choice: str | FunctionChoice | None) -> str | dict[str, Any] | 
     return choice
 
 
-def _chat_format(format: TextFormat | None) -> dict[str, Any] | None:
-    if format is None:
-        return None
+def _chat_format(format: TextFormat) -> dict[str, Any]:
     fields = format.model_dump(exclude={"type"}, exclude_none=True, by_alias=True)
     if format.type != "json_schema":
         return {"type": format.type} | fields  # chat refuses fields that do not belong to it

@@ -39,6 +39,8 @@ class Translated(Generation):
     idlm: None = None  # type: ignore[assignment]
     prompt_logprobs: None = None
     return_token_ids: None = None
+    # these have a field of their own for it
+    response_format: None = None
 
     def chat_fields(self) -> dict[str, Any]:
         """The fields that chat has under the same name, as they were sent."""

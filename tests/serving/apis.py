@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
+
+from idlm.serving.responses import ChatChunk, ChoiceDelta, ChunkChoice
+from idlm.serving.wire import Delta, Finished
 
 HERMES = """{% if tools %}<|im_start|>system
 {% for tool in tools %}{{ tool.function.name }}{% endfor %}<tool_call></tool_call><|im_end|>
@@ -26,6 +30,35 @@ SCRIPTS: dict[str, list[str]] = {
 """Outputs in pieces, as the engine sends them."""
 SCHEMA = {"type": "object", "properties": {}, "additionalProperties": False}
 """Of a call without arguments."""
+
+
+class Thought(ChoiceDelta):
+    """A delta with a part of a thought."""
+
+    reasoning_content: str = ""
+
+
+THINKS = [
+    ChoiceDelta("assistant", ""),
+    Thought(reasoning_content="Let "),
+    Thought(reasoning_content="me see."),
+    ChoiceDelta(content="Two"),
+    ChoiceDelta(content="."),
+]
+
+
+def thinker(job: Any) -> Any:
+    """A chat answer whose model thinks: a chunk for each event."""
+    left = iter(THINKS)
+
+    def chunks(index: int, event: Delta | Finished) -> list[ChatChunk]:
+        if isinstance(event, Finished):
+            choice = ChunkChoice(index, ChoiceDelta(), "stop")
+        else:
+            choice = ChunkChoice(index, next(left))
+        return [ChatChunk(**job.head, choices=[choice])]
+
+    return SimpleNamespace(job=job, chunks=chunks)
 
 
 def sse(lines: Iterable[str]) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from idlm.serving.responses import CompletionDetails, PromptDetails, Usage
 from idlm.serving.schema_messages import MessagesRequest
 from idlm.serving.tools import HERMES as FORM
 from idlm.serving.wire import Delta, Finished
-from tests.serving.apis import HERMES, SCHEMA, SCRIPTS, sse
+from tests.serving.apis import HERMES, SCHEMA, SCRIPTS, THINKS, sse, thinker
 from tests.serving.conftest import KEY, Running
 
 PATH = "/v1/messages"
@@ -256,6 +256,54 @@ def test_a_stream_comes_to_the_whole_message(
         "a call that is cut": ["text"],
     }[case]
     assert whole["usage"]["input_tokens"] + whole["usage"]["cache_read_input_tokens"] == 9
+
+
+def test_thoughts_are_a_block_of_their_own(tokenizer: PreTrainedTokenizerBase) -> None:
+    end = Finished("1", "stop", None, 9, 3, 5, 5, 2, 1)
+    deltas = [Delta("1", [5]) for _ in THINKS]
+    job = scripted(tokenizer, end).job
+    answer = MessagesAnswer(thinker(job))
+    pieces = [answer.encode(answer.chunks(0, event)) for event in [*deltas, end]]
+    streamed = gathered(sse(b"".join([*pieces, answer.last()]).decode().splitlines()))
+    assert streamed["content"] == [
+        {"type": "thinking", "thinking": "Let me see.", "signature": ""},
+        {"type": "text", "text": "Two."},
+    ]
+    whole = msgspec.to_builtins(MessagesAnswer(thinker(job)).response([deltas], USAGE))
+    assert whole == streamed
+
+
+@pytest.mark.parametrize(
+    ("fields", "asked"),
+    [
+        (
+            {"thinking": {"type": "enabled", "budget_tokens": 5}},
+            {"chat_template_kwargs": {"enable_thinking": True}, "thinking_token_budget": 5},
+        ),
+        (
+            {"thinking": {"type": "disabled"}},
+            {"chat_template_kwargs": {"enable_thinking": False}},
+        ),
+        ({"output_config": {"effort": "low"}}, {"reasoning_effort": "low"}),
+        (
+            {"messages": [*ASK["messages"], {"role": "assistant", "content": "The"}]},
+            {"continue_final_message": True, "add_generation_prompt": False},
+        ),
+        (
+            {
+                "tools": [TOOL],
+                "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+            },
+            {"tool_choice": "required", "parallel_tool_calls": False},
+        ),
+    ],
+    ids=["a budget", "no thoughts", "effort", "a prefill", "one call"],
+)
+def test_it_asks_chat_for(fields: dict[str, Any], asked: dict[str, Any]) -> None:
+    sent = MessagesRequest.model_validate(ASK | fields).prompt_fields()
+    plain = MessagesRequest.model_validate(ASK).prompt_fields()
+    assert {name: sent[name] for name in asked} == asked
+    assert sent.keys() - plain.keys() == asked.keys()
 
 
 def test_a_stream_that_breaks_off(tokenizer: PreTrainedTokenizerBase) -> None:

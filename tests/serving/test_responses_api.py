@@ -21,7 +21,7 @@ from idlm.serving.responses import CompletionDetails, PromptDetails, Usage
 from idlm.serving.schema_responses import ResponsesRequest
 from idlm.serving.tools import HERMES as FORM
 from idlm.serving.wire import Delta, Finished
-from tests.serving.apis import HERMES, SCHEMA, SCRIPTS, sse
+from tests.serving.apis import HERMES, SCHEMA, SCRIPTS, THINKS, sse, thinker
 from tests.serving.conftest import KEY, Running
 
 types = pytest.importorskip("openai.types.responses")
@@ -89,7 +89,13 @@ def check_item(events: list[dict[str, Any]], item: dict[str, Any]) -> None:
     assert done["type"] == "response.output_item.done" and done["item"] == item
     assert added["item"]["status"] == "in_progress" and added["item"]["id"] == item["id"]
     assert all(event["item_id"] == item["id"] for event in inner)
-    if item["type"] == "message":
+    if item["type"] == "reasoning":
+        part, *inner, text, whole = inner
+        assert [whole["part"]] == item["content"] and part["part"]["text"] == ""
+        assert text["type"] == "response.reasoning_text.done"
+        kind = "response.reasoning_text.delta"
+        assert text["text"] == whole["part"]["text"] == joined(inner, kind)
+    elif item["type"] == "message":
         part, *inner, text, whole = inner
         assert part["type"] == "response.content_part.added" and part["part"]["text"] == ""
         assert whole["type"] == "response.content_part.done"
@@ -157,6 +163,23 @@ def test_a_stream_comes_to_the_whole_response(
         "a call and a text": ["function_call", "message"],
         "a call that is cut": ["message"],
     }[case]
+
+
+def test_thoughts_are_an_item_of_their_own(tokenizer: PreTrainedTokenizerBase) -> None:
+    scripts, end = scripted(tokenizer, "stop")
+    body = ResponsesRequest.model_validate({"model": "m", "input": "1 + 1?"})
+    answer = ResponsesAnswer(thinker(scripts.job), body)
+    deltas = [Delta("1", [5]) for _ in THINKS]
+    pieces = [answer.encode(answer.chunks(0, event)) for event in [*deltas, *end]]
+    streamed = check(sse(b"".join([*pieces, answer.last()]).decode().splitlines()))
+    thought, message = streamed["output"]
+    assert thought["type"] == "reasoning" and thought["summary"] == []
+    assert thought["content"] == [{"type": "reasoning_text", "text": "Let me see."}]
+    assert message["content"][0]["text"] == "Two."
+    answer = ResponsesAnswer(thinker(scripts.job), body)
+    assert without_ids(msgspec.to_builtins(answer.response([deltas], USAGE))) == without_ids(
+        streamed
+    )
 
 
 def test_a_stream_that_breaks_off(tokenizer: PreTrainedTokenizerBase) -> None:
