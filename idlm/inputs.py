@@ -39,8 +39,8 @@ def check_text(text: str, what: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{what} holds {text[error.start]!r} at character {error.start}, half of a surrogate "
-            "pair, which is no text; take it out"
+            f"{what} holds {text[error.start]!r}, half of a surrogate pair, which is no text; "
+            "take it out"
         ) from None
 
 
