@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from idlm.errors import InputError
+
+HIGH, LOW = r"\\u[dD][89abAB]..", r"\\u[dD][c-fC-F].."
+HALF = re.compile(rf"{HIGH}(?!{LOW})|(?<!{HIGH}){LOW}")
 
 
 def read_lines(path: str | Path) -> list[str]:
@@ -42,6 +46,13 @@ def check_text(text: str, what: str) -> None:
             f"{what} holds {text[error.start]!r}, half of a surrogate pair, which is no text; "
             "take it out"
         ) from None
+
+
+def escaped_half(json_text: str | bytes) -> str | None:
+    """The first escape in a JSON text that is half of a surrogate pair."""
+    text = json_text.decode(errors="replace") if isinstance(json_text, bytes) else json_text
+    half = HALF.search(text)
+    return half and half[0]
 
 
 def plain(value: Any) -> Any:

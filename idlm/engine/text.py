@@ -47,8 +47,8 @@ class TextStream:
 
     Attributes:
         text: the text returned so far.
-        stopped_at: the number of tokens up to and including the token that completed a stop
-            string; None if there is no stop.
+        stopped_at: the number of tokens up to and including the one that made a stop string
+            certain; None if there is no stop.
         stopped_by: the stop string that ended the text.
     """
 

@@ -20,7 +20,6 @@ refused at any other:
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -29,15 +28,13 @@ from fastapi import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from idlm.errors import InputError
+from idlm.inputs import escaped_half
 from idlm.params import MOST_LOGPROBS, Guide, SamplingParams
 from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError
 
 DEEPEST = 64
 MOST_KEYS = 4096
-LONE_SURROGATE = re.compile(
-    rb"(?<!\\)(\\u[dD][89abAB]..)(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)(\\u[dD][c-fC-F]..)"
-)
 SHOWN = 60
 """Characters of a wrong value that an error repeats."""
 DEFAULT_MAX_TOKENS = 16
@@ -97,9 +94,8 @@ def decode(text: bytes | str, what: str) -> Any:
     except RecursionError:
         raise ApiError(400, f"{what} is nested deeper than {DEEPEST} levels; flatten it") from None
     except (msgspec.MsgspecError, UnicodeError) as error:
-        encoded = text.encode(errors="replace") if isinstance(text, str) else text
-        half = LONE_SURROGATE.search(encoded)
-        reason = f"{half[0].decode()} is half of a surrogate pair; take it out" if half else error
+        half = escaped_half(text)
+        reason = f"{half} is half of a surrogate pair; take it out" if half else error
         raise ApiError(400, f"{what} is not valid JSON: {reason}") from None
     check_shape(value, what)
     return value

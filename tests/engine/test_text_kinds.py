@@ -6,7 +6,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from idlm.engine.request import Request, Result, Timing
 from idlm.engine.text import TextStream
+from idlm.params import SamplingParams
 from tests.engine.kinds import KINDS, of_kind
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -112,3 +114,29 @@ def test_a_stop_string_in_the_text_that_was_held_to_the_end():
     tokens = tokenizer("a 世", add_special_tokens=False).input_ids
     assert [stream.push(tokens), stream.finish()] == ["a ", ""]
     assert (stream.stopped_at, stream.stopped_by) == (len(tokens), "世")
+
+
+@pytest.mark.parametrize(
+    ("reason", "end"), [(None, ("stop", "世")), ("abort", ("abort", "世"))], ids=["limit", "abort"]
+)
+def test_a_request_that_ends_so_has_stopped(reason, end):
+    tokenizer = of_kind("byte_fallback")
+    tokens = tokenizer("a 世", add_special_tokens=False).input_ids
+    result = Result([1], 0, [0], [0], Timing(0.0))
+    request = Request(
+        id="1",
+        prompt=[1],
+        params=SamplingParams(stop="世"),
+        result=result,
+        limit=1 + len(tokens),
+        stop_ids=frozenset(),
+        adapter=0,
+        drafting=True,
+        order=(0, 0),
+        deadline=None,
+        stream=TextStream(tokenizer, stop=["世"]),
+    )
+    kept, text = request.extend(tokens, 0, 0)
+    assert (kept, text, request.complete) == (tokens, "a ", True)
+    assert request.finish(reason) == "" and result.text == "a "
+    assert (result.finish_reason, result.stop_reason) == end
