@@ -135,7 +135,12 @@ def _value(value: object, what: str) -> str | list[Any]:
 
 
 def _tools(tools: object) -> list[Any] | None:
-    tools = json.loads(tools) if isinstance(tools, str) and tools.startswith("[") else tools
+    """A list of schemas; it may be JSON text, since a column of a table has one type."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            tools = ()
     if tools is not None and not isinstance(tools, list):
         raise InputError("tools is no list; give a list of JSON schemas")
     return tools

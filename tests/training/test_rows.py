@@ -123,6 +123,7 @@ def test_tools_and_calls_are_written_by_the_template(checkpoint: Path) -> None:
     found = example({"messages": [question, CALL], "tools": tools}, idlm)
     assert idlm.tokenizer is not None
     assert found.prompt == idlm.encoder.chat([question], tools)
+    assert example({"messages": [question, CALL], "tools": json.dumps(tools)}, idlm) == found
     answer = '{"name": "f", "arguments": {}}<|im_end|>'
     assert idlm.tokenizer.decode(found.response) == answer
 
@@ -150,7 +151,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a prompt that is a number": ({"prompt": 3, "response": "x"}, "row: the prompt is neither"),
     "tools that are no list": (
-        {"messages": [QUESTION, ANSWER], "tools": "x"},
+        {"messages": [QUESTION, ANSWER], "tools": {"name": "f"}},
+        "row: tools is no list",
+    ),
+    "tools that are no JSON": (
+        {"messages": [QUESTION, ANSWER], "tools": "[x"},
         "row: tools is no list",
     ),
 }
