@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from idlm.errors import InputError
+from idlm.inputs import check_text, plain
 
 VERIFICATIONS = ("coupled", "ratio", "relaxed")
 SEED_LIMIT = 2**63
@@ -45,6 +46,7 @@ class Guide:
                 f"the text of a guide is {type(self.text).__name__}; "
                 "give a string, a schema as JSON text"
             )
+        check_text(self.text, "the text of a guide")
         if len(self.text) > MOST_GUIDE:
             raise InputError(
                 f"a guide of {len(self.text)} characters is too long; use at most {MOST_GUIDE}"
@@ -59,6 +61,8 @@ class Guide:
 @dataclass(frozen=True)
 class SamplingParams:
     """How the tokens of a request are chosen, and when it ends.
+
+    A field that is None has its default, and NumPy's numbers are taken, as in vLLM.
 
     Attributes:
         n: the number of samples. Sample i has seed + i: it equals the output of a request with n=1
@@ -128,6 +132,11 @@ class SamplingParams:
     guide: Guide | None = None
 
     def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is None and one.default is not None:
+                value = one.default_factory() if one.default is MISSING else one.default  # type: ignore[operator]
+            object.__setattr__(self, one.name, plain(value))
         self._check_counts()
         self._check_numbers()
         self._check_tokens()
@@ -180,7 +189,9 @@ class SamplingParams:
                 f"logit_bias={self.logit_bias!r} is not a mapping; use {{token id: bias}}",
                 "logit_bias",
             )
-        for token, bias in self.logit_bias.items():
+        biases = {plain(token): plain(bias) for token, bias in self.logit_bias.items()}
+        object.__setattr__(self, "logit_bias", biases)
+        for token, bias in biases.items():
             _integer("logit_bias token", token, 0, 2**31, "logit_bias")
             _number(f"logit_bias[{token}]", bias, -1e4, 1e4, param="logit_bias")
         for name in ("banned_tokens", "stop_token_ids", "allowed_token_ids"):
@@ -204,6 +215,8 @@ class SamplingParams:
         )
         object.__setattr__(self, "bad_words", words)
         for word in words:
+            if isinstance(word, str):
+                check_text(word, "bad_words")
             if not (word.strip() if isinstance(word, str) else word):
                 raise InputError(
                     f"bad_words entry {word!r} is empty; give text, or token ids", "bad_words"
@@ -233,6 +246,7 @@ class SamplingParams:
                     f"stop entry {text!r} is not a non-empty string; use text, or leave it out",
                     "stop",
                 )
+            check_text(text, "stop")
         for name in (
             "ignore_eos",
             "skip_special_tokens",
@@ -346,7 +360,7 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
         raise InputError(
             f"{name}={value!r} is not a sequence of token ids; use for example [2, 5]", name
         )
-    tokens = tuple(value)
+    tokens = tuple(map(plain, value))
     for token in tokens:
         _integer(f"{name} entry", token, 0, 2**31, name)
     return tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import typer
@@ -65,7 +65,8 @@ def serve(
         bool, _option("Engine", "Batch-invariant kernels: the same bytes, slower.")
     ] = False,
     logprobs_mode: Annotated[
-        str, _option("Engine", "processed_logprobs: those of the law; raw_logprobs: the model's.")
+        Literal["processed_logprobs", "raw_logprobs"],
+        _option("Engine", "Log-probabilities of the law that tokens are chosen by; the model's."),
     ] = "processed_logprobs",
     salt_by_key: Annotated[
         bool, _option("Network", "Share cached prefixes only within a key.")

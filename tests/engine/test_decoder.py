@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from idlm import LLM, Idlm, InputError, SamplingParams
+from idlm import LLM, Guide, Idlm, InputError, SamplingParams
 from idlm.decoding import reference
 from tests.engine.tiny import FAMILIES, VOCAB, tiny_idlm
 
@@ -215,18 +215,20 @@ def test_a_stop_or_the_limit_goes_before_a_place_without_tokens(tiny: Idlm) -> N
 
 @pytest.mark.parametrize("stride", [1, 4])
 def test_raw_logprobs_are_the_models_own(tiny: Idlm, stride: int) -> None:
+    prompt = [1, 3, 4, 9]
+    greedy = SamplingParams(temperature=0, max_tokens=1)
+    likeliest = LLM(tiny, stride=1).generate([prompt], greedy)[0].token_ids[0]
     params = SamplingParams(
         max_tokens=8,
         seed=4,
         temperature=2.0,
         top_k=5,
         repetition_penalty=1.5,
-        banned_tokens=[6],
+        banned_tokens=[likeliest],
         logprobs=VOCAB - 4,
         prompt_logprobs=2,
         ignore_eos=True,
     )
-    prompt = [1, 3, 4, 9]
     raw, law = (
         LLM(tiny, stride=stride, branches="all", logprobs_mode=mode).generate([prompt], params)[0]
         for mode in ("raw_logprobs", "processed_logprobs")
@@ -240,8 +242,9 @@ def test_raw_logprobs_are_the_models_own(tiny: Idlm, stride: int) -> None:
         assert entry is not None
         for token, found in entry.items():
             assert found.logprob == pytest.approx(float(own[at, token]), abs=1e-9)
-    assert any(6 in entry for entry in raw.logprobs)
-    assert all(entry[6].logprob == -torch.inf for entry in law.logprobs if 6 in entry)
+    assert raw.logprobs[0][likeliest].rank == 1
+    found = [entry[likeliest] for entry in law.logprobs if likeliest in entry]
+    assert all(one.logprob == -torch.inf for one in found)
 
 
 def test_each_text_of_bad_words_is_banned_at_the_start_and_after_a_space() -> None:
@@ -252,3 +255,27 @@ def test_each_text_of_bad_words_is_banned_at_the_start_and_after_a_space() -> No
     words = [word for word in free.text.split() if word.isalpha()][:2]
     (held,) = llm.generate(prompt, SamplingParams(bad_words=words, **wish))
     assert len(words) == 2 and not set(words) & set(held.text.split())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_bans_and_a_guide_together(temperature: float) -> None:
+    """Both hold, with drafts and without; where they leave nothing the output ends."""
+    wish: dict[str, Any] = {"temperature": temperature, "seed": 3, "max_tokens": 24}
+    results = []
+    for stride in (1, 4):
+        llm = LLM("nano", stride=stride, branches="all", dtype="float64", kv_memory="16MiB")
+        assert llm.idlm.tokenizer is not None
+        letters = llm.idlm.tokenizer.convert_tokens_to_ids(["a", "b"])
+        wishes = [
+            SamplingParams(
+                guide=Guide("regex", "(Mia|has|14|apples| )+"), bad_words=["Mia", "1"], **wish
+            ),
+            SamplingParams(guide=Guide("regex", "ab"), bad_words=["ab", letters], **wish),
+        ]
+        results.append(llm.generate(["Mia", "Mia"], wishes))
+    for free, drafted in zip(*results, strict=True):
+        assert (free.token_ids, free.finish_reason) == (drafted.token_ids, drafted.finish_reason)
+    held, stuck = results[1]
+    assert "Mia" not in held.text and "1" not in held.text
+    assert (stuck.text, stuck.finish_reason) == ("a", "error")
+    assert "leave no token" in str(stuck.stop_reason)
