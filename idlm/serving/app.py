@@ -121,8 +121,8 @@ async def tokenize(request: Request, body: Tokenizable) -> Response:
         server.target(body.model)
     prompts = server.prompts
     if isinstance(body, TokenizeText):
-        text, special = body.prompt, body.add_special_tokens
-        ids = await prompts.in_thread(lambda: prompts.text(text, special))
+        text, special, parsed = body.prompt, body.add_special_tokens, server.config.parse_special
+        ids = await prompts.in_thread(lambda: prompts.text(text, special, parsed))
     else:
         ids = await prompts.in_thread(body.encoder(prompts))
     strings = prompts.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
