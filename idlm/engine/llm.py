@@ -20,7 +20,7 @@ from idlm.engine.request import Result, Update
 from idlm.errors import InputError
 from idlm.models.adapter import load_more
 from idlm.models.idlm_model import Idlm
-from idlm.models.loading import load
+from idlm.models.loading import check_adapter, load
 from idlm.models.sources import resolve
 from idlm.params import SEED_LIMIT, SamplingParams
 
@@ -74,6 +74,7 @@ class LLM:
         names = ["default", *named] if self.idlm.gate is not None else list(named)
         for folder in named.values():
             load_more(self.idlm, resolve(folder)[0])
+            check_adapter(self.idlm)
         self.engine: Engine = build_engine(self.idlm, self.config, names, take_weights=ours)
 
     def generate(
