@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from idlm import LLM, SamplingParams, load
 from idlm.models.checkpoint import inspect_checkpoint
@@ -58,21 +58,60 @@ class Trained:
     adapted: Idlm
 
 
+def write(family: str, folder: Path) -> Path:
+    """A random model, and texts beside it."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **(SIZES | FAMILIES[family][0]))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    tiny.write_jsonl(folder / "data.jsonl", tiny.examples())
+    return folder / "model"
+
+
+def stock(folder: Path) -> PreTrainedModel:
+    """transformers' own model, whose experts in float64 are called one by one."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, experts_implementation="eager"
+    )
+
+
+def stock_tokens(folder: Path) -> list[int]:
+    """What transformers generates after 5, 7, 9, without MASK."""
+    tokens = stock(folder).generate(
+        torch.tensor([[5, 7, 9]]),
+        max_new_tokens=16,
+        do_sample=False,
+        eos_token_id=None,
+        suppress_tokens=[tiny.VOCAB],
+    )
+    return tokens[0, 3:].tolist()
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A random model of each family after two steps of training."""
-    folder = tmp_path_factory.mktemp(request.param)
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(request.param, **(SIZES | FAMILIES[request.param][0]))
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
-    tiny.write_jsonl(folder / "data.jsonl", tiny.examples())
-    model = {"path": str(folder / "model"), "dtype": "float64"}
+    place = tmp_path_factory.mktemp(request.param)
+    folder = write(request.param, place)
+    model = {"path": str(folder), "dtype": "float64"}
     stages = [{"steps": 2, "block_size": 2}]
-    train(tiny.config(folder, method="lora", lora={"rank": 2}, model=model, stages=stages))
-    adapter = folder / "run" / "final"
-    base = load(folder / "model", dtype="float64")
-    adapted = load(folder / "model", adapter=adapter, dtype="float64")
-    return Trained(request.param, folder / "model", adapter, base, adapted)
+    train(tiny.config(place, method="lora", lora={"rank": 2}, model=model, stages=stages))
+    adapter = place / "run" / "final"
+    base = load(folder, dtype="float64")
+    adapted = load(folder, adapter=adapter, dtype="float64")
+    return Trained(request.param, folder, adapter, base, adapted)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe"])
+def test_a_full_fine_tune_is_an_ordinary_checkpoint(family: str, tmp_path: Path) -> None:
+    folder = write(family, tmp_path)
+    model = {"path": str(folder), "dtype": "float64"}
+    train(tiny.config(tmp_path, model=model, stages=[{"steps": 2, "block_size": 2}]))
+    tuned = load(tmp_path / "run" / "final", dtype="float64")
+    params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
+    ar, isd = (
+        LLM(tuned, stride=stride, branches="all").generate([[5, 7, 9]], params)[0].token_ids
+        for stride in (1, 3)
+    )
+    assert isd == ar == stock_tokens(tmp_path / "run" / "final")
 
 
 def test_default_targets_are_all_linear_layers_but_head_and_routers(trained: Trained) -> None:
@@ -95,20 +134,11 @@ def test_isd_is_ar_is_the_base_is_transformers(trained: Trained) -> None:
     expected = [one.token_ids for one in base]
     assert [one.token_ids for one in ar] == expected
     assert [one.token_ids for one in isd] == expected
-    stock = AutoModelForCausalLM.from_pretrained(
-        trained.folder, dtype=torch.float64, experts_implementation="eager"
-    )
-    tokens = stock.generate(
-        torch.tensor([prompts[0]]), max_new_tokens=16, do_sample=False, eos_token_id=None
-    )
-    assert tokens[0, 3:].tolist() == expected[0]
+    assert stock_tokens(trained.folder) == expected[0]
 
 
 def test_peft_does_to_all_rows_what_we_do_to_mask_rows(trained: Trained) -> None:
-    stock = AutoModelForCausalLM.from_pretrained(
-        trained.folder, dtype=torch.float64, experts_implementation="eager"
-    )
-    theirs = PeftModel.from_pretrained(stock, trained.adapter)
+    theirs = PeftModel.from_pretrained(stock(trained.folder), trained.adapter)
     row = load_file(trained.adapter / "mask_row.safetensors")["mask_row"]
     masks = torch.full((4,), trained.adapted.mask_id)
     ours = trained.adapted.forward(
