@@ -18,18 +18,16 @@ from tests.engine.tiny import VOCAB, tiny_idlm
 
 FAMILIES = {
     "mixtral": {"num_local_experts": 4, "sliding_window": None},
-    "olmoe": {"num_experts": 4},
     "qwen2_moe": {
         "num_experts": 4,
         "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 16,
     },
     "phimoe": {"num_local_experts": 4, "sliding_window": None},
-    "granitemoe": {"num_local_experts": 4},
 }
 PROMPTS = [[1, 2, 3, 5, 8], [4], [20, 3] * 6]
 PARAMS = [
-    SamplingParams(max_tokens=24, temperature=temperature, seed=5, ignore_eos=True, logprobs=1)
+    SamplingParams(max_tokens=16, temperature=temperature, seed=5, ignore_eos=True, logprobs=1)
     for temperature in (0, 1, 1)
 ]
 
