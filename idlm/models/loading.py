@@ -298,6 +298,8 @@ def check_adapter(idlm: Idlm) -> None:
         raise InputError(
             f"{what} ({_kind(error)}); train it with fewer targets, such as the attention's"
         ) from error
+    finally:
+        gate.adapter = None
     base, before, masks = base.double(), ours[:, :2].double(), ours[:, 2:]
     if not float((before - base).norm()) <= PROBE_TOLERANCE[idlm.dtype] * float(base.norm()):
         raise InputError(
