@@ -22,7 +22,7 @@ from idlm.errors import InputError
 from idlm.inputs import plain
 from idlm.models.adapter import load_more
 from idlm.models.idlm_model import Idlm
-from idlm.models.loading import load
+from idlm.models.loading import check_adapter, load
 from idlm.models.sources import resolve
 from idlm.params import SEED_LIMIT, SamplingParams
 
@@ -79,6 +79,7 @@ class LLM:
         names = ["default", *named] if self.idlm.gate is not None else list(named)
         for folder in named.values():
             load_more(self.idlm, resolve(fspath(folder))[0])
+            check_adapter(self.idlm)
         self.engine: Engine = build_engine(self.idlm, self.config, names, take_weights=ours)
 
     def generate(

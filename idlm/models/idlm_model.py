@@ -98,7 +98,7 @@ class Idlm:
         them. Only MASK rows and drafts that are never committed have such positions.
         """
         gate = self.gate or Gate()
-        with gate.open(mask_rows):
+        with gate.open(mask_rows, tokens.shape):
             output = self.model.base_model(
                 input_ids=tokens,
                 position_ids=positions.clamp(max=self.context - 1),

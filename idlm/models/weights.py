@@ -17,6 +17,7 @@ from idlm.models.gated_lora import GatedLinear, MaskEmbedding, adapter_parameter
 from idlm.models.gguf_header import is_gguf, read_header
 from idlm.models.sources import read_json
 from idlm.models.tensor_info import TensorInfo
+from idlm.models.transposed import TransposedLinear
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -154,19 +155,21 @@ def _dtype_name(tensor: Tensor) -> str:
 
 
 def _base_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The base's parameters, with their names without an adapter. Tied ones are listed once, as
-    transformers stores them."""
+    """The base's parameters as transformers stores them: with their names without an adapter, tied
+    ones once, GPT-2's weights as [in, out]."""
     wrapped = {
         name
         for name, module in model.named_modules()
         if isinstance(module, (GatedLinear, MaskEmbedding))
     }
     of_adapter = adapter_parameters(model)
+    transposed = {id(m.weight) for m in model.modules() if isinstance(m, TransposedLinear)}
     parameters: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         owner, _, last = name.rpartition(".base.")
         if name not in of_adapter:
-            parameters[f"{owner}.{last}" if owner in wrapped else name] = parameter
+            stored = parameter.T if id(parameter) in transposed else parameter
+            parameters[f"{owner}.{last}" if owner in wrapped else name] = stored
     return parameters
 
 

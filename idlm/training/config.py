@@ -30,19 +30,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The gated LoRA of `method: lora`."""
+    """The gated LoRA of `method: lora`.
+
+    `targets` are names of linear layers, or `all-linear`: all but the output head and the routers
+    of experts.
+    """
 
     rank: int = 32
     alpha: float = 64.0
-    targets: tuple[str, ...] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    )
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 
 
 @dataclass(frozen=True)

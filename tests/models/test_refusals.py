@@ -126,7 +126,7 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "Mamba": (other("mamba", state_size=4), "linear_attention|no attention heads"),
     "experts": (
-        other("mixtral", num_local_experts=2),
+        other("jetmoe", num_local_experts=2),
         r"mixture of experts \(num_local_experts 2\)",
     ),
     "soft caps": (other("gemma2"), "attn_logit_softcapping 50.0"),
@@ -311,6 +311,10 @@ ADAPTERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "targets the output head 'lm_head'",
     ),
     "no tensors": (lambda f: retensor(f, lambda t: t.clear()), "holds no tensors"),
+    "tensors that are not finite": (
+        lambda f: retensor(f, lambda t: t[Q.format("B")].fill_(float("nan"))),
+        "the adapter does not fit: its MASK rows are not finite",
+    ),
 }
 
 
