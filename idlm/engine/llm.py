@@ -74,7 +74,13 @@ class LLM:
         names = ["default", *named] if self.idlm.gate is not None else list(named)
         for folder in named.values():
             load_more(self.idlm, resolve(folder)[0])
+        self.get_default_sampling_params()  # refused and warned about before the engine is built
         self.engine: Engine = build_engine(self.idlm, self.config, names, take_weights=ours)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The settings of requests that give none: those of the checkpoint's generation config,
+        unless the option `generation_config` is "none"."""
+        return self.idlm.sampling({}, self.config.generation_config)
 
     def generate(
         self,
@@ -91,6 +97,7 @@ class LLM:
         All prompts are checked before any of them runs.
 
         Args:
+            sampling_params: for all prompts, or for each; None: `get_default_sampling_params`.
             adapter: the name of the adapter that drafts.
             priority: requests with lower numbers run first.
             timeout: seconds after which each request ends with the output that it has.
@@ -101,7 +108,7 @@ class LLM:
                 the model does not have; or the model cannot use the sampling_params.
         """
         ids = [self.encode(prompt) for prompt in _as_prompts(prompts)]
-        params = _as_params(sampling_params, len(ids))
+        params = self._as_params(sampling_params, len(ids))
         for prompt, one in zip(ids, params, strict=True):
             one.check_vocabulary(self.idlm.vocab_size)
             self.engine.admission.check_size(prompt, one)
@@ -126,6 +133,7 @@ class LLM:
         self,
         messages: Sequence[Message],
         sampling_params: SamplingParams | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> Result: ...
 
@@ -134,6 +142,7 @@ class LLM:
         self,
         messages: Sequence[Sequence[Message]],
         sampling_params: SamplingParams | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> list[Result]: ...
 
@@ -141,11 +150,13 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> Result | list[Result]:
         """Answer a conversation of {"role", "content"} messages, or each of several, with the
         model's chat template.
 
+        `tools` are for the template, in OpenAI's form: {"type": "function", "function": ...}.
         `options` are those of `generate`.
         """
         if not messages:
@@ -153,7 +164,7 @@ class LLM:
         single = isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
         results = self.generate(
-            [self.encode_chat(one) for one in conversations], sampling_params, **options
+            [self.encode_chat(one, tools) for one in conversations], sampling_params, **options
         )
         return results[0] if single else results
 
@@ -173,7 +184,7 @@ class LLM:
             InputError: for the reasons of `generate`, or n > 1; raised by the call, before the
                 first update.
         """
-        (params,) = _as_params(sampling_params, 1)
+        (params,) = self._as_params(sampling_params, 1)
         if params.n > 1:
             raise InputError(f"n={params.n} cannot be streamed by LLM.stream; use n=1, or generate")
         ids = self.encode(prompt)
@@ -191,6 +202,19 @@ class LLM:
                         yield update
                         if update.result is not None:
                             return
+
+    def _as_params(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, number: int
+    ) -> Sequence[SamplingParams]:
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * number
+        if len(params) != number:
+            raise InputError(
+                f"{len(params)} sampling_params for {number} prompts; give one, or one for each"
+            )
+        return params
 
     @contextmanager
     def _requests(self) -> Iterator[Callable[..., list[str]]]:
@@ -221,14 +245,16 @@ class LLM:
         ids = self.idlm.encoder.text(prompt, trusted=True) if isinstance(prompt, str) else prompt
         return check_ids(ids, self.idlm)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
         """The token ids of a conversation in the model's chat template. Their number is not checked
         against the context.
 
         Raises:
             InputError: the model has no chat template, or the template refuses the messages.
         """
-        return self.idlm.encoder.chat(messages)
+        return self.idlm.encoder.chat(messages, tools)
 
 
 def _gather(samples: list[Result]) -> Result:
@@ -241,15 +267,3 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
     if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
         return [prompts]  # type: ignore[list-item]
     return prompts  # type: ignore[return-value]
-
-
-def _as_params(
-    params: SamplingParams | Sequence[SamplingParams] | None, number: int
-) -> Sequence[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * number
-    if len(params) != number:
-        raise InputError(
-            f"{len(params)} sampling_params for {number} prompts; give one, or one for each"
-        )
-    return params

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from idlm.chat_template import PromptEncoder, check_tokens
+from idlm.chat_template import check_tokens
 from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 from idlm.training.config import DataConfig
@@ -85,16 +85,12 @@ def fit(example: Example, limit: int) -> Example:
     return Example(example.prompt, example.response[: limit - len(example.prompt)], example.row)
 
 
-def chat_examples(
-    pairs: Iterable[tuple[str, str]], tokenizer: PreTrainedTokenizerBase
-) -> list[Example]:
+def chat_examples(pairs: Iterable[tuple[str, str]], idlm: Idlm) -> list[Example]:
     """The chat prompt, the answer and the end token of each (question, answer)."""
     chosen = list(pairs)
-    prompts = PromptEncoder(tokenizer, "data").chats(
-        [{"role": "user", "content": q}] for q, _ in chosen
-    )
+    prompts = idlm.encoder.chats([{"role": "user", "content": q}] for q, _ in chosen)
+    tokenizer, end = idlm.encoder.tokenizer, _end(idlm, chat=True)
     answers = tokenizer([answer for _, answer in chosen], add_special_tokens=False)["input_ids"]
-    end = [tokenizer.eos_token_id]
     rows = zip(prompts, answers, strict=True)
     return [Example(p, a + end, f"problem {i}") for i, (p, a) in enumerate(rows)]
 
@@ -151,18 +147,22 @@ def _ids(row: dict[str, Any], what: str, name: str, idlm: Idlm) -> list[int]:
     raise InputError(f"{name}: the {what} is neither a text nor a list of token ids")
 
 
+def _end(idlm: Idlm, chat: bool) -> list[int]:
+    """What follows a response: the token that ends it when the model decodes, if it has one."""
+    end = idlm.end_of(chat)
+    return [] if end is None else [end]
+
+
 def jsonl_examples(config: DataConfig, idlm: Idlm) -> list[Example]:
     """The examples of a jsonl file; responses that are texts get the end token."""
-    end = [] if idlm.tokenizer is None else [idlm.tokenizer.eos_token_id]
     examples = []
     for name, row in islice(read_jsonl(str(config.path)), config.examples):
         if not row.get("response"):
             raise InputError(f'{name} has no response; give it a non-empty "response"')
         response = _ids(row, "response", name, idlm)
-        is_text = isinstance(row["response"], str)
-        examples.append(
-            Example(prompt_ids(row, name, idlm), response + (end if is_text else []), name)
-        )
+        if isinstance(row["response"], str):
+            response = response + _end(idlm, chat="messages" in row)
+        examples.append(Example(prompt_ids(row, name, idlm), response, name))
     return examples
 
 
