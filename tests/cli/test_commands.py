@@ -88,6 +88,11 @@ def test_the_generation_config_gives_what_no_option_gives(checkpoint: Path, tmp_
     assert len(plain) == 40 and min(plain) < 200
     report = run("verify", tmp_path / "base", "--stride", 1, "--dtype", "float64", "--ignore-eos")
     assert report["identical"] and report["compared_tokens"] == 7 * report["prompts"]
+    (tmp_path / "base" / "generation_config.json").write_text('{"top_p": 7}')
+    shared = (tmp_path / "base", "--stride", 1, "--max-tokens", 3)
+    refused = CliRunner().invoke(app, ["verify", *map(str, shared)])
+    assert refused.exit_code == 2 and "top_p=7" in refused.stderr
+    assert run("verify", *shared, "--generation-config", "none")["compared_tokens"] > 0
 
 
 def test_generate_reads_every_form_of_prompt(checkpoint: Path, tmp_path: Path) -> None:
