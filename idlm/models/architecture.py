@@ -31,6 +31,8 @@ MOVING_ROPE = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies depend on the largest position of a forward. They would
 depend on the drafts, so they are refused."""
 
+OTHER_TASK = re.compile(r"For(?!CausalLM)[A-Z]\w*$")
+"""Class names of models with another head, such as LlamaForSequenceClassification."""
 EXPERTS = re.compile(r"num_(\w+_)?experts|n_routed_experts|moe_num_experts")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -46,6 +48,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise InputError(
             f"{str(folder)!r} is an adapter; "
             "give its base as the model and this folder as the adapter"
+        )
+    if (folder / "adapter_config.json").exists():  # transformers, with peft, would merge the two
+        raise InputError(
+            f"{str(folder)!r} holds a model and an adapter (adapter_config.json); "
+            "move the adapter into a folder of its own, and give it as the adapter"
         )
     where = folder if is_gguf(folder) else folder / "config.json"
     raw = gguf_config(where) if is_gguf(where) else read_json(where)
@@ -96,7 +103,9 @@ def _refuse_family(raw: dict[str, Any], folder: Path) -> None:
     if raw.get("is_encoder_decoder", getattr(CONFIG_MAPPING[family], "is_encoder_decoder", False)):
         raise InputError(f"{where} is an encoder-decoder model; use a decoder-only one")
     causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family)
-    if causal_lm is None or (classes and causal_lm not in classes):
+    # exports and forks have class names of their own, such as LLaMAForCausalLM
+    other_task = classes and all(OTHER_TASK.search(str(name)) for name in classes)
+    if causal_lm is None or (other_task and causal_lm not in classes):
         raise InputError(
             f"{where}, architecture {classes}, is no causal language model; use a decoder-only one"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from logging import ERROR
@@ -18,6 +19,7 @@ from idlm.models import adapter as adapters
 from idlm.models import experts
 from idlm.models.architecture import mask_token, read_config, read_tokenizer, trained_block_size
 from idlm.models.attention import NAME, attend
+from idlm.models.generation import check_generation_config
 from idlm.models.gguf_checkpoint import auto_dtype, dequantised, origin
 from idlm.models.gguf_header import is_gguf
 from idlm.models.idlm_model import Idlm
@@ -45,6 +47,19 @@ PROBE_TOLERANCE = {
 }
 """The relative difference of logits (2-norm) that rounding explains. Eager attention computes the
 softmax in float32, even of a float64 model."""
+
+
+BUFFER = re.compile(
+    r"(^|\.)(inv_freq|cos_cached|sin_cached|masked_bias|position_ids|freqs_cis|rope\.freqs)$"
+)
+"""Tensors that old exports stored and that models now compute from their config: rotary tables,
+positions, and the value that stood for "masked"."""
+
+FIXES = {
+    "misshapen": "its config.json is of other weights; use the one that belongs to them",
+    "missing": "download it again",
+    "unexpected": "its config.json has no place for them; use the one that belongs to them",
+}
 
 
 def load(
@@ -121,6 +136,8 @@ def _read_model(
 ) -> PreTrainedModel:
     """Load the model with transformers, and check that all weights are there with their shapes."""
     tensors = model_tensors(folder)  # raises for pickles and truncated files
+    with _quiet():
+        check_generation_config(folder)
     if is_gguf(folder) and dtype == "auto":
         dtype = auto_dtype(tensors)
     try:
@@ -151,18 +168,31 @@ def _read_model(
     for problem, names in (
         ("misshapen", misshapen),
         ("missing", report["missing_keys"]),
-        ("unexpected", report["unexpected_keys"]),
+        ("unexpected", [key for key in report["unexpected_keys"] if not _is_buffer(key, tensors)]),
     ):
         if names:
             raise InputError(
                 f"{str(folder)!r} has {len(names)} {problem} tensors, {min(names)} first; "
-                "download it again"
+                f"{FIXES[problem]}"
             )
     if is_gguf(folder):
         _check_all_used(folder, model, tensors)
-        model.name_or_path = str(folder)
+    model.name_or_path = str(folder.absolute())
     straighten(model)
     return model
+
+
+def _is_buffer(key: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether a tensor that the model has no place for is none of its weights.
+
+    GPT-2's and GPT-NeoX's causal masks are called "bias" and have the shape [1, 1, n, n].
+    """
+    if BUFFER.search(key):
+        return True
+    shape = next((info.shape for name, info in tensors.items() if name.endswith(key)), ())
+    return (
+        key.endswith(".bias") and len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+    )
 
 
 @contextmanager

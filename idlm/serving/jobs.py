@@ -233,7 +233,7 @@ def admit(request: Request, body: Body, prompts: Sequence[list[int]]) -> Job:
         ApiError, InputError: the request cannot be run. Busy, EngineDown: it cannot be run now.
     """
     server = the_server(request)
-    context, limits = server.engine().context, server.config.limits
+    engine, limits = server.engine(), server.config.limits
     job = Job(server, request, body)
     facts, guide = request.scope["state"]["facts"], body.guide(limits)
     facts |= {
@@ -243,7 +243,8 @@ def admit(request: Request, body: Body, prompts: Sequence[list[int]]) -> Job:
     }
     submits = []
     for ids in prompts:
-        params = body.sampling(room(body.asked_tokens, len(ids), context, limits), guide)
+        bounds = (len(ids), engine.context, limits, engine.sampling.get("max_tokens"))
+        params = body.sampling(room(body.asked_tokens, *bounds), guide, engine.sampling)
         submits += [_submit(server, request, body, ids, sample) for sample in _samples(params)]
     job.tickets = server.client.submit(submits)
     if server.config.log_prompts:
@@ -277,8 +278,15 @@ def _submit(
     )
 
 
-def room(requested: int | None, prompt_tokens: int, context: int, limits: Limits) -> int:
-    """max_tokens of a sample: what the request asks for, or what the context and `limits` leave.
+def room(
+    requested: int | None,
+    prompt_tokens: int,
+    context: int,
+    limits: Limits,
+    default: int | None = None,
+) -> int:
+    """max_tokens of a sample: what the request asks for, else the model's `default`, else what the
+    context and `limits` leave.
 
     A request for more than the context leaves is accepted: the output then ends at the context, as
     in `LLM`.
@@ -293,4 +301,6 @@ def room(requested: int | None, prompt_tokens: int, context: int, limits: Limits
             f"max_tokens={requested} is more than the {bound} of this server; lower it",
             "max_tokens",
         )
-    return min(bound if requested is None else requested, max(1, context - prompt_tokens))
+    if requested is None:
+        requested = bound if default is None else min(default, bound)
+    return min(requested, max(1, context - prompt_tokens))

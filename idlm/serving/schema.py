@@ -29,7 +29,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from idlm.errors import InputError
 from idlm.inputs import escaped_half
-from idlm.params import MOST_LOGPROBS, Guide, SamplingParams
+from idlm.params import MOST_LOGPROBS, Guide, SamplingParams, with_defaults
 from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError
 
@@ -247,14 +247,18 @@ class Generation(Neutral):
                 400, "stream_options without stream; set stream to true", "stream_options"
             )
 
-    def sampling(self, max_tokens: int, guide: Guide | None = None) -> SamplingParams:
-        """The request as `SamplingParams`, which raises InputError for wrong values."""
+    def sampling(
+        self, max_tokens: int, guide: Guide | None = None, defaults: Mapping[str, Any] | None = None
+    ) -> SamplingParams:
+        """The request as `SamplingParams`, which raises InputError for wrong values.
+
+        The model's `defaults` stand for the fields that the request does not set.
+        """
         shared = {name: getattr(self, name) for name in SHARED}
         fields: dict[str, Any] = {k: value for k, value in shared.items() if value is not None}
         fields |= {"logprobs": self.top, "prompt_logprobs": self.prompt_top, "guide": guide}
-        return SamplingParams(
-            max_tokens=max_tokens, logit_bias=_token_biases(self.logit_bias or {}), **fields
-        )
+        fields |= {"max_tokens": max_tokens, "logit_bias": _token_biases(self.logit_bias or {})}
+        return with_defaults(fields, defaults or {})
 
     def guide(self, limits: Limits) -> Guide | None:
         """The guide of the request, or None.

@@ -78,6 +78,7 @@ def bert(folder: Path) -> None:
 
 def missing_shard(folder: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()  # transformers would load it, and no shard
     sorted(folder.glob("model-*.safetensors"))[1].unlink()
 
 
@@ -115,6 +116,26 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no family": (config(model_type=None), "'None'.* unknown"),
     "T5": (t5, "encoder-decoder"),
     "BERT": (bert, "no causal language model"),
+    "another head": (
+        config(architectures=["LlamaForSequenceClassification"]),
+        "LlamaForSequenceClassification.* no causal language model",
+    ),
+    "a model and an adapter": (
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+        "a model and an adapter .*move the adapter",
+    ),
+    "a bias that is no mask": (
+        lambda f: retensor(f, lambda t: t.update({UP.replace("weight", "bias"): torch.ones(48)})),
+        "1 unexpected tensors, .*up_proj.bias first; its config.json has no place",
+    ),
+    "named weights elsewhere": (
+        config(transformers_weights="../model.safetensors"),
+        "transformers_weights '../model.safetensors'; name a file of its folder",
+    ),
+    "named weights not there": (
+        config(transformers_weights="other.safetensors"),
+        "no other.safetensors",
+    ),
     "sliding window": (other("mistral", sliding_window=16), "sliding_window 16"),
     "sliding layers": (
         other("qwen3", use_sliding_window=True, sliding_window=16, max_window_layers=1),
