@@ -61,6 +61,10 @@ def serve(
         int | None, _option("Engine", "Threads of the engine; measured if not given.")
     ] = None,
     weights: common.Weights = "auto",
+    generation_config: Annotated[
+        Literal["auto", "none"],
+        _option("Model", "Whether its generation_config.json gives the defaults of requests."),
+    ] = "auto",
     deterministic: Annotated[
         bool, _option("Engine", "Batch-invariant kernels: the same bytes, slower.")
     ] = False,
@@ -113,6 +117,7 @@ def serve(
         weights=weights,
         logprobs_mode=logprobs_mode,
         threads=threads,
+        generation_config=generation_config,
     )
     adapters = _adapters(adapter or [])
     worker = WorkerConfig(model, adapters, dtype, device, engine)

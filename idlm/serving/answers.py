@@ -303,7 +303,7 @@ class CompletionAnswer(Answer):
         if not self._body.echo:
             return ""
         number = index // self.job.samples
-        prompt, ids = self._body.prompts[number], self.job.prompts[number]
+        prompt, ids = self._body.prompts[number], self._ids[number]
         whole = isinstance(prompt, str) and self._body.truncate_prompt_tokens is None
         return str(prompt) if whole else self.prompts.decode(ids)
 

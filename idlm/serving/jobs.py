@@ -250,8 +250,8 @@ def admit(request: Request, body: Body, prompts: Sequence[list[int]]) -> Job:
         ApiError, InputError: the request cannot be run. Busy, EngineDown: it cannot be run now.
     """
     server = the_server(request)
-    context, limits = server.engine().context, server.config.limits
-    prompts = [body.truncated(ids, context) for ids in prompts]
+    engine, limits = server.engine(), server.config.limits
+    prompts = [body.truncated(ids, engine.context) for ids in prompts]
     job = Job(server, request, body, prompts)
     facts, guide = request.scope["state"]["facts"], body.guide(limits)
     facts |= {
@@ -261,7 +261,8 @@ def admit(request: Request, body: Body, prompts: Sequence[list[int]]) -> Job:
     }
     submits = []
     for ids in prompts:
-        params = body.sampling(room(body.asked_tokens, len(ids), context, limits), guide)
+        bounds = (len(ids), engine.context, limits, engine.sampling.get("max_tokens"))
+        params = body.sampling(room(body.asked_tokens, *bounds), guide, engine.sampling)
         submits += [_submit(server, request, body, ids, sample) for sample in params.samples()]
     job.tickets = server.client.submit(submits)
     if server.config.log_prompts:
@@ -296,8 +297,15 @@ def _salt(server: Server, request: Request, body: Body) -> bytes:
     return bytes(key + own)
 
 
-def room(requested: int | None, prompt_tokens: int, context: int, limits: Limits) -> int:
-    """max_tokens of a sample: what the request asks for, or what the context and `limits` leave.
+def room(
+    requested: int | None,
+    prompt_tokens: int,
+    context: int,
+    limits: Limits,
+    default: int | None = None,
+) -> int:
+    """max_tokens of a sample: what the request asks for, else the model's `default`, else what the
+    context and `limits` leave.
 
     A request for more than the context leaves is accepted: the output then ends at the context, as
     in `LLM`.
@@ -311,4 +319,6 @@ def room(requested: int | None, prompt_tokens: int, context: int, limits: Limits
             f"max_tokens={requested} is more than the {bound} of this server; lower it",
             "max_tokens",
         )
-    return min(bound if requested is None else requested, max(1, context - prompt_tokens))
+    if requested is None:
+        requested = bound if default is None else min(default, bound)
+    return min(requested, max(1, context - prompt_tokens))

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from idlm.errors import InputError
+from idlm.models.generation import with_defaults
 from idlm.params import MOST_BAD_WORDS, MOST_LOGPROBS, SHOWN, Guide, SamplingParams
 from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError
@@ -179,14 +180,18 @@ class Generation(Neutral):
         given = (name for name in GUIDE_FIELDS if getattr(self, name, None) is not None)
         return {"guide": next(given, "guide")}
 
-    def sampling(self, max_tokens: int, guide: Guide | None = None) -> SamplingParams:
-        """The request as `SamplingParams`, which raises InputError for wrong values."""
+    def sampling(
+        self, max_tokens: int, guide: Guide | None = None, defaults: Mapping[str, Any] | None = None
+    ) -> SamplingParams:
+        """The request as `SamplingParams`, which raises InputError for wrong values.
+
+        The model's `defaults` stand for the fields that the request does not set.
+        """
         shared = {name: getattr(self, name) for name in SHARED}
         fields: dict[str, Any] = {k: value for k, value in shared.items() if value is not None}
         fields |= {"logprobs": self.top, "prompt_logprobs": self.prompt_top, "guide": guide}
-        return SamplingParams(
-            max_tokens=max_tokens, logit_bias=_token_biases(self.logit_bias or {}), **fields
-        )
+        fields |= {"max_tokens": max_tokens, "logit_bias": _token_biases(self.logit_bias or {})}
+        return with_defaults(fields, defaults or {})
 
     def guide(self, limits: Limits) -> Guide | None:
         """The guide of the request, or None.

@@ -184,7 +184,7 @@ def test_one_refused_does_not_touch_the_other(
         ({"prompt": ["1"]}, "'1' is not a whole number"),
         ({"prompt": [1.5]}, "1.5 is not a whole number"),
         ({"prompt": [2**64]}, "of more than 64 bits"),
-        ({"stop": "\ud800"}, "cannot be sent"),
+        ({"stop": "\ud800"}, "half of a surrogate pair"),
         ({"top_k": 2**70}, "top_k="),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temprature": 1.0}, "temprature"),
