@@ -79,8 +79,8 @@ class Prompts(PromptEncoder):
         }
         kept |= tokenizer.special_tokens_map
         kept |= {"tokenizer_class": type(tokenizer).__name__}
-        if tokenizer.chat_template:
-            kept["chat_template"] = tokenizer.chat_template
+        if self.has_template:
+            kept["chat_template"] = self.template_for(tools=False)
         return {name: _as_json(value) for name, value in kept.items()}
 
     def token_bytes(self, token: int) -> bytes:

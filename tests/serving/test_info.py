@@ -22,7 +22,7 @@ def test_the_tokenizer_describes_itself(http: httpx.Client, served: Running) -> 
     info = http.get("/tokenizer_info").json()
     for name in ("eos_token", "pad_token"):
         assert info[name] == getattr(prompts.tokenizer, name)
-    assert info["chat_template"] == prompts.template
+    assert info["chat_template"] == prompts.template_for(tools=False)
     assert info["tokenizer_class"] == type(prompts.tokenizer).__name__
     assert not any("/" in str(value) for name, value in info.items() if name != "chat_template")
     text = {"prompt": "1 + 1 =", "add_special_tokens": False}
