@@ -35,6 +35,7 @@ def chat(
     branches: common.BranchesOption = "planner",
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
+    max_model_len: common.MaxModelLen = None,
     weights: common.Weights = "auto",
     threads: common.Threads = None,
     url: Annotated[
@@ -81,7 +82,7 @@ def chat(
         config = EngineConfig(  # before the model is loaded, which can take minutes
             stride, branches, max_num_seqs=1, weights=weights, threads=threads
         )
-        idlm = load(str(model), adapter=adapter, dtype=dtype, device=device)
+        idlm = load(str(model), adapter, dtype, device, max_model_len)
         backend = LocalBackend(LLM(idlm, config=config), sampling)
     Chat(backend, colors).run(reader())
 

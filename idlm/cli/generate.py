@@ -37,6 +37,7 @@ def generate(
     ] = True,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
+    max_model_len: common.MaxModelLen = None,
     weights: common.Weights = "auto",
     threads: common.Threads = None,
     as_json: common.Json = False,
@@ -54,7 +55,7 @@ def generate(
 
     # before the model is loaded, which can take minutes
     config = EngineConfig(stride, branches, weights=weights, threads=threads)
-    idlm = load(model, adapter=adapter, dtype=dtype, device=device)
+    idlm = load(model, adapter, dtype, device, max_model_len)
     llm = LLM(idlm, config=config)
     common.keep_what_is_loaded()
     ids = [each.encode(llm.idlm, chat) for each in given]

@@ -42,6 +42,7 @@ def serve(
     branches: common.BranchesOption = "planner",
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
+    max_model_len: common.MaxModelLen = None,
     max_num_seqs: Annotated[int, _option("Engine", "The most samples at once; others wait.")] = 64,
     kv_memory: Annotated[
         str | None, _option("Engine", "Memory of the KV cache: bytes, or such as 512MiB.")
@@ -92,6 +93,7 @@ def serve(
         deterministic=deterministic,
         weights=weights,
         threads=threads,
+        max_model_len=max_model_len,
     )
     adapters = _adapters(adapter or [])
     worker = WorkerConfig(model, adapters, dtype, device, engine)

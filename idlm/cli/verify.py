@@ -32,6 +32,7 @@ def verify(
     ] = True,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
+    max_model_len: common.MaxModelLen = None,
     as_json: common.Json = False,
     sampling: SamplingParams,
 ) -> None:
@@ -47,7 +48,7 @@ def verify(
     from idlm.models.loading import load
 
     plans_for(stride, branches)  # before the model is loaded, which can take minutes
-    idlm = load(model, adapter=adapter, dtype=dtype, device=device)
+    idlm = load(model, adapter, dtype, device, max_model_len)
     ids = [prompt.encode(idlm, chat) for prompt in given or prompts.defaults(idlm)]
     check = _law if sampling.verification == "ratio" else _tokens
     with common.progress("verifying", len(ids)) as advance:

@@ -43,7 +43,8 @@ class LLM:
         device: for example "cpu", "cuda" or "cuda:1".
         config: the engine's options.
         options: fields of `EngineConfig`, which replace those of `config`: stride, branches,
-            max_num_seqs, kv_memory, page_size, prefill_tokens, deterministic, weights, threads, ...
+            max_num_seqs, kv_memory, page_size, prefill_tokens, deterministic, weights, threads,
+            max_model_len, ...
 
     Attributes:
         engine: runs the requests; its counters are `engine.metrics`.
@@ -70,7 +71,11 @@ class LLM:
             )
         named = ({} if adapter is None else {"default": adapter}) | dict(adapters or {})
         ours = isinstance(model, str)
-        self.idlm = load(model, dtype=dtype, device=device) if isinstance(model, str) else model
+        limit = self.config.max_model_len
+        if isinstance(model, str):
+            self.idlm = load(model, dtype=dtype, device=device, max_model_len=limit)
+        else:
+            self.idlm = model if limit is None else model.limited(limit)
         names = ["default", *named] if self.idlm.gate is not None else list(named)
         for folder in named.values():
             load_more(self.idlm, resolve(folder)[0])

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from idlm.errors import InputError
-from idlm.models.attention import NAME
 from idlm.models.idlm_model import Idlm
 from idlm.training.config import DataConfig
 from idlm.training.data import SOURCES, Example, fit, prompt_ids, read_jsonl
@@ -101,11 +100,11 @@ def generate(
         pad_token_id=0,
         **sampling,
     )
-    model = idlm.model
+    model, ours = idlm.model, idlm.model.config._attn_implementation
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
         try:
             output = model.eval().generate(
                 torch.tensor(rows, device=model.device),
@@ -113,7 +112,7 @@ def generate(
                 generation_config=settings,
             )
         finally:
-            model.set_attn_implementation(NAME)
+            model.set_attn_implementation(ours)
     return [_until_end(response, idlm.eos_ids) for response in output[:, longest:]]
 
 
