@@ -11,7 +11,9 @@ for a sliding window, it is tried again with one that is not below the context.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -25,11 +27,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from idlm import LLM, Idlm, SamplingParams, load
 from idlm.errors import InputError
 from idlm.evaluation.environment import environment
+from idlm.models.architecture import read_config
 from idlm.models.checkpoint import inspect_checkpoint
 from idlm.models.quiet import quiet
 
 VOCAB, MASK, CONTEXT, WINDOW = 40, 39, 48, 7
 PROMPT = [5, 9, 3]
+MOST_WEIGHTS = 20_000_000
 NOISE = 0.1
 """Added to all weights, since some start as zeros and would hide what they do."""
 
@@ -86,7 +90,15 @@ def tiny_config(family: str, window: int) -> PreTrainedConfig:
 
 
 def write_checkpoint(config: PreTrainedConfig, folder: Path) -> None:
-    """Save a random float64 model without tokenizer."""
+    """Save a random float64 model without tokenizer.
+
+    Raises:
+        ValueError: it would not be tiny, since the sizes of parts of it have other names.
+    """
+    with torch.device("meta"):
+        weights = AutoModelForCausalLM.from_config(copy.deepcopy(config)).num_parameters()
+    if weights > MOST_WEIGHTS:
+        raise ValueError(f"it would have {weights:,} weights")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
     with torch.no_grad():
@@ -106,8 +118,7 @@ def tried(family: str) -> dict[str, Any]:
                     config = tiny_config(family, window)
                     write_checkpoint(config, path)
             except Exception as error:  # a family that no tiny model can be made of
-                row["reason"] = f"transformers makes no tiny model: {type(error).__name__}: {error}"
-                return row
+                return row | {"reason": of_usual_config(family, path) or f"not tried: {error}"}
             windowed = getattr(config, "sliding_window", None) == window
             result = loaded(path)
         if windowed and window == WINDOW and "sliding" in result.get("reason", ""):
@@ -117,13 +128,31 @@ def tried(family: str) -> dict[str, Any]:
     raise AssertionError
 
 
+def of_usual_config(family: str, path: Path) -> str:
+    """Why the usual config of a family is refused; "" if it is not."""
+    try:
+        with quiet():
+            AutoConfig.for_model(family).save_pretrained(path)
+        read_config(path)
+    except InputError as error:
+        return plain(error, path)
+    except Exception as error:  # not even that
+        return f"not tried: {error}"
+    return ""
+
+
+def plain(error: InputError, path: Path) -> str:
+    """The message without the folder."""
+    return re.sub(rf"^'{re.escape(str(path))}'( \(\w+\))?:? ?", "", str(error))
+
+
 def loaded(path: Path) -> dict[str, Any]:
     """What `inspect` and `load` say of a checkpoint, and what it decodes."""
     says = inspect_checkpoint(path)
     try:
         idlm = load(path, dtype="float64")
     except InputError as error:
-        reason = str(error).replace(f"{str(path)!r} ", "").replace(f"{str(path)!r}: ", "")
+        reason = plain(error, path)
         agrees = says.reason == f"refused: {error}" or says.reason.startswith("refused: ")
         return {"loads": False, "inspect_agrees": agrees, "reason": reason}
     agrees = says.can_decode_isd

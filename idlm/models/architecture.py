@@ -16,6 +16,7 @@ from idlm.errors import InputError
 from idlm.models.gguf_checkpoint import gguf_config, gguf_tokenizer, passed_over
 from idlm.models.gguf_header import is_gguf
 from idlm.models.rope import fixed_until
+from idlm.models.routes import NO_ROUTE, has_route
 from idlm.models.sources import first_line, read_json
 
 SDAR = "sdar"
@@ -53,7 +54,9 @@ def read_config(folder: Path, max_model_len: int | None = None) -> PreTrainedCon
     _refuse_family(raw, folder)
     code = {"auto_map", "model_type", "attn_implementation", "_attn_implementation"}
     try:
-        keys = {k: v for k, v in raw.items() if k not in code}
+        # infinity and the like, which transformers writes as {"__float__": "Infinity"}
+        plain = PreTrainedConfig._decode_special_floats(raw)
+        keys = {k: v for k, v in plain.items() if k not in code}
         config: PreTrainedConfig = CONFIG_MAPPING[raw["model_type"]].from_dict(keys)
         reason = (
             _experts(config.to_dict())
@@ -122,7 +125,9 @@ def _experts(keys: Mapping[Any, Any]) -> str | None:
 
 
 def _heads(config: PreTrainedConfig) -> str | None:
-    """The reason to refuse a model without attention, else None."""
+    """The reason to refuse a model without attention of its own, else None."""
+    if isinstance(getattr(config, "text_config", None), PreTrainedConfig):
+        return "is a model of several media (text_config); use a model of text alone"
     if not isinstance(getattr(config, "num_attention_heads", None), int):
         return (
             "has no attention heads (a linear-attention or state-space model); "
@@ -174,6 +179,8 @@ def _attention(config: PreTrainedConfig) -> str | None:
 def _positions(config: PreTrainedConfig, max_model_len: int | None) -> str | None:
     """The reason to refuse the positions of a context, else None."""
     most = int(getattr(config, "max_position_embeddings", None) or 0)
+    if not most and not has_route(config):  # the advice below would not help
+        return f"cannot be expressed: {NO_ROUTE}"
     if max_model_len is None and not most:
         return (
             "has no max_position_embeddings in its config; "

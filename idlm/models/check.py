@@ -11,7 +11,7 @@ from idlm.models.attention import attend
 from idlm.models.idlm_model import Idlm
 from idlm.models.quiet import quiet
 from idlm.models.rope import fix
-from idlm.models.routes import has_route, route_methods, unknown_options
+from idlm.models.routes import NO_ROUTE, has_route, route_methods, unknown_options
 from idlm.models.sources import first_line
 
 PROBE_POSITIONS = (0, 1, 2, 1)
@@ -64,11 +64,8 @@ def check_architecture(idlm: Idlm) -> None:
     visible = torch.tensor(PROBE_VISIBLE, dtype=torch.bool, device=idlm.device)
     cache = _Probe(visible[None, None])
     what = f"{idlm.name!r}: the architecture {type(idlm.model).__name__} cannot be expressed"
-    if not has_route(idlm.model):
-        raise InputError(
-            f"{what}: its class computes attention by itself, without transformers' attention "
-            "interface; use another model"
-        )
+    if not has_route(idlm.model.config):
+        raise InputError(f"{what}: {NO_ROUTE}")
     try:
         doing = "transformers itself fails to run it"
         stock = _stock_logits(idlm.model, tokens).double()
@@ -99,9 +96,8 @@ def _options(idlm: Idlm, unknown: dict[str, object]) -> str | None:
 
 def _layers(idlm: Idlm, cache: _Probe) -> str | None:
     """What is wrong with the layers' calls of the cache."""
-    layers = idlm.model.config.num_hidden_layers
-    if cache.layers != list(range(layers)):
-        return f"its {layers} layers write keys in the order {cache.layers}"
+    if cache.layers != list(range(idlm.model.config.num_hidden_layers)):
+        return f"its layers write keys in the order {cache.layers}"
     if len(cache.shapes) > 1:
         shapes = sorted(cache.shapes)
         return f"its layers differ in heads, key/value heads or head size: {shapes}"

@@ -32,6 +32,12 @@ from idlm.models.attention import NAME, Cache, attention
 _seen: ContextVar[Mapping[str, Any]] = ContextVar("_seen")
 """`visible` and `cache` of the forward that runs; nothing outside of `Idlm.hidden`."""
 
+_unknown: ContextVar[dict[str, Any] | None] = ContextVar("_unknown", default=None)
+
+NO_ROUTE = (
+    "its class computes attention by itself, without transformers' attention interface; "
+    "use another model"
+)
 UNDERSTOOD = frozenset(inspect.signature(attention).parameters)
 WITHOUT_MEANING = frozenset(
     ("position_ids", "position_embeddings", "cache_position", "past_key_values", "layer_past")
@@ -48,24 +54,21 @@ def implementation(config: PreTrainedConfig) -> str:
     return "sdpa" if family._supports_sdpa else "eager"
 
 
-def has_route(model: PreTrainedModel) -> bool:
-    """Whether the model's attention can be routed."""
-    return model.config._attn_implementation != "eager" or bool(_methods(model))
-
-
-def _methods(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers that compute attention in `_attn`, with keys [B, H, S, E]; OpenAI GPT's are
-    transposed."""
-    return [
-        layer
-        for layer in model.modules()
-        if callable(getattr(layer, "_attn", None)) and model.config.model_type != "openai-gpt"
-    ]
+def has_route(config: PreTrainedConfig) -> bool:
+    """Whether the attention of a model can be routed."""
+    family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if implementation(config) != "eager":
+        return True
+    # OpenAI GPT's `_attn` takes transposed keys
+    return config.model_type != "openai-gpt" and any(
+        hasattr(layer, "_attn") for layer in vars(sys.modules[family.__module__]).values()
+    )
 
 
 def route_methods(model: PreTrainedModel) -> None:
     """Route the layers that compute attention in a method `_attn`, in place."""
-    for index, layer in enumerate(_methods(model)):
+    layers = [layer for layer in model.modules() if callable(getattr(layer, "_attn", None))]
+    for index, layer in enumerate(layers):
         layer._attn = partial(_method, layer, index)  # type: ignore[assignment]
 
 
@@ -97,6 +100,8 @@ def _interface(
     Keys and values may differ in size (multi-head latent attention), which the cache and its
     kernels do not know: the smaller are padded with zeros.
     """
+    if (found := _unknown.get()) is not None:
+        _note(found, options)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     inner, outer = query.shape[-1], value.shape[-1]
     if inner != outer:
@@ -152,24 +157,23 @@ class _CallsOfSdpa(TorchFunctionMode):
 
 @contextmanager
 def unknown_options() -> Iterator[dict[str, Any]]:
-    """Yields the options that models gave our attention function and that it does not understand.
+    """Yields the options that a model gives our attention and that it does not understand.
 
     Some of them change the result too little for a comparison of logits.
     """
     found: dict[str, Any] = {}
-
-    def noting(*args: Any, **options: Any) -> tuple[Tensor, None]:
-        for name, value in options.items():
-            causal = name == "is_causal" and value
-            if value is not None and not causal and name not in UNDERSTOOD | WITHOUT_MEANING:
-                found[name] = value
-        return _interface(*args, **options)
-
-    AttentionInterface.register(NAME, noting)
+    token = _unknown.set(found)
     try:
         yield found
     finally:
-        AttentionInterface.register(NAME, _interface)
+        _unknown.reset(token)
+
+
+def _note(found: dict[str, Any], options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        causal = name == "is_causal" and value
+        if value is not None and not causal and name not in UNDERSTOOD | WITHOUT_MEANING:
+            found[name] = value
 
 
 AttentionInterface.register(NAME, _interface)
