@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,6 +33,8 @@ Greedy and seeded ISD give AR's tokens, and greedy AR those of transformers' `ge
 float64.
 """
 FULL = "only with a window that is not below the context"
+DETAILS = r" \(\w*experts \d+\)| by [\d.]+ of [\d.]+| in the order \[.*\]|^\(model_type '[\w-]+'\) "
+"""Parts of a reason that are the model's own."""
 REFUSED = """
 ## What is refused
 
@@ -74,5 +77,6 @@ def _reasons(families: list[Mapping[str, Any]]) -> dict[str, list[str]]:
     for row in families:
         if not row.get("loads"):
             reason = row["reason"].split("; ")[0].replace(f" {row['class']}", "")
+            reason = re.sub(DETAILS, "", reason)
             found[" ".join(reason.split()).replace("|", "/")].append(f"`{row['family']}`")
     return found

@@ -61,8 +61,8 @@ def read_config(folder: Path, max_model_len: int | None = None) -> PreTrainedCon
         reason = (
             _experts(config.to_dict())
             or _heads(config)
+            or _layers(config)
             or _positions(config, max_model_len)
-            or _layers(config, context_length(config, max_model_len))
             or _attention(config)
         )
     except Exception as error:  # config classes raise many types
@@ -126,8 +126,9 @@ def _experts(keys: Mapping[Any, Any]) -> str | None:
 
 def _heads(config: PreTrainedConfig) -> str | None:
     """The reason to refuse a model without attention of its own, else None."""
-    if isinstance(getattr(config, "text_config", None), PreTrainedConfig):
-        return "is a model of several media (text_config); use a model of text alone"
+    for key in ("text_config", "vision_config", "audio_config"):
+        if isinstance(getattr(config, key, None), PreTrainedConfig):
+            return f"is a model of several media ({key}); use a model of text alone"
     if not isinstance(getattr(config, "num_attention_heads", None), int):
         return (
             "has no attention heads (a linear-attention or state-space model); "
@@ -136,11 +137,15 @@ def _heads(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def _layers(config: PreTrainedConfig, context: int) -> str | None:
+def _layers(config: PreTrainedConfig) -> str | None:
     """The reason to refuse layers without full attention, else None."""
     window = getattr(config, "sliding_window", None)
     # a sliding window at least as long as the context never hides a token
-    slides = window is not None and getattr(config, "use_sliding_window", True) and window < context
+    slides = (
+        window is not None
+        and getattr(config, "use_sliding_window", True)
+        and window < _context(config)
+    )
     if slides:
         return (
             f"has sliding_window {window}, which is not supported yet; "
@@ -178,7 +183,7 @@ def _attention(config: PreTrainedConfig) -> str | None:
 
 def _positions(config: PreTrainedConfig, max_model_len: int | None) -> str | None:
     """The reason to refuse the positions of a context, else None."""
-    most = int(getattr(config, "max_position_embeddings", None) or 0)
+    most = _context(config)
     if not most and not has_route(config):  # the advice below would not help
         return f"cannot be expressed: {NO_ROUTE}"
     if max_model_len is None and not most:
@@ -196,6 +201,10 @@ def _positions(config: PreTrainedConfig, max_model_len: int | None) -> str | Non
             f"tokens; limit the context to them: max_model_len={limit} (--max-model-len {limit})"
         )
     return None
+
+
+def _context(config: PreTrainedConfig) -> int:
+    return int(getattr(config, "max_position_embeddings", None) or 0)
 
 
 def context_length(config: PreTrainedConfig, max_model_len: int | None = None) -> int:

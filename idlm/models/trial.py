@@ -125,6 +125,8 @@ def _cut_width(keys: dict[str, Any]) -> None:
     for key, value in keys.items():
         if isinstance(value, int) and (key.endswith("intermediate_size") or "ffn" in key):
             keys[key] = min(INNER, value)
+    if "n_inner" in keys:
+        keys["n_inner"] = INNER
     _cut_heads(keys)
 
 

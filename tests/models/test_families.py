@@ -136,6 +136,14 @@ def test_max_model_len_is_the_context(llama: Path) -> None:
             LLM(loaded, max_model_len=wrong)
 
 
+def test_a_model_without_a_context_of_its_own_is_given_one(llama: Path) -> None:
+    tiny.edit(llama / "config.json", max_position_embeddings=0)
+    with pytest.raises(InputError, match="no max_position_embeddings .*--max-model-len"):
+        idlm.load(llama)
+    assert idlm.load(llama, max_model_len=32).context == 32
+    assert inspect_checkpoint(llama, max_model_len=32).context == 32
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "xglm": (
         {"attention_heads": 4, "num_layers": 2, "d_model": 32, "ffn_dim": 48},
@@ -145,7 +153,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "doge": ({"is_moe": False}, "DogeForCausalLM .* logits differ from transformers' own"),
     "bloom": (
         {"n_layer": 2, "n_head": 4, "max_position_embeddings": None},
-        "no max_position_embeddings .*max_model_len",
+        "bloom.* cannot be expressed: its class computes attention by itself",
     ),
     "ministral": (
         {"sliding_window": None, "layer_types": ["full_attention", "sliding_attention"]},
