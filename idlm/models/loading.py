@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from idlm.errors import InputError
 from idlm.models import adapter as adapters
+from idlm.models import experts
 from idlm.models.architecture import mask_token, read_config, read_tokenizer, trained_block_size
-from idlm.models.check import check_architecture, prepare
+from idlm.models.check import check_adapter, check_architecture, prepare
+from idlm.models.generation import check_generation_config
 from idlm.models.gguf_checkpoint import auto_dtype, dequantised, origin
 from idlm.models.gguf_header import is_gguf
 from idlm.models.idlm_model import Idlm
@@ -21,6 +24,7 @@ from idlm.models.quiet import quiet
 from idlm.models.routes import implementation
 from idlm.models.sources import first_line, resolve
 from idlm.models.tensor_info import TensorInfo
+from idlm.models.transposed import stored_state
 from idlm.models.weights import embedding_rows, model_tensors, output_head
 
 FLOATS = {
@@ -28,6 +32,19 @@ FLOATS = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+}
+
+
+BUFFER = re.compile(
+    r"(^|\.)(inv_freq|cos_cached|sin_cached|masked_bias|position_ids|freqs_cis|rope\.freqs)$"
+)
+"""Tensors that old exports stored and that models now compute from their config: rotary tables,
+positions, and the value that stood for "masked"."""
+
+FIXES = {
+    "misshapen": "its config.json is of other weights; use the one that belongs to them",
+    "missing": "download it again",
+    "unexpected": "its config.json has no place for them; use the one that belongs to them",
 }
 
 
@@ -87,6 +104,7 @@ def load(
     if extra is not None:
         base_mask = mask_id if mask_id < config.vocab_size else None
         idlm.gate, idlm.mask_id, idlm.block_size = adapters.load_into(model, extra, base_mask)
+        check_adapter(idlm)
     return idlm
 
 
@@ -113,6 +131,8 @@ def _read_model(
 ) -> PreTrainedModel:
     """Load the model with transformers, and check that all weights are there with their shapes."""
     tensors = model_tensors(folder)  # raises for pickles and truncated files
+    with quiet():
+        check_generation_config(folder)
     if is_gguf(folder) and dtype == "auto":
         dtype = auto_dtype(tensors)
     try:
@@ -123,6 +143,7 @@ def _read_model(
                 config=config,
                 dtype=dtype,
                 attn_implementation=implementation(config),
+                experts_implementation=experts.NAME,
                 trust_remote_code=False,
                 local_files_only=True,
                 ignore_mismatched_sizes=True,
@@ -142,18 +163,31 @@ def _read_model(
     for problem, names in (
         ("misshapen", misshapen),
         ("missing", report["missing_keys"]),
-        ("unexpected", report["unexpected_keys"]),
+        ("unexpected", [key for key in report["unexpected_keys"] if not _is_buffer(key, tensors)]),
     ):
         if names:
             raise InputError(
                 f"{str(folder)!r} has {len(names)} {problem} tensors, {min(names)} first; "
-                "download it again"
+                f"{FIXES[problem]}"
             )
     if is_gguf(folder):
         _check_all_used(folder, model, tensors)
-        model.name_or_path = str(folder)
+    model.name_or_path = str(folder.absolute())
     prepare(model)
     return model
+
+
+def _is_buffer(key: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether a tensor that the model has no place for is none of its weights.
+
+    GPT-2's and GPT-NeoX's causal masks are called "bias" and have the shape [1, 1, n, n].
+    """
+    if BUFFER.search(key):
+        return True
+    shape = next((info.shape for name, info in tensors.items() if name.endswith(key)), ())
+    return (
+        key.endswith(".bias") and len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+    )
 
 
 @contextmanager
@@ -225,6 +259,6 @@ def save_full(idlm: Idlm, folder: str | Path, block_size: int | None) -> None:
         config.mask_token_id = idlm.mask_id
     config.block_size = block_size
     with quiet():
-        idlm.model.save_pretrained(folder)
+        idlm.model.save_pretrained(folder, state_dict=stored_state(idlm.model))
     if idlm.tokenizer is not None:
         idlm.tokenizer.save_pretrained(folder)

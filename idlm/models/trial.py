@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from idlm.errors import InputError
+from idlm.models import experts
 from idlm.models.check import check_architecture, prepare
 from idlm.models.idlm_model import Idlm
 from idlm.models.quiet import quiet
@@ -81,7 +82,8 @@ def _small(config: PreTrainedConfig, most: int) -> PreTrainedModel:
 
 def _model(config: PreTrainedConfig) -> PreTrainedModel:
     config = copy.deepcopy(config)
-    options = {"dtype": torch.float32, "attn_implementation": implementation(config)}
+    options: dict[str, Any] = {"dtype": torch.float32, "experts_implementation": experts.NAME}
+    options["attn_implementation"] = implementation(config)
     make: Any = AutoModelForCausalLM.from_config
     model: PreTrainedModel = make(config, **options)
     return model

@@ -125,7 +125,7 @@ def test_max_model_len_is_the_context(llama: Path) -> None:
     ):
         params = SamplingParams(max_tokens=60, ignore_eos=True)
         assert len(llm.generate([[5, 6, 7]], params)[0].token_ids) == 7
-        with pytest.raises(InputError, match="10 tokens; this model takes 1 to 9"):
+        with pytest.raises(InputError, match="maximum context length is 10 tokens"):
             llm.generate([[5] * 10])
     assert loaded.context == 64
     for model in (str(llama), loaded):
