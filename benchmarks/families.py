@@ -44,6 +44,8 @@ SIZES = {
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "dff"), 48),
     "shared_expert_intermediate_size": 48,
     "moe_intermediate_size": 16,
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **{"moe_num_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     "attention_heads": 4,
@@ -183,6 +185,7 @@ def theirs(path: Path, length: int) -> list[int]:
     """The tokens of transformers' `generate`."""
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+        model.set_experts_implementation("eager")  # the other takes no float64
         output = model.generate(
             torch.tensor([PROMPT]),
             do_sample=False,
