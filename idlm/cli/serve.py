@@ -53,6 +53,7 @@ def serve(
     branches: common.BranchesOption = "planner",
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
+    max_model_len: common.MaxModelLen = None,
     max_num_seqs: Annotated[int, _option("Engine", "The most samples at once; others wait.")] = 64,
     kv_memory: Annotated[
         str | None, _option("Engine", "Memory of the KV cache: bytes, or such as 512MiB.")
@@ -117,6 +118,7 @@ def serve(
         weights=weights,
         logprobs_mode=logprobs_mode,
         threads=threads,
+        max_model_len=max_model_len,
         generation_config=generation_config,
     )
     adapters = _adapters(adapter or [])

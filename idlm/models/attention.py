@@ -1,8 +1,8 @@
 """The attention function that stock transformers models call.
 
-Training and the reference decoder call the model with `visible=...`, the engine with `cache=...`.
-The model passes these arguments through to this function. So windows, training layouts and causal
-text differ only in them.
+Training and the reference decoder say with `visible` what a row sees, the engine with `cache`;
+`idlm.models.routes` brings both here. So windows, training layouts and causal text differ only in
+them.
 
 Shapes: B batch, H query heads, G key/value heads, Q query rows, S key rows, E head size.
 """
@@ -13,7 +13,6 @@ from typing import Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 NAME = "idlm"
 """The `attn_implementation` of the function in transformers."""
@@ -83,6 +82,3 @@ def attend(
         enable_gqa=key.shape[1] != query.shape[1],
     )
     return mixed.transpose(1, 2)
-
-
-AttentionInterface.register(NAME, attention)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from idlm.chat_template import PromptEncoder
 from idlm.engine.token_text import Offsets, TokenTexts
 from idlm.errors import InputError
-from idlm.models.architecture import read_config, read_tokenizer
+from idlm.models.architecture import context_length, read_config, read_tokenizer
 from idlm.models.sources import resolve
 
 T = TypeVar("T")
@@ -33,15 +33,16 @@ class Prompts(PromptEncoder):
             _ = (self._specials, self._plain, self._longest)
 
     @classmethod
-    def load(cls, model: str) -> Prompts:
+    def load(cls, model: str, max_model_len: int | None = None) -> Prompts:
         """For a model as `idlm.load` names it, without reading its weights.
 
         Raises:
             InputError: there is no such model, or its tokenizer is broken.
         """
         folder, _ = resolve(model)
-        config = read_config(folder)
-        return cls(read_tokenizer(folder, config), model, int(config.max_position_embeddings))
+        config = read_config(folder, max_model_len)
+        context = context_length(config, max_model_len)
+        return cls(read_tokenizer(folder, config), model, context)
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run `work` in the thread, one piece of work after the other."""

@@ -151,10 +151,6 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"mixture of experts \(num_local_experts 2\)",
     ),
     "soft caps": (other("gemma2"), "attn_logit_softcapping 50.0"),
-    "scaled logits": (
-        other("granite", logits_scaling=8.0),
-        "GraniteForCausalLM cannot be expressed: its logits differ",
-    ),
     "ALiBi": (
         other("bloom", n_layer=2, n_head=4),
         "max_position_embeddings|BloomForCausalLM cannot be expressed",
@@ -162,10 +158,6 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "two attentions per layer": (
         other("diffllama"),
         "DiffLlamaForCausalLM cannot be expressed: its layers write",
-    ),
-    "dynamic rope": (
-        config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
-        "rope_type dynamic",
     ),
     "quantised": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised"),
     "MASK after the vocabulary": (
