@@ -148,14 +148,21 @@ class PromptEncoder:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         options: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """Encode a conversation; `options` are variables of the chat template.
+
+        `continue_final_message` leaves the last message open.
 
         Raises:
             InputError: the template raises an error, an option is an argument of
                 `apply_chat_template`, the text is too long, or there is no template.
         """
-        text, literals = self._render(messages, tools, add_generation_prompt, options or {})
+        ending = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
+        text, literals = self._render(messages, tools, ending, options or {})
         return self._encode_pieces(text, literals) if literals else self._encode([text])[0]
 
     def chats(self, conversations: Iterable[Sequence[Message]]) -> list[list[int]]:
@@ -164,7 +171,8 @@ class PromptEncoder:
         Raises:
             InputError: as `chat`.
         """
-        rendered = [self._render(messages, None, True, {}) for messages in conversations]
+        ending = {"add_generation_prompt": True}
+        rendered = [self._render(messages, None, ending, {}) for messages in conversations]
         without_literals = [text for text, literals in rendered if not literals]
         encoded = iter(self._encode(without_literals))  # the tokenizer encodes a batch in parallel
         return [
@@ -173,7 +181,7 @@ class PromptEncoder:
         ]
 
     def _render(
-        self, messages: Any, tools: Any, add_generation_prompt: bool, options: Mapping[str, Any]
+        self, messages: Any, tools: Any, ending: Mapping[str, bool], options: Mapping[str, Any]
     ) -> tuple[str, list[str]]:
         """Render a conversation: the text, and the special strings of its placeholders."""
         template, literals = self.template, list[str]()
@@ -196,7 +204,7 @@ class PromptEncoder:
                 tools,
                 chat_template=template,
                 tokenize=False,
-                add_generation_prompt=add_generation_prompt,
+                **ending,
                 **options,
             )
         except Exception as error:  # a template may raise anything

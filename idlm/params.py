@@ -12,7 +12,7 @@ VERIFICATIONS = ("coupled", "ratio", "relaxed")
 SEED_LIMIT = 2**63
 MOST_SAMPLES = 64
 MOST_LOGPROBS = 20
-GUIDES = ("json_object", "json_schema", "regex", "grammar")
+GUIDES = ("json_object", "json_schema", "regex", "choice", "grammar")
 MOST_GUIDE = 2**16
 """The most characters of a guide's text."""
 
@@ -22,13 +22,16 @@ class Guide:
     """A format that the whole output must match.
 
     Attributes:
-        kind: "json_object" (any JSON object; without text), "json_schema", "regex" or "grammar"
-            (Lark or GBNF).
-        text: the schema as JSON, the regular expression, or the grammar.
+        kind: "json_object" (any JSON object; without text), "json_schema", "regex", "choice" or
+            "grammar" (Lark or GBNF).
+        text: the schema as JSON, the regular expression, the choices as a JSON list of strings, or
+            the grammar.
+        name: what errors call it, such as a field of a request.
     """
 
     kind: str
     text: str = ""
+    name: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if self.kind not in GUIDES:
@@ -47,6 +50,41 @@ class Guide:
                 f"guide {self.kind!r} with text {self.text[:40]!r}; "
                 "'json_object' has none, the others need it"
             )
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """Thoughts that a model writes before its answer, between two tokens.
+
+    Attributes:
+        start, end: the ids of these tokens.
+        open: the prompt ends within the thoughts. Otherwise the output has thoughts if `start` is
+            its first token.
+        budget: the most tokens of the thoughts; `end` comes after them. None: no limit.
+    """
+
+    start: int
+    end: int
+    open: bool = False
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            _integer(f"thinking.{name}", getattr(self, name), 0, 2**31)
+        if self.budget is not None:
+            _integer("thinking.budget", self.budget, 0, 2**31)
+
+    @property
+    def first(self) -> int | None:
+        """The state at the start of the output: see `after`."""
+        return 0 if self.open else -1
+
+    def after(self, state: int | None, token: int) -> int | None:
+        """The state after one more token: the number of tokens of the thoughts so far, -1 before
+        the first token, None in the answer."""
+        if state == -1:
+            return 0 if token == self.start else None
+        return None if state is None or token == self.end else state + 1
 
 
 @dataclass(frozen=True)
@@ -83,6 +121,8 @@ class SamplingParams:
         tau: relaxed only: also accept a draft whose probability is at least tau times the largest.
         guide: the format of the output. The output ends when it is complete, or before that by
             `max_tokens` or a stop.
+        thinking: the thoughts before the answer. The guide begins after them; with a guide they do
+            not end the output.
     """
 
     n: int = 1
@@ -109,6 +149,7 @@ class SamplingParams:
     verification: str = "coupled"
     tau: float | None = None
     guide: Guide | None = None
+    thinking: Thinking | None = None
 
     def __post_init__(self) -> None:
         self._check_counts()
@@ -203,6 +244,10 @@ class SamplingParams:
             raise InputError(
                 f"guide={self.guide!r} is not a Guide; use for example Guide('json_object')"
             )
+        if self.thinking is not None and not isinstance(self.thinking, Thinking):
+            raise InputError(
+                f"thinking={self.thinking!r} is not a Thinking; use for example Thinking(7, 8)"
+            )
         if self.guide is not None and self.min_tokens:
             raise InputError(
                 f"min_tokens={self.min_tokens} with a guide, "
@@ -231,8 +276,11 @@ class SamplingParams:
             InputError: an id of `logit_bias`, `banned_tokens` or `stop_token_ids` is not below
                 `vocab_size`.
         """
-        for name in ("logit_bias", "banned_tokens", "stop_token_ids"):
-            outside = [token for token in getattr(self, name) if token >= vocab_size]
+        named = {n: getattr(self, n) for n in ("logit_bias", "banned_tokens", "stop_token_ids")}
+        if self.thinking is not None:
+            named["thinking"] = (self.thinking.start, self.thinking.end)
+        for name, tokens in named.items():
+            outside = [token for token in tokens if token >= vocab_size]
             if outside:
                 raise InputError(
                     f"{name} names token {outside[0]}; the model's ids are 0..{vocab_size - 1}"

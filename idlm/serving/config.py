@@ -66,6 +66,7 @@ class ServeConfig:
             none.
         salt_by_key: requests share cached prefixes only with those of the same key.
         log_prompts: write prompts and outputs to the log.
+        reasoning_parser: how thoughts are told from the answer; one of `reasoning.PARSERS`.
     """
 
     worker: WorkerConfig
@@ -76,3 +77,4 @@ class ServeConfig:
     salt_by_key: bool = False
     log_prompts: bool = False
     limits: Limits = field(default_factory=Limits)
+    reasoning_parser: str = "auto"

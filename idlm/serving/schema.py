@@ -10,30 +10,29 @@ refused at any other:
     service_tier                                            "auto", "default"
     best_of (completions)                                   n
     suffix (completions)                                    null, ""
-    parallel_tool_calls (chat)                              true
     modalities (chat)                                       ["text"]
     verbosity (chat)                                        "medium"
     audio, prediction, functions, function_call,
-    reasoning_effort, web_search_options (chat)             null
+    web_search_options (chat)                               null
+    guided_decoding_backend                                 any value; there is one back-end
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-import msgspec
 from fastapi import Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
 from idlm.errors import InputError
-from idlm.params import MOST_LOGPROBS, Guide, SamplingParams
+from idlm.params import MOST_LOGPROBS, Guide, SamplingParams, Thinking
 from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError
+from idlm.serving.reasoning import Reasoner
+from idlm.serving.strict import Boolean, Strict, decode
+from idlm.serving.structured import Structured
 
-DEEPEST = 64
-MOST_KEYS = 4096
 SHOWN = 60
 """Characters of a wrong value that an error repeats."""
 DEFAULT_MAX_TOKENS = 16
@@ -62,63 +61,6 @@ SHARED = (
     *("include_stop_str_in_output", "skip_special_tokens"),
 )
 """Fields with the meaning that they have in `SamplingParams`, which checks their values."""
-
-
-class Strict(BaseModel):
-    """A part of a request: no unknown fields, no conversions ("1" is not a number), no NaN."""
-
-    model_config = ConfigDict(
-        strict=True, extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=()
-    )
-
-
-def _boolean(value: object) -> object:
-    if value is not None and not isinstance(value, bool):
-        raise ValueError("a boolean is wanted")
-    return value
-
-
-Boolean = BeforeValidator(_boolean)
-"""For fields that accept one boolean: `Literal` alone accepts 0 for False and 1 for True."""
-
-
-def decode(text: bytes | str, what: str) -> Any:
-    """The JSON value in `text`, with bounds on its shape.
-
-    Raises:
-        ApiError: 400; the message begins with `what`.
-    """
-    try:
-        value = msgspec.json.decode(text)
-    except RecursionError:
-        raise ApiError(400, f"{what} is nested deeper than {DEEPEST} levels; flatten it") from None
-    except (msgspec.MsgspecError, UnicodeError) as error:
-        raise ApiError(400, f"{what} is not valid JSON: {error}") from None
-    check_shape(value, what)
-    return value
-
-
-def check_shape(value: object, what: str) -> None:
-    """Refuse a value that is nested too deep, or has an object with too many keys.
-
-    Both cost more time than their bytes suggest.
-
-    Raises:
-        ApiError: 400.
-    """
-    level = [value]
-    for _ in range(DEEPEST):
-        if any(isinstance(node, dict) and len(node) > MOST_KEYS for node in level):
-            raise ApiError(400, f"{what} has an object of more than {MOST_KEYS} keys; send fewer")
-        children = (
-            node.values() if isinstance(node, dict) else node
-            for node in level
-            if isinstance(node, dict | list)
-        )
-        level = [child for group in children for child in group if isinstance(child, dict | list)]
-        if not level:
-            return
-    raise ApiError(400, f"{what} is nested deeper than {DEEPEST} levels; flatten it")
 
 
 class StrictRequest(Request):
@@ -181,7 +123,7 @@ class Neutral(Strict):
     service_tier: Literal["auto", "default"] | None = None
 
 
-class Generation(Neutral):
+class Generation(Neutral, Structured):
     """Fields of chat and of completions requests. Null means absent."""
 
     model: str
@@ -207,9 +149,6 @@ class Generation(Neutral):
     timeout: Annotated[float, Field(gt=0)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    guided_json: str | dict[str, Any] | None = None
-    guided_regex: str | None = None
-    guided_grammar: str | None = None
     idlm: Extras = Extras()
 
     @property
@@ -244,6 +183,10 @@ class Generation(Neutral):
                 400, "stream_options without stream; set stream to true", "stream_options"
             )
 
+    def thinking(self, reasoner: Reasoner | None, prompt: Sequence[int]) -> Thinking | None:
+        """The thoughts that the output after `prompt` may begin with."""
+        return None
+
     def sampling(self, max_tokens: int, guide: Guide | None = None) -> SamplingParams:
         """The request as `SamplingParams`, which raises InputError for wrong values."""
         shared = {name: getattr(self, name) for name in SHARED}
@@ -253,37 +196,6 @@ class Generation(Neutral):
             max_tokens=max_tokens, logit_bias=_token_biases(self.logit_bias or {}), **fields
         )
 
-    def guide(self, limits: Limits) -> Guide | None:
-        """The guide of the request, or None.
-
-        Raises:
-            ApiError: 400: more than one guide, or one that is too long. InputError: it is not
-                valid.
-        """
-        guides = self.guides()
-        if len(guides) > 1:
-            raise ApiError(
-                400, "more than one of response_format, guided_* and a forced tool_choice; use one"
-            )
-        for kind, text in guides:
-            if len(text.encode()) > limits.schema_bytes:
-                raise ApiError(
-                    400, f"a {kind} of more than {limits.schema_bytes} bytes; give a shorter one"
-                )
-            return Guide(kind, text)
-        return None
-
-    def guides(self) -> list[tuple[str, str]]:
-        """Kind and text of each guide in the request."""
-        guides = []
-        if self.guided_json is not None:
-            guides.append(schema_guide(self.guided_json, "guided_json"))
-        if self.guided_regex is not None:
-            guides.append(("regex", self.guided_regex))
-        if self.guided_grammar is not None:
-            guides.append(("grammar", self.guided_grammar))
-        return guides
-
 
 def _token_biases(biases: Mapping[str, float]) -> dict[int, float]:
     for key in biases:
@@ -292,15 +204,6 @@ def _token_biases(biases: Mapping[str, float]) -> dict[int, float]:
                 f"logit_bias key {key[:40]!r} is not a token id; use for example {{'42': -1.5}}"
             )
     return {int(key): bias for key, bias in biases.items()}
-
-
-def schema_guide(schema: str | dict[str, Any], what: str) -> tuple[str, str]:
-    """Kind and text of the guide for a JSON schema, which is an object or its JSON text."""
-    value = decode(schema, what) if isinstance(schema, str) else schema
-    if not isinstance(value, dict):
-        raise ApiError(400, f"{what} is not a JSON object; give a JSON schema", what)
-    check_shape(value, what)
-    return "json_schema", json.dumps(value, ensure_ascii=False)
 
 
 class CompletionRequest(Generation):

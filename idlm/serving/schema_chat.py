@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field
 
 from idlm.chat_template import PromptEncoder
-from idlm.params import MOST_LOGPROBS
+from idlm.engine.guide import calls_grammar
+from idlm.params import MOST_LOGPROBS, Thinking
 from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError
-from idlm.serving.schema import Boolean, Generation, Strict, decode, schema_guide
+from idlm.serving.reasoning import Reasoner, effort_options
+from idlm.serving.schema import Generation
+from idlm.serving.strict import Strict, decode
+from idlm.serving.structured import Wish, schema_wish
 
 Scalar = str | bool | int | float | None
 
@@ -108,30 +112,31 @@ class NamedTool(Strict):
     function: NamedFunction
 
 
-class PlainFormat(Strict):
-    """Any text, or any JSON object."""
+class AllowedSet(Strict):
+    """Some of the tools, and whether one of them must be called."""
 
-    type: Literal["text", "json_object"]
-
-
-# `BaseModel.schema` exists, hence the alias
-class JsonSchema(Strict):
-    """A JSON schema in OpenAI's wrapping. The output always obeys it, as if `strict` were true."""
-
-    name: str
-    description: str | None = None
-    body: Annotated[dict[str, Any], Field(alias="schema")]
-    strict: bool | None = None
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, fail_fast=True)]
 
 
-class SchemaFormat(Strict):
-    """JSON that obeys a JSON schema."""
+class AllowedTools(Strict):
+    """The tools that the model may call; the prompt has them all."""
 
-    type: Literal["json_schema"]
-    json_schema: JsonSchema
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedSet
+
+    @property
+    def names(self) -> list[str]:
+        return [tool.function.name for tool in self.allowed_tools.tools]
 
 
-ResponseFormat = Annotated[PlainFormat | SchemaFormat, Discriminator("type")]
+ToolChoice = (
+    Literal["none", "auto", "required"] | Annotated[NamedTool | AllowedTools, Discriminator("type")]
+)
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Budget = Annotated[int, Field(ge=0, lt=2**31)]
+MOST_CALLS = 16
+"""Of a forced `tool_choice`, so that a weak model comes to an end."""
 
 
 class Conversation(Strict):
@@ -139,19 +144,31 @@ class Conversation(Strict):
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     tools: list[Tool] | None = None
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Scalar] | None = None
 
     def encoder(self, prompts: PromptEncoder) -> Callable[[], list[int]]:
         """A function that gives the token ids; the template's input is converted now.
 
         Raises:
-            ApiError: 400: the arguments of a tool call are not a JSON object.
+            ApiError: 400: the arguments of a tool call are not a JSON object, or the last message
+                is to be both continued and followed by an answer.
         """
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ApiError(
+                400,
+                "continue_final_message with add_generation_prompt; set one of them to false",
+                "continue_final_message",
+            )
+        opens = bool(self.continue_final_message)
+        answers = not opens if self.add_generation_prompt is None else self.add_generation_prompt
         messages, tools = self.template_messages(), self.template_tools()
-        return lambda: prompts.chat(
-            messages, tools, self.add_generation_prompt, self.chat_template_kwargs
-        )
+        return lambda: prompts.chat(messages, tools, answers, self.template_options(prompts), opens)
+
+    def template_options(self, prompts: PromptEncoder) -> dict[str, Any]:
+        """Variables of the chat template."""
+        return dict(self.chat_template_kwargs or {})
 
     def template_messages(self) -> list[dict[str, Any]]:
         """The messages as templates expect them.
@@ -195,16 +212,19 @@ class ChatRequest(Conversation, Generation):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    response_format: ResponseFormat | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: Annotated[Literal[True] | None, Boolean] = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    echo: bool | None = None
+    include_reasoning: bool | None = None
+    reasoning_effort: Effort | None = None
+    thinking_token_budget: Budget | None = None
+    thinking_budget: Budget | None = None
     modalities: list[Literal["text"]] | None = None
     verbosity: Literal["medium"] | None = None
     audio: None = None
     prediction: None = None
     functions: None = None
     function_call: None = None
-    reasoning_effort: None = None
     web_search_options: None = None
 
     @property
@@ -220,12 +240,62 @@ class ChatRequest(Conversation, Generation):
     @property
     def tools_in_use(self) -> list[Tool]:
         """The tools that the model may call."""
+        if isinstance(self.tool_choice, AllowedTools):
+            names = self.tool_choice.names
+            return [tool for tool in self.tools or () if tool.function.name in names]
         return [] if self.tool_choice == "none" else list(self.tools or ())
 
     @property
     def forced_tool(self) -> str | None:
         """The name of the function that the model must call."""
         return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+
+    @property
+    def forces_tools(self) -> bool:
+        """Whether the output is a call, or several."""
+        choice = self.tool_choice
+        mode = choice.allowed_tools.mode if isinstance(choice, AllowedTools) else choice
+        return mode == "required" or isinstance(choice, NamedTool)
+
+    @property
+    def single_call(self) -> bool:
+        """Whether the output has at most one call."""
+        return self.parallel_tool_calls is False
+
+    @property
+    def thoughts_budget(self) -> int | None:
+        """The most tokens of thoughts; None: no limit."""
+        first, second = self.thinking_token_budget, self.thinking_budget
+        return second if first is None else first
+
+    @property
+    def echoed(self) -> str:
+        """What the answer begins with: the last message, if the request has `echo` and the
+        assistant wrote it."""
+        last = self.template_messages()[-1] if self.echo else {}
+        return str(last["content"]) if last.get("role") == "assistant" else ""
+
+    def thinking(self, reasoner: Reasoner | None, prompt: Sequence[int]) -> Thinking | None:
+        """The thoughts that the output after `prompt` may begin with.
+
+        Raises:
+            ApiError: 400: a budget for thoughts that the server cannot tell from the answer.
+        """
+        if reasoner is not None:
+            return reasoner.thinking(prompt, self.thoughts_budget)
+        if self.thoughts_budget is not None:
+            raise ApiError(
+                400,
+                f"a budget of {self.thoughts_budget} thinking tokens, and this server knows no "
+                "thoughts of this model; leave it out, or serve it with --reasoning-parser",
+                "thinking_token_budget",
+            )
+        return None
+
+    def template_options(self, prompts: PromptEncoder) -> dict[str, Any]:
+        """With those for `reasoning_effort`; the request's own go first."""
+        effort = effort_options(self.reasoning_effort, prompts.template)
+        return effort | super().template_options(prompts)
 
     def check(self, limits: Limits) -> None:
         """The checks of every request, and those of chat.
@@ -238,46 +308,54 @@ class ChatRequest(Conversation, Generation):
             raise ApiError(
                 400, "top_logprobs without logprobs; set logprobs to true", "top_logprobs"
             )
-        if self.tool_choice not in (None, "none", "auto") and not self.tools:
+        self._check_tools()
+
+    def _check_tools(self) -> None:
+        choice, known = self.tool_choice, {tool.function.name for tool in self.tools or ()}
+        if choice not in (None, "none", "auto") and not known:
             raise ApiError(
                 400, "tool_choice asks for a tool, and tools names none; add one", "tool_choice"
             )
-        if self.forced_tool and self.forced_tool not in {
-            tool.function.name for tool in self.tools or ()
-        }:
-            raise ApiError(
-                400, f"tool_choice names {self.forced_tool!r}, which is not in tools", "tool_choice"
-            )
+        asked = choice.names if isinstance(choice, AllowedTools) else [self.forced_tool]
+        for name in asked:
+            if name is not None and name not in known:
+                raise ApiError(
+                    400, f"tool_choice names {name!r}, which is not in tools", "tool_choice"
+                )
 
-    def guides(self) -> list[tuple[str, str]]:
-        """Includes the guides of `response_format` and of a forced `tool_choice`."""
-        guides = super().guides()
-        if isinstance(self.response_format, SchemaFormat):
-            guides.append(schema_guide(self.response_format.json_schema.body, "response_format"))
-        elif self.response_format is not None and self.response_format.type == "json_object":
-            guides.append(("json_object", ""))
-        if self.tool_choice == "required" or self.forced_tool:
-            guides.append(schema_guide(self._calls_schema(), "tools"))
-        return guides
-
-    def _calls_schema(self) -> dict[str, Any]:
-        """The arguments of the forced function, or a list of calls of any function."""
-        parameters = {
-            tool.function.name: tool.function.parameters or {"type": "object"}
-            for tool in self.tools or ()
-        }
-        if self.forced_tool:
-            return parameters[self.forced_tool]
-        calls = [
-            {
-                "type": "object",
-                "properties": {"name": {"const": name}, "parameters": schema},
-                "required": ["name", "parameters"],
-                "additionalProperties": False,
+    def wishes(self) -> Iterator[Wish]:
+        """Includes the guide of a forced `tool_choice`."""
+        yield from super().wishes()
+        if self.forces_tools:
+            schemas = {
+                tool.function.name: arguments_schema(tool.function.name, tool.function.parameters)
+                for tool in self.tools_in_use
             }
-            for name, schema in parameters.items()
-        ]
-        return {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
+            if self.forced_tool:
+                yield from schema_wish(schemas[self.forced_tool], "tools")
+            else:
+                yield (
+                    "grammar",
+                    calls_grammar(schemas, 1 if self.single_call else MOST_CALLS),
+                    "tools",
+                )
+
+
+def arguments_schema(name: str, parameters: dict[str, Any] | None) -> dict[str, Any]:
+    """The schema of a tool's arguments, which are an object whether `parameters` says so or not;
+    without `parameters` an empty one.
+
+    Raises:
+        ApiError: 400: they are no object.
+    """
+    if parameters is None:
+        return {"type": "object", "additionalProperties": False}
+    kind = parameters.get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        raise ApiError(
+            400, f"the parameters of tool {name!r} have the type {kind!r}; give an object", "tools"
+        )
+    return {**parameters, "type": "object"}
 
 
 class TokenizeMessages(Conversation):

@@ -35,7 +35,9 @@ def end(reason: str) -> Finished:
 
 @pytest.fixture
 def answer(tokenizer: PreTrainedTokenizerBase) -> ChatAnswer:
-    job: Any = SimpleNamespace(head=HEAD, tickets=[None], ends={0: end("stop")}, samples=1)
+    job: Any = SimpleNamespace(
+        head=HEAD, tickets=[None], ends={0: end("stop")}, samples=1, thinking=None
+    )
     fields: dict[str, Any] = {
         "model": "m",
         "messages": [{"role": "user", "content": "1 + 1?"}],
