@@ -58,9 +58,8 @@ LONGEST_REASON = 300
 class Constraint(Protocol):
     """Follows the output of one request, and says which tokens may come next."""
 
-    @property
-    def done(self) -> bool:
-        """Whether everything is allowed from now on."""
+    def restricts(self, ahead: int) -> bool:
+        """Whether one of the next `ahead` tokens may be restricted."""
 
     @property
     def error(self) -> str:
@@ -150,10 +149,9 @@ class Matcher:
         self._masks: dict[tuple[int, ...], Tensor] = {}
         self._failure = ""
 
-    @property
-    def done(self) -> bool:
-        """False: past its end a guide allows the end token alone."""
-        return False
+    def restricts(self, ahead: int) -> bool:
+        """True: past its end a guide allows the end token alone."""
+        return True
 
     @property
     def error(self) -> str:

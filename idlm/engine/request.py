@@ -175,8 +175,6 @@ class Request:
         if self.matcher is not None and (good := self.matcher.advance(kept)) < len(kept):
             kept, ended = kept[:good], None
             result.finish_reason, result.stop_reason = "error", self.matcher.error
-        if self.matcher is not None and self.matcher.done:
-            self.matcher = None
         added = self._push(kept)
         if self.stream is not None and self.stream.stopped_at is not None:
             kept = kept[: self.stream.stopped_at - start]

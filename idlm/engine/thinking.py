@@ -36,10 +36,12 @@ class ThinkingMatcher:
         no_end[[] if guide is None else sorted(ends)] = False
         self._thoughts = packed(no_end)
 
-    @property
-    def done(self) -> bool:
-        """Whether everything is allowed from now on."""
-        return self._state is None and self._guide is None
+    def restricts(self, ahead: int) -> bool:
+        """Whether one of the next `ahead` tokens may be restricted."""
+        if self._guide is not None:
+            return True
+        budget = self._thinking.budget
+        return self._state is not None and budget is not None and self._state + ahead > budget
 
     @property
     def error(self) -> str:

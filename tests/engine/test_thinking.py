@@ -94,24 +94,26 @@ def test_equals_the_reference(
                 assert re.fullmatch(GUIDE.text, answer) and (found or not inside)
 
 
-def test_a_budget_is_spent_to_the_token_and_then_the_request_is_free(idlm: Idlm) -> None:
-    """Without a guide its later steps are those of any request."""
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_budget_costs_the_steps_near_its_end_alone(idlm: Idlm, late: int) -> None:
+    """Far from it, and after it, a request without a guide takes the steps of any request."""
+    budget, most = 24, 60
     params = SamplingParams(
-        seed=1, max_tokens=20, thinking=Thinking(START, END, True, 6), ignore_eos=True
+        seed=1, max_tokens=most, thinking=Thinking(START, END, True, budget), ignore_eos=True
     )
-    llm = LLM(idlm, branches="all")
-    engine = llm.engine
+    engine = LLM(idlm, branches="all", lookahead=late).engine
     engine.add(PROMPT, params, 1)
     (request,) = engine._requests.values()
+    restricted = []
     while engine.busy:
         engine.step()
-        thinking = len(request.result.token_ids) <= 6
-        assert (request.matcher is not None) == thinking
+        restricted += [len(request.result.token_ids)] if engine._constraint(request) else []
     tokens = request.result.token_ids
-    assert tokens.index(END) == 6
+    assert tokens.index(END) == budget and len(tokens) == most
+    assert restricted and budget - 16 <= min(restricted) and max(restricted) <= budget
     assert tokens == LLM(idlm, stride=1).generate([PROMPT], params)[0].token_ids
     free = SamplingParams(**{**vars(params), "thinking": Thinking(START, END, True)})
-    assert tokens[:6] == llm.generate([PROMPT], free)[0].token_ids[:6]
+    assert tokens[:budget] == LLM(idlm, stride=1).generate([PROMPT], free)[0].token_ids[:budget]
 
 
 def test_what_thoughts_do_not_go_with(idlm: Idlm) -> None:
