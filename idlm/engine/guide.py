@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
@@ -289,22 +289,52 @@ def _literal(text: str) -> str:
     return json.dumps(text).replace("\x7f", "\\u007f")
 
 
-def calls_grammar(schemas: Mapping[str, Mapping[str, Any]], most: int) -> str:
-    """A grammar for a JSON list of 1 to `most` calls: a name of `schemas`, and parameters that obey
-    its schema.
+class CallForm(NamedTuple):
+    """The texts around tool calls, their names and their arguments."""
+
+    opening: str
+    before_name: str
+    before_arguments: str
+    after: str
+    between: str
+    closing: str
+
+
+LIST_OF_CALLS = CallForm("[", '{"name": ', ', "parameters": ', "}", ", ", "]")
+EMBEDDABLE = ("json_object", "json_schema", "choice")
+
+
+def calls_grammar(
+    schemas: Mapping[str, Mapping[str, Any]], most: int, form: CallForm = LIST_OF_CALLS
+) -> str:
+    """A grammar for 1 to `most` calls: a name of `schemas`, and arguments that obey its schema.
 
     Each schema stays a document of its own: pointers within it, "#" too, mean what they meant.
     """
     calls = [
-        f"{_literal(_call_until_parameters(name))} %json {_with_options(schema)} {_literal('}')}"
+        f"{_literal(form.before_name + json.dumps(name) + form.before_arguments)} "
+        f"%json {_with_options(schema)} {_literal(form.after)}"
         for name, schema in schemas.items()
     ]
-    more = f' (", " call){{0,{most - 1}}}' if most > 1 else ""
-    return f'{LARK}\nstart: "[" call{more} "]"\ncall: {" | ".join(calls)}'
+    more = f" ({_literal(form.between)} call){{0,{most - 1}}}" if most > 1 else ""
+    return (
+        f"{LARK}\nstart: {_literal(form.opening)} call{more} {_literal(form.closing)}\n"
+        f"call: {' | '.join(calls)}"
+    )
 
 
-def _call_until_parameters(name: str) -> str:
-    return f'{{"name": {json.dumps(name)}, "parameters": '
+def or_calls(guide: Guide, names: Iterable[str], most: int, form: CallForm) -> Guide:
+    """A guide for what `guide` allows, or else calls of functions with any arguments. A guide that
+    is not of an `EMBEDDABLE` kind stays alone."""
+    if guide.kind not in EMBEDDABLE:
+        return guide
+    if guide.kind == "choice":
+        answer = " | ".join(map(_literal, _choices(guide)))
+    else:
+        answer = f"%json {_with_options(json.loads(guide.text or OBJECT))}"
+    calls = calls_grammar({name: json.loads(OBJECT) for name in names}, most, form)
+    text = calls.replace("\nstart: ", f"\nstart: answer | calls\nanswer: {answer}\ncalls: ", 1)
+    return Guide("grammar", text, guide.name)
 
 
 def _with_options(schema: Mapping[str, Any]) -> str:

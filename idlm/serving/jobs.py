@@ -254,7 +254,8 @@ def admit(request: Request, body: Body, prompts: Sequence[list[int]]) -> Job:
     server = the_server(request)
     context, limits = server.engine().context, server.config.limits
     job = Job(server, request, body)
-    facts, guide = request.scope["state"]["facts"], body.guide(limits)
+    facts = request.scope["state"]["facts"]
+    guide = body.form_or_calls(body.guide(limits), server.prompts)
     facts |= {
         "model": body.model,
         "prompt_tokens": sum(map(len, prompts)),

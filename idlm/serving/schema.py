@@ -29,6 +29,7 @@ from idlm.errors import InputError
 from idlm.params import MOST_LOGPROBS, Guide, SamplingParams, Thinking
 from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError
+from idlm.serving.prompts import Prompts
 from idlm.serving.reasoning import Reasoner
 from idlm.serving.strict import Boolean, Strict, decode
 from idlm.serving.structured import Structured
@@ -182,6 +183,10 @@ class Generation(Neutral, Structured):
             raise ApiError(
                 400, "stream_options without stream; set stream to true", "stream_options"
             )
+
+    def form_or_calls(self, guide: Guide | None, prompts: Prompts) -> Guide | None:
+        """The guide for a request that may also call tools."""
+        return guide
 
     def thinking(self, reasoner: Reasoner | None, prompt: Sequence[int]) -> Thinking | None:
         """The thoughts that the output after `prompt` may begin with."""

@@ -8,14 +8,16 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field
 
 from idlm.chat_template import PromptEncoder
-from idlm.engine.guide import calls_grammar
-from idlm.params import MOST_LOGPROBS, Thinking
+from idlm.engine.guide import calls_grammar, or_calls
+from idlm.params import MOST_LOGPROBS, Guide, Thinking
 from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError
+from idlm.serving.prompts import Prompts
 from idlm.serving.reasoning import Reasoner, effort_options
 from idlm.serving.schema import Generation
 from idlm.serving.strict import Strict, decode
 from idlm.serving.structured import Wish, schema_wish
+from idlm.serving.tools import family_of
 
 Scalar = str | bool | int | float | None
 
@@ -323,6 +325,18 @@ class ChatRequest(Conversation, Generation):
                     400, f"tool_choice names {name!r}, which is not in tools", "tool_choice"
                 )
 
+    def form_or_calls(self, guide: Guide | None, prompts: Prompts) -> Guide | None:
+        """The guide for a request that may also call tools."""
+        if guide is None or self.forces_tools or not self.tools_in_use:
+            return guide
+        form = family_of(prompts.template).form
+        names = [tool.function.name for tool in self.tools_in_use]
+        return guide if form is None else or_calls(guide, names, self._most_calls, form)
+
+    @property
+    def _most_calls(self) -> int:
+        return 1 if self.single_call else MOST_CALLS
+
     def wishes(self) -> Iterator[Wish]:
         """Includes the guide of a forced `tool_choice`."""
         yield from super().wishes()
@@ -336,7 +350,7 @@ class ChatRequest(Conversation, Generation):
             else:
                 yield (
                     "grammar",
-                    calls_grammar(schemas, 1 if self.single_call else MOST_CALLS),
+                    calls_grammar(schemas, self._most_calls),
                     "tools",
                 )
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from msgspec import UNSET
 
+from idlm.engine.guide import CallForm
 from idlm.errors import InputError
 from idlm.serving.json_calls import CallReader, State
 from idlm.serving.reasoning import overlap
@@ -43,6 +44,8 @@ class Family:
         opening, closing: the texts around a call; closing None: the end of the output.
         bare: the opening may be missing if the output begins with a brace.
         special: the opening is a special token, which decoding must keep.
+        form: the texts of a guide that allows an answer or calls; None: such a guide cannot tell
+            them apart as they begin.
     """
 
     marker: str
@@ -51,9 +54,16 @@ class Family:
     closing: str | None = None
     bare: bool = False
     special: bool = False
+    form: CallForm | None = None
 
 
-HERMES = Family("<tool_call>", "<function=", "<tool_call>", "</tool_call>")
+HERMES = Family(
+    "<tool_call>",
+    "<function=",
+    "<tool_call>",
+    "</tool_call>",
+    form=CallForm("", '<tool_call>\n{"name": ', ', "arguments": ', "}\n</tool_call>", "\n", ""),
+)
 MISTRAL = Family("[TOOL_CALLS]", "[ARGS]", "[TOOL_CALLS]", special=True)
 LLAMA = Family('"parameters": ', "<tool_call>", "<|python_tag|>", bare=True)
 FAMILIES = (HERMES, MISTRAL, LLAMA)

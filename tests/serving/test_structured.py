@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from idlm import Guide
 from idlm.engine.guide import grammar_of
 from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError
+from idlm.serving.responses import ToolCall
 from idlm.serving.schema import CompletionRequest
 from idlm.serving.schema_chat import ChatRequest
+from idlm.serving.tools import CallParser, family_of
 
 LIMITS = Limits()
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -161,3 +164,31 @@ def test_allowed_tools() -> None:
 def test_arguments_are_an_object(kind: Any) -> None:
     with pytest.raises(ApiError, match="'f' have the type"):
         chat(tools=[tool("f", {"type": kind})], tool_choice="required").guide(LIMITS)
+
+
+def test_a_form_or_calls() -> None:
+    """A request with a form and tools may have either, in the form of the model's calls."""
+    template = "<tool_call>"
+    prompts: Any = SimpleNamespace(template=template)
+
+    def guide(**fields: Any) -> Guide | None:
+        request = chat(tools=TOOLS, **fields)
+        return request.form_or_calls(request.guide(LIMITS), prompts)
+
+    one = family_of(template)
+    assert one.form is not None
+    text = f'{one.form.before_name}"now"{one.form.before_arguments}{{"x": [1]}}{one.form.after}'
+    two = text + one.form.between + text
+    for wanted, good in (({"json_schema": SCHEMA}, '{"a": 1}'), ({"guided_choice": ["b"]}, "b")):
+        assert all(allows(guide(**wanted), answer) for answer in (good, text, two))
+        assert not any(allows(guide(**wanted), wrong) for wrong in (good + text, "c", "{}"))
+        single = guide(**wanted, parallel_tool_calls=False)
+        assert allows(single, text) and not allows(single, two)
+        assert not allows(guide(**wanted, tool_choice="none"), text)
+    assert guide() is None
+    assert guide(regex="a+") == Guide("regex", "a+")
+    for alone in ('"parameters": ', "[TOOL_CALLS]"):
+        prompts.template = alone
+        assert guide(json_schema=SCHEMA) == OBEYS_SCHEMA
+    found = CallParser(one, {"now"}).push(two)
+    assert [c.function.arguments for c in found if isinstance(c, ToolCall)] == ['{"x": [1]}'] * 2
