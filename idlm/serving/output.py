@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from idlm.params import Thinking
 from idlm.serving.prompts import Prompts
-from idlm.serving.reasoning import ThoughtParser
+from idlm.serving.reasoning import ThoughtParser, special_strings
 from idlm.serving.responses import ToolCall
 from idlm.serving.schema_chat import ChatRequest
 from idlm.serving.tools import CallParser, Family, ForcedParser, Parser, joined
@@ -75,7 +75,7 @@ def output_reader(
         thinking: the thoughts that the output may have.
         family: the format of tool calls, if the request has tools.
     """
-    specials = [] if thinking is None and family is None else prompts.tokenizer.all_special_tokens
+    specials = set() if thinking is None and family is None else special_strings(prompts)
     thoughts, dropped = None, list[str]()
     if thinking is not None:
         marks = prompts.token(thinking.start), prompts.token(thinking.end)
@@ -86,7 +86,7 @@ def output_reader(
     return OutputReader(thoughts, _parser(body, family, specials), dropped)
 
 
-def _parser(body: ChatRequest, family: Family | None, specials: Sequence[str]) -> Parser | None:
+def _parser(body: ChatRequest, family: Family | None, specials: Collection[str]) -> Parser | None:
     if family is None:
         return None
     names = {tool.function.name for tool in body.tools_in_use}

@@ -72,8 +72,7 @@ def find_reasoner(parser: str, prompts: Prompts) -> Reasoner | None:
     if parser == "none" or (auto and not (prompts.has_template and END in prompts.template)):
         return None
     tokenizer = prompts.tokenizer
-    vocabulary, special = tokenizer.get_vocab(), set(tokenizer.all_special_tokens)
-    special |= {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+    vocabulary, special = tokenizer.get_vocab(), special_strings(prompts)
     if not {START, END} <= vocabulary.keys():
         if auto:
             return None
@@ -85,6 +84,12 @@ def find_reasoner(parser: str, prompts: Prompts) -> Reasoner | None:
     return Reasoner(
         vocabulary[START], vocabulary[END], parser == "deepseek_r1", END in special, turn
     )
+
+
+def special_strings(prompts: Prompts) -> set[str]:
+    """The texts of a model's special tokens."""
+    added = prompts.tokenizer.added_tokens_decoder.values()
+    return {str(one) for one in added if one.special} | set(prompts.tokenizer.all_special_tokens)
 
 
 class ThoughtParser:

@@ -338,8 +338,11 @@ class ChatRequest(Conversation, Generation):
         return 1 if self.single_call else MOST_CALLS
 
     def wishes(self) -> Iterator[Wish]:
-        """Includes the guide of a forced `tool_choice`."""
-        yield from super().wishes()
+        """Includes the guide of a forced `tool_choice`. It leaves no content, so that
+        `response_format` has no effect."""
+        for wish in super().wishes():
+            if not (self.forces_tools and wish[2] == "response_format"):
+                yield wish
         if self.forces_tools:
             schemas = {
                 tool.function.name: arguments_schema(tool.function.name, tool.function.parameters)

@@ -145,6 +145,14 @@ def test_how_many_calls() -> None:
             assert allows(guide, text) == (1 <= count <= most)
 
 
+def test_a_forced_call_has_no_content_to_be_formed() -> None:
+    forced = {"tools": TOOLS, "tool_choice": "required"}
+    plain = chat(**forced).guide(LIMITS)
+    assert chat(response_format={"type": "json_object"}, **forced).guide(LIMITS) == plain
+    with pytest.raises(ApiError, match="guided_regex, tools; use one"):
+        chat(guided_regex="a", **forced).guide(LIMITS)
+
+
 def test_allowed_tools() -> None:
     def choice(mode: str, name: str) -> dict[str, Any]:
         named = {"type": "function", "function": {"name": name}}

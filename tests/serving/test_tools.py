@@ -207,6 +207,36 @@ def test_any_text_comes_out(text: str, bare: bool) -> None:
     assert "".join(whole) == text
 
 
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    st.dictionaries(st.text(), VALUES, max_size=3),
+    st.sampled_from([None, 2]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_arguments_are_what_the_model_wrote(
+    arguments: dict[str, object], indent: int | None, ascii: bool, last: bool
+) -> None:
+    """Any JSON, in any layout, whether the name comes first or last."""
+    name, members = {"name": "add"}, {"arguments": arguments}
+    call = members | name if last else name | members
+    text = json.dumps(call, indent=indent, ensure_ascii=ascii)
+    parser = CallParser(HERMES, {"add"})
+    (found,) = joined([*parser.push(f"<tool_call>{text}</tool_call>"), *parser.finish()])
+    assert isinstance(found, ToolCall)
+    assert json.loads(found.function.arguments) == arguments
+
+
 def test_the_first_call_alone() -> None:
     text = f"So: <tool_call>{CALL}</tool_call> and <tool_call>{CALL}</tool_call> Done."
     found = parsed(CallParser(HERMES, {"add"}, single=True), [text])
