@@ -4,10 +4,11 @@ Special tokens in a message's content are plain text, so that a user cannot forg
 writes special tokens too, and in the rendered text they look the same. So those of the messages are
 replaced before:
 
-    1. replace special strings in the messages by placeholders
-    2. render the chat template
-    3. split the text at the placeholders
-    4. encode each piece: the template's text with special tokens, a special string without
+    1. read the messages (`idlm.messages`), with contents in the form that the template shows
+    2. replace special strings in the messages by placeholders
+    3. render the chat template
+    4. split the text at the placeholders
+    5. encode each piece: the template's text with special tokens, a special string without
 """
 
 from __future__ import annotations
@@ -22,12 +23,20 @@ from typing import Any, Protocol
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 from idlm.errors import InputError
+from idlm.inputs import check_text, plain
+from idlm.messages import as_template_takes, read_messages
 
 Message = Mapping[str, Any]
+Messages = str | Iterable[Message]
+"""A conversation as `idlm.messages` reads it."""
 OPEN, CLOSE = "\ue000", "\ue001"
 """Private-use characters around the index of a special string. If a message contains them, they are
 replaced like special strings."""
+ANSWER, CLOSED = (True, False), (False, False)
+"""How a rendered conversation ends: an answer begins, or its last message is over."""
 PLACEHOLDER = re.compile(f"{OPEN}([0-9]+){CLOSE}")
+PROBE = "a probe of idlm"
+PROBE_PARTS = [{"type": "text", "text": PROBE}]
 
 
 class Bounds(Protocol):
@@ -76,10 +85,15 @@ def check_tokens(ids: Iterable[object], vocab_size: int, what: str = "prompt") -
 
 def _whole_numbers(ids: Iterable[object], what: str) -> list[int]:
     tokens: list[Any] = list(ids)
-    if not set(map(type, tokens)) <= {int}:
-        wrong = next(token for token in tokens if type(token) is not int)
-        raise InputError(f"{what} token {wrong!r} is not a whole number; give text or token ids")
-    return tokens
+    return tokens if set(map(type, tokens)) <= {int} else [_whole(token, what) for token in tokens]
+
+
+def _whole(token: Any, what: str) -> int:
+    """A whole number as int; NumPy's and PyTorch's are taken too."""
+    value = plain(token)
+    if type(value) is not int:
+        raise InputError(f"{what} token {token!r} is not a whole number; give text or token ids")
+    return value
 
 
 class PromptEncoder:
@@ -97,6 +111,7 @@ class PromptEncoder:
     ) -> None:
         self.name, self._context = name, context
         self._tokenizer = tokenizer
+        self._shown: dict[str, tuple[bool, bool]] = {}
 
     @property
     def tokenizer(self) -> Any:
@@ -139,12 +154,36 @@ class PromptEncoder:
             InputError: the text cannot fit the context, or there is no tokenizer.
         """
         tokenizer = self.tokenizer if trusted else self._plain
-        self._check_length(text)
+        self._check(text)
         return list(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+
+    def continuation(self, text: str, continued: str) -> list[int]:
+        """The ids that continue those of `text`, so that both together are `text + continued`.
+
+        Special strings become special tokens. Encoded alone, a continued word would begin with the
+        space that some tokenizers add.
+
+        Raises:
+            InputError: as `text`.
+        """
+        before = self.text(text, trusted=True)
+        whole = self.text(text + continued, trusted=True)
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+        return self.inner(continued)
+
+    def inner(self, text: str) -> list[int]:
+        """The ids of a text that follows another; special strings become special tokens.
+
+        Raises:
+            InputError: as `text`.
+        """
+        self._check(text)
+        return _inner(self.tokenizer, text)
 
     def chat(
         self,
-        messages: Sequence[Message],
+        messages: Messages,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         options: Mapping[str, Any] | None = None,
@@ -155,24 +194,43 @@ class PromptEncoder:
         `continue_final_message` leaves the last message open.
 
         Raises:
-            InputError: the template raises an error, an option is an argument of
-                `apply_chat_template`, the text is too long, or there is no template.
+            InputError: a message cannot be read, the template raises an error, an option is an
+                argument of `apply_chat_template`, the text is too long, or there is no template.
         """
-        ending = {
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": continue_final_message,
-        }
-        text, literals = self._render(messages, tools, ending, options or {})
-        return self._encode_pieces(text, literals) if literals else self._encode([text])[0]
+        ending = add_generation_prompt, continue_final_message
+        return self._encode_rendered(*self._render(messages, tools, ending, options or {}))
 
-    def chats(self, conversations: Iterable[Sequence[Message]]) -> list[list[int]]:
+    def exchange(
+        self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Encode a conversation that ends with an answer: the ids before it, as `chat` gives them,
+        and those of the answer, with the end that the template writes.
+
+        Raises:
+            InputError: as `chat`; or the last message is the only one, or calls tools in a template
+                that writes earlier answers differently.
+        """
+        *before, answer = read_messages(messages)
+        text, literals = self._render(before, tools, ANSWER, {})
+        whole, all_literals = self._render([*before, answer], tools, CLOSED, {})
+        ids = self._encode_rendered(text, literals)
+        if whole.startswith(text):
+            together = self._encode_rendered(whole, all_literals)
+            if together[: len(ids)] == ids:
+                return ids, together[len(ids) :]
+            return ids, self._encode_pieces(whole[len(text) :], all_literals)
+        if "tool_calls" in answer:
+            raise InputError("the chat template does not write this answer after its prompt")
+        (content,) = as_template_takes([answer], texts=True, parts=False)
+        return ids, _inner(self._plain, content["content"])
+
+    def chats(self, conversations: Iterable[Messages]) -> list[list[int]]:
         """Encode many conversations with a generation prompt; faster than `chat` for each.
 
         Raises:
             InputError: as `chat`.
         """
-        ending = {"add_generation_prompt": True}
-        rendered = [self._render(messages, None, ending, {}) for messages in conversations]
+        rendered = [self._render(messages, None, ANSWER, {}) for messages in conversations]
         without_literals = [text for text, literals in rendered if not literals]
         encoded = iter(self._encode(without_literals))  # the tokenizer encodes a batch in parallel
         return [
@@ -180,10 +238,14 @@ class PromptEncoder:
             for text, literals in rendered
         ]
 
+    def _encode_rendered(self, text: str, literals: list[str]) -> list[int]:
+        return self._encode_pieces(text, literals) if literals else self._encode([text])[0]
+
     def _render(
-        self, messages: Any, tools: Any, ending: Mapping[str, bool], options: Mapping[str, Any]
+        self, messages: Any, tools: Any, ending: tuple[bool, bool], options: Mapping[str, Any]
     ) -> tuple[str, list[str]]:
-        """Render a conversation: the text, and the special strings of its placeholders."""
+        """Render a conversation: the text, and the special strings of its placeholders. `ending`
+        is `add_generation_prompt` and `continue_final_message`."""
         template, literals = self.template, list[str]()
         reserved = (
             set(inspect.signature(self.tokenizer.apply_chat_template).parameters)
@@ -195,8 +257,9 @@ class PromptEncoder:
                 raise InputError(
                     f"chat_template_kwargs names {name!r}, which is the server's; leave it out"
                 )
-        messages, tools, options = (
-            self._hide(value, literals) for value in (messages, tools, options)
+        messages = as_template_takes(read_messages(messages), *self._contents(template))
+        tools, options, messages = (  # last, so that more messages do not change the numbers
+            self._hide(value, literals) for value in (tools, options, messages)
         )
         try:
             text = self.tokenizer.apply_chat_template(
@@ -204,7 +267,8 @@ class PromptEncoder:
                 tools,
                 chat_template=template,
                 tokenize=False,
-                **ending,
+                add_generation_prompt=ending[0],
+                continue_final_message=ending[1],
                 **options,
             )
         except Exception as error:  # a template may raise anything
@@ -212,8 +276,27 @@ class PromptEncoder:
             raise InputError(
                 f"the chat template refuses these messages ({reason}); change them"
             ) from error
-        self._check_length(text)
+        self._check(text)
         return str(text), literals
+
+    def _contents(self, template: str) -> tuple[bool, bool]:
+        """Whether the template shows contents that are texts, and contents that are lists of parts;
+        found by rendering one of each."""
+        if template not in self._shown:
+            texts, parts = (self._shows(template, content) for content in (PROBE, PROBE_PARTS))
+            self._shown[template] = (texts or not parts, parts)
+        return self._shown[template]
+
+    def _shows(self, template: str, content: Any) -> bool:
+        messages = [{"role": "user", "content": content}]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+        except Exception:  # a template may raise anything
+            return False
+        # a template of texts may write a list as Python or JSON does
+        return PROBE in text and "'type': 'text'" not in text and '"type": "text"' not in text
 
     def _hide(self, value: Any, literals: list[str]) -> Any:
         """Replace special strings in a value by placeholders; they are appended to `literals`."""
@@ -240,7 +323,8 @@ class PromptEncoder:
                 ids += _inner(self.tokenizer, piece)
         return ids
 
-    def _check_length(self, text: str) -> None:
+    def _check(self, text: str) -> None:
+        check_text(text, "the prompt")
         if self._context is not None and len(text) > self._context * self._longest:
             raise InputError(
                 f"a prompt of {len(text)} characters cannot fit {self._context} tokens; shorten it"
@@ -280,12 +364,13 @@ def _inner(tokenizer: Any, piece: str) -> list[int]:
     """Encode a piece from inside a text.
 
     It is encoded after a newline, whose ids are removed, since some tokenizers add a space at the
-    start of a text.
+    start of a text; after a full stop if the tokenizer drops newlines.
     """
-    newline: list[int] = tokenizer("\n", add_special_tokens=False).input_ids
-    ids: list[int] = tokenizer("\n" + piece, add_special_tokens=False).input_ids
-    if ids[: len(newline)] == newline:
-        return ids[len(newline) :]
+    for before in ("\n", "."):
+        head: list[int] = tokenizer(before, add_special_tokens=False).input_ids
+        ids: list[int] = tokenizer(before + piece, add_special_tokens=False).input_ids
+        if head and ids[: len(head)] == head:
+            return ids[len(head) :]
     return list(tokenizer(piece, add_special_tokens=False).input_ids)
 
 

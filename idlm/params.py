@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 
 from idlm.errors import InputError
+from idlm.inputs import check_text, plain
 
 VERIFICATIONS = ("coupled", "ratio", "relaxed")
 SEED_LIMIT = 2**63
@@ -41,6 +42,7 @@ class Guide:
                 f"the text of a guide is {type(self.text).__name__}; "
                 "give a string, a schema as JSON text"
             )
+        check_text(self.text, "the text of a guide")
         if len(self.text) > MOST_GUIDE:
             raise InputError(
                 f"a guide of {len(self.text)} characters is too long; use at most {MOST_GUIDE}"
@@ -90,6 +92,8 @@ class Thinking:
 @dataclass(frozen=True)
 class SamplingParams:
     """How the tokens of a request are chosen, and when it ends.
+
+    A field that is None has its default, and NumPy's numbers are taken, as in vLLM.
 
     Attributes:
         n: the number of samples. Sample i has seed + i: it equals the output of a request with n=1
@@ -152,6 +156,11 @@ class SamplingParams:
     thinking: Thinking | None = None
 
     def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if value is None and one.default is not None:
+                value = one.default_factory() if one.default is MISSING else one.default  # type: ignore[operator]
+            object.__setattr__(self, one.name, plain(value))
         self._check_counts()
         self._check_numbers()
         self._check_tokens()
@@ -200,7 +209,9 @@ class SamplingParams:
             raise InputError(
                 f"logit_bias={self.logit_bias!r} is not a mapping; use {{token id: bias}}"
             )
-        for token, bias in self.logit_bias.items():
+        biases = {plain(token): plain(bias) for token, bias in self.logit_bias.items()}
+        object.__setattr__(self, "logit_bias", biases)
+        for token, bias in biases.items():
             _integer("logit_bias token", token, 0, 2**31)
             _number(f"logit_bias[{token}]", bias, -1e4, 1e4)
         for name in ("banned_tokens", "stop_token_ids"):
@@ -209,7 +220,7 @@ class SamplingParams:
                 raise InputError(
                     f"{name}={value!r} is not a sequence of token ids; use for example [2, 5]"
                 )
-            object.__setattr__(self, name, tuple(value))
+            object.__setattr__(self, name, tuple(map(plain, value)))
             for token in getattr(self, name):
                 _integer(f"{name} entry", token, 0, 2**31)
 
@@ -224,6 +235,7 @@ class SamplingParams:
                 raise InputError(
                     f"stop entry {text!r} is not a non-empty string; use text, or stop=() for none"
                 )
+            check_text(text, "stop")
         for name in (
             "ignore_eos",
             "skip_special_tokens",

@@ -86,7 +86,11 @@ def test_also_in_tools_arguments_and_options(tokenizer: PreTrainedTokenizerBase)
         "{{ tools | tojson }}{{ messages[0].tool_calls | tojson }}{{ mood }}{{ '<|im_end|>' }}",
     )
     tools = [{"function": {"name": "f", "parameters": {"<|im_end|>": "<|MASK|>"}}}]
-    message = {"role": "assistant", "content": "", "tool_calls": [{"arguments": {"a": ATTACK}}]}
+    message = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"name": "f", "arguments": {"a": ATTACK}}],
+    }
     ids = prompts.chat([message], tools, options={"mood": "<|im_start|>"})
     assert [token for token in ids if token in tokenizer.all_special_ids] == [
         tokenizer.eos_token_id

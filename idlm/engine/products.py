@@ -18,6 +18,7 @@ from idlm.kernels.choice import choose_linears, drafts_pay
 from idlm.kernels.fused import OPERATORS, faster_operators
 from idlm.kernels.huge_pages import give_back
 from idlm.kernels.linears import Linears
+from idlm.kernels.prefetch import choose_prefetch
 from idlm.models.idlm_model import Idlm
 
 log = logging.getLogger("idlm")
@@ -53,6 +54,7 @@ def products_for(
     if idlm.device.type == "cpu":
         choose_threads(idlm, linears, config.threads)
     if linears is not None:
+        choose_prefetch(linears)
         choose_linears(linears)
         if drafting:
             _add_drafts(idlm, linears)

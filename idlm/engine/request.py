@@ -81,6 +81,11 @@ class Result:
     samples: list[Result] = field(default_factory=list)
 
     @property
+    def outputs(self) -> list[Result]:
+        """All samples of the prompt, under vLLM's name: `result.outputs[0].text`."""
+        return [self, *self.samples]
+
+    @property
     def tpf(self) -> float:
         """Tokens per forward, including the forward of the first token."""
         return len(self.token_ids) / self.forwards if self.forwards else 0.0
@@ -201,10 +206,14 @@ class Request:
 
     def finish(self, reason: str | None = None) -> str:
         """End the request; returns the rest of its text, which had been held back."""
-        rest = "" if self.stream is None else self.stream.finish()
-        self.result.text = "" if self.stream is None else self.stream.text
-        self.result.finish_reason = reason or self.result.finish_reason
-        self.result.timing.finished = perf_counter()
+        result, rest = self.result, ""
+        if self.stream is not None:
+            before = self.stream.stopped_at
+            rest, result.text = self.stream.finish(), self.stream.text
+            if before != self.stream.stopped_at and result.finish_reason != "error":
+                result.finish_reason, result.stop_reason = "stop", self.stream.stopped_by
+        result.finish_reason = reason or result.finish_reason
+        result.timing.finished = perf_counter()
         return rest
 
 

@@ -183,6 +183,10 @@ class Runner:
         self.slots.state.length[self.slots.spare] = 1
         return seconds
 
+    def ready(self, key: StepKey) -> bool:
+        """Whether no step of this kind has to be recorded first."""
+        return self._steps.ready(key)
+
     @property
     def steady(self) -> bool:
         """Whether the time of the last step predicts that of later steps of the same kind."""
@@ -191,7 +195,7 @@ class Runner:
     @torch.inference_mode()
     def warm_up(self, plans: Iterable[Plan], seconds: float) -> None:
         """Record the steps of greedy requests and of requests with a temperature, so that no
-        request waits for a recording.
+        request waits for a recording. The first plans come first.
 
         A CUDA graph serves a single batch size, so on a GPU graphs are recorded when they are
         needed.
@@ -199,8 +203,8 @@ class Runner:
         if self.idlm.device.type == "cuda":
             return
         started, spare = perf_counter(), self.slots.spare
-        for features, plan in product(
-            (Features(), Features(sampled=True)), dict.fromkeys([AR, *plans])
+        for plan, features in product(
+            dict.fromkeys([AR, *plans]), (Features(), Features(sampled=True))
         ):
             key = StepKey(plan, features)
             self._steps.prepare(key)

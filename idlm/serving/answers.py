@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -190,7 +190,8 @@ class ChatAnswer(Answer):
 
     def _top(self, token: int, logprob: Logprob) -> TopLogprob:
         text = self.prompts.token(token)
-        return TopLogprob(text, max(logprob.logprob, LOWEST_LOGPROB), list(text.encode()))
+        data = list(self.prompts.token_bytes(token))
+        return TopLogprob(text, max(logprob.logprob, LOWEST_LOGPROB), data)
 
 
 def _reason(end: Finished, calls: bool = False) -> FinishReason:
@@ -207,7 +208,8 @@ class CompletionAnswer(Answer):
     ) -> None:
         super().__init__(job, body, prompts)
         self._body, self._ids = body, ids
-        self._written = [0] * len(job.tickets)  # characters so far, for `text_offset` in a stream
+        samples = range(len(job.tickets) if body.logprobs is not None else 0)
+        self._offsets = [self._output_offsets(index) for index in samples]
 
     def response(self, samples: Sequence[Sequence[Delta]], usage: Usage) -> Completion:
         if self._body.prompt_only:
@@ -218,18 +220,26 @@ class CompletionAnswer(Answer):
 
     def _choice(self, index: int, deltas: Sequence[Delta]) -> CompletionChoice:
         end = self.job.ends[index]
-        entries = [
-            *(end.prompt_logprobs or ()),
-            *(entry for delta in deltas for entry in delta.logprobs or ()),
-        ]
-        first = self.prompts.decode(self._ids[index // self.job.samples][:1])
+        shown = None
+        if self._body.logprobs is not None:
+            shown = CompletionLogprobs([], [], [], [])
+            number = index // self.job.samples
+            is_text = isinstance(self._body.prompts[number], str)
+            offsets = self.prompts.offsets(skip_special_tokens=is_text)  # as in `_echoed`
+            self._show(shown, end.prompt_logprobs or (), offsets, self._ids[number])
+            output = [entry for delta in deltas for entry in delta.logprobs or ()]
+            self._show(shown, output, self._offsets[index])
         return CompletionChoice(
             index,
             self._echoed(index) + "".join(delta.text for delta in deltas),
             "length" if self._body.prompt_only else _reason(end),
-            self._logprobs(entries, first) if self._body.logprobs is not None else None,
+            shown,
             self.trace(index, *deltas, end),
         )
+
+    def _output_offsets(self, index: int) -> Callable[[int], int]:
+        skip = self._body.skip_special_tokens is not False
+        return self.prompts.offsets(len(self._echoed(index)), skip)
 
     def _echoed(self, index: int) -> str:
         """The prompt's text if the request has `echo`, else ""."""
@@ -247,37 +257,36 @@ class CompletionAnswer(Answer):
             return [self.chunk([choice])]
         choice.text += event.text
         if self._body.logprobs is not None:
-            choice.logprobs = self._logprobs(event.logprobs or (), offset=self._written[index])
-            self._written[index] += sum(map(len, choice.logprobs.tokens))
+            choice.logprobs = CompletionLogprobs([], [], [], [])
+            self._show(choice.logprobs, event.logprobs or (), self._offsets[index])
         has_content = choice.text or choice.logprobs is not None or choice.idlm is not UNSET
         return [self.chunk([choice])] if has_content else []
 
     def chunk(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
         return Completion(**self.job.head, choices=choices, usage=self.shown(usage))
 
-    def _logprobs(
-        self, entries: Sequence[Entry | None], first: str = "", offset: int = 0
-    ) -> CompletionLogprobs:
-        """OpenAI's four lists, one entry for each token.
+    def _show(
+        self,
+        shown: CompletionLogprobs,
+        entries: Sequence[Entry | None],
+        offset: Callable[[int], int],
+        ids: Sequence[int] = (),
+    ) -> None:
+        """Append to OpenAI's four lists, one entry for each token.
 
         Args:
             entries: None for the first token of a prompt, which has no law.
-            first: the text of that token.
-            offset: where the first token begins; offsets count the characters of the tokens' own
-                texts.
+            offset: of the next token.
+            ids: the tokens of a prompt, which name those without entry.
         """
-        shown = CompletionLogprobs([], [], [], [])
-        for entry in entries:
-            token = first if entry is None else self.prompts.token(next(iter(entry)))
-            logprob = (
-                None if entry is None else max(next(iter(entry.values())).logprob, LOWEST_LOGPROB)
+        for place, entry in enumerate(entries):
+            token = ids[place] if entry is None else next(iter(entry))
+            shown.tokens.append(self.prompts.token(token))
+            shown.text_offset.append(offset(token))
+            shown.token_logprobs.append(
+                None if entry is None else max(entry[token].logprob, LOWEST_LOGPROB)
             )
-            shown.tokens.append(token)
-            shown.text_offset.append(offset)
-            shown.token_logprobs.append(logprob)
             shown.top_logprobs.append(None if entry is None else self._by_text(entry))
-            offset += len(token)
-        return shown
 
     def _by_text(self, entries: Entry) -> dict[str, float]:
         """If two tokens have the same text, the likelier one's log-probability is shown."""

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
+from idlm.inputs import escaped_half
 from idlm.serving.errors import ApiError
 
 DEEPEST = 64
@@ -42,7 +43,9 @@ def decode(text: bytes | str, what: str) -> Any:
     except RecursionError:
         raise ApiError(400, f"{what} is nested deeper than {DEEPEST} levels; flatten it") from None
     except (msgspec.MsgspecError, UnicodeError) as error:
-        raise ApiError(400, f"{what} is not valid JSON: {error}") from None
+        half = escaped_half(text)
+        reason = f"{half} is half of a surrogate pair; take it out" if half else error
+        raise ApiError(400, f"{what} is not valid JSON: {reason}") from None
     check_shape(value, what)
     return value
 

@@ -161,7 +161,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             wrong.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"cannot read the config {str(path)!r} ({error}); give the path of a YAML file"

@@ -18,10 +18,12 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from idlm.errors import InputError
+from idlm.inputs import read_lines
 from idlm.models.attention import NAME
 from idlm.models.idlm_model import Idlm
 from idlm.training.config import DataConfig
-from idlm.training.data import SOURCES, Example, fit, prompt_ids, read_jsonl
+from idlm.training.data import SOURCES, Example, fit, prompt_ids
+from idlm.training.rows import read_jsonl
 
 
 def distill(config: DataConfig, idlm: Idlm, file: Path) -> list[Example]:
@@ -135,7 +137,7 @@ def _read(file: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in read_lines(file):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
