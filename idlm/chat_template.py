@@ -124,18 +124,29 @@ class PromptEncoder:
             raise InputError(f"model {self.name!r} has no tokenizer; give the prompt as token ids")
         return self._tokenizer
 
-    @property
-    def template(self) -> str:
-        """The chat template.
+    def template_for(self, tools: bool) -> str:
+        """The chat template. Of several, "tool_use" if there are tools, else "default", else the
+        only one.
 
         Raises:
-            InputError: the model has none.
+            InputError: the model has none, or several and none of these.
         """
-        if not self.tokenizer.chat_template:
+        templates = self.tokenizer.chat_template
+        if not templates:
             raise InputError(
                 f"model {self.name!r} has no chat template; give a text instead of messages"
             )
-        return str(self.tokenizer.get_chat_template())
+        if isinstance(templates, str):
+            return templates
+        wanted = ["tool_use", "default"] if tools else ["default"]
+        only = list(templates) if len(templates) == 1 else []
+        for name in [*wanted, *only]:
+            if name in templates:
+                return str(templates[name])
+        raise InputError(
+            f"model {self.name!r} has the chat templates {', '.join(sorted(templates))}, "
+            "and none is the default; rename one of them to 'default'"
+        )
 
     @property
     def has_template(self) -> bool:
@@ -246,7 +257,7 @@ class PromptEncoder:
     ) -> tuple[str, list[str]]:
         """Render a conversation: the text, and the special strings of its placeholders. `ending`
         is `add_generation_prompt` and `continue_final_message`."""
-        template, literals = self.template, list[str]()
+        template, literals = self.template_for(bool(tools)), list[str]()
         reserved = (
             set(inspect.signature(self.tokenizer.apply_chat_template).parameters)
             if options

@@ -13,6 +13,7 @@ from typing import Any
 
 from idlm.errors import InputError
 
+GENERATION_CONFIGS = ("auto", "none")
 WEIGHTS = ("auto", "float32", "bfloat16", "int8")
 MOST_THREADS = 1024
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -45,6 +46,9 @@ class EngineConfig:
         lookahead: steps launched before the results of a step are read. None: 1 on a GPU, which
             hides the host's work, and 0 on a CPU.
         record: whether decode steps are recorded and replayed without Python.
+        generation_config: "auto": the sampling settings of the checkpoint's generation_config.json
+            are the defaults of a request. "none": those of `SamplingParams` are. Its end tokens
+            count in both.
 
     Raises:
         InputError: a value is out of range; the message names it.
@@ -61,6 +65,7 @@ class EngineConfig:
     threads: int | None = None
     lookahead: int | None = None
     record: bool = True
+    generation_config: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "page_size", "prefill_tokens"):
@@ -74,6 +79,11 @@ class EngineConfig:
             raise InputError(f"lookahead={self.lookahead!r} is unknown; use 0 or 1")
         if self.weights not in WEIGHTS:
             raise InputError(f"weights={self.weights!r} is unknown; use {', '.join(WEIGHTS)}")
+        if self.generation_config not in GENERATION_CONFIGS:
+            raise InputError(
+                f"generation_config={self.generation_config!r} is unknown; "
+                f"use {' or '.join(GENERATION_CONFIGS)}"
+            )
         if self.kv_memory is not None:
             parse_memory(self.kv_memory)
         if not isinstance(self.branches, str):

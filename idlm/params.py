@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 from idlm.errors import InputError
 from idlm.inputs import check_text, plain
@@ -297,6 +298,23 @@ class SamplingParams:
                 raise InputError(
                     f"{name} names token {outside[0]}; the model's ids are 0..{vocab_size - 1}"
                 )
+
+
+def with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
+    """The fields `given`, and a model's `defaults` for the others.
+
+    A default of `min_tokens` gives way to a `max_tokens` or a guide that it contradicts.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+    fields = {**defaults, **given}
+    if "min_tokens" in defaults and "min_tokens" not in given:
+        if "max_tokens" in fields:
+            fields["min_tokens"] = min(fields["min_tokens"], fields["max_tokens"])
+        if fields.get("guide") is not None:
+            del fields["min_tokens"]
+    return SamplingParams(**fields)
 
 
 def _integer(name: str, value: object, low: int, below: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -54,6 +54,10 @@ def serve(
         int | None, _option("Engine", "Threads of the engine; measured if not given.")
     ] = None,
     weights: common.Weights = "auto",
+    generation_config: Annotated[
+        Literal["auto", "none"],
+        _option("Model", "Whether its generation_config.json gives the defaults of requests."),
+    ] = "auto",
     deterministic: Annotated[
         bool, _option("Engine", "Batch-invariant kernels: the same bytes, slower.")
     ] = False,
@@ -96,6 +100,7 @@ def serve(
         deterministic=deterministic,
         weights=weights,
         threads=threads,
+        generation_config=generation_config,
     )
     adapters = _adapters(adapter or [])
     worker = WorkerConfig(model, adapters, dtype, device, engine)

@@ -91,8 +91,7 @@ class Admission:
             return matcher
         if thinking.end in params.banned_tokens:
             raise InputError(f"banned_tokens has {thinking.end}, the end of the thoughts; allow it")
-        ends = (token for token in self.idlm.eos_ids if token < self.idlm.vocab_size)
-        return ThinkingMatcher(thinking, matcher, self.idlm.vocab_size, ends)
+        return ThinkingMatcher(thinking, matcher, self.idlm.vocab_size, self.idlm.eos_ids)
 
     def check_size(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Refuse a request that does not fit into the pool even if it is empty.

@@ -88,7 +88,7 @@ class Guides:
         """
         permitted = self._permitted.clone()
         permitted[list(banned)] = False
-        matcher = Matcher(self._compiled(guide), packed(permitted), self._ends)
+        matcher = Matcher(self._compiled(guide), packed(permitted), self._idlm.eos_ids)
         if not matcher.allowed().any():
             raise _refusal(guide, matcher.error)
         return matcher
@@ -109,14 +109,14 @@ class Guides:
     def _tokens(self) -> LLTokenizer:
         """The model's tokens in llguidance's form. A large vocabulary takes a second."""
         tokenizer, name = self._idlm.tokenizer, self._idlm.name
-        if not isinstance(tokenizer, PreTrainedTokenizerFast) or not self._ends:
+        if not isinstance(tokenizer, PreTrainedTokenizerFast) or not self._idlm.eos_ids:
             raise InputError(
                 f"guide needs a fast tokenizer and an end token, and model {name!r} lacks one; "
                 "drop guide"
             )
         try:
             size = max(self._idlm.vocab_size, len(tokenizer))
-            return from_tokenizer(tokenizer, n_vocab=size, eos_token=sorted(self._ends))
+            return from_tokenizer(tokenizer, n_vocab=size, eos_token=sorted(self._idlm.eos_ids))
         except ValueError as error:
             reason = _brief(str(error))
             raise InputError(
@@ -124,16 +124,12 @@ class Guides:
             ) from None
 
     @cached_property
-    def _ends(self) -> frozenset[int]:
-        return frozenset(token for token in self._idlm.eos_ids if token < self._idlm.vocab_size)
-
-    @cached_property
     def _permitted(self) -> Tensor:
         """bool [V]: all tokens except MASK and special tokens; end tokens are permitted. A grammar
         can name special tokens, so they have to be excluded here."""
         special = [self._tokens.is_special_token(token) for token in range(self._idlm.vocab_size)]
         permitted = ~torch.tensor(special)
-        permitted[sorted(self._ends)] = True
+        permitted[sorted(self._idlm.eos_ids)] = True
         permitted[self._idlm.mask_id : self._idlm.mask_id + 1] = False
         return permitted
 

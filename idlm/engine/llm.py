@@ -22,7 +22,7 @@ from idlm.errors import InputError
 from idlm.inputs import plain
 from idlm.models.adapter import load_more
 from idlm.models.idlm_model import Idlm
-from idlm.models.loading import load
+from idlm.models.loading import check_adapter, load
 from idlm.models.sources import resolve
 from idlm.params import SEED_LIMIT, SamplingParams
 
@@ -79,7 +79,14 @@ class LLM:
         names = ["default", *named] if self.idlm.gate is not None else list(named)
         for folder in named.values():
             load_more(self.idlm, resolve(fspath(folder))[0])
+            check_adapter(self.idlm)
+        self.get_default_sampling_params()  # refused and warned about before the engine is built
         self.engine: Engine = build_engine(self.idlm, self.config, names, take_weights=ours)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The settings of requests that give none: those of the checkpoint's generation config,
+        unless the option `generation_config` is "none"."""
+        return self.idlm.sampling({}, self.config.generation_config)
 
     def generate(
         self,
@@ -98,6 +105,7 @@ class LLM:
         All prompts are checked before any of them runs.
 
         Args:
+            sampling_params: for all prompts, or for each; None: `get_default_sampling_params`.
             adapter: the name of the adapter that drafts.
             priority: requests with lower numbers run first.
             timeout: seconds after which each request ends with the output that it has.
@@ -108,7 +116,7 @@ class LLM:
                 the model does not have; or the model cannot use the sampling_params.
         """
         ids = [self.encode(prompt) for prompt in _as_prompts(prompts)]
-        params = _as_params(sampling_params, len(ids))
+        params = self._as_params(sampling_params, len(ids))
         for prompt, one in zip(ids, params, strict=True):
             one.check_vocabulary(self.idlm.vocab_size)
             self.engine.admission.check_size(prompt, one)
@@ -184,7 +192,7 @@ class LLM:
             InputError: for the reasons of `generate`, or n > 1; raised by the call, before the
                 first update.
         """
-        (params,) = _as_params(sampling_params, 1)
+        (params,) = self._as_params(sampling_params, 1)
         if params.n > 1:
             raise InputError(f"n={params.n} cannot be streamed by LLM.stream; use n=1, or generate")
         ids = self.encode(prompt)
@@ -202,6 +210,19 @@ class LLM:
                         yield update
                         if update.result is not None:
                             return
+
+    def _as_params(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, number: int
+    ) -> Sequence[SamplingParams]:
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * number
+        if len(params) != number:
+            raise InputError(
+                f"{len(params)} sampling_params for {number} prompts; give one, or one for each"
+            )
+        return params
 
     @contextmanager
     def _requests(self) -> Iterator[Callable[..., list[str]]]:
@@ -278,15 +299,3 @@ def _of_dict(prompt: Mapping[str, Any]) -> str | Iterable[int]:
             f"a prompt {wrong}; give {{'prompt': '...'}} or {{'prompt_token_ids': [1, 2]}}"
         )
     return text if ids is None else ids
-
-
-def _as_params(
-    params: SamplingParams | Sequence[SamplingParams] | None, number: int
-) -> Sequence[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * number
-    if len(params) != number:
-        raise InputError(
-            f"{len(params)} sampling_params for {number} prompts; give one, or one for each"
-        )
-    return params

@@ -79,7 +79,7 @@ def _linears(idlm: Idlm, weights: str, deterministic: bool) -> Linears | None:
     format = weights
     if weights == "auto":
         format = "bfloat16" if idlm.stored == torch.bfloat16 else "float32"
-        size, free = 4 * idlm.model.num_parameters(), psutil.virtual_memory().available
+        size, free = 4 * _multiplied(idlm), psutil.virtual_memory().available
         if format == "float32" and size > PANELS_SHARE * free:
             log.info(
                 "PyTorch multiplies: a copy of the weights for the C kernels would take %.0f MiB, "
@@ -88,6 +88,11 @@ def _linears(idlm: Idlm, weights: str, deterministic: bool) -> Linears | None:
             )
             return None
     return Linears(idlm.linear_groups(), format)
+
+
+def _multiplied(idlm: Idlm) -> int:
+    """The number of weights that the kernels would copy; not those of experts and embeddings."""
+    return sum(weight.numel() for group in idlm.linear_groups() for weight in group)
 
 
 def _no_kernels(idlm: Idlm, deterministic: bool) -> str | None:
@@ -107,7 +112,7 @@ def _no_kernels(idlm: Idlm, deterministic: bool) -> str | None:
 def _add_drafts(idlm: Idlm, linears: Linears) -> None:
     """Add int8 weights for MASK rows if they fit and make steps faster on this machine."""
     adapters = 1 if idlm.gate is None else idlm.gate.adapters
-    size, free = adapters * idlm.model.num_parameters(), psutil.virtual_memory().available
+    size, free = adapters * _multiplied(idlm), psutil.virtual_memory().available
     beside = idlm.adapter_weights()
     if size > DRAFT_SHARE * free:
         why = "int8 weights of their own would take %.0f MiB, over a quarter of what is free"

@@ -120,7 +120,7 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     """Answer a conversation, as one body or as a stream."""
     server = the_server(request)
     server.accept(body)
-    family = family_of(server.prompts.template) if body.tools_in_use else None
+    family = family_of(server.prompts.template_for(tools=True)) if body.tools_in_use else None
     ids = await server.prompts.in_thread(body.encoder(server.prompts))
     if family is not None and family.special:
         body = body.model_copy(update={"skip_special_tokens": False})

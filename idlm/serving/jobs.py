@@ -252,7 +252,7 @@ def admit(request: Request, body: Body, prompts: Sequence[list[int]]) -> Job:
         ApiError, InputError: the request cannot be run. Busy, EngineDown: it cannot be run now.
     """
     server = the_server(request)
-    context, limits = server.engine().context, server.config.limits
+    engine, limits = server.engine(), server.config.limits
     job = Job(server, request, body)
     facts = request.scope["state"]["facts"]
     guide = body.form_or_calls(body.guide(limits), server.prompts)
@@ -264,7 +264,8 @@ def admit(request: Request, body: Body, prompts: Sequence[list[int]]) -> Job:
     submits = []
     for ids in prompts:
         job.thinking = body.thinking(server.reasoner, ids)
-        params = body.sampling(room(body.asked_tokens, len(ids), context, limits), guide)
+        bounds = (len(ids), engine.context, limits, engine.sampling.get("max_tokens"))
+        params = body.sampling(room(body.asked_tokens, *bounds), guide, engine.sampling)
         params = replace(params, thinking=job.thinking)
         if job.thinking is not None and server.reasoner is not None and server.reasoner.special:
             params = replace(params, skip_special_tokens=False)
@@ -301,8 +302,15 @@ def _submit(
     )
 
 
-def room(requested: int | None, prompt_tokens: int, context: int, limits: Limits) -> int:
-    """max_tokens of a sample: what the request asks for, or what the context and `limits` leave.
+def room(
+    requested: int | None,
+    prompt_tokens: int,
+    context: int,
+    limits: Limits,
+    default: int | None = None,
+) -> int:
+    """max_tokens of a sample: what the request asks for, else the model's `default`, else what the
+    context and `limits` leave.
 
     A request for more than the context leaves is accepted: the output then ends at the context, as
     in `LLM`.
@@ -317,4 +325,6 @@ def room(requested: int | None, prompt_tokens: int, context: int, limits: Limits
             f"max_tokens={requested} is more than the {bound} of this server; lower it",
             "max_tokens",
         )
-    return min(bound if requested is None else requested, max(1, context - prompt_tokens))
+    if requested is None:
+        requested = bound if default is None else min(default, bound)
+    return min(requested, max(1, context - prompt_tokens))

@@ -69,7 +69,9 @@ def find_reasoner(parser: str, prompts: Prompts) -> Reasoner | None:
             f"--reasoning-parser {parser!r} is unknown; use one of {', '.join(PARSERS)}"
         )
     auto = parser == "auto"
-    if parser == "none" or (auto and not (prompts.has_template and END in prompts.template)):
+    if parser == "none" or (
+        auto and not (prompts.has_template and END in prompts.template_for(tools=False))
+    ):
         return None
     tokenizer = prompts.tokenizer
     vocabulary, special = tokenizer.get_vocab(), special_strings(prompts)

@@ -26,7 +26,7 @@ from fastapi import Request
 from pydantic import Field
 
 from idlm.errors import InputError
-from idlm.params import MOST_LOGPROBS, Guide, SamplingParams, Thinking
+from idlm.params import MOST_LOGPROBS, Guide, SamplingParams, Thinking, with_defaults
 from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError
 from idlm.serving.prompts import Prompts
@@ -192,14 +192,18 @@ class Generation(Neutral, Structured):
         """The thoughts that the output after `prompt` may begin with."""
         return None
 
-    def sampling(self, max_tokens: int, guide: Guide | None = None) -> SamplingParams:
-        """The request as `SamplingParams`, which raises InputError for wrong values."""
+    def sampling(
+        self, max_tokens: int, guide: Guide | None = None, defaults: Mapping[str, Any] | None = None
+    ) -> SamplingParams:
+        """The request as `SamplingParams`, which raises InputError for wrong values.
+
+        The model's `defaults` stand for the fields that the request does not set.
+        """
         shared = {name: getattr(self, name) for name in SHARED}
         fields: dict[str, Any] = {k: value for k, value in shared.items() if value is not None}
         fields |= {"logprobs": self.top, "prompt_logprobs": self.prompt_top, "guide": guide}
-        return SamplingParams(
-            max_tokens=max_tokens, logit_bias=_token_biases(self.logit_bias or {}), **fields
-        )
+        fields |= {"max_tokens": max_tokens, "logit_bias": _token_biases(self.logit_bias or {})}
+        return with_defaults(fields, defaults or {})
 
 
 def _token_biases(biases: Mapping[str, float]) -> dict[int, float]:

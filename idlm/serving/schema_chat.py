@@ -296,7 +296,7 @@ class ChatRequest(Conversation, Generation):
 
     def template_options(self, prompts: PromptEncoder) -> dict[str, Any]:
         """With those for `reasoning_effort`; the request's own go first."""
-        effort = effort_options(self.reasoning_effort, prompts.template)
+        effort = effort_options(self.reasoning_effort, prompts.template_for(bool(self.tools)))
         return effort | super().template_options(prompts)
 
     def check(self, limits: Limits) -> None:
@@ -329,7 +329,7 @@ class ChatRequest(Conversation, Generation):
         """The guide for a request that may also call tools."""
         if guide is None or self.forces_tools or not self.tools_in_use:
             return guide
-        form = family_of(prompts.template).form
+        form = family_of(prompts.template_for(True)).form
         names = [tool.function.name for tool in self.tools_in_use]
         return guide if form is None else or_calls(guide, names, self._most_calls, form)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
@@ -100,11 +100,16 @@ class Refused(Message):
 
 
 class Ready(Message):
-    """The engine takes requests; the fields bound the token ids and lengths of prompts."""
+    """The engine takes requests; the fields bound the token ids and lengths of prompts.
+
+    Attributes:
+        sampling: the model's defaults, fields of `SamplingParams`.
+    """
 
     vocab_size: int
     mask_id: int
     context: int
+    sampling: dict[str, Any] = {}
 
 
 class Failed(Message):

@@ -312,7 +312,9 @@ def main(file_descriptor: int, config: WorkerConfig) -> int:
         llm.engine.warm_up()
         gc.collect()
         gc.freeze()  # these objects stay; a collection that visits them would delay all requests
-        link.send([Ready(llm.idlm.vocab_size, llm.idlm.mask_id, llm.idlm.context)])
+        defaults = llm.idlm.sampling_defaults if config.engine.generation_config == "auto" else {}
+        ready = Ready(llm.idlm.vocab_size, llm.idlm.mask_id, llm.idlm.context, defaults)
+        link.send([ready])
         Worker(llm, link).run()
     except InputError as error:
         link.send([Failed(str(error))])

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from idlm.chat_template import PromptEncoder, check_tokens
+from idlm.chat_template import check_tokens
 from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 from idlm.training.config import DataConfig
@@ -85,16 +85,12 @@ def fit(example: Example, limit: int) -> Example:
     return Example(example.prompt, example.response[: limit - len(example.prompt)], example.row)
 
 
-def chat_examples(
-    pairs: Iterable[tuple[str, str]], tokenizer: PreTrainedTokenizerBase
-) -> list[Example]:
+def chat_examples(pairs: Iterable[tuple[str, str]], idlm: Idlm) -> list[Example]:
     """The chat prompt, the answer and the end token of each (question, answer)."""
     chosen = list(pairs)
-    prompts = PromptEncoder(tokenizer, "data").chats(
-        [{"role": "user", "content": q}] for q, _ in chosen
-    )
+    prompts = idlm.encoder.chats([{"role": "user", "content": q}] for q, _ in chosen)
+    tokenizer, end = idlm.encoder.tokenizer, _end(idlm, chat=True)
     answers = tokenizer([answer for _, answer in chosen], add_special_tokens=False)["input_ids"]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rows = zip(prompts, answers, strict=True)
     return [Example(p, a + end, f"problem {i}") for i, (p, a) in enumerate(rows)]
 
@@ -172,8 +168,8 @@ def _ended(answer: list[int], idlm: Idlm) -> list[int]:
 
 
 def _end(idlm: Idlm, chat: bool) -> list[int]:
-    """What follows a response: the token that ends it, if the model has one."""
-    end = None if idlm.tokenizer is None else idlm.tokenizer.eos_token_id
+    """What follows a response: the token that ends it when the model decodes, if it has one."""
+    end = idlm.end_of(chat)
     return [] if end is None else [end]
 
 

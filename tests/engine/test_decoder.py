@@ -9,7 +9,7 @@ import torch
 
 from idlm import LLM, Idlm, InputError, SamplingParams
 from idlm.decoding import reference
-from tests.engine.tiny import FAMILIES, tiny_idlm
+from tests.engine.tiny import CLASSES, tiny_idlm
 
 PARAMS = [
     SamplingParams(temperature=0, max_tokens=14),
@@ -31,7 +31,7 @@ PARAMS = [
 ]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=CLASSES)
 def idlm(request: pytest.FixtureRequest) -> Idlm:
     """A random model of each family, with a random gated LoRA."""
     return tiny_idlm(request.param, adapter=True)

@@ -177,7 +177,7 @@ def test_arguments_are_an_object(kind: Any) -> None:
 def test_a_form_or_calls() -> None:
     """A request with a form and tools may have either, in the form of the model's calls."""
     template = "<tool_call>"
-    prompts: Any = SimpleNamespace(template=template)
+    prompts: Any = SimpleNamespace(template_for=lambda tools: template)
 
     def guide(**fields: Any) -> Guide | None:
         request = chat(tools=TOOLS, **fields)
@@ -196,7 +196,7 @@ def test_a_form_or_calls() -> None:
     assert guide() is None
     assert guide(regex="a+") == Guide("regex", "a+")
     for alone in ('"parameters": ', "[TOOL_CALLS]"):
-        prompts.template = alone
+        template = alone
         assert guide(json_schema=SCHEMA) == OBEYS_SCHEMA
     found = CallParser(one, {"now"}).push(two)
     assert [c.function.arguments for c in found if isinstance(c, ToolCall)] == ['{"x": [1]}'] * 2
