@@ -12,7 +12,7 @@ from idlm.cli import common
 from idlm.config import EngineConfig
 from idlm.errors import InputError
 from idlm.extras import need
-from idlm.serving.config import AR_SUFFIX, Limits, ServeConfig, WorkerConfig
+from idlm.serving.config import AR_SUFFIX, WAITING_ROOM, Limits, ServeConfig, WorkerConfig
 
 KEY_VARIABLE = "IDLM_API_KEY"
 BOUNDS = Limits()
@@ -61,14 +61,22 @@ def serve(
     deterministic: Annotated[
         bool, _option("Engine", "Batch-invariant kernels: the same bytes, slower.")
     ] = False,
+    logprobs_mode: Annotated[
+        Literal["processed_logprobs", "raw_logprobs"],
+        _option("Engine", "Log-probabilities of the law that tokens are chosen by; the model's."),
+    ] = "processed_logprobs",
     salt_by_key: Annotated[
         bool, _option("Network", "Share cached prefixes only within a key.")
     ] = False,
     log_prompts: Annotated[
         bool, _option("Network", "Write prompts and outputs to the log.")
     ] = False,
+    parse_special: Annotated[
+        bool, _option("Network", "Special strings in a completions prompt are special tokens.")
+    ] = False,
     queue_requests: Annotated[
-        int | None, _option("Limits", "Samples running or waiting.", show_default="max-num-seqs")
+        int | None,
+        _option("Limits", "Samples running or waiting.", show_default="4 x max-num-seqs"),
     ] = None,
     queue_tokens: Annotated[
         int, _option("Limits", "Tokens that they may come to.")
@@ -86,7 +94,8 @@ def serve(
 ) -> None:
     """Serve a model over an OpenAI-compatible API."""
     need("serve", "idlm serve")
-    queue = max(max_num_seqs, max_n, max_prompts) if queue_requests is None else queue_requests
+    room = max(WAITING_ROOM * max_num_seqs, max_n, max_prompts)
+    queue = room if queue_requests is None else queue_requests
     bounds = (queue, queue_tokens, max_tokens, max_n, max_prompts, max_body)
     limits = Limits(*bounds, timeout=timeout, drain_seconds=drain_seconds)
     _check(limits)
@@ -99,6 +108,7 @@ def serve(
         kv_memory=kv_memory,
         deterministic=deterministic,
         weights=weights,
+        logprobs_mode=logprobs_mode,
         threads=threads,
         generation_config=generation_config,
     )
@@ -107,7 +117,16 @@ def serve(
     keys = _keys(api_key or [])
     name = _name(name or model, adapters)
     config = ServeConfig(
-        worker, name, host, port, keys, salt_by_key, log_prompts, limits, reasoning_parser
+        worker,
+        name,
+        host,
+        port,
+        keys,
+        salt_by_key,
+        log_prompts,
+        parse_special,
+        limits,
+        reasoning_parser,
     )
     _check_port(port)
 

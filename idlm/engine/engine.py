@@ -88,6 +88,7 @@ class Engine:
         self.scheduler = Scheduler(config.max_num_seqs, pool, f"{idlm.name} {idlm.dtype}".encode())
         self.metrics = Metrics()
         self.budget = PrefillBudget(config.prefill_tokens, clocked=not self.lookahead)
+        self._raw = config.logprobs_mode == "raw_logprobs"
         self.admission = Admission(idlm, runner.depth, pool, adapters)
         self._requests: dict[str, Request] = {}
         self._in_flight: deque[InFlight] = deque()
@@ -250,7 +251,8 @@ class Engine:
     def _key(self, plan: Plan) -> StepKey:
         params = [request.params.logprobs for request in self.scheduler.running]
         counts = [count for count in params if count is not None]
-        return StepKey(plan, self.runner.settings.features, max(counts) if counts else None)
+        most, features = max(counts) if counts else None, self.runner.settings.features
+        return StepKey(plan, features, most, self._raw and most is not None)
 
     def _ahead(self, plan: Plan) -> int:
         """The most tokens that steps in flight may commit, plus the drafts of the next step."""
@@ -293,11 +295,12 @@ class Engine:
         result = step.pending.read()
         self.metrics.device_seconds += perf_counter() - started
         if result.prompt is not None:
-            add_prompt_logprobs(self.runner.idlm, step.prompts, result.prompt)
+            add_prompt_logprobs(self.runner.idlm, step.prompts, result.prompt, self._raw)
         reached, accepted = [0] * self.runner.depth, [0] * self.runner.depth
         windows = tokens = 0
         for row, (request, slot) in enumerate(zip(step.requests, result.slots(), strict=False)):
-            if slot.committed == 0 or request.finished or request.slot is None:
+            done = request.finished or request.slot is None
+            if done or (slot.committed == 0 and not slot.stuck):
                 continue
             windows, tokens = windows + 1, tokens + slot.committed
             for depth in range(min(slot.drafted, slot.accepted + 1)):
@@ -313,6 +316,8 @@ class Engine:
         self, request: Request, slot: SlotResult, logprobs: list[dict[int, Logprob]]
     ) -> None:
         kept, text = request.extend(slot.tokens[: slot.committed], slot.drafted, slot.accepted)
+        if slot.stuck and not request.complete:
+            request.fail()
         self.metrics.tokens += len(kept)
         if request.result.logprobs is not None:
             request.result.logprobs += logprobs[: len(kept)]

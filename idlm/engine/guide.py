@@ -79,14 +79,19 @@ class Guides:
         self._idlm = idlm
         self._compiled = lru_cache(COMPILED)(self._compile)
 
-    def matcher(self, guide: Guide, banned: Iterable[int] = ()) -> Matcher:
-        """A matcher at the start of an output that never contains `banned` tokens.
+    def matcher(
+        self, guide: Guide, banned: Iterable[int] = (), only: Iterable[int] | None = None
+    ) -> Matcher:
+        """A matcher at the start of an output that never contains `banned` tokens, and none but
+        `only`, unless that is None.
 
         Raises:
             InputError: the guide has an error or is too large, or the model's tokens cannot
                 express it.
         """
         permitted = self._permitted.clone()
+        if only is not None:
+            permitted &= torch.zeros_like(permitted).index_fill(0, torch.tensor(list(only)), True)
         permitted[list(banned)] = False
         matcher = Matcher(self._compiled(guide), packed(permitted), self._idlm.eos_ids)
         if not matcher.allowed().any():
@@ -348,7 +353,7 @@ def _refusal(guide: Guide, reason: str) -> InputError:
     what, repair = f"guide {guide.kind!r}", f"mend {guide.text[:40]!r}"
     if guide.name:
         what, repair = guide.name, "change it"
-    return InputError(f"{what} cannot be used: {_brief(reason)}; {repair}")
+    return InputError(f"{what} cannot be used: {_brief(reason)}; {repair}", guide.name or "guide")
 
 
 def _brief(reason: str) -> str:

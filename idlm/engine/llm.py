@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +23,7 @@ from idlm.models.adapter import load_more
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import check_adapter, load
 from idlm.models.sources import resolve
-from idlm.params import SEED_LIMIT, SamplingParams
+from idlm.params import SamplingParams
 
 __all__ = ["LLM", "Result"]
 
@@ -231,9 +230,9 @@ class LLM:
         added: list[str] = []
 
         def add(prompt: list[int], params: SamplingParams, **options: Any) -> list[str]:
-            seed = secrets.randbelow(SEED_LIMIT) if params.seed is None else params.seed
-            seeds = [(seed + sample) % SEED_LIMIT for sample in range(params.n)]
-            group = [self.engine.add(prompt, replace(params, n=1), one, **options) for one in seeds]
+            group = [
+                self.engine.add(prompt, one, one.seed or 0, **options) for one in params.samples()
+            ]
             added.extend(group)
             return group
 

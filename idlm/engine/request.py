@@ -11,6 +11,8 @@ from idlm.engine.guide import Constraint
 from idlm.engine.text import TextStream
 from idlm.params import SamplingParams
 
+NO_TOKEN = "the bans of the request (bad_words, allowed_token_ids, min_tokens, ...) leave no token"
+
 
 @dataclass
 class Timing:
@@ -47,8 +49,8 @@ class Result:
     Attributes:
         prompt_token_ids, token_ids: the prompt and the output. The output includes its stop token.
         text: the output as text; empty if the model has no tokenizer.
-        finish_reason: "stop", "length", "abort", "timeout", or "error" if the guide allows no
-            further token.
+        finish_reason: "stop", "length", "abort", "timeout", or "error" if the guide and the bans
+            of the request leave no further token.
         stop_reason: the stop string or stop id that ended the output, None for the model's end
             token; after an error, its message.
         seed: the seed of the noise. The same seed gives the same tokens at any stride, in any
@@ -195,6 +197,11 @@ class Request:
             result.finish_reason = "stop"
             result.stop_reason = kept[-1] if kept[-1] in self.params.stop_token_ids else None
         return kept, added
+
+    def fail(self) -> None:
+        """End the output, since the law leaves no token after it."""
+        self.result.finish_reason = "error"
+        self.result.stop_reason = NO_TOKEN if self.matcher is None else self.matcher.error
 
     def _push(self, tokens: list[int]) -> str:
         return "" if self.stream is None else self.stream.push(tokens)

@@ -20,7 +20,7 @@ from idlm.errors import InputError
 from idlm.models import generation
 from idlm.models.attention import Cache
 from idlm.models.gated_lora import NO_ROWS, Gate, gated_layers
-from idlm.params import SamplingParams, with_defaults
+from idlm.params import SamplingParams
 
 SAME_ROWS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that have the same input, in the model families that have such layers."""
@@ -108,7 +108,7 @@ class Idlm:
         """
         defaults = self.sampling_defaults if generation_config == "auto" else {}
         try:
-            return with_defaults(given, defaults)
+            return generation.with_defaults(given, defaults)
         except InputError as error:
             SamplingParams(**given)  # if that is in order, a default is at fault
             raise InputError(

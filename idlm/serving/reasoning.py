@@ -70,7 +70,7 @@ def find_reasoner(parser: str, prompts: Prompts) -> Reasoner | None:
         )
     auto = parser == "auto"
     if parser == "none" or (
-        auto and not (prompts.has_template and END in prompts.template_for(tools=False))
+        auto and not (prompts.has_template and END in str(prompts.tokenizer.chat_template))
     ):
         return None
     tokenizer = prompts.tokenizer

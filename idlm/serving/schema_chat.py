@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from idlm.chat_template import PromptEncoder
 from idlm.engine.guide import calls_grammar, or_calls
 from idlm.params import MOST_LOGPROBS, Guide, Thinking
 from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError
+from idlm.serving.neutral import ChatNeutral, only
 from idlm.serving.prompts import Prompts
 from idlm.serving.reasoning import Reasoner, effort_options
 from idlm.serving.schema import Generation
+from idlm.serving.schema_tools import AllowedTools, NamedTool, Tool, ToolChoice, arguments_schema
 from idlm.serving.strict import Strict, decode
 from idlm.serving.structured import Wish, schema_wish
 from idlm.serving.tools import family_of
@@ -22,55 +24,65 @@ from idlm.serving.tools import family_of
 Scalar = str | bool | int | float | None
 
 
-class TextPart(Strict):
-    """A text as a part of a message's content; no other type is supported."""
+class History(Strict):
+    """A part of a conversation. It may have been written by other servers and for other models, so
+    fields that are not known here are ignored."""
 
-    type: Literal["text"]
+    model_config = ConfigDict(extra="ignore")
+
+
+class TextPart(History):
+    """A text as a part of a message's content; no other type is supported. OpenAI's responses have
+    the other two names."""
+
+    type: Annotated[
+        Literal["text", "input_text", "output_text"],
+        only("text", "input_text", "output_text", instead="the model reads no other parts"),
+    ]
     text: str
 
 
-Content = str | Annotated[list[TextPart], Field(fail_fast=True)]
+Content = str | Annotated[list[TextPart], Field(fail_fast=True)] | None
 
 
-class AnyMessage(Strict):
-    """Fields that all messages may have; lm-evaluation-harness sends `type`."""
+class AnyMessage(History):
+    """Fields that all messages may have. A null `content` is as good as an empty one."""
 
     name: str | None = None
-    type: Literal["text"] | None = Field(None, exclude=True)
 
 
 class PlainMessage(AnyMessage):
-    """Instructions, or a message of the user. The role "developer" is OpenAI's newer name of
-    "system"."""
+    """Instructions, a message of the user, or one of a role that the chat template may know. The
+    role "developer" is OpenAI's newer name of "system"."""
 
-    role: Literal["system", "developer", "user"]
+    role: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     content: Content
 
 
-class CalledFunction(Strict):
-    """The name of a called function, and its arguments as JSON text."""
+class CalledFunction(History):
+    """The name of a called function, and its arguments as JSON text. No text means no arguments."""
 
     name: str
-    arguments: str
+    arguments: str | dict[str, Any] | None = None
 
 
-class CallMade(Strict):
+class CallMade(History):
     """A tool call in an earlier message of the assistant."""
 
-    id: str
-    type: Literal["function"] = "function"
+    id: str | None = None
+    type: Literal["function"] | None = None
     function: CalledFunction
 
 
 class AssistantMessage(AnyMessage):
-    """An earlier answer. Clients send all fields that they know, with null."""
+    """An earlier answer. Templates that show thoughts call them `reasoning_content`; `reasoning` is
+    vLLM's newer name."""
 
     role: Literal["assistant"]
-    content: Content | None = None
-    refusal: None = None
-    annotations: None = None
-    audio: None = None
-    function_call: None = None
+    content: Content = None
+    reasoning_content: str | None = None
+    reasoning: Annotated[str | None, Field(exclude=True)] = None
+    function_call: Annotated[None, only(instead="send tool_calls")] = None
     tool_calls: list[CallMade] | None = None
 
 
@@ -82,59 +94,20 @@ class ToolMessage(AnyMessage):
     tool_call_id: str
 
 
-Message = Annotated[PlainMessage | AssistantMessage | ToolMessage, Discriminator("role")]
+def _kind(message: object) -> str:
+    """The tag of a message's class: its role, or "plain"."""
+    role = message.get("role") if isinstance(message, dict) else getattr(message, "role", None)
+    return role if role in ("assistant", "tool") else "plain"
 
 
-class Function(Strict):
-    """The function of a tool; `parameters` is a JSON schema."""
-
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(Strict):
-    """A tool that the model may call."""
-
-    type: Literal["function"]
-    function: Function
+Message = Annotated[
+    Annotated[PlainMessage, Tag("plain")]
+    | Annotated[AssistantMessage, Tag("assistant")]
+    | Annotated[ToolMessage, Tag("tool")],
+    Discriminator(_kind),
+]
 
 
-class NamedFunction(Strict):
-    """The name of a function in `tool_choice`."""
-
-    name: str
-
-
-class NamedTool(Strict):
-    """The tool that the model must call."""
-
-    type: Literal["function"]
-    function: NamedFunction
-
-
-class AllowedSet(Strict):
-    """Some of the tools, and whether one of them must be called."""
-
-    mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Field(min_length=1, fail_fast=True)]
-
-
-class AllowedTools(Strict):
-    """The tools that the model may call; the prompt has them all."""
-
-    type: Literal["allowed_tools"]
-    allowed_tools: AllowedSet
-
-    @property
-    def names(self) -> list[str]:
-        return [tool.function.name for tool in self.allowed_tools.tools]
-
-
-ToolChoice = (
-    Literal["none", "auto", "required"] | Annotated[NamedTool | AllowedTools, Discriminator("type")]
-)
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Budget = Annotated[int, Field(ge=0, lt=2**31)]
 MOST_CALLS = 16
@@ -194,8 +167,12 @@ def _template_message(message: Message) -> dict[str, Any]:
     fields["content"] = (
         content if isinstance(content, str) else "\n".join(part.text for part in content)
     )
+    if isinstance(message, AssistantMessage) and message.reasoning_content is None:
+        fields |= {"reasoning_content": message.reasoning} if message.reasoning else {}
     for call in fields.get("tool_calls", ()):
-        arguments = decode(call["function"]["arguments"], "tool_calls arguments")
+        call.setdefault("type", "function")
+        given = call["function"].get("arguments") or {}
+        arguments = decode(given, "tool_calls arguments") if isinstance(given, str) else given
         if not isinstance(arguments, dict):
             raise ApiError(
                 400,
@@ -206,7 +183,7 @@ def _template_message(message: Message) -> dict[str, Any]:
     return fields
 
 
-class ChatRequest(Conversation, Generation):
+class ChatRequest(Conversation, ChatNeutral, Generation):
     """The body of /v1/chat/completions, with OpenAI's fields and those of idlm."""
 
     kind: ClassVar = "chatcmpl"
@@ -221,18 +198,19 @@ class ChatRequest(Conversation, Generation):
     reasoning_effort: Effort | None = None
     thinking_token_budget: Budget | None = None
     thinking_budget: Budget | None = None
-    modalities: list[Literal["text"]] | None = None
-    verbosity: Literal["medium"] | None = None
-    audio: None = None
-    prediction: None = None
-    functions: None = None
-    function_call: None = None
-    web_search_options: None = None
 
     @property
     def asked_tokens(self) -> int | None:
         """max_completion_tokens, else max_tokens; None: what the context leaves."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """The prompt is made of the messages; some fields have OpenAI's names for chat."""
+        named = {"prompt": "messages", "logprobs": "top_logprobs"}
+        if self.max_completion_tokens is not None:
+            named["max_tokens"] = "max_completion_tokens"
+        return super().origins | named
 
     @property
     def top(self) -> int | None:
@@ -356,23 +334,6 @@ class ChatRequest(Conversation, Generation):
                     calls_grammar(schemas, self._most_calls),
                     "tools",
                 )
-
-
-def arguments_schema(name: str, parameters: dict[str, Any] | None) -> dict[str, Any]:
-    """The schema of a tool's arguments, which are an object whether `parameters` says so or not;
-    without `parameters` an empty one.
-
-    Raises:
-        ApiError: 400: they are no object.
-    """
-    if parameters is None:
-        return {"type": "object", "additionalProperties": False}
-    kind = parameters.get("type", "object")
-    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
-        raise ApiError(
-            400, f"the parameters of tool {name!r} have the type {kind!r}; give an object", "tools"
-        )
-    return {**parameters, "type": "object"}
 
 
 class TokenizeMessages(Conversation):

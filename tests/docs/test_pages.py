@@ -10,9 +10,10 @@ import pytest
 from idlm.config import EngineConfig
 from idlm.params import MOST_LOGPROBS
 from idlm.serving import limits, schema, server, strict, supervisor, wire
-from idlm.serving.app import ERRORS, router
+from idlm.serving.app import router
 from idlm.serving.client import EngineClient
 from idlm.serving.config import Limits, WorkerConfig
+from idlm.serving.document import ERRORS
 from idlm.serving.observe import Meters
 from idlm.serving.schema import DEFAULT_MAX_TOKENS, CompletionRequest
 from idlm.serving.schema_chat import ChatRequest
