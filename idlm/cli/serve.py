@@ -49,6 +49,10 @@ def serve(
     name: Annotated[
         str | None, _option("Model", "What requests call the model; MODEL if not given.")
     ] = None,
+    reasoning_parser: Annotated[
+        str,
+        _option("Model", "How thoughts are told from the answer: auto, none, qwen3, deepseek_r1."),
+    ] = "auto",
     stride: common.Stride = 4,
     branches: common.BranchesOption = "planner",
     dtype: common.Dtype = "auto",
@@ -124,9 +128,10 @@ def serve(
     adapters = _adapters(adapter or [])
     worker = WorkerConfig(model, adapters, dtype, device, engine)
     keys = _keys(api_key or [])
+    name = _name(name or model, adapters)
     config = ServeConfig(
         worker,
-        _name(name or model, adapters),
+        name,
         host,
         port,
         keys,
@@ -135,6 +140,7 @@ def serve(
         parse_special,
         limits,
         _origins(allowed_origins or []),
+        reasoning_parser,
     )
     _check_port(port)
 

@@ -228,7 +228,7 @@ def _usage(usage: Usage) -> ResponsesUsage:
         InputDetails(cached.cached_tokens if cached else 0),
         usage.completion_tokens,
         OutputDetails(
-            getattr(drafts, "reasoning_tokens", 0),
+            drafts.reasoning_tokens if drafts else 0,
             drafts.accepted_prediction_tokens if drafts else 0,
             drafts.rejected_prediction_tokens if drafts else 0,
         ),

@@ -24,6 +24,7 @@ from idlm.serving.jobs import Server, admit, the_server
 from idlm.serving.limits import AuthAndLimits
 from idlm.serving.observe import CONTENT_TYPE, AccessLog, Meters
 from idlm.serving.prompts import Prompts
+from idlm.serving.reasoning import find_reasoner
 from idlm.serving.schema import (
     CompletionRequest,
     DetokenizeRequest,
@@ -202,7 +203,8 @@ def create_app(config: ServeConfig, client: EngineClient, prompts: Prompts) -> F
         title="idlm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
     meters = Meters(client)
-    app.state.server = Server(config, client, prompts, meters)
+    reasoner = find_reasoner(config.reasoning_parser, prompts)
+    app.state.server = Server(config, client, prompts, meters, reasoner)
     for routes in (router, apis.router, info.router):
         app.include_router(routes)
     app.add_middleware(AuthAndLimits, api_keys=config.api_keys, limits=config.limits)

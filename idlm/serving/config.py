@@ -72,6 +72,7 @@ class ServeConfig:
         parse_special: special strings in a completions prompt are special tokens, unless the
             request says otherwise.
         allowed_origins: of web pages that may use the server, or "*"; none by default.
+        reasoning_parser: how thoughts are told from the answer; one of `reasoning.PARSERS`.
     """
 
     worker: WorkerConfig
@@ -84,3 +85,4 @@ class ServeConfig:
     parse_special: bool = False
     limits: Limits = field(default_factory=Limits)
     allowed_origins: tuple[str, ...] = ()
+    reasoning_parser: str = "auto"
