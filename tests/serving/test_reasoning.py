@@ -147,7 +147,7 @@ def test_the_last_message_is_continued(thinker: Prompts) -> None:
 
 
 def test_a_budget_needs_known_thoughts() -> None:
-    assert request().thinking(None, []) is None
+    assert request().thoughts(None, []) is None
     for name in ("thinking_token_budget", "thinking_budget"):
         with pytest.raises(ApiError, match="a budget of 5 thinking tokens, and this server knows"):
-            request(**{name: 5}).thinking(None, [])
+            request(**{name: 5}).thoughts(None, [])
