@@ -31,12 +31,13 @@ from idlm.training.run import train
 CONFIGS = Path(__file__).parent.parent / "configs"
 LORA, FULL = "nano-lora.yaml", "nano-full.yaml"
 DIRECT = {"stages.0.block_size": 7}
+KL = {"stages.0.tv": 0, "stages.0.kl": 1, "stages.1.tv": 0, "stages.1.kl": 1}
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "lora: CE + TV, random phase, direct b=7": (LORA, DIRECT),
     "lora: fixed phase": (LORA, DIRECT | {"random_phase": False}),
-    "lora: CE only": (LORA, DIRECT | {"stages.0.soft": "none", "stages.1.soft": "none"}),
-    "lora: CE + KL": (LORA, DIRECT | {"stages.0.soft": "kl", "stages.1.soft": "kl"}),
-    "lora: TV only": (LORA, DIRECT | {"stages.0.hard": 0.0, "stages.1.hard": 0.0}),
+    "lora: CE only": (LORA, DIRECT | {"stages.0.tv": 0, "stages.1.tv": 0}),
+    "lora: CE + KL": (LORA, DIRECT | KL),
+    "lora: TV only": (LORA, DIRECT | {"stages.0.ce": 0, "stages.1.ce": 0}),
     "lora: curriculum b=3, 7": (LORA, {}),
     "full: lambda 0.2": (FULL, DIRECT | {"stages.0.lambda": 0.2, "stages.1.lambda": 0.2}),
     "full: lambda auto": (FULL, DIRECT | {"stages.0.lambda": "auto", "stages.1.lambda": "auto"}),

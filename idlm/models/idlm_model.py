@@ -164,6 +164,10 @@ class Idlm:
         logits: Tensor = self._head(inputs_embeds=hidden[None] if flat else hidden).logits
         return logits[0] if flat else logits
 
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The trained parameters of the head; a tied embedding is one of them."""
+        return [weight for weight in self._head.parameters() if weight.requires_grad]
+
     @property
     def _head(self) -> PreTrainedModel:
         return head_of(self.model)  # made anew, since an adapter or a MASK row changes its layers

@@ -7,14 +7,20 @@ numbers: `--stages.0.steps=5`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from idlm.errors import InputError
+from idlm.training.losses import RowWeights
 from idlm.training.strict import as_tree, build, override_key, read_yaml
 
 __all__ = ["TrainConfig", "as_tree", "load_config", "parse_config"]
+
+
+UNUSED = (0.0, (0.0, 0.0))
+"""Weights of a term that a stage does not have."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +79,48 @@ class DataConfig:
 class StageConfig:
     """A stretch of the training: the block size b and the weights of the loss for `steps` steps.
 
-    The loss is `hard` CE_noisy + `lambda` CE_clean + `soft_weight` times the soft term. `lambda` is
-    a number or `auto` (CE_noisy / CE_clean of the step before, 1 at first). Its default is 0.2 for
-    a full fine-tune, and 0 for a gated LoRA, whose clean rows are frozen.
+    The loss of a MASK row with the law q is `ce` CE + `kl` KL(p || q) + `tv` TV(p, q), where p is
+    the law of the clean row that predicts the same token. A weight is a number, or [start, end]: it
+    changes linearly from the stage's first step to its last. With `lk` (LK losses, arXiv
+    2602.23881, take 3) the weight of KL is times exp(-lk a) and that of TV times 1 - exp(-lk a),
+    where a is the acceptance rate in the step before, 0 at first.
+
+    The weight of a row at draft depth k is 1 (`uniform`), exp(-(k-1) / `depth_gamma`)
+    (`exponential`), or that of D-PACE (`dpace`, arXiv 2605.18810), the sum over j >= k of the
+    chance that all drafts up to j are accepted, smoothed by `dpace_alpha`.
+
+    To this is added `lambda` CE_clean, a number or `auto` (CE / CE_clean of the step before, 1 at
+    first). Its default is 0.2 for a full fine-tune, and 0 for a gated LoRA, whose clean rows are
+    frozen.
     """
 
     steps: int
     block_size: int = 1
-    hard: float = 1.0
+    ce: float | tuple[float, float] = 1.0
+    kl: float | tuple[float, float] = 0.0
+    tv: float | tuple[float, float] = 0.0
+    lk: float | None = None
+    depth_weights: Literal["uniform", "exponential", "dpace"] = "uniform"
+    depth_gamma: float = 4.0
+    dpace_alpha: float = 0.5
     lambda_: float | Literal["auto"] | None = None
-    soft: Literal["none", "kl", "tv"] = "none"
-    soft_weight: float = 1.0
+
+    @property
+    def soft(self) -> bool:
+        """Whether the stage has KL or TV."""
+        return self.kl not in UNUSED or self.tv not in UNUSED
+
+    def row_weights(self, progress: float, acceptance: float) -> RowWeights:
+        """The weights at `progress` (0 at the first step, 1 at the last), after a step with this
+        acceptance rate."""
+        ce, kl, tv = (
+            weight if isinstance(weight, float) else weight[0] + progress * (weight[1] - weight[0])
+            for weight in (self.ce, self.kl, self.tv)
+        )
+        if self.lk is not None:
+            share = math.exp(-self.lk * acceptance)
+            kl, tv = kl * share, tv * (1 - share)
+        return RowWeights(ce, kl, tv, self.depth_weights, self.depth_gamma, self.dpace_alpha)
 
 
 @dataclass(frozen=True)
@@ -141,11 +178,21 @@ class TrainConfig:
     def stage(self, step: int) -> StageConfig:
         """The stage of optimizer step `step`, counted from 0; after the end it is the last
         stage."""
+        return self._place(step)[0]
+
+    def row_weights(self, step: int, acceptance: float) -> RowWeights:
+        """The weights of MASK rows at optimizer step `step`, after a step with this acceptance
+        rate."""
+        stage, done = self._place(step)
+        return stage.row_weights(min(done / max(stage.steps - 1, 1), 1.0), acceptance)
+
+    def _place(self, step: int) -> tuple[StageConfig, int]:
+        """The stage of step `step`, and the steps that it has taken before."""
         for stage in self.stages:
             if step < stage.steps:
-                return stage
+                return stage, step
             step -= stage.steps
-        return self.stages[-1]
+        return self.stages[-1], self.stages[-1].steps
 
     def lambda_of(self, stage: StageConfig) -> float | Literal["auto"]:
         """The weight of CE_clean in a stage."""
@@ -209,6 +256,8 @@ def _check(config: TrainConfig) -> None:
         "data.examples": 1 if config.data.examples is None else config.data.examples,
         "data.max_length": 2 if config.data.max_length is None else config.data.max_length - 1,
     }
+    for number, stage in enumerate(config.stages):
+        _check_loss(stage, f"stages.{number}")
     for key, value in positive.items():
         if value < 1:
             raise InputError(
@@ -233,4 +282,23 @@ def _check(config: TrainConfig) -> None:
         raise InputError(
             "lambda has no effect with method: lora, whose clean rows are the frozen base; "
             "leave it out"
+        )
+
+
+def _check_loss(stage: StageConfig, where: str) -> None:
+    """The weights of the loss are numbers that make sense, and each has an effect."""
+    for key in ("ce", "kl", "tv", "lk"):
+        value = getattr(stage, key)
+        numbers = value if isinstance(value, tuple) else (value or 0.0,)
+        if not all(0 <= number < math.inf for number in numbers):
+            raise InputError(f"{where}.{key} is {as_tree(value)}; weights are finite and 0 or more")
+    if stage.lk is not None and (stage.kl in UNUSED or stage.tv in UNUSED):
+        raise InputError(
+            f"{where}.lk mixes KL and TV; give {where}.kl and {where}.tv weights, as 1"
+        )
+    if not 0 < stage.depth_gamma < math.inf:
+        raise InputError(f"{where}.depth_gamma is {stage.depth_gamma}; it must be above 0")
+    if not 0 < stage.dpace_alpha <= 1:
+        raise InputError(
+            f"{where}.dpace_alpha is {stage.dpace_alpha}; it must be above 0 and at most 1"
         )

@@ -66,10 +66,9 @@ class Trainer:
     def run(self, resume: Path | None = None) -> dict[str, Any]:
         """Train to the last step, from the checkpoint `resume` if any; returns the held-out
         measurements."""
-        config, state = self.config, self.state
         if resume is not None:
             self.load(resume)
-        measured = None
+        config, state, measured = self.config, self.state, None
         with self.log.running(state.step, config.steps) as show:
             while state.step < config.steps:
                 self.train_step()
@@ -103,7 +102,7 @@ class Trainer:
             last = i == len(batches) - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
                 with torch.autocast(accelerator.device.type, torch.bfloat16, config.bf16):
-                    terms = self.model(batch.texts, wanted(config, stage))
+                    terms = self.model(batch.texts, wanted(config, state))
                 loss = self.loss(terms, rows, stage)
                 accelerator.backward(loss * accelerator.num_processes)
             losses.append(loss.detach())
@@ -130,8 +129,10 @@ class Trainer:
         mine = Terms(*(sum(part) for part in zip(*parts, strict=True)))
         total = accelerator.reduce(mine, reduction="sum")
         state.unreported.add(float(self.loss(total, rows, stage)), total, rows)
-        if total.noisy > 0 and total.clean > 0:
-            state.balance = float((total.noisy / rows.noisy) / (total.clean / rows.clean))
+        if total.ce > 0 and total.clean > 0:
+            state.balance = float((total.ce / rows.noisy) / (total.clean / rows.clean))
+        if total.tv > 0:
+            state.acceptance = 1 - float(total.tv / rows.noisy)
         state.step += 1
         if state.step % config.log_steps == 0:
             self.report({"grad_norm": float(norm), "learning_rate": rate})
@@ -145,9 +146,8 @@ class Trainer:
         not depend on the split.
         """
         weight = self.config.lambda_of(stage) if self.config.objective == "idlm" else 1.0
-        noisy = stage.hard * terms.noisy + stage.soft_weight * terms.soft
         clean = (self.state.balance if weight == "auto" else weight) * terms.clean
-        return noisy / max(rows.noisy, 1) + clean / max(rows.clean, 1)
+        return terms.noisy / max(rows.noisy, 1) + clean / max(rows.clean, 1)
 
     def check_finite(self, value: Tensor, what: str, examples: list[int]) -> None:
         """Raise NotFinite with the rows of the batch, if `value` is not finite."""
@@ -192,7 +192,7 @@ class Trainer:
 
     def report(self, more: dict[str, float]) -> None:
         """Log the means since the last report, and `more`."""
-        means = self.state.unreported.means(self.stage.soft)
+        means = self.state.unreported.means()
         entry = {"step": self.state.step, "loss": means.pop("loss")}
         self.log.write(entry | more | means)
         self.state.unreported = Sums()
@@ -223,8 +223,7 @@ class Trainer:
         saved = read_json(folder / STATE)
         self.student.load(folder)
         checkpoint.load_optimizers(self.objective, self.optimizers, folder)
-        self.state.step, self.state.balance = saved["step"], saved["balance"]
-        self.state.unreported = Sums(**saved["unreported"])
+        self.state = State(**saved | {"unreported": Sums(**saved["unreported"])})
 
     def export(self, folder: Path) -> None:
         """Write the adapter or the whole model in its current state."""
@@ -232,8 +231,9 @@ class Trainer:
         self.student.export(folder, block_size)
 
 
-def wanted(config: TrainConfig, stage: StageConfig) -> Wanted:
-    """The terms in the loss of a stage."""
+def wanted(config: TrainConfig, state: State) -> Wanted:
+    """The terms in the loss of the next step."""
     if config.objective == "ar":
         return Wanted(0, clean=True)
-    return Wanted(stage.block_size, clean=config.lambda_of(stage) != 0, soft=stage.soft)
+    stage, weights = config.stage(state.step), config.row_weights(state.step, state.acceptance)
+    return Wanted(stage.block_size, config.lambda_of(stage) != 0, stage.soft, weights)

@@ -18,7 +18,7 @@ The result is the same: the tests compare it with the full layout in float64.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,14 @@ from torch import Tensor, nn
 
 from idlm.models.attention import attend
 from idlm.models.idlm_model import Idlm
+from idlm.training.losses import (
+    ChunkLoss,
+    RowWeights,
+    chunks,
+    continuation,
+    row_terms,
+    sum_in_chunks,
+)
 
 EXCLUDED = -1e30
 """The logit of MASK, which is never emitted; finite, because 0 * infinity is NaN in the soft terms.
@@ -46,21 +54,29 @@ class Texts(NamedTuple):
 
 @dataclass(frozen=True)
 class Wanted:
-    """The terms that a step needs: MASK rows in blocks of `block_size` (0: AR only), CE_clean, soft
-    term."""
+    """The terms that a step needs: MASK rows in blocks of `block_size` (0: AR only) under
+    `weights`, CE_clean, and KL and TV (`soft`), even where their weights are 0 at this step."""
 
     block_size: int
     clean: bool
-    soft: Literal["none", "kl", "tv"] = "none"
+    soft: bool = False
+    weights: RowWeights = RowWeights()
 
 
 class Terms(NamedTuple):
-    """Sums over the supervised rows of a batch, in nats (the soft term of "tv": probability); 0 if
-    not wanted."""
+    """Sums over the supervised rows of a batch; 0 if not wanted.
+
+    Attributes:
+        noisy: the weighted loss of the MASK rows.
+        clean: CE_clean, in nats.
+        ce, kl, tv: the terms of `noisy` without weights or gradients, in nats (TV: probability).
+    """
 
     noisy: Tensor
     clean: Tensor
-    soft: Tensor
+    ce: Tensor
+    kl: Tensor
+    tv: Tensor
 
 
 class CleanHalf:
@@ -117,17 +133,14 @@ def visible(
     return torch.cat([block, text], dim=2)[:, None]
 
 
-def soft_term(noisy: Tensor, clean: Tensor, kind: str) -> Tensor:
-    """The distance of q = softmax(noisy) from p = softmax(clean), both [n, V], summed over rows.
+def depths(positions: Tensor, prompt: Tensor, phase: Tensor, block_size: int) -> Tensor:
+    """The draft depth of the MASK rows at `positions` [B, R], counted from 0: [B, R].
 
-    "kl" is KL(p || q); "tv" the total variation: one minus the acceptance rate sum min(p, q). p has
-    no gradient.
+    The k-th MASK row of a block has seen everything before the block, so it is a draft of depth k.
     """
-    teacher = clean.detach().log_softmax(-1)
-    student = noisy.log_softmax(-1)
-    if kind == "kl":
-        return (teacher.exp() * (teacher - student)).sum()
-    return 0.5 * (teacher.exp() - student.exp()).abs().sum()
+    shift = phase[:, None] % block_size
+    start = (positions + shift) // block_size * block_size - shift
+    return positions - torch.maximum(start, prompt[:, None])
 
 
 class Objective(nn.Module):
@@ -147,44 +160,93 @@ class Objective(nn.Module):
 
     def forward(self, texts: Texts, wanted: Wanted) -> Terms:
         """The sums of the wanted terms over the batch."""
-        noisy_logits, clean_logits = self.logits(
-            texts, wanted.block_size, wanted.clean or wanted.soft != "none"
-        )
+        noisy, clean = self.hidden(texts, wanted.block_size)
         zero = texts.tokens.new_zeros((), dtype=torch.float32)
-        noisy = clean = soft = zero
-        positions, is_row = mask_rows(texts.prompt, texts.length)
+        loss = ce_clean = ce = kl = tv = zero
         if wanted.block_size:
-            noisy = F.cross_entropy(
-                noisy_logits, _next(texts.tokens, positions)[is_row], reduction="sum"
-            )
+            teacher = clean[self.teachers(texts)] if wanted.soft else None
+            loss, terms = self._noisy_loss(texts, noisy, teacher, wanted)
+            ce, kl, tv = terms if wanted.soft else (*terms, zero, zero)
         if wanted.clean:
-            is_target = F.pad(
-                clean_rows(texts.prompt, texts.length, texts.tokens.shape[1]), (1, 0)
-            )[:, :-1]
-            clean = F.cross_entropy(clean_logits, texts.tokens[is_target], reduction="sum")
-        if wanted.soft != "none":
-            soft = soft_term(noisy_logits, clean_logits[self.teachers(texts)], wanted.soft)
-        return Terms(noisy, clean, soft)
+            ce_clean = self._clean_loss(texts, clean)
+        return Terms(loss, ce_clean, ce, kl, tv)
 
-    def logits(self, texts: Texts, block_size: int, clean: bool) -> tuple[Tensor, Tensor]:
-        """Logits of the supervised MASK rows [n, V] and of the supervised clean rows [n', V]; empty
-        if not wanted."""
+    def hidden(self, texts: Texts, block_size: int) -> tuple[Tensor, Tensor]:
+        """Hidden states of the supervised MASK rows [n, D] (none without a block size) and of the
+        supervised clean rows [n', D]."""
         width = texts.tokens.shape[1]
-        none = texts.tokens.new_zeros((0, self.idlm.vocab_size), dtype=torch.float32)
         with torch.set_grad_enabled(self.trains_clean and torch.is_grad_enabled()):
             text_positions = torch.arange(width, device=texts.tokens.device).expand_as(texts.tokens)
             half = CleanHalf(_causal(text_positions))
             hidden = self.idlm.hidden(texts.tokens, text_positions, None, cache=half)
-            clean_logits = (
-                self._head(hidden[clean_rows(texts.prompt, texts.length, width)]) if clean else none
-            )
+            clean = hidden[clean_rows(texts.prompt, texts.length, width)]
         if not block_size:
-            return none, clean_logits
+            return clean[:0], clean
         positions, is_row = mask_rows(texts.prompt, texts.length)
         half.visible = visible(positions, texts.prompt, texts.phase % block_size, block_size, width)
         masks = torch.full_like(positions, self.idlm.mask_id)
         hidden = self.idlm.hidden(masks, positions, None, slice(0, masks.shape[1]), half)
-        return self._head(hidden[is_row]), clean_logits
+        return hidden[is_row], clean
+
+    def _noisy_loss(
+        self, texts: Texts, hidden: Tensor, teacher: Tensor | None, wanted: Wanted
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted loss of the MASK rows, and the sums of its terms [1], or [3] with
+        `teacher`."""
+        positions, is_row = mask_rows(texts.prompt, texts.length)
+        target = _next(texts.tokens, positions)[is_row]
+        depth = depths(positions, texts.prompt, texts.phase, wanted.block_size)[is_row]
+        weights = wanted.weights
+        of_row = self._weights_of_rows(hidden, target, depth, wanted)
+
+        def loss(rows: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                log_p = None if teacher is None else self.log_law(teacher[part])
+            terms = row_terms(self.log_law(rows), log_p, target[part])
+            weighted = [
+                weight * (of_row[part] * term).sum()
+                for weight, term in zip((weights.ce, weights.kl, weights.tv), terms, strict=False)
+                if weight
+            ]
+            sums = torch.stack([term.sum() for term in terms])
+            return sum(weighted, 0 * rows.sum()), sums
+
+        return self._summed(loss, hidden)
+
+    def _weights_of_rows(
+        self, hidden: Tensor, target: Tensor, depth: Tensor, wanted: Wanted
+    ) -> Tensor:
+        """The weights [n] of the MASK rows by their depth."""
+        weights, dtype = wanted.weights, torch.promote_types(hidden.dtype, torch.float32)
+        if weights.depth == "uniform":
+            return torch.ones_like(depth, dtype=dtype)
+        if weights.depth == "exponential":
+            return (-depth.to(dtype) / weights.gamma).exp()
+        with torch.no_grad():
+            q = [
+                (-row_terms(self.log_law(hidden[part]), None, target[part])[0]).exp()
+                for part in self.parts(hidden)
+            ]
+        accepted = (1 - weights.alpha) * torch.cat(q) + weights.alpha
+        return continuation(accepted, depth, wanted.block_size)
+
+    def _clean_loss(self, texts: Texts, hidden: Tensor) -> Tensor:
+        """CE_clean over the supervised clean rows [n', D]."""
+        rows = clean_rows(texts.prompt, texts.length, texts.tokens.shape[1])
+        target = texts.tokens[F.pad(rows, (1, 0))[:, :-1]]
+
+        def loss(rows: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+            total = row_terms(self.log_law(rows), None, target[part])[0].sum()
+            return total, total
+
+        return self._summed(loss, hidden)[0]
+
+    def _summed(self, loss: ChunkLoss, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return sum_in_chunks(loss, hidden, self.parts(hidden), self.idlm.head_parameters())
+
+    def parts(self, hidden: Tensor) -> list[slice]:
+        """The chunks of the rows `hidden` [n, D]."""
+        return chunks(len(hidden), self.idlm.vocab_size, hidden.device)
 
     @staticmethod
     def teachers(texts: Texts) -> Tensor:
@@ -197,32 +259,27 @@ class Objective(nn.Module):
     @torch.no_grad()
     def measure(self, texts: Texts, block_size: int) -> Tensor:
         """Sums by draft depth 1..b: rows, sum_v min(p, q), and rows whose argmax agrees; float64
-        [3, b].
-
-        The k-th MASK row of a block has seen everything before the block, so it is a draft of depth
-        k.
-        """
-        noisy, clean = self.logits(texts, block_size, clean=True)
-        teacher, student = clean[self.teachers(texts)].softmax(-1), noisy.softmax(-1)
+        [3, b]."""
+        noisy, clean = self.hidden(texts, block_size)
+        teacher = clean[self.teachers(texts)]
         positions, is_row = mask_rows(texts.prompt, texts.length)
-        start = (positions + texts.phase[:, None] % block_size) // block_size * block_size
-        start = torch.maximum(start - texts.phase[:, None] % block_size, texts.prompt[:, None])
-        depth = (positions - start)[is_row]
-        agree = teacher.argmax(-1) == student.argmax(-1)
-        rows = torch.stack(
-            [torch.ones_like(depth), torch.minimum(teacher, student).sum(-1), agree]
-        ).double()
-        return rows.new_zeros(3, block_size).index_add_(1, depth, rows)
+        depth = depths(positions, texts.prompt, texts.phase, block_size)[is_row]
+        sums = torch.zeros(3, block_size, dtype=torch.float64, device=depth.device)
+        for part in self.parts(noisy):
+            p, q = self.log_law(teacher[part]).exp(), self.log_law(noisy[part]).exp()
+            accepted, agree = torch.minimum(p, q).sum(-1), p.argmax(-1) == q.argmax(-1)
+            rows = torch.stack([torch.ones_like(accepted), accepted, agree])
+            sums.index_add_(1, depth[part], rows.double())
+        return sums
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        """Logits [n, V] of hidden rows [n, D], in float32 or more, without MASK."""
+    def log_law(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities [n, V] of hidden rows [n, D], in float32 or more; MASK has none."""
         logits = self.idlm.head(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if not self.emits_mask and self.idlm.mask_id < logits.shape[-1]:
-            logits = logits.index_fill(
-                -1, torch.tensor(self.idlm.mask_id, device=logits.device), EXCLUDED
-            )
-        return logits
+            mask = torch.tensor(self.idlm.mask_id, device=logits.device)
+            logits = logits.index_fill(-1, mask, EXCLUDED)
+        return logits.log_softmax(-1)
 
 
 def _causal(positions: Tensor) -> Tensor:

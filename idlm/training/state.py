@@ -21,37 +21,40 @@ class Sums:
 
     Attributes:
         loss: of the steps' losses.
-        noisy, clean: nats of CE_noisy and of CE_clean.
-        soft: of the soft term, in nats ("tv": probability).
+        ce, kl, clean: nats of CE_noisy, KL and CE_clean.
+        tv: of TV, probability.
         noisy_rows: supervised MASK rows.
         clean_rows: supervised rows of the clean texts.
     """
 
     steps: int = 0
     loss: float = 0.0
-    noisy: float = 0.0
+    ce: float = 0.0
+    kl: float = 0.0
+    tv: float = 0.0
     clean: float = 0.0
-    soft: float = 0.0
     noisy_rows: int = 0
     clean_rows: int = 0
 
     def add(self, loss: float, terms: Terms, rows: Rows) -> None:
         self.steps += 1
         self.loss += loss
-        self.noisy += float(terms.noisy)
+        self.ce += float(terms.ce)
+        self.kl += float(terms.kl)
+        self.tv += float(terms.tv)
         self.clean += float(terms.clean)
-        self.soft += float(terms.soft)
         self.noisy_rows += rows.noisy
         self.clean_rows += rows.clean
 
-    def means(self, soft: str) -> dict[str, float]:
+    def means(self) -> dict[str, float]:
         """The mean loss of a step and the mean terms of a row, by their names in the log; zeros are
         left out."""
         noisy_rows, clean_rows = max(self.noisy_rows, 1), max(self.clean_rows, 1)
         terms = {
-            "ce_noisy": self.noisy / noisy_rows,
+            "ce_noisy": self.ce / noisy_rows,
             "ce_clean": self.clean / clean_rows,
-            soft: self.soft / noisy_rows,
+            "kl": self.kl / noisy_rows,
+            "tv": self.tv / noisy_rows,
         }
         return {"loss": self.loss / self.steps} | {k: mean for k, mean in terms.items() if mean}
 
@@ -63,9 +66,11 @@ class State:
     Attributes:
         step: optimizer steps taken.
         balance: CE_noisy / CE_clean of the last step: the weight of CE_clean if lambda is auto.
+        acceptance: sum min(p, q) of a MASK row in the last step with a soft term, which `lk` needs.
         unreported: sums since the last report.
     """
 
     step: int = 0
     balance: float = 1.0
+    acceptance: float = 0.0
     unreported: Sums = field(default_factory=Sums)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,27 @@ def test_lambda_defaults_by_method(file: Path) -> None:
     assert auto.lambda_of(auto.stages[0]) == "auto"
 
 
+def test_weights_change_linearly_over_a_stage(file: Path) -> None:
+    annealed = ["--stages.1.ce=[1, 0]", "--stages.1.tv=[0, 3]"]
+    config = load_config(file, annealed)
+    weights = [config.row_weights(step, acceptance=0.0) for step in range(14)]
+    assert [w.ce for w in weights] == pytest.approx(
+        [1] * 5 + [1 - i / 6 for i in range(7)] + [0, 0]
+    )
+    assert [w.tv for w in weights] == pytest.approx([0] * 5 + [i / 2 for i in range(7)] + [3, 3])
+    assert [stage.soft for stage in config.stages] == [False, True]
+    one = load_config(file, ["--stages.0.steps=1", "--stages.0.tv=[0.5, 3]"])
+    assert one.row_weights(0, acceptance=0.0).tv == 0.5
+
+
+def test_lk_mixes_kl_and_tv_by_the_acceptance(file: Path) -> None:
+    config = load_config(file, ["--stages.0.kl=2", "--stages.0.tv=0.5", "--stages.0.lk=3"])
+    first, later = (config.row_weights(1, acceptance) for acceptance in (0.0, 0.6))
+    assert (first.ce, first.kl, first.tv) == (1, 2, 0)
+    assert later.kl == pytest.approx(2 * math.exp(-1.8))
+    assert later.tv == pytest.approx(0.5 * (1 - math.exp(-1.8)))
+
+
 def test_overrides(file: Path) -> None:
     overrides = [
         "--optimizer.lr=1e-4",
@@ -96,6 +118,15 @@ def test_overrides(file: Path) -> None:
             ["stages.0.lambda", "'automatic'", "float or auto or null"],
         ),
         ("--stages.0.lambda=0.2", ["lambda", "method: lora"]),
+        ("--stages.0.tv=.nan", ["stages.0.tv", "nan", "finite"]),
+        ("--stages.1.ce=[1, -1]", ["stages.1.ce", "[1.0, -1.0]", "0 or more"]),
+        ("--stages.0.kl=[1, 0, 1]", ["stages.0.kl", "float or a list"]),
+        ("--stages.0.lk=-1", ["stages.0.lk", "-1"]),
+        ("--stages.0.lk=3", ["stages.0.lk", "stages.0.kl", "stages.0.tv"]),
+        ("--stages.0.depth_weights=decay", ["depth_weights", "uniform or exponential or dpace"]),
+        ("--stages.0.depth_gamma=0", ["stages.0.depth_gamma", "above 0"]),
+        ("--stages.0.dpace_alpha=1.5", ["stages.0.dpace_alpha", "1.5", "at most 1"]),
+        ("--stages.0.dpace_alpha=0", ["stages.0.dpace_alpha", "above 0"]),
         ("--data.source=jsonl", ["data.path"]),
         ("--data.temperature=-1", ["data.temperature", "-1"]),
         ("--data.max_length=1", ["data.max_length", "at least 2"]),

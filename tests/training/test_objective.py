@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from idlm.models.idlm_model import Idlm
+from idlm.training.losses import RowWeights
 from idlm.training.objective import (
     EXCLUDED,
     Objective,
     Texts,
     Wanted,
     mask_rows,
-    soft_term,
     visible,
 )
 from tests.training import tiny
@@ -53,11 +53,10 @@ def slow_logits(
     return logits[:length], logits[length:]
 
 
-def slow_terms(
-    idlm: Idlm, batch: Texts, block_size: int, soft: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The three sums, one token at a time."""
-    noisy_sum = clean_sum = soft_sum = torch.zeros((), dtype=torch.float64)
+def slow_terms(idlm: Idlm, batch: Texts, block_size: int) -> tuple[Tensor, ...]:
+    """The sum of CE_clean, and CE, KL and TV of each MASK row; one token at a time."""
+    clean_sum = zero = torch.zeros((), dtype=torch.float64)
+    ce, kl, tv = [], [], []
     for row in range(len(batch.prompt)):
         prompt, length = int(batch.prompt[row]), int(batch.length[row])
         text = batch.tokens[row, :length].tolist()
@@ -69,14 +68,15 @@ def slow_terms(
             if i + 1 >= prompt:
                 clean_sum = clean_sum - clean[i].softmax(-1)[target].log()
             if i >= prompt:
-                noisy_sum = noisy_sum - noisy[i].softmax(-1)[target].log()
                 p, q = clean[i].softmax(-1).detach(), noisy[i].softmax(-1)
+                ce.append(-q[target].log())
+                kl.append(zero)
+                tv.append(zero)
                 for v in range(len(p)):
-                    if soft == "kl" and p[v] > 0:
-                        soft_sum = soft_sum + p[v] * (p[v].log() - q[v].log())
-                    elif soft == "tv":
-                        soft_sum = soft_sum + (p[v] - q[v]).abs() / 2
-    return noisy_sum, clean_sum, soft_sum
+                    if p[v] > 0:
+                        kl[-1] = kl[-1] + p[v] * (p[v].log() - q[v].log())
+                    tv[-1] = tv[-1] + (p[v] - q[v]).abs() / 2
+    return clean_sum, *(torch.stack(rows) if rows else zero[None][:0] for rows in (ce, kl, tv))
 
 
 def gradients(idlm: Idlm, loss: Tensor) -> dict[str, Tensor]:
@@ -88,26 +88,30 @@ def gradients(idlm: Idlm, loss: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("method", "mask_id"), [("full", tiny.MASK), ("lora", tiny.MASK), ("lora", tiny.VOCAB)]
 )
-@pytest.mark.parametrize(("block_size", "soft"), [(1, "tv"), (3, "kl"), (5, "tv")])
+@pytest.mark.parametrize(
+    ("block_size", "weights"),
+    [(1, (1.0, 0.0, 0.7)), (3, (1.0, 0.7, 0.0)), (5, (0.0, 0.3, 0.9)), (5, (1.0, 0.2, 0.4))],
+)
 def test_loss_and_gradient_equal_the_full_layout(
-    method: str, mask_id: int, block_size: int, soft: str
+    method: str, mask_id: int, block_size: int, weights: tuple[float, float, float]
 ) -> None:
     idlm = tiny.model(method, mask_id=mask_id)
     batch = tiny.texts(SHAPES, PHASES)
-    fast = Objective(idlm, trains_clean=method == "full")(
-        batch, Wanted(block_size, clean=True, soft=soft)
-    )
-    slow = slow_terms(idlm, batch, block_size, soft)
-    for mine, reference in zip(fast, slow, strict=True):
+    wanted = Wanted(block_size, clean=True, soft=True, weights=RowWeights(*weights))
+    fast = Objective(idlm, trains_clean=method == "full")(batch, wanted)
+    clean, *rows = slow_terms(idlm, batch, block_size)
+    terms = [row.sum() for row in rows]
+    noisy = sum(weight * term for weight, term in zip(weights, terms, strict=True))
+    for mine, reference in zip(fast, (noisy, clean, *terms), strict=True):
         assert mine.item() == pytest.approx(reference.item(), rel=1e-12)
 
-    def total(terms: tuple[Tensor, ...]) -> Tensor:
+    def total(noisy: Tensor, clean: Tensor) -> Tensor:
         # the clean rows of a gated LoRA are the frozen base: no gradient flows there in either form
-        return terms[0] + 0.7 * terms[2] + (0.2 * terms[1] if method == "full" else 0.0)
+        return noisy + (0.2 * clean if method == "full" else 0.0)
 
-    reference_gradients = gradients(idlm, total(slow))
+    reference_gradients = gradients(idlm, total(noisy, clean))
     assert len(reference_gradients) > 5
-    for name, mine in gradients(idlm, total(tuple(fast))).items():
+    for name, mine in gradients(idlm, total(fast.noisy, fast.clean)).items():
         assert mine.abs().max() > 0, name
         torch.testing.assert_close(mine, reference_gradients[name], rtol=1e-9, atol=1e-11)
 
@@ -173,7 +177,7 @@ def test_mask_row_depends_on_nothing_it_may_not_see(
     other.tokens[0, change] = (other.tokens[0, change] + 1) % tiny.MASK
     with torch.no_grad():
         before, after = (
-            objective.logits(b, block_size, clean=False)[0][row] for b in (batch, other)
+            objective.log_law(objective.hidden(b, block_size)[0])[row] for b in (batch, other)
         )
     seen = full_layout_mask(4, 14, block_size, phase % block_size)[4 + row]
     sees = bool(seen[14 + change] or (change < 4 and seen[change]))
@@ -182,27 +186,11 @@ def test_mask_row_depends_on_nothing_it_may_not_see(
 
 def test_texts_of_one_response_token_have_no_noisy_rows() -> None:
     terms = Objective(tiny.model(), trains_clean=True)(
-        tiny.texts([(3, 1), (2, 1)], [0, 1]), Wanted(2, True, "kl")
+        tiny.texts([(3, 1), (2, 1)], [0, 1]),
+        Wanted(2, clean=True, soft=True, weights=RowWeights(1, 1, 1)),
     )
-    assert terms.noisy == 0 and terms.soft == 0 and terms.clean > 0
-
-
-def test_total_variation_is_one_minus_the_acceptance_rate() -> None:
-    noisy, clean = torch.randn(
-        2, 50, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    ).unbind()
-    accepted = torch.minimum(noisy.softmax(-1), clean.softmax(-1)).sum()
-    assert soft_term(noisy, clean, "tv").item() == pytest.approx(50 - accepted.item())
-
-
-def test_soft_term_is_finite_beside_an_excluded_token() -> None:
-    logits = torch.tensor([[0.5, EXCLUDED, 1.0]], requires_grad=True)
-    for kind in ("kl", "tv"):
-        distance = soft_term(logits, torch.tensor([[1.0, EXCLUDED, 0.0]]), kind)
-        assert (
-            torch.isfinite(distance)
-            and torch.isfinite(torch.autograd.grad(distance, logits)[0]).all()
-        )
+    assert terms.noisy == terms.ce == terms.kl == terms.tv == 0 and terms.clean > 0
+    terms.noisy.backward()  # as data parallelism needs it
 
 
 def test_measure_counts_every_row_at_its_depth() -> None:

@@ -22,7 +22,16 @@ from idlm.training.run import processes
 from idlm.training.setup import Trainee
 from tests.training import tiny
 
-AUTO = {"steps": 2, "block_size": 3, "lambda": "auto", "soft": "tv", "soft_weight": 0.5}
+AUTO = {
+    "steps": 2,
+    "block_size": 3,
+    "ce": [1, 0],
+    "kl": 0.5,
+    "tv": [0, 1],
+    "lk": 3,
+    "depth_weights": "dpace",
+    "lambda": "auto",
+}
 
 
 def trainer(config: TrainConfig, idlm: Idlm) -> Trainer:
@@ -75,7 +84,7 @@ def test_gradient_does_not_depend_on_the_split_over_accumulation(
 
 
 def test_a_curriculum_switches_stages_in_one_run(tmp_path: Path) -> None:
-    stages = [{"steps": 2, "block_size": 1}, {"steps": 1, "block_size": 4, "soft": "kl"}]
+    stages = [{"steps": 2, "block_size": 1}, {"steps": 1, "block_size": 4, "kl": 1}]
     run = trainer(tiny.config(tmp_path, stages=stages, eval_steps=1), tiny.model())
     run.run()
     entries = log(tmp_path)
@@ -167,9 +176,7 @@ def test_infinite_gradient_of_a_finite_loss_stops_before_the_step(tmp_path: Path
 def test_resume_is_bit_identical_and_checkpoints_hold_only_what_is_trained(
     tmp_path: Path, method: str, optimizer: str
 ) -> None:
-    stage = {"steps": 9, "block_size": 3, "soft": "kl"} | (
-        {"lambda": "auto"} if method == "full" else {}
-    )
+    stage = {k: v for k, v in AUTO.items() if method == "full" or k != "lambda"} | {"steps": 9}
     config = tiny.config(
         tmp_path,
         method=method,

@@ -1,0 +1,118 @@
+"""The terms of the loss, row by row of hidden states, and their sum in chunks of rows.
+
+The gradient of a chunk is computed with its loss, and its logits are gone before the next chunk: so
+memory grows neither with rows x vocabulary, nor is anything computed twice.
+
+Shapes: n rows, D hidden size, V logit columns, b the block size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+CHUNK = {"cpu": 2**23}
+"""Logits in a chunk, by device. On a GPU a chunk has more, because each reads the whole head."""
+CHUNK_ELSEWHERE = 2**26
+
+ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""From hidden states [k, D] and the rows that they are, to the loss and the sums of its terms."""
+
+
+@dataclass(frozen=True)
+class RowWeights:
+    """The weights of the terms of a MASK row, and of a row by its draft depth k = 1..b.
+
+    `exponential` is exp(-(k-1) / gamma), as in DFlash. `dpace` is D-PACE (arXiv 2605.18810,
+    equations 7 to 9): the sum over j >= k of the chance that all drafts up to j are accepted, where
+    the chance at depth i is (1 - alpha) q_i + alpha, q_i the probability of the text's token.
+    """
+
+    ce: float = 1.0
+    kl: float = 0.0
+    tv: float = 0.0
+    depth: Literal["uniform", "exponential", "dpace"] = "uniform"
+    gamma: float = 4.0
+    alpha: float = 0.5
+
+
+def row_terms(log_q: Tensor, log_p: Tensor | None, target: Tensor) -> list[Tensor]:
+    """CE, and with `log_p` also KL(p || q) and TV(p, q) of each row: [n] each.
+
+    log_q and log_p [n, V] are the laws of a MASK row and of the clean row that predicts the same
+    token. TV is one minus the acceptance rate, sum min(p, q).
+    """
+    ce = -log_q.gather(-1, target[:, None])[:, 0]
+    if log_p is None:
+        return [ce]
+    p = log_p.exp()
+    return [ce, (p * (log_p - log_q)).sum(-1), 0.5 * (p - log_q.exp()).abs().sum(-1)]
+
+
+def continuation(accepted: Tensor, depth: Tensor, block_size: int) -> Tensor:
+    """The expected number of drafts accepted from each row on, to the end of its block: [n].
+
+    `accepted` [n] is each row's chance, given that all before it in the block are accepted. Rows of
+    a block are side by side, and `depth` [n] counts them from 0.
+    """
+    block = (depth == 0).cumsum(0) - 1
+    blocks = accepted.new_zeros(int((depth == 0).sum()), block_size)
+    blocks[block, depth] = accepted
+    return blocks.cumprod(1).flip(1).cumsum(1).flip(1)[block, depth]
+
+
+def chunks(rows: int, columns: int, device: torch.device) -> list[slice]:
+    """Slices of `rows` rows whose logits have `columns` columns; one empty slice if there are
+    none."""
+    size = max(CHUNK.get(device.type, CHUNK_ELSEWHERE) // columns, 1)
+    return [slice(start, start + size) for start in range(0, max(rows, 1), size)]
+
+
+def sum_in_chunks(
+    loss: ChunkLoss, hidden: Tensor, parts: list[slice], trained: Iterable[nn.Parameter]
+) -> tuple[Tensor, Tensor]:
+    """The sums of `loss` over all rows of `hidden` [n, D]; the loss has gradients, its terms none.
+
+    `trained` are the parameters that `loss` itself uses, those of the output head.
+    """
+    inputs = (hidden, *trained)
+    if torch.is_grad_enabled() and any(each.requires_grad for each in inputs):
+        total, terms = _SumInChunks.apply(loss, parts, *inputs)
+        return total, terms
+    with torch.no_grad():
+        totals = [loss(hidden[part], part) for part in parts]
+    return torch.stack([t for t, _ in totals]).sum(), torch.stack([s for _, s in totals]).sum(0)
+
+
+class _SumInChunks(torch.autograd.Function):
+    """`sum_in_chunks` with gradients, which `forward` computes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, loss: ChunkLoss, parts: list[slice], hidden: Tensor, *trained: nn.Parameter
+    ) -> tuple[Tensor, Tensor]:
+        gradients = [torch.zeros_like(each) for each in (hidden, *trained)]
+        totals = []
+        for part in parts:
+            with torch.enable_grad():
+                rows = hidden[part].detach().requires_grad_()
+                total, terms = loss(rows, part)
+            found = torch.autograd.grad(total, (rows, *trained), materialize_grads=True)
+            gradients[0][part] = found[0]
+            for gradient, more in zip(gradients[1:], found[1:], strict=True):
+                gradient += more
+            totals.append((total.detach(), terms.detach()))
+        ctx.save_for_backward(*gradients)
+        sums = torch.stack([terms for _, terms in totals]).sum(0)
+        ctx.mark_non_differentiable(sums)
+        return torch.stack([total for total, _ in totals]).sum(), sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *(scale * gradient for gradient in ctx.saved_tensors))

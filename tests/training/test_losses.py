@@ -1,0 +1,208 @@
+"""The terms of the loss against loops over single numbers, and their sum against one without
+chunks; in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from idlm.models.attention import NAME
+from idlm.models.idlm_model import Idlm
+from idlm.training import losses
+from idlm.training.losses import (
+    RowWeights,
+    chunks,
+    continuation,
+    row_terms,
+    sum_in_chunks,
+)
+from idlm.training.objective import EXCLUDED, Objective, Texts, Wanted, depths, mask_rows
+from tests.training import tiny
+from tests.training.test_objective import PHASES, SHAPES, gradients, slow_terms
+
+CPU = torch.device("cpu")
+
+
+def random_laws(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Two random laws, the first of which has a token that is never emitted."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, rows, columns, dtype=torch.float64)
+    logits[0, :, 1] = EXCLUDED
+    q, p = logits.log_softmax(-1)
+    return q, p
+
+
+def test_terms_are_their_definitions() -> None:
+    log_q, log_p = random_laws(5, 7)
+    log_p[:, 1] = log_q[:, 1] = EXCLUDED
+    log_p = log_p.log_softmax(-1)
+    target = torch.tensor([0, 2, 6, 3, 0])
+    ce, kl, tv = row_terms(log_q, log_p, target)
+    for i in range(5):
+        q, p = ([math.exp(x) for x in law[i].tolist()] for law in (log_q, log_p))
+        pairs = [(a, b) for a, b in zip(p, q, strict=True) if a > 0]
+        assert ce[i].item() == pytest.approx(-math.log(q[target[i]]), rel=1e-12)
+        assert kl[i].item() == pytest.approx(sum(a * math.log(a / b) for a, b in pairs), rel=1e-12)
+        accepted = sum(min(a, b) for a, b in pairs)
+        assert tv[i].item() == pytest.approx(1 - accepted, rel=1e-12)
+
+
+def test_terms_and_their_gradients_are_finite_beside_an_excluded_token() -> None:
+    logits = torch.tensor([[0.5, EXCLUDED, 1.0]], requires_grad=True)
+    law = torch.tensor([[1.0, EXCLUDED, 0.0]]).log_softmax(-1)
+    for term in row_terms(logits.log_softmax(-1), law, torch.tensor([2])):
+        (gradient,) = torch.autograd.grad(term.sum(), logits, retain_graph=True)
+        assert torch.isfinite(term).all() and torch.isfinite(gradient).all()
+
+
+def slow_depths(text: tuple[int, int], phase: int, block_size: int) -> list[int]:
+    """The draft depth 1..b of each MASK row of a text: its place in its block."""
+    prompt, response = text
+    found: list[int] = []
+    for i in range(prompt, prompt + response - 1):
+        new = i == prompt or (i + phase) % block_size == 0
+        found.append(1 if new else found[-1] + 1)
+    return found
+
+
+def slow_weights(q: list[float], depth: list[int], weights: RowWeights) -> list[float]:
+    """The weight of each row of a text by its depth."""
+    if weights.depth == "uniform":
+        return [1.0] * len(q)
+    if weights.depth == "exponential":
+        return [math.exp(-(k - 1) / weights.gamma) for k in depth]
+    found = []
+    for row, k in enumerate(depth):
+        weight, first, last = 0.0, row - k + 1, row
+        while last < len(depth) and depth[last] == k + last - row:
+            smoothed = [(1 - weights.alpha) * x + weights.alpha for x in q[first : last + 1]]
+            weight += math.prod(smoothed)
+            last += 1
+        found.append(weight)
+    return found
+
+
+def test_depths_count_from_the_start_of_a_block_or_of_the_response() -> None:
+    batch, block_size = tiny.texts(SHAPES, PHASES), 3
+    positions, is_row = mask_rows(batch.prompt, batch.length)
+    mine = depths(positions, batch.prompt, batch.phase, block_size)
+    for text, phase, row, there in zip(SHAPES, PHASES, mine, is_row, strict=True):
+        assert (row[there] + 1).tolist() == slow_depths(text, phase, block_size)
+
+
+def test_continuation_is_the_expected_length() -> None:
+    accepted = torch.tensor([0.5, 0.4, 0.25, 0.1, 0.8], dtype=torch.float64)
+    found = continuation(accepted, torch.tensor([0, 1, 2, 0, 1]), 4)
+    assert found.tolist() == pytest.approx([0.75, 0.25, 0.05, 0.18, 0.08])
+
+
+@pytest.mark.parametrize(
+    ("depth", "gamma", "alpha"),
+    [("exponential", 1.7, 0.5), ("dpace", 4.0, 0.5), ("dpace", 4.0, 0.2), ("dpace", 4.0, 1.0)],
+)
+def test_loss_and_gradient_with_weights_by_depth(depth: Any, gamma: float, alpha: float) -> None:
+    weights, block_size = RowWeights(0.3, 0.5, 0.7, depth, gamma, alpha), 4
+    idlm, batch = tiny.model("lora"), tiny.texts(SHAPES, PHASES)
+    fast = Objective(idlm, trains_clean=False)(batch, Wanted(block_size, False, True, weights))
+    slow = torch.zeros((), dtype=torch.float64)
+    for i, (text, phase) in enumerate(zip(SHAPES, PHASES, strict=True)):
+        one = Texts(*(part[i : i + 1] for part in batch))
+        rows = slow_terms(idlm, one, block_size)[1:]
+        q = [math.exp(-x) for x in rows[0].tolist()]
+        by_depth = slow_weights(q, slow_depths(text, phase, block_size), weights)
+        mixed = 0.3 * rows[0] + 0.5 * rows[1] + 0.7 * rows[2]
+        slow = slow + (torch.tensor(by_depth, dtype=torch.float64) * mixed).sum()
+    assert fast.noisy.item() == pytest.approx(slow.item(), rel=1e-12)
+    reference = gradients(idlm, slow)
+    for name, mine in gradients(idlm, fast.noisy).items():
+        torch.testing.assert_close(mine, reference[name], rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+@pytest.mark.parametrize("depth", ["uniform", "dpace"])
+@pytest.mark.parametrize(("method", "tied"), [("full", True), ("full", False), ("lora", True)])
+def test_gradients_do_not_depend_on_the_chunks(
+    method: str, tied: bool, depth: Any, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference is ordinary autograd over all rows at once."""
+    idlm, batch = tiny.model(method, tied=tied), tiny.texts(SHAPES, PHASES)
+    objective = Objective(idlm, trains_clean=method == "full")
+    weights = RowWeights(0.3, 0.5, 0.7, depth)
+    clean = method == "full"
+
+    def total() -> Tensor:
+        terms = objective(batch, Wanted(3, clean, True, weights))
+        return (terms.noisy + 0.2 * terms.clean) / 7
+
+    monkeypatch.setitem(losses.CHUNK, "cpu", rows * idlm.vocab_size)
+    chunked = total()
+    mine = gradients(idlm, chunked)
+
+    def whole(loss: losses.ChunkLoss, hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return loss(hidden, slice(None))
+
+    monkeypatch.setattr("idlm.training.objective.sum_in_chunks", whole)
+    reference = total()
+    assert chunked.item() == pytest.approx(reference.item(), rel=1e-12)
+    for name, gradient in gradients(idlm, reference).items():
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_hidden_states_and_head_get_their_gradient(rows: int) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
+    head = nn.Linear(5, 11, dtype=torch.float64)
+    target = torch.randint(11, (9,))
+
+    def loss(each: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        total = row_terms(head(each).log_softmax(-1), None, target[part])[0].square().sum()
+        return total, total[None]
+
+    inputs = (hidden, *head.parameters())
+    parts = [slice(i, i + rows) for i in range(0, 9, rows)]
+    total, sums = sum_in_chunks(loss, hidden, parts, head.parameters())
+    reference = loss(hidden, slice(None))[0]
+    assert total.item() == pytest.approx(reference.item(), rel=1e-13) and sums.tolist() == [total]
+    assert not sums.requires_grad
+    for mine, slow in zip(
+        torch.autograd.grad(3 * total, inputs),
+        torch.autograd.grad(3 * reference, inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, slow, rtol=1e-10, atol=1e-12)
+
+
+def test_scaled_logits_are_the_model_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cohere scales its logits."""
+    torch.manual_seed(0)
+    keys = AutoConfig.for_model("cohere", **tiny.KEYS, logit_scale=0.3)
+    stock = AutoModelForCausalLM.from_config(
+        keys, attn_implementation=NAME, dtype=torch.float64
+    ).eval()
+    idlm, batch = Idlm(stock, None, tiny.MASK, name="tiny"), tiny.texts([(3, 9)], [0])
+    monkeypatch.setitem(losses.CHUNK, "cpu", 2 * tiny.VOCAB)
+    mine = Objective(idlm, trains_clean=True, emits_mask=True)(batch, Wanted(0, clean=True)).clean
+    logits = stock(batch.tokens).logits[0]
+    theirs = F.cross_entropy(logits[2:-1], batch.tokens[0, 3:], reduction="sum")
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
+    names = dict(stock.named_parameters())
+    ours, reference = (torch.autograd.grad(loss, list(names.values())) for loss in (mine, theirs))
+    for one, other in zip(ours, reference, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_chunks_cover_all_rows_and_are_bounded() -> None:
+    for rows, columns in [(2048, 4096), (2048, 49152), (2048, 151936), (3, 10**9), (0, 7)]:
+        parts = chunks(rows, columns, CPU)
+        assert [i for part in parts for i in range(rows)[part]] == list(range(rows)) and parts
+        assert all(
+            (part.stop - part.start) * columns <= max(losses.CHUNK["cpu"], columns)
+            for part in parts
+        )
