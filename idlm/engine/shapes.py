@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from idlm.decoding.scores import Scores
 from idlm.models.idlm_model import Idlm
 
 Shape = tuple[int, int, int]
@@ -17,7 +18,9 @@ class _Shapes:
     def __init__(self) -> None:
         self.found: list[Shape] = []
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
+    ) -> Tensor:
         self.found.append((query.shape[1], key.shape[1], key.shape[3]))
         return query.transpose(1, 2)
 

@@ -21,9 +21,10 @@ SDAR = "sdar"
 """The model_type of published I-DLM checkpoints. It is Qwen3 under another name, so the code in the
 checkpoints is not needed."""
 
+SLIDING = "sliding_attention"
 FULL_ATTENTION = {"full_attention", "attention", "global"}
 LAYER_KEYS = ("layer_types", "layers_block_type", "block_types", "attention_layers")
-SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+SOFTCAPS = ("final_logit_softcapping",)
 MOVING_ROPE = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies depend on the largest position of a forward. They would
 depend on the drafts, so they are refused."""
@@ -114,25 +115,16 @@ def _experts(keys: Mapping[Any, Any]) -> str | None:
 
 
 def _layers(config: PreTrainedConfig) -> str | None:
-    """The reason to refuse layers without full attention, else None."""
+    """The reason to refuse layers that are neither full nor sliding attention, else None."""
     if not isinstance(getattr(config, "num_attention_heads", None), int):
         return (
             "has no attention heads (a linear-attention or state-space model); "
             "use a model with full attention"
         )
     window = getattr(config, "sliding_window", None)
-    # a sliding window at least as long as the context never hides a token
-    slides = (
-        window is not None
-        and getattr(config, "use_sliding_window", True)
-        and window < _context(config)
-    )
-    if slides:
-        return (
-            f"has sliding_window {window}, which is not supported yet; "
-            "use a model with full attention"
-        )
-    allowed = FULL_ATTENTION if window is None else FULL_ATTENTION | {"sliding_attention"}
+    if window is not None and (not isinstance(window, int) or window < 1):
+        return f"has sliding_window {window}, which hides every token; correct the config"
+    allowed = FULL_ATTENTION if window is None else FULL_ATTENTION | {SLIDING}
     for key in LAYER_KEYS:
         for kind in getattr(config, key, None) or []:
             if kind not in allowed:
@@ -141,6 +133,16 @@ def _layers(config: PreTrainedConfig) -> str | None:
                     "use a model with full attention"
                 )
     return None
+
+
+def layer_windows(config: PreTrainedConfig) -> list[int | None]:
+    """The sliding window of each layer by its config; None if it hides no token of the context."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or not getattr(config, "use_sliding_window", True):
+        return [None] * config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or [SLIDING] * config.num_hidden_layers
+    hides = window < _context(config)
+    return [window if kind == SLIDING and hides else None for kind in kinds]
 
 
 def _attention(config: PreTrainedConfig) -> str | None:

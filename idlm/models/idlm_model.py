@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from idlm.chat_template import PromptEncoder
 from idlm.errors import InputError
-from idlm.models.attention import Cache
+from idlm.models.attention import Cache, Visible
 from idlm.models.gated_lora import NO_ROWS, Gate, gated_layers
 
 SAME_ROWS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -93,7 +93,8 @@ class Idlm:
     ) -> Tensor:
         """Hidden states [B, Q, D] of the rows `tokens` [B, Q] at `positions` [B, Q].
 
-        `visible` is bool, broadcastable to [B, 1, Q, S]; None if the cache decides what is seen.
+        `visible` is bool, broadcastable to [B, 1, Q, Q]: what is seen where no sliding window
+        hides it; None if the cache decides what is seen.
         Positions past the context are clamped, since learned position embeddings would fail on
         them. Only MASK rows and drafts that are never committed have such positions.
         """
@@ -102,7 +103,7 @@ class Idlm:
             output = self.model.base_model(
                 input_ids=tokens,
                 position_ids=positions.clamp(max=self.context - 1),
-                visible=visible,
+                visible=None if visible is None else Visible(visible, positions, positions),
                 cache=cache,
                 use_cache=False,
             )

@@ -13,10 +13,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from idlm.decoding.scores import Scores
 from idlm.errors import InputError
 from idlm.models import adapter as adapters
-from idlm.models.architecture import mask_token, read_config, read_tokenizer, trained_block_size
-from idlm.models.attention import NAME, attend
+from idlm.models.architecture import (
+    layer_windows,
+    mask_token,
+    read_config,
+    read_tokenizer,
+    trained_block_size,
+)
+from idlm.models.attention import NAME, Visible, attend
 from idlm.models.gguf_checkpoint import auto_dtype, dequantised, origin
 from idlm.models.gguf_header import is_gguf
 from idlm.models.idlm_model import Idlm
@@ -188,13 +195,17 @@ def _check_all_used(path: Path, model: PreTrainedModel, tensors: Mapping[str, Te
 class _Probe:
     """A cache that stores nothing and records the order of the layers that call it."""
 
-    def __init__(self, visible: Tensor) -> None:
+    def __init__(self, visible: Visible) -> None:
         self.visible = visible
         self.layers: list[int] = []
+        self.windows: list[int | None] = []
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
+    ) -> Tensor:
         self.layers.append(layer)
-        return attend(query, key, value, self.visible, scale)
+        self.windows.append(scores.window)
+        return attend(query, key, value, self.visible.within(scores.window), scores)
 
 
 def _kind(error: Exception) -> str:
@@ -219,17 +230,18 @@ def check_architecture(idlm: Idlm) -> None:
     """Run four rows through transformers' attention and through ours, and compare the logits.
 
     This detects features that configs do not name uniformly: scaled logits, ALiBi, attention sinks,
-    layers that ignore `visible` or share keys.
+    layers that ignore `visible` or share keys. Sliding windows are longer than the probe, so each
+    layer has to say the window that its config gives it.
 
     Raises:
-        InputError: the logits differ, a layer does not write its keys exactly once and in order, or
-            the model fails.
+        InputError: the logits differ, a layer does not write its keys exactly once and in order,
+            does not say its sliding window, or the model fails.
     """
     step = max(1, idlm.vocab_size // 5)
     tokens = torch.tensor([k * step % idlm.vocab_size for k in range(1, 5)], device=idlm.device)
     positions = torch.tensor(PROBE_POSITIONS, device=idlm.device)
     visible = torch.tensor(PROBE_VISIBLE, dtype=torch.bool, device=idlm.device)
-    cache = _Probe(visible[None, None])
+    cache = _Probe(Visible(visible[None, None], positions[None], positions[None]))
     what = f"{idlm.name!r}: the architecture {type(idlm.model).__name__} cannot be expressed"
     try:
         ours = _our_logits(idlm, tokens, positions, cache).double()
@@ -239,6 +251,11 @@ def check_architecture(idlm: Idlm) -> None:
     if cache.layers != list(range(idlm.model.config.num_hidden_layers)):
         raise InputError(
             f"{what}: its layers write keys in the order {cache.layers}; use another model"
+        )
+    if cache.windows != (wanted := layer_windows(idlm.model.config)):
+        raise InputError(
+            f"{what}: its layers attend with the sliding windows {cache.windows}, "
+            f"but its config has {wanted}; use another model"
         )
     difference, size = float((ours - stock).norm()), float(stock.norm())
     if not difference <= PROBE_TOLERANCE[idlm.dtype] * size:  # also if it is NaN

@@ -115,10 +115,13 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no family": (config(model_type=None), "'None'.* unknown"),
     "T5": (t5, "encoder-decoder"),
     "BERT": (bert, "no causal language model"),
-    "sliding window": (other("mistral", sliding_window=16), "sliding_window 16"),
-    "sliding layers": (
-        other("qwen3", use_sliding_window=True, sliding_window=16, max_window_layers=1),
-        "sliding_window 16",
+    "no sliding window": (
+        other("mistral", sliding_window=0),
+        "sliding_window 0, which hides every token",
+    ),
+    "a sliding window that attention is not told": (
+        other("doge", sliding_window=16, num_experts=1),
+        r"sliding windows \[None, None\], but its config has \[16, 16\]",
     ),
     "linear layers": (
         config(layer_types=["full_attention", "linear_attention"]),
@@ -129,7 +132,7 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
         other("mixtral", num_local_experts=2),
         r"mixture of experts \(num_local_experts 2\)",
     ),
-    "soft caps": (other("gemma2"), "attn_logit_softcapping 50.0"),
+    "soft caps": (other("gemma2"), "final_logit_softcapping 30.0"),
     "scaled logits": (
         other("granite", logits_scaling=8.0),
         "GraniteForCausalLM cannot be expressed: its logits differ",
@@ -191,7 +194,7 @@ def test_model_is_refused(case: str, llama: Path, capfd: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    "case", ["sliding window", "experts", "remote code", "truncated weights", "pickle weights"]
+    "case", ["no sliding window", "experts", "remote code", "truncated weights", "pickle weights"]
 )
 def test_inspect_reports_a_refusal_instead(case: str, llama: Path) -> None:
     MODELS[case][0](llama)
