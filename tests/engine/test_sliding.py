@@ -95,3 +95,21 @@ def test_what_a_row_sees_is_every_position_up_to_its_own(
         for offset, word in zip(offsets, words, strict=True):
             seen = [offsets[s] for s in range(window.width) if word >> s & 1]
             assert seen == list(range(offset + 1))
+
+
+@pytest.mark.parametrize(("family", "held", "trimmed"), [("mistral", 6, 10), ("qwen2", 12, 0)])
+def test_pages_before_every_window_are_freed(family: str, held: int, trimmed: int) -> None:
+    """Mistral's layers all slide; Qwen2's first layer sees everything."""
+    engine = LLM(model(family, 4), stride=4, branches="all", page_size=4, record=False).engine
+    engine.add(list(range(3, 20)), replace(GREEDY, max_tokens=31), seed=0)
+    most, freed = 0, 0
+    while engine.busy:
+        engine.step()
+        engine.check()
+        if engine.scheduler.decoding:
+            (request,) = engine.scheduler.decoding
+            most, freed = max(most, engine.scheduler.pool.live), request.trimmed
+    assert (most, freed) == (held, trimmed)
+    again = engine.add(list(range(3, 20)), replace(GREEDY, max_tokens=2), seed=0)
+    engine.step()
+    assert engine.result(again).cached_tokens == 16  # what was freed is still found by its tokens
