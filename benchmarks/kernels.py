@@ -30,6 +30,7 @@ from idlm.kernels import compiling, native
 from idlm.kernels.choice import Recorded, choose_linears, recorded
 from idlm.kernels.linears import ALWAYS, Layer, Linears
 from idlm.kernels.panels import FORMATS
+from idlm.kernels.prefetch import choose_prefetch
 
 ROOT = Path(__file__).parent
 PEAK = ROOT / "peak.c"
@@ -109,6 +110,8 @@ def measure(
     inner, out, count = shape
     weights = [torch.randn(out, inner) for _ in range(count)]
     formats = {name: Linears([[weight] for weight in weights], name) for name in FORMATS}
+    for linears in formats.values():
+        choose_prefetch(linears)
     choose_linears(formats["float32"])
     results: list[dict[str, object]] = []
     for rows in options.rows:

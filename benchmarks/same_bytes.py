@@ -22,7 +22,7 @@ import torch
 from idlm import LLM, Idlm, SamplingParams, load
 from idlm.evaluation.environment import environment
 from idlm.evaluation.parity import first_difference, margin, token_scores
-from tests.engine.tiny import FAMILIES, SLIDING, sliding_idlm, tiny_idlm
+from tests.engine.tiny import CLASSES, SLIDING, sliding_idlm, tiny_idlm
 
 PLANS = [
     (n, branches) for n in (1, 2, 3, 4, 8) for branches in (("all", "chain") if n > 1 else ("all",))
@@ -73,7 +73,7 @@ def named(name: str, dtype: str) -> Idlm:
     """A checkpoint, `FOLDER+ADAPTER` with an adapter, or a new random model such as `random-
     qwen3`, or `sliding-gemma2-5` with the sliding window 5."""
     family = name.removeprefix("random-")
-    if family in FAMILIES and family != name:
+    if family in CLASSES and family != name:
         return tiny_idlm(family)
     kind, _, family = name.partition("-")
     family, _, window = family.rpartition("-")

@@ -4,10 +4,11 @@ Special tokens in a message's content are plain text, so that a user cannot forg
 writes special tokens too, and in the rendered text they look the same. So those of the messages are
 replaced before:
 
-    1. replace special strings in the messages by placeholders
-    2. render the chat template
-    3. split the text at the placeholders
-    4. encode each piece: the template's text with special tokens, a special string without
+    1. read the messages (`idlm.messages`), with contents in the form that the template shows
+    2. replace special strings in the messages by placeholders
+    3. render the chat template
+    4. split the text at the placeholders
+    5. encode each piece: the template's text with special tokens, a special string without
 """
 
 from __future__ import annotations
@@ -22,12 +23,18 @@ from typing import Any, Protocol
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 from idlm.errors import InputError
+from idlm.inputs import check_text, plain
+from idlm.messages import as_template_takes, read_messages
 
 Message = Mapping[str, Any]
+Messages = str | Iterable[Message]
+"""A conversation as `idlm.messages` reads it."""
 OPEN, CLOSE = "\ue000", "\ue001"
 """Private-use characters around the index of a special string. If a message contains them, they are
 replaced like special strings."""
 PLACEHOLDER = re.compile(f"{OPEN}([0-9]+){CLOSE}")
+PROBE = "a probe of idlm"
+PROBE_PARTS = [{"type": "text", "text": PROBE}]
 
 
 class Bounds(Protocol):
@@ -49,15 +56,28 @@ def check_ids(ids: Iterable[object], model: Bounds) -> list[int]:
             integer.
     """
     tokens = _whole_numbers(ids, "prompt")
-    if not 0 < len(tokens) < model.context:
+    if not tokens:
         raise InputError(
-            f"a prompt has {len(tokens)} tokens; this model takes 1 to {model.context - 1}"
+            f"a prompt has 0 tokens; this model takes 1 to {model.context - 1}", "prompt"
         )
+    if len(tokens) >= model.context:
+        raise too_long(f"a prompt has {len(tokens)} tokens", model.context)
     if model.mask_id in tokens:
         raise InputError(
-            f"a prompt holds the MASK token {model.mask_id}; take it out, it stands for no text"
+            f"a prompt holds the MASK token {model.mask_id}; take it out, it stands for no text",
+            "prompt",
         )
     return check_tokens(tokens, model.vocab_size)
+
+
+def too_long(what: str, context: int) -> InputError:
+    """The error for a prompt that does not fit the context, in words that clients search for."""
+    return InputError(
+        f"{what}; this model's maximum context length is {context} tokens, and one of them is for "
+        "the output: shorten it",
+        "prompt",
+        "context_length_exceeded",
+    )
 
 
 def check_tokens(ids: Iterable[object], vocab_size: int, what: str = "prompt") -> list[int]:
@@ -70,16 +90,25 @@ def check_tokens(ids: Iterable[object], vocab_size: int, what: str = "prompt") -
     if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
         wrong = next(token for token in tokens if not 0 <= token < vocab_size)
         shown = wrong if abs(wrong) < 2**64 else "of more than 64 bits"
-        raise InputError(f"{what} token {shown} is outside the vocabulary 0..{vocab_size - 1}")
+        raise InputError(
+            f"{what} token {shown} is outside the vocabulary 0..{vocab_size - 1}", what
+        )
     return tokens
 
 
 def _whole_numbers(ids: Iterable[object], what: str) -> list[int]:
     tokens: list[Any] = list(ids)
-    if not set(map(type, tokens)) <= {int}:
-        wrong = next(token for token in tokens if type(token) is not int)
-        raise InputError(f"{what} token {wrong!r} is not a whole number; give text or token ids")
-    return tokens
+    return tokens if set(map(type, tokens)) <= {int} else [_whole(token, what) for token in tokens]
+
+
+def _whole(token: Any, what: str) -> int:
+    """A whole number as int; NumPy's and PyTorch's are taken too."""
+    value = plain(token)
+    if type(value) is not int:
+        raise InputError(
+            f"{what} token {token!r} is not a whole number; give text or token ids", what
+        )
+    return value
 
 
 class PromptEncoder:
@@ -97,6 +126,7 @@ class PromptEncoder:
     ) -> None:
         self.name, self._context = name, context
         self._tokenizer = tokenizer
+        self._shown: dict[str, tuple[bool, bool]] = {}
 
     @property
     def tokenizer(self) -> Any:
@@ -109,18 +139,29 @@ class PromptEncoder:
             raise InputError(f"model {self.name!r} has no tokenizer; give the prompt as token ids")
         return self._tokenizer
 
-    @property
-    def template(self) -> str:
-        """The chat template.
+    def template_for(self, tools: bool) -> str:
+        """The chat template. Of several, "tool_use" if there are tools, else "default", else the
+        only one.
 
         Raises:
-            InputError: the model has none.
+            InputError: the model has none, or several and none of these.
         """
-        if not self.tokenizer.chat_template:
+        templates = self.tokenizer.chat_template
+        if not templates:
             raise InputError(
                 f"model {self.name!r} has no chat template; give a text instead of messages"
             )
-        return str(self.tokenizer.get_chat_template())
+        if isinstance(templates, str):
+            return templates
+        wanted = ["tool_use", "default"] if tools else ["default"]
+        only = list(templates) if len(templates) == 1 else []
+        for name in [*wanted, *only]:
+            if name in templates:
+                return str(templates[name])
+        raise InputError(
+            f"model {self.name!r} has the chat templates {', '.join(sorted(templates))}, "
+            "and none is the default; rename one of them to 'default'"
+        )
 
     @property
     def has_template(self) -> bool:
@@ -139,12 +180,36 @@ class PromptEncoder:
             InputError: the text cannot fit the context, or there is no tokenizer.
         """
         tokenizer = self.tokenizer if trusted else self._plain
-        self._check_length(text)
+        self._check(text)
         return list(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+
+    def continuation(self, text: str, continued: str) -> list[int]:
+        """The ids that continue those of `text`, so that both together are `text + continued`.
+
+        Special strings become special tokens. Encoded alone, a continued word would begin with the
+        space that some tokenizers add.
+
+        Raises:
+            InputError: as `text`.
+        """
+        before = self.text(text, trusted=True)
+        whole = self.text(text + continued, trusted=True)
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+        return self.inner(continued)
+
+    def inner(self, text: str) -> list[int]:
+        """The ids of a text that follows another; special strings become special tokens.
+
+        Raises:
+            InputError: as `text`.
+        """
+        self._check(text)
+        return _inner(self.tokenizer, text)
 
     def chat(
         self,
-        messages: Sequence[Message],
+        messages: Messages,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         options: Mapping[str, Any] | None = None,
@@ -152,13 +217,38 @@ class PromptEncoder:
         """Encode a conversation; `options` are variables of the chat template.
 
         Raises:
-            InputError: the template raises an error, an option is an argument of
-                `apply_chat_template`, the text is too long, or there is no template.
+            InputError: a message cannot be read, the template raises an error, an option is an
+                argument of `apply_chat_template`, the text is too long, or there is no template.
         """
-        text, literals = self._render(messages, tools, add_generation_prompt, options or {})
-        return self._encode_pieces(text, literals) if literals else self._encode([text])[0]
+        return self._encode_rendered(
+            *self._render(messages, tools, add_generation_prompt, options or {})
+        )
 
-    def chats(self, conversations: Iterable[Sequence[Message]]) -> list[list[int]]:
+    def exchange(
+        self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Encode a conversation that ends with an answer: the ids before it, as `chat` gives them,
+        and those of the answer, with the end that the template writes.
+
+        Raises:
+            InputError: as `chat`; or the last message is the only one, or calls tools in a template
+                that writes earlier answers differently.
+        """
+        *before, answer = read_messages(messages)
+        text, literals = self._render(before, tools, True, {})
+        whole, all_literals = self._render([*before, answer], tools, False, {})
+        ids = self._encode_rendered(text, literals)
+        if whole.startswith(text):
+            together = self._encode_rendered(whole, all_literals)
+            if together[: len(ids)] == ids:
+                return ids, together[len(ids) :]
+            return ids, self._encode_pieces(whole[len(text) :], all_literals)
+        if "tool_calls" in answer:
+            raise InputError("the chat template does not write this answer after its prompt")
+        (content,) = as_template_takes([answer], texts=True, parts=False)
+        return ids, _inner(self._plain, content["content"])
+
+    def chats(self, conversations: Iterable[Messages]) -> list[list[int]]:
         """Encode many conversations with a generation prompt; faster than `chat` for each.
 
         Raises:
@@ -172,11 +262,14 @@ class PromptEncoder:
             for text, literals in rendered
         ]
 
+    def _encode_rendered(self, text: str, literals: list[str]) -> list[int]:
+        return self._encode_pieces(text, literals) if literals else self._encode([text])[0]
+
     def _render(
         self, messages: Any, tools: Any, add_generation_prompt: bool, options: Mapping[str, Any]
     ) -> tuple[str, list[str]]:
         """Render a conversation: the text, and the special strings of its placeholders."""
-        template, literals = self.template, list[str]()
+        template, literals = self.template_for(bool(tools)), list[str]()
         reserved = (
             set(inspect.signature(self.tokenizer.apply_chat_template).parameters)
             if options
@@ -187,8 +280,9 @@ class PromptEncoder:
                 raise InputError(
                     f"chat_template_kwargs names {name!r}, which is the server's; leave it out"
                 )
-        messages, tools, options = (
-            self._hide(value, literals) for value in (messages, tools, options)
+        messages = as_template_takes(read_messages(messages), *self._contents(template))
+        tools, options, messages = (  # last, so that more messages do not change the numbers
+            self._hide(value, literals) for value in (tools, options, messages)
         )
         try:
             text = self.tokenizer.apply_chat_template(
@@ -204,8 +298,27 @@ class PromptEncoder:
             raise InputError(
                 f"the chat template refuses these messages ({reason}); change them"
             ) from error
-        self._check_length(text)
+        self._check(text)
         return str(text), literals
+
+    def _contents(self, template: str) -> tuple[bool, bool]:
+        """Whether the template shows contents that are texts, and contents that are lists of parts;
+        found by rendering one of each."""
+        if template not in self._shown:
+            texts, parts = (self._shows(template, content) for content in (PROBE, PROBE_PARTS))
+            self._shown[template] = (texts or not parts, parts)
+        return self._shown[template]
+
+    def _shows(self, template: str, content: Any) -> bool:
+        messages = [{"role": "user", "content": content}]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+        except Exception:  # a template may raise anything
+            return False
+        # a template of texts may write a list as Python or JSON does
+        return PROBE in text and "'type': 'text'" not in text and '"type": "text"' not in text
 
     def _hide(self, value: Any, literals: list[str]) -> Any:
         """Replace special strings in a value by placeholders; they are appended to `literals`."""
@@ -232,11 +345,10 @@ class PromptEncoder:
                 ids += _inner(self.tokenizer, piece)
         return ids
 
-    def _check_length(self, text: str) -> None:
+    def _check(self, text: str) -> None:
+        check_text(text, "the prompt")
         if self._context is not None and len(text) > self._context * self._longest:
-            raise InputError(
-                f"a prompt of {len(text)} characters cannot fit {self._context} tokens; shorten it"
-            )
+            raise too_long(f"a prompt has {len(text)} characters", self._context)
 
     @cached_property
     def _longest(self) -> int:
@@ -272,12 +384,13 @@ def _inner(tokenizer: Any, piece: str) -> list[int]:
     """Encode a piece from inside a text.
 
     It is encoded after a newline, whose ids are removed, since some tokenizers add a space at the
-    start of a text.
+    start of a text; after a full stop if the tokenizer drops newlines.
     """
-    newline: list[int] = tokenizer("\n", add_special_tokens=False).input_ids
-    ids: list[int] = tokenizer("\n" + piece, add_special_tokens=False).input_ids
-    if ids[: len(newline)] == newline:
-        return ids[len(newline) :]
+    for before in ("\n", "."):
+        head: list[int] = tokenizer(before, add_special_tokens=False).input_ids
+        ids: list[int] = tokenizer(before + piece, add_special_tokens=False).input_ids
+        if head and ids[: len(head)] == head:
+            return ids[len(head) :]
     return list(tokenizer(piece, add_special_tokens=False).input_ids)
 
 

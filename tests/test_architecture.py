@@ -11,7 +11,15 @@ import idlm
 
 ROOT = Path(idlm.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-EVERYWHERE = {"chat_template", "errors", "extras", "params", "__version__"}
+EVERYWHERE = {
+    "chat_template",
+    "errors",
+    "extras",
+    "inputs",
+    "messages",
+    "params",
+    "__version__",
+}
 """Modules at the package's top that every package may use."""
 MAY_IMPORT = {
     "decoding": set(),

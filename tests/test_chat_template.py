@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from idlm import LLM, InputError
+from idlm import LLM, InputError, SamplingParams
 from idlm.chat_template import CLOSE, OPEN, PromptEncoder, check_ids, check_tokens
 from idlm.cli.prompts import Prompt
 from idlm.models.idlm_model import Idlm
@@ -86,7 +86,11 @@ def test_also_in_tools_arguments_and_options(tokenizer: PreTrainedTokenizerBase)
         "{{ tools | tojson }}{{ messages[0].tool_calls | tojson }}{{ mood }}{{ '<|im_end|>' }}",
     )
     tools = [{"function": {"name": "f", "parameters": {"<|im_end|>": "<|MASK|>"}}}]
-    message = {"role": "assistant", "content": "", "tool_calls": [{"arguments": {"a": ATTACK}}]}
+    message = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"name": "f", "arguments": {"a": ATTACK}}],
+    }
     ids = prompts.chat([message], tools, options={"mood": "<|im_start|>"})
     assert [token for token in ids if token in tokenizer.all_special_ids] == [
         tokenizer.eos_token_id
@@ -211,3 +215,49 @@ def test_every_way_gives_the_same_ids_and_errors(way: str, checkpoint: Path) -> 
             InputError, match=r"model '.*' has no tokenizer; give the prompt as token ids$"
         ):
             encode(bare)
+
+
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+NAMED = {"default": "plain", "tool_use": "with {{ tools[0].function.name }}", "rag": "documents"}
+
+
+@pytest.mark.parametrize(
+    "templates, tools, text",
+    [
+        (NAMED, None, "plain"),
+        (NAMED, [], "plain"),
+        (NAMED, TOOLS, "with f"),
+        ({"default": "plain", "rag": "documents"}, TOOLS, "plain"),
+        ({"tool_use": "with tools"}, None, "with tools"),
+        ({"rag": "documents"}, TOOLS, "documents"),
+        ({"rag": "documents", "tool_use": "with tools"}, TOOLS, "with tools"),
+    ],
+)
+def test_the_named_template_is_the_one_that_transformers_takes(
+    templates: Any, tools: Any, text: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    encoder = with_template(tokenizer, templates)
+    ids = encoder.chat([{"role": "user", "content": "a"}], tools)
+    assert ids == tokenizer(text).input_ids
+    assert encoder.has_template
+    if not tools and "default" in templates:
+        assert encoder.chats([[{"role": "user", "content": "a"}]]) == [ids]
+
+
+@pytest.mark.parametrize("tools", [None, TOOLS])
+def test_named_templates_without_a_default_are_refused(
+    tools: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    encoder = with_template(tokenizer, {"rag": "a", "plan": "b"})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="templates plan, rag, and none is the default; rename"):
+        encoder.chat([{"role": "user", "content": "a"}], tools)
+
+
+def test_tools_reach_the_template_of_llm_chat(checkpoint: Path) -> None:
+    llm = LLM(load(checkpoint / "base"), stride=1, threads=1, kv_memory="8MiB")
+    llm.idlm.encoder.tokenizer.chat_template = NAMED
+    messages, params = [{"role": "user", "content": "a"}], SamplingParams(max_tokens=1)
+    for tools, text in ((None, "plain"), (TOOLS, "with f")):
+        ids = llm.idlm.encoder.tokenizer(text).input_ids
+        assert llm.chat(messages, params, tools=tools).prompt_token_ids == ids
+        assert llm.chat([messages], params, tools=tools)[0].prompt_token_ids == ids

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from idlm.cli import common
-from idlm.cli.sampling import with_sampling
+from idlm.cli.sampling import Sampling, with_sampling
 from idlm.config import EngineConfig
 from idlm.errors import InputError
 from idlm.extras import need
-from idlm.params import SamplingParams
 
 if TYPE_CHECKING:
     from idlm.ui.backend import ChatBackend
@@ -51,7 +50,7 @@ def chat(
         typer.Option(help=f"The server's key. Or ${KEY_VARIABLES[0]}, ${KEY_VARIABLES[1]}."),
     ] = None,
     colors: Annotated[bool, typer.Option(help="Colour tokens by where they came from.")] = False,
-    sampling: SamplingParams,
+    sampling: Sampling,
 ) -> None:
     """Talk to a model: one in this process, or one of a server."""
     if (model is None) == (url is None):
@@ -62,8 +61,13 @@ def chat(
         raise InputError(
             f"--adapter {adapter!r} with --url; a server's adapters are models: --model NAME"
         )
-    if sampling.n != 1:
-        raise InputError(f"--n {sampling.n}: a chat has one answer; leave the option out")
+    if url is not None and sampling.generation_config != "auto":
+        raise InputError(
+            f"--generation-config {sampling.generation_config} with --url; "
+            "a server has its own defaults: give it to idlm serve"
+        )
+    if sampling.plain.n != 1:
+        raise InputError(f"--n {sampling.plain.n}: a chat has one answer; leave the option out")
 
     from idlm.ui.chat import Chat, reader
 
@@ -72,17 +76,22 @@ def chat(
         need("chat", "idlm chat --url")
         from idlm.ui.chat_remote import RemoteBackend
 
-        backend = RemoteBackend(url, _key(api_key), name, sampling)
+        backend = RemoteBackend(url, _key(api_key), name, sampling.given)
     else:
         from idlm.engine.llm import LLM
         from idlm.models.loading import load
         from idlm.ui.chat_local import LocalBackend
 
         config = EngineConfig(  # before the model is loaded, which can take minutes
-            stride, branches, max_num_seqs=1, weights=weights, threads=threads
+            stride,
+            branches,
+            max_num_seqs=1,
+            weights=weights,
+            threads=threads,
+            generation_config=sampling.generation_config,
         )
         idlm = load(str(model), adapter=adapter, dtype=dtype, device=device)
-        backend = LocalBackend(LLM(idlm, config=config), sampling)
+        backend = LocalBackend(LLM(idlm, config=config), sampling.of(idlm))
     Chat(backend, colors).run(reader())
 
 

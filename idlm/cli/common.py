@@ -23,7 +23,7 @@ Adapter = Annotated[
     typer.Option(metavar="FOLDER", help="A gated LoRA for the model.", rich_help_panel="Model"),
 ]
 Dtype = Annotated[
-    Literal["auto", "float64", "float32", "bfloat16"],
+    Literal["auto", "float64", "float32", "bfloat16", "float16"],
     typer.Option(
         help="Type of the weights; auto is the checkpoint's, float32 for a quantised GGUF file.",
         rich_help_panel="Model",

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from idlm.cli import common, prompts
-from idlm.cli.sampling import with_sampling
+from idlm.cli.sampling import Sampling, with_sampling
 from idlm.config import EngineConfig
 from idlm.errors import InputError
-from idlm.params import SamplingParams
 
 if TYPE_CHECKING:
     from idlm.engine.llm import Result
@@ -40,7 +39,7 @@ def generate(
     weights: common.Weights = "auto",
     threads: common.Threads = None,
     as_json: common.Json = False,
-    sampling: SamplingParams,
+    sampling: Sampling,
 ) -> None:
     """Complete prompts, several tokens per forward pass."""
     given = prompts.given(prompt or [], prompts_file)
@@ -53,13 +52,20 @@ def generate(
     from idlm.models.loading import load
 
     # before the model is loaded, which can take minutes
-    config = EngineConfig(stride, branches, weights=weights, threads=threads)
+    config = EngineConfig(
+        stride,
+        branches,
+        weights=weights,
+        threads=threads,
+        generation_config=sampling.generation_config,
+    )
     idlm = load(model, adapter=adapter, dtype=dtype, device=device)
+    params = sampling.of(idlm)
     llm = LLM(idlm, config=config)
     common.keep_what_is_loaded()
     ids = [each.encode(llm.idlm, chat) for each in given]
     started = perf_counter()
-    first = llm.generate(ids, sampling, progress=True)
+    first = llm.generate(ids, params, progress=True)
     results = [sample for result in first for sample in (result, *result.samples)]
     report(model, stride, branches, results, perf_counter() - started, as_json)
 

@@ -53,4 +53,4 @@ def _shown(key: str, value: object) -> str:
         return ", ".join(value)
     if isinstance(value, float):
         return f"{value:.3g}"
-    return f"{value:,}" if key in ("parameters", "tokens") else str(value)
+    return f"{value:,}" if key in ("parameters", "active_parameters", "tokens") else str(value)

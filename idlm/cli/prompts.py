@@ -6,9 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from idlm.errors import InputError
+from idlm.inputs import read_lines
+from idlm.messages import read_messages
 
 if TYPE_CHECKING:
     from idlm.models.idlm_model import Idlm
@@ -28,7 +30,7 @@ class Prompt:
     """A text, a conversation, or token ids."""
 
     text: str | None = None
-    messages: Sequence[Mapping[str, str]] | None = None
+    messages: Sequence[Mapping[str, Any]] | None = None
     token_ids: Sequence[int] | None = None
 
     def encode(self, idlm: Idlm, chat: bool) -> list[int]:
@@ -65,12 +67,7 @@ def read(file: Path) -> list[Prompt]:
             f"prompts file '{file}' is neither .txt (one prompt a line) nor .jsonl; "
             "rename or convert it"
         )
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-        raise InputError(f"prompts file '{file}': {reason}; give a readable UTF-8 file") from None
-    numbered = [(at, line) for at, line in enumerate(lines, start=1) if line.strip()]
+    numbered = [(at, line) for at, line in enumerate(read_lines(file), start=1) if line.strip()]
     if not numbered:
         raise InputError(f"prompts file '{file}' holds no prompt; write one a line")
     if file.suffix == ".txt":
@@ -89,20 +86,17 @@ def _parse(line: str, where: str) -> Prompt:
         )
         if isinstance(text, str):
             return Prompt(text)
-        if isinstance(messages, list) and messages and all(map(_is_message, messages)):
-            return Prompt(messages=messages)
+        if isinstance(messages, list):
+            try:
+                return Prompt(messages=read_messages(messages))
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
         if isinstance(ids, list) and ids:
             return Prompt(token_ids=ids)
     raise InputError(
         f"{where} is no prompt: {line[:60]!r}; "
         'write {"prompt": "..."}, {"messages": [{"role": "user", "content": "..."}]} '
         'or {"prompt_token_ids": [1, 2]}'
-    )
-
-
-def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and all(
-        isinstance(message.get(key), str) for key in ("role", "content")
     )
 
 

@@ -1,32 +1,83 @@
-"""The sampling options: `@with_sampling` gives them to a command as one `SamplingParams`."""
+"""The sampling options: `@with_sampling` gives them to a command as one `Sampling`."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from idlm.errors import InputError
 from idlm.params import SamplingParams
 
+if TYPE_CHECKING:
+    from idlm.models.idlm_model import Idlm
+
+PLAIN = SamplingParams()
+"""The defaults where the model's generation config gives none."""
+OF_MODELS = (
+    *("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p"),
+    "repetition_penalty",
+)
+"""Options that count as given even at the default of `SamplingParams`: the model's may differ."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The sampling options that were given, checked.
+
+    Attributes:
+        given: fields of `SamplingParams`.
+        generation_config: where the others come from; see `EngineConfig`.
+    """
+
+    given: dict[str, Any]
+    generation_config: str
+
+    def of(self, idlm: Idlm) -> SamplingParams:
+        """The settings of a request to this model.
+
+        Raises:
+            InputError: a default of the model's generation config is out of range.
+        """
+        return idlm.sampling(self.given, self.generation_config)
+
+    @property
+    def plain(self) -> SamplingParams:
+        """The settings without a model."""
+        return SamplingParams(**self.given)
+
 
 def _option(help: str, **settings: Any) -> Any:
     return typer.Option(help=help, rich_help_panel="Sampling", **settings)
 
 
-def sampling_params(
-    max_tokens: Annotated[int, _option("The most tokens to generate.")] = 256,
-    temperature: Annotated[float, _option("0 is greedy.")] = 1.0,
-    top_k: Annotated[int, _option("Keep the k likeliest tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[float, _option("Keep the likeliest tokens that hold this probability.")] = 1.0,
+def _or_models(help: str, name: str) -> Any:
+    """An option whose default is the model's, if its generation config has one."""
+    return _option(help, show_default=f"the model's, or {getattr(PLAIN, name)}")
+
+
+def sampling_options(
+    max_tokens: Annotated[
+        int | None, _or_models("The most tokens to generate.", "max_tokens")
+    ] = None,
+    temperature: Annotated[float | None, _or_models("0 is greedy.", "temperature")] = None,
+    top_k: Annotated[
+        int | None, _or_models("Keep the k likeliest tokens; 0 keeps all.", "top_k")
+    ] = None,
+    top_p: Annotated[
+        float | None, _or_models("Keep the likeliest tokens that hold this probability.", "top_p")
+    ] = None,
     min_p: Annotated[
-        float, _option("Drop tokens less likely than this share of the likeliest.")
-    ] = 0.0,
+        float | None,
+        _or_models("Drop tokens less likely than this share of the likeliest.", "min_p"),
+    ] = None,
     repetition_penalty: Annotated[
-        float, _option("Divide the logits of tokens that were there; 1 is none.")
-    ] = 1.0,
+        float | None,
+        _or_models("Divide the logits of tokens that were there; 1 is none.", "repetition_penalty"),
+    ] = None,
     presence_penalty: Annotated[
         float, _option("Subtract from the logits of tokens in the output.")
     ] = 0.0,
@@ -38,10 +89,18 @@ def sampling_params(
     stop: Annotated[
         list[str] | None, _option("End at this text, which is left out; can be repeated.")
     ] = None,
-    min_tokens: Annotated[int, _option("No end before so many tokens.")] = 0,
+    min_tokens: Annotated[
+        int | None, _or_models("No end before so many tokens.", "min_tokens")
+    ] = None,
     n: Annotated[int, _option("Samples of each prompt.")] = 1,
     banned_token: Annotated[
         list[int] | None, _option("Never emit this token id; can be repeated.")
+    ] = None,
+    allowed_token: Annotated[
+        list[int] | None, _option("Emit no other token id; can be repeated.")
+    ] = None,
+    bad_word: Annotated[
+        list[str] | None, _option("Do not write this text; can be repeated.")
     ] = None,
     seed: Annotated[
         int | None, _option("Seed of the noise; drawn and reported if not given.")
@@ -54,27 +113,41 @@ def sampling_params(
     tau: Annotated[
         float | None, _option("Relaxed only: the share of the likeliest that is enough.")
     ] = None,
-) -> SamplingParams:
-    """The options as `SamplingParams`, which validates them."""
-    return SamplingParams(
-        n=n,
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        stop=tuple(stop or ()),
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        frequency_penalty=frequency_penalty,
-        logit_bias=dict(_bias(entry) for entry in logit_bias or []),
-        banned_tokens=tuple(banned_token or ()),
-        seed=seed,
-        ignore_eos=ignore_eos,
-        verification=verification,
-        tau=tau,
-    )
+    generation_config: Annotated[
+        Literal["auto", "none"],
+        _option("Whether the model's generation_config.json gives the defaults."),
+    ] = "auto",
+) -> Sampling:
+    """The options as `Sampling`; `SamplingParams` validates them."""
+    options = {
+        "n": n,
+        "max_tokens": max_tokens,
+        "min_tokens": min_tokens,
+        "stop": tuple(stop or ()),
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "logit_bias": dict(_bias(entry) for entry in logit_bias or []),
+        "banned_tokens": tuple(banned_token or ()),
+        "allowed_token_ids": tuple(allowed_token) if allowed_token else None,
+        "bad_words": tuple(bad_word or ()),
+        "seed": seed,
+        "ignore_eos": ignore_eos,
+        "verification": verification,
+        "tau": tau,
+    }
+    given = {
+        name: value
+        for name, value in options.items()
+        if value is not None and (name in OF_MODELS or value != getattr(PLAIN, name))
+    }
+    sampling = Sampling(given, generation_config)
+    _ = sampling.plain  # validates them before a model is loaded
+    return sampling
 
 
 def _bias(entry: str) -> tuple[int, float]:
@@ -90,11 +163,11 @@ def _bias(entry: str) -> tuple[int, float]:
 def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
     """Replace the parameter `sampling` of a command by the sampling options."""
     signature = inspect.signature(command, eval_str=True)
-    options = inspect.signature(sampling_params, eval_str=True).parameters
+    options = inspect.signature(sampling_options, eval_str=True).parameters
 
     def run(**values: Any) -> None:
         chosen = {name: values.pop(name) for name in options}
-        command(sampling=sampling_params(**chosen), **values)
+        command(sampling=sampling_options(**chosen), **values)
 
     remaining = [
         parameter for parameter in signature.parameters.values() if parameter.name != "sampling"

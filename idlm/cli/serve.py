@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -12,7 +12,7 @@ from idlm.cli import common
 from idlm.config import EngineConfig
 from idlm.errors import InputError
 from idlm.extras import need
-from idlm.serving.config import AR_SUFFIX, Limits, ServeConfig, WorkerConfig
+from idlm.serving.config import AR_SUFFIX, WAITING_ROOM, Limits, ServeConfig, WorkerConfig
 
 KEY_VARIABLE = "IDLM_API_KEY"
 BOUNDS = Limits()
@@ -50,17 +50,29 @@ def serve(
         int | None, _option("Engine", "Threads of the engine; measured if not given.")
     ] = None,
     weights: common.Weights = "auto",
+    generation_config: Annotated[
+        Literal["auto", "none"],
+        _option("Model", "Whether its generation_config.json gives the defaults of requests."),
+    ] = "auto",
     deterministic: Annotated[
         bool, _option("Engine", "Batch-invariant kernels: the same bytes, slower.")
     ] = False,
+    logprobs_mode: Annotated[
+        Literal["processed_logprobs", "raw_logprobs"],
+        _option("Engine", "Log-probabilities of the law that tokens are chosen by; the model's."),
+    ] = "processed_logprobs",
     salt_by_key: Annotated[
         bool, _option("Network", "Share cached prefixes only within a key.")
     ] = False,
     log_prompts: Annotated[
         bool, _option("Network", "Write prompts and outputs to the log.")
     ] = False,
+    parse_special: Annotated[
+        bool, _option("Network", "Special strings in a completions prompt are special tokens.")
+    ] = False,
     queue_requests: Annotated[
-        int | None, _option("Limits", "Samples running or waiting.", show_default="max-num-seqs")
+        int | None,
+        _option("Limits", "Samples running or waiting.", show_default="4 x max-num-seqs"),
     ] = None,
     queue_tokens: Annotated[
         int, _option("Limits", "Tokens that they may come to.")
@@ -78,7 +90,8 @@ def serve(
 ) -> None:
     """Serve a model over an OpenAI-compatible API."""
     need("serve", "idlm serve")
-    queue = max(max_num_seqs, max_n, max_prompts) if queue_requests is None else queue_requests
+    room = max(WAITING_ROOM * max_num_seqs, max_n, max_prompts)
+    queue = room if queue_requests is None else queue_requests
     bounds = (queue, queue_tokens, max_tokens, max_n, max_prompts, max_body)
     limits = Limits(*bounds, timeout=timeout, drain_seconds=drain_seconds)
     _check(limits)
@@ -91,13 +104,23 @@ def serve(
         kv_memory=kv_memory,
         deterministic=deterministic,
         weights=weights,
+        logprobs_mode=logprobs_mode,
         threads=threads,
+        generation_config=generation_config,
     )
     adapters = _adapters(adapter or [])
     worker = WorkerConfig(model, adapters, dtype, device, engine)
     keys = _keys(api_key or [])
     config = ServeConfig(
-        worker, _name(name or model, adapters), host, port, keys, salt_by_key, log_prompts, limits
+        worker,
+        _name(name or model, adapters),
+        host,
+        port,
+        keys,
+        salt_by_key,
+        log_prompts,
+        parse_special,
+        limits,
     )
     _check_port(port)
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from idlm.cli import common, prompts
-from idlm.cli.sampling import with_sampling
-from idlm.params import SamplingParams
+from idlm.cli.sampling import Sampling, with_sampling
 
 if TYPE_CHECKING:
     from idlm.models.idlm_model import Idlm
@@ -33,7 +32,7 @@ def verify(
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
     as_json: common.Json = False,
-    sampling: SamplingParams,
+    sampling: Sampling,
 ) -> None:
     """Decode with AR and with ISD and compare token by token; exit status 1 when they differ.
 
@@ -49,14 +48,15 @@ def verify(
     plans_for(stride, branches)  # before the model is loaded, which can take minutes
     idlm = load(model, adapter=adapter, dtype=dtype, device=device)
     ids = [prompt.encode(idlm, chat) for prompt in given or prompts.defaults(idlm)]
-    check = _law if sampling.verification == "ratio" else _tokens
+    params = sampling.of(idlm)
+    check = _law if params.verification == "ratio" else _tokens
     with common.progress("verifying", len(ids)) as advance:
-        passed, figures = check(idlm, ids, sampling, stride, branches, advance)
+        passed, figures = check(idlm, ids, params, stride, branches, advance)
     settings = {
         "model": model,
         "stride": stride,
         "branches": branches,
-        "verification": sampling.verification,
+        "verification": params.verification,
     }
     report: dict[str, Any] = {
         **settings,

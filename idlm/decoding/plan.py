@@ -14,8 +14,9 @@ All outcomes have P = 1, the chain has P = r_K.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from idlm.decoding.window import MAX_WIDTH, Branches, outcomes, parse_branches, window
 from idlm.errors import InputError
@@ -86,19 +87,34 @@ def expected_tokens(plan: Plan, acceptance: Sequence[float]) -> float:
     return (sum(reach) + 1 - drafted) / (2 - drafted)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The plan to run next.
-
-    Attributes:
-        tokens_per_second: expected, of *each* running request.
-        figures: (plan, tokens per step, seconds per step) of every candidate: the chosen one first,
-            the others by falling speed.
-    """
+class Figure(NamedTuple):
+    """What one step of a plan is expected to bring each request, and its seconds."""
 
     plan: Plan
-    tokens_per_second: float
-    figures: list[tuple[Plan, float, float]] = field(repr=False)
+    tokens: float
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The plan to run next, and the figures of every candidate: the chosen one first, then by
+    falling rate."""
+
+    figures: list[Figure]
+
+    @property
+    def plan(self) -> Plan:
+        """The chosen plan."""
+        return self.figures[0].plan
+
+    def keep(self, plan: Plan) -> Choice:
+        """The same figures with another candidate as the chosen one."""
+        return Choice(sorted(self.figures, key=lambda figure: (figure.plan != plan, -figure.rate)))
 
     @property
     def reason(self) -> str:
@@ -118,34 +134,27 @@ def choose(
     plans: Iterable[Plan],
     costs: Mapping[Plan, float],
     acceptance: Sequence[float],
-    current: Plan | None = None,
-    margin: float = 0.03,
+    gain: float = 1.0,
 ) -> Choice:
     """Choose the plan with the most expected tokens per second; of equal plans the narrowest.
 
-    AR is always a candidate. `current` is kept until another plan is faster by more than `margin`,
-    a share of its speed, so that noise does not switch plans. The margin never keeps a plan that
-    is slower than AR.
+    AR is always a candidate.
 
     Args:
         costs: seconds per step at the present batch size, for every plan and for AR.
+        gain: the share of the expected tokens beyond one per step that steps really bring. It is
+            below 1 where requests are short: their first window has no drafts yet, and their last
+            one may draft past the end.
 
     Raises:
         KeyError: a plan has no cost.
     """
     candidates = sorted({*plans, AR}, key=lambda plan: plan.width)
-    figures = [(plan, expected_tokens(plan, acceptance), costs[plan]) for plan in candidates]
-    figures.sort(key=lambda figure: -figure[1] / figure[2])
-    rates = {plan: tokens / seconds for plan, tokens, seconds in figures}
-    best = figures[0][0]
-    if (
-        current in rates
-        and rates[best] <= rates[current] * (1 + margin)
-        and rates[current] >= rates[AR]
-    ):
-        best = current
-    figures.sort(key=lambda figure: figure[0] != best)
-    return Choice(best, rates[best], figures)
+    figures = [
+        Figure(plan, 1 + gain * (expected_tokens(plan, acceptance) - 1), costs[plan])
+        for plan in candidates
+    ]
+    return Choice(sorted(figures, key=lambda figure: -figure.rate))
 
 
 class RunningAcceptance:

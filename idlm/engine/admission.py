@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from time import perf_counter
+from typing import Any
 
 from idlm.engine.guide import Guides, Matcher
 from idlm.engine.pages import PagePool
@@ -56,6 +57,7 @@ class Admission:
             InputError: the engine can never run the request.
         """
         self.check_size(prompt, params)
+        params = self._with_ids(params)
         number, now = next(self._numbers), perf_counter()
         result = Result(list(prompt), seed, [0] * self.depth, [0] * self.depth, Timing(now))
         if params.logprobs is not None:
@@ -87,7 +89,7 @@ class Admission:
         return (
             None
             if params.guide is None
-            else self._guides.matcher(params.guide, params.banned_tokens)
+            else self._guides.matcher(params.guide, params.banned_tokens, params.allowed_token_ids)
         )
 
     def check_size(self, prompt: Sequence[int], params: SamplingParams) -> None:
@@ -102,6 +104,19 @@ class Admission:
                 f"a request of {len(prompt)} prompt tokens and max_tokens={params.max_tokens} "
                 f"needs {needed} pages of {self.pool.total}; lower max_tokens or raise kv_memory"
             )
+
+    def _with_ids(self, params: SamplingParams) -> SamplingParams:
+        """The settings with token ids for each text of `bad_words`."""
+        tokenizer: Any = self.idlm.tokenizer
+        if tokenizer is None and any(isinstance(word, str) for word in params.bad_words):
+            raise InputError(
+                f"bad_words={list(params.bad_words)!r} needs a tokenizer, which the model lacks; "
+                "give token ids",
+                "bad_words",
+            )
+        return params.with_bad_words(
+            lambda word: list(tokenizer(word, add_special_tokens=False).input_ids)
+        )
 
     def _limit(self, prompt: Sequence[int], params: SamplingParams) -> int:
         return min(len(prompt) + params.max_tokens, self.idlm.context)

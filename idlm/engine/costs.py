@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +54,7 @@ def measured_costs(
         if spent > seconds:
             break
     if rounds >= KEPT_ROUNDS:
-        _write(place, table)
+        native.write_cache(place, table.to_json())
     return table
 
 
@@ -91,14 +90,3 @@ def _read(place: Path) -> CostTable | None:
         return CostTable.from_json(json.loads(place.read_text()))
     except (OSError, ValueError):
         return None  # not measured yet, or written by another version: measure again
-
-
-def _write(place: Path, table: CostTable) -> None:
-    """Save the table. If the folder cannot be written, the next start measures again."""
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        draft = place.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(table.to_json()))
-        draft.replace(place)
-    except OSError:
-        return

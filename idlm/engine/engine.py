@@ -28,7 +28,7 @@ from time import perf_counter
 import torch
 
 from idlm.config import EngineConfig
-from idlm.decoding.plan import Plan
+from idlm.decoding.plan import AR, Plan
 from idlm.engine.admission import Admission
 from idlm.engine.budget import PrefillBudget
 from idlm.engine.logprobs import add_prompt_logprobs, logprob_entries
@@ -51,14 +51,20 @@ class InFlight:
 
     Attributes:
         requests: the requests that decode, in the order of the result's rows.
-        tokens: the most tokens that the step commits for each of them.
         prompts: the chunks that the step prefills.
+        after: the plan of the step before.
     """
 
     pending: PendingStep
+    plan: Plan
     requests: list[Request]
-    tokens: int
     prompts: list[tuple[Request, Chunk]]
+    after: Plan
+
+    @property
+    def tokens(self) -> int:
+        """The most tokens that the step commits for each request."""
+        return self.plan.stride if self.requests else 0
 
 
 class Engine:
@@ -88,9 +94,11 @@ class Engine:
         self.scheduler = Scheduler(config.max_num_seqs, pool, root, window)
         self.metrics = Metrics()
         self.budget = PrefillBudget(config.prefill_tokens, clocked=not self.lookahead)
+        self._raw = config.logprobs_mode == "raw_logprobs"
         self.admission = Admission(idlm, runner.depth, pool, adapters)
         self._requests: dict[str, Request] = {}
         self._in_flight: deque[InFlight] = deque()
+        self._last = AR  # the plan of the last step
         self._updates: list[Update] = []
 
     @property
@@ -170,7 +178,7 @@ class Engine:
     def warm_up(self, seconds: float = WARM_UP_SECONDS) -> None:
         """Record the steps that most requests need, within about `seconds`. A server does so before
         it reports that it is ready."""
-        self.runner.warm_up(self.planner.plans, seconds)
+        self.runner.warm_up(self.planner.likely(self.config.max_num_seqs), seconds)
 
     @torch.inference_mode()
     def drain(self) -> None:
@@ -200,7 +208,11 @@ class Engine:
         running = scheduler.decoding or scheduler.prefilling
         if not running:
             return False
-        plan = self.planner.choose(len(running), any(request.drafting for request in running))
+        plan = self.planner.choose(
+            len(running),
+            any(request.drafting for request in running),
+            lambda plan: self.runner.ready(self._key(plan)),
+        )
         self._grow(plan)
         budget = self.budget.tokens(len(scheduler.decoding), len(scheduler.prefilling))
         prompts = scheduler.chunks(budget)
@@ -210,8 +222,8 @@ class Engine:
         started = perf_counter()
         pending = self._run(plan, requests, [chunk for _, chunk in prompts])
         self._count(plan, requests, prompts, perf_counter() - started)
-        tokens = plan.stride if requests else 0
-        self._in_flight.append(InFlight(pending, requests, tokens, prompts))
+        self._in_flight.append(InFlight(pending, plan, requests, prompts, self._last))
+        self._last = plan
         return True
 
     def _run(self, plan: Plan, requests: list[Request], chunks: list[Chunk]) -> PendingStep:
@@ -238,7 +250,8 @@ class Engine:
     def _key(self, plan: Plan) -> StepKey:
         params = [request.params.logprobs for request in self.scheduler.running]
         counts = [count for count in params if count is not None]
-        return StepKey(plan, self.runner.settings.features, max(counts) if counts else None)
+        most, features = max(counts) if counts else None, self.runner.settings.features
+        return StepKey(plan, features, most, self._raw and most is not None)
 
     def _ahead(self, plan: Plan) -> int:
         """The most tokens that steps in flight may commit, plus the drafts of the next step."""
@@ -282,22 +295,29 @@ class Engine:
         result = step.pending.read()
         self.metrics.device_seconds += perf_counter() - started
         if result.prompt is not None:
-            add_prompt_logprobs(self.runner.idlm, step.prompts, result.prompt)
+            add_prompt_logprobs(self.runner.idlm, step.prompts, result.prompt, self._raw)
         reached, accepted = [0] * self.runner.depth, [0] * self.runner.depth
+        windows = tokens = 0
         for row, (request, slot) in enumerate(zip(step.requests, result.slots(), strict=False)):
-            if slot.committed == 0 or request.finished or request.slot is None:
+            done = request.finished or request.slot is None
+            if done or (slot.committed == 0 and not slot.stuck):
                 continue
+            windows, tokens = windows + 1, tokens + slot.committed
             for depth in range(min(slot.drafted, slot.accepted + 1)):
                 reached[depth] += 1
                 accepted[depth] += depth < slot.accepted
             logprobs = logprob_entries(result, row, request) if result.logprobs else []
             self._deliver(request, slot, logprobs)
         self.planner.observe(reached, accepted)
+        if step.after != AR:
+            self.planner.observe_tokens(step.plan, windows, tokens)
 
     def _deliver(
         self, request: Request, slot: SlotResult, logprobs: list[dict[int, Logprob]]
     ) -> None:
         kept, text = request.extend(slot.tokens[: slot.committed], slot.drafted, slot.accepted)
+        if slot.stuck and not request.complete:
+            request.fail()
         self.metrics.tokens += len(kept)
         if request.result.logprobs is not None:
             request.result.logprobs += logprobs[: len(kept)]

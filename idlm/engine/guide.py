@@ -47,16 +47,21 @@ class Guides:
         self._idlm = idlm
         self._compiled = lru_cache(COMPILED)(self._compile)
 
-    def matcher(self, guide: Guide, banned: Iterable[int] = ()) -> Matcher:
-        """A matcher at the start of an output that never contains `banned` tokens.
+    def matcher(
+        self, guide: Guide, banned: Iterable[int] = (), only: Iterable[int] | None = None
+    ) -> Matcher:
+        """A matcher at the start of an output that never contains `banned` tokens, and none but
+        `only`, unless that is None.
 
         Raises:
             InputError: the guide has an error or is too large, or the model's tokens cannot
                 express it.
         """
         permitted = self._permitted.clone()
+        if only is not None:
+            permitted &= torch.zeros_like(permitted).index_fill(0, torch.tensor(list(only)), True)
         permitted[list(banned)] = False
-        matcher = Matcher(self._compiled(guide), _packed(permitted), self._ends)
+        matcher = Matcher(self._compiled(guide), _packed(permitted), self._idlm.eos_ids)
         if not matcher.allowed().any():
             raise _refusal(guide, matcher.error)
         return matcher
@@ -75,14 +80,14 @@ class Guides:
     def _tokens(self) -> LLTokenizer:
         """The model's tokens in llguidance's form. A large vocabulary takes a second."""
         tokenizer, name = self._idlm.tokenizer, self._idlm.name
-        if not isinstance(tokenizer, PreTrainedTokenizerFast) or not self._ends:
+        if not isinstance(tokenizer, PreTrainedTokenizerFast) or not self._idlm.eos_ids:
             raise InputError(
                 f"guide needs a fast tokenizer and an end token, and model {name!r} lacks one; "
                 "drop guide"
             )
         try:
             size = max(self._idlm.vocab_size, len(tokenizer))
-            return from_tokenizer(tokenizer, n_vocab=size, eos_token=sorted(self._ends))
+            return from_tokenizer(tokenizer, n_vocab=size, eos_token=sorted(self._idlm.eos_ids))
         except ValueError as error:
             reason = _brief(str(error))
             raise InputError(
@@ -90,16 +95,12 @@ class Guides:
             ) from None
 
     @cached_property
-    def _ends(self) -> frozenset[int]:
-        return frozenset(token for token in self._idlm.eos_ids if token < self._idlm.vocab_size)
-
-    @cached_property
     def _permitted(self) -> Tensor:
         """bool [V]: all tokens except MASK and special tokens; end tokens are permitted. A grammar
         can name special tokens, so they have to be excluded here."""
         special = [self._tokens.is_special_token(token) for token in range(self._idlm.vocab_size)]
         permitted = ~torch.tensor(special)
-        permitted[sorted(self._ends)] = True
+        permitted[sorted(self._idlm.eos_ids)] = True
         permitted[self._idlm.mask_id : self._idlm.mask_id + 1] = False
         return permitted
 
@@ -236,7 +237,8 @@ def _grammar(guide: Guide) -> str:
 
 def _refusal(guide: Guide, reason: str) -> InputError:
     return InputError(
-        f"guide {guide.kind!r} cannot be used: {_brief(reason)}; mend {guide.text[:40]!r}"
+        f"guide {guide.kind!r} cannot be used: {_brief(reason)}; mend {guide.text[:40]!r}",
+        "guide",
     )
 
 

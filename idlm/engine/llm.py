@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from os import PathLike, fspath
 from typing import Any, overload
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from idlm.chat_template import Message, check_ids
+from idlm.chat_template import Message, Messages, check_ids
 from idlm.config import EngineConfig
 from idlm.engine.build import build_engine
 from idlm.engine.engine import Engine
 from idlm.engine.request import Result, Update
 from idlm.errors import InputError
+from idlm.inputs import plain
 from idlm.models.adapter import load_more
 from idlm.models.idlm_model import Idlm
-from idlm.models.loading import load
+from idlm.models.loading import check_adapter, load
 from idlm.models.sources import resolve
-from idlm.params import SEED_LIMIT, SamplingParams
+from idlm.params import SamplingParams
 
 __all__ = ["LLM", "Result"]
 
-Prompt = str | Sequence[int]
+Prompt = str | Iterable[int] | Mapping[str, Any]
+"""A text, token ids, or one of them as vLLM's {"prompt": ...} or {"prompt_token_ids": ...}."""
 
 
 class LLM:
@@ -54,10 +56,10 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Idlm,
-        adapter: str | None = None,
+        model: str | PathLike[str] | Idlm,
+        adapter: str | PathLike[str] | None = None,
         *,
-        adapters: Mapping[str, str] | None = None,
+        adapters: Mapping[str, str | PathLike[str]] | None = None,
         dtype: str | torch.dtype = "auto",
         device: str = "cpu",
         config: EngineConfig | None = None,
@@ -69,16 +71,25 @@ class LLM:
                 f"adapter={adapter!r} with a loaded model; give it to idlm.load instead"
             )
         named = ({} if adapter is None else {"default": adapter}) | dict(adapters or {})
-        ours = isinstance(model, str)
-        self.idlm = load(model, dtype=dtype, device=device) if isinstance(model, str) else model
+        ours = not isinstance(model, Idlm)
+        self.idlm = (
+            model if isinstance(model, Idlm) else load(fspath(model), dtype=dtype, device=device)
+        )
         names = ["default", *named] if self.idlm.gate is not None else list(named)
         for folder in named.values():
-            load_more(self.idlm, resolve(folder)[0])
+            load_more(self.idlm, resolve(fspath(folder))[0])
+            check_adapter(self.idlm)
+        self.get_default_sampling_params()  # refused and warned about before the engine is built
         self.engine: Engine = build_engine(self.idlm, self.config, names, take_weights=ours)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The settings of requests that give none: those of the checkpoint's generation config,
+        unless the option `generation_config` is "none"."""
+        return self.idlm.sampling({}, self.config.generation_config)
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str | None = None,
@@ -86,11 +97,14 @@ class LLM:
         timeout: float | None = None,
         progress: bool = False,
     ) -> list[Result]:
-        """Complete each prompt (text, or token ids). Results are in the order of the prompts.
+        """Complete each prompt: a text, token ids, or a dict of vLLM's with one of them.
+
+        Results are in the order of the prompts.
 
         All prompts are checked before any of them runs.
 
         Args:
+            sampling_params: for all prompts, or for each; None: `get_default_sampling_params`.
             adapter: the name of the adapter that drafts.
             priority: requests with lower numbers run first.
             timeout: seconds after which each request ends with the output that it has.
@@ -101,7 +115,7 @@ class LLM:
                 the model does not have; or the model cannot use the sampling_params.
         """
         ids = [self.encode(prompt) for prompt in _as_prompts(prompts)]
-        params = _as_params(sampling_params, len(ids))
+        params = self._as_params(sampling_params, len(ids))
         for prompt, one in zip(ids, params, strict=True):
             one.check_vocabulary(self.idlm.vocab_size)
             self.engine.admission.check_size(prompt, one)
@@ -124,7 +138,7 @@ class LLM:
     @overload
     def chat(
         self,
-        messages: Sequence[Message],
+        messages: str | Sequence[Message],
         sampling_params: SamplingParams | None = None,
         **options: Any,
     ) -> Result: ...
@@ -139,22 +153,26 @@ class LLM:
 
     def chat(
         self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        messages: Messages | Iterable[Messages],
         sampling_params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Result | list[Result]:
         """Answer a conversation of {"role", "content"} messages, or each of several, with the
-        model's chat template.
+        model's chat template. A text is one message of the user.
 
-        `options` are those of `generate`.
+        Args:
+            tools: their JSON schemas, for the template. Calls stay in the text of the result.
+            chat_template_kwargs: variables of the template, such as `enable_thinking`.
+            options: those of `generate`.
         """
-        if not messages:
-            raise InputError("messages=[] holds no message; give at least one {'role', 'content'}")
-        single = isinstance(messages[0], Mapping)
-        conversations: Any = [messages] if single else messages
-        results = self.generate(
-            [self.encode_chat(one) for one in conversations], sampling_params, **options
-        )
+        given: Any = messages if isinstance(messages, str) else list(messages)
+        single = isinstance(given, str) or not given or isinstance(given[0], Mapping)
+        conversations = [given] if single else given
+        prompts = [self.encode_chat(one, tools, chat_template_kwargs) for one in conversations]
+        results = self.generate(prompts, sampling_params, **options)
         return results[0] if single else results
 
     def stream(
@@ -173,7 +191,7 @@ class LLM:
             InputError: for the reasons of `generate`, or n > 1; raised by the call, before the
                 first update.
         """
-        (params,) = _as_params(sampling_params, 1)
+        (params,) = self._as_params(sampling_params, 1)
         if params.n > 1:
             raise InputError(f"n={params.n} cannot be streamed by LLM.stream; use n=1, or generate")
         ids = self.encode(prompt)
@@ -192,6 +210,19 @@ class LLM:
                         if update.result is not None:
                             return
 
+    def _as_params(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, number: int
+    ) -> Sequence[SamplingParams]:
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * number
+        if len(params) != number:
+            raise InputError(
+                f"{len(params)} sampling_params for {number} prompts; give one, or one for each"
+            )
+        return params
+
     @contextmanager
     def _requests(self) -> Iterator[Callable[..., list[str]]]:
         """Yields a function that adds all samples of a prompt. Requests that have not finished when
@@ -199,9 +230,9 @@ class LLM:
         added: list[str] = []
 
         def add(prompt: list[int], params: SamplingParams, **options: Any) -> list[str]:
-            seed = secrets.randbelow(SEED_LIMIT) if params.seed is None else params.seed
-            seeds = [(seed + sample) % SEED_LIMIT for sample in range(params.n)]
-            group = [self.engine.add(prompt, replace(params, n=1), one, **options) for one in seeds]
+            group = [
+                self.engine.add(prompt, one, one.seed or 0, **options) for one in params.samples()
+            ]
             added.extend(group)
             return group
 
@@ -218,17 +249,26 @@ class LLM:
             InputError: the prompt is empty or longer than the context, or contains MASK or ids that
                 the model does not have.
         """
-        ids = self.idlm.encoder.text(prompt, trusted=True) if isinstance(prompt, str) else prompt
-        return check_ids(ids, self.idlm)
+        given = _of_dict(prompt) if isinstance(prompt, Mapping) else prompt
+        if isinstance(given, str):
+            given = self.idlm.encoder.text(given, trusted=True)
+        if isinstance(given, bytes) or not isinstance(given, Iterable):
+            raise InputError(f"prompt {given!r} is neither text nor token ids; give one of them")
+        return check_ids(given, self.idlm)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Messages,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """The token ids of a conversation in the model's chat template. Their number is not checked
         against the context.
 
         Raises:
             InputError: the model has no chat template, or the template refuses the messages.
         """
-        return self.idlm.encoder.chat(messages)
+        return self.idlm.encoder.chat(messages, tools, options=chat_template_kwargs)
 
 
 def _gather(samples: list[Result]) -> Result:
@@ -237,19 +277,24 @@ def _gather(samples: list[Result]) -> Result:
     return replace(first, samples=others) if others else first
 
 
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return prompts  # type: ignore[return-value]
+def _as_prompts(prompts: Any) -> list[Prompt]:
+    """The prompts as a list, even if there is one."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        raise InputError(f"prompts={prompts!r} is no prompt; give text, token ids, or a list")
+    given = list(prompts)
+    return [given] if given and isinstance(plain(given[0]), int) else given
 
 
-def _as_params(
-    params: SamplingParams | Sequence[SamplingParams] | None, number: int
-) -> Sequence[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * number
-    if len(params) != number:
+def _of_dict(prompt: Mapping[str, Any]) -> str | Iterable[int]:
+    """The text or the ids of a prompt in vLLM's form."""
+    given = {name: value for name, value in prompt.items() if value is not None}
+    ids = given.pop("prompt_token_ids", None)
+    text = given.pop("prompt", None)
+    if given or (ids is None and text is None):
+        wrong = f"has {', '.join(map(repr, given))}" if given else "holds no prompt"
         raise InputError(
-            f"{len(params)} sampling_params for {number} prompts; give one, or one for each"
+            f"a prompt {wrong}; give {{'prompt': '...'}} or {{'prompt_token_ids': [1, 2]}}"
         )
-    return params
+    return text if ids is None else ids

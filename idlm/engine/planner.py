@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from idlm.decoding.costs import CostTable, RunningCosts
-from idlm.decoding.plan import AR, Choice, Plan, RunningAcceptance, choose
+from idlm.decoding.plan import (
+    AR,
+    Choice,
+    Figure,
+    Plan,
+    RunningAcceptance,
+    choose,
+    expected_tokens,
+)
 
 SETTLING = 6
 """The times of so many steps after a change of plan correct the cost of that plan. The times of
@@ -14,6 +23,10 @@ LOOK_SHARE = 0.01
 """The share of the time that trials of other plans ("looks") may cost."""
 WORTH_A_LOOK = 0.5
 """A plan is tried if its expected tokens per second are at least this share of the best plan's."""
+GAIN_DECAY, GAIN_WEIGHT = 0.99, 32.0
+"""The running gain (see `choose`) forgets at this rate a step, and counts so many tokens at 1."""
+LIKELY_ACCEPTANCE = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
+"""The acceptance of drafts for which `Planner.likely` compares the plans."""
 CHOOSE_EVERY = 8
 """Steps between two comparisons of all plans. A change of the batch size also causes a comparison,
 which takes a fraction of a millisecond."""
@@ -33,7 +46,9 @@ class Planner:
         self.current = self.plans[0]
         self.widest = max(self.plans, key=lambda plan: plan.stride)
         self.acceptance = RunningAcceptance(self.widest.drafts)
+        self._brought = self._expected = GAIN_WEIGHT
         self._choice: Choice | None = None
+        self._lost = 0.0
         self._batch = 0
         self._age = 0
         self._settling = 0
@@ -48,8 +63,34 @@ class Planner:
         """The reason for the current plan, in one line."""
         return f"{self.current.name}: fixed" if self._choice is None else self._choice.reason
 
-    def choose(self, batch: int, drafting: bool = True) -> Plan:
-        """The plan for a step of `batch` requests; AR if none of them is `drafting`."""
+    @property
+    def gain(self) -> float:
+        """The running share of the expected tokens beyond one per step that steps bring."""
+        return self._brought / self._expected
+
+    def likely(self, largest: int) -> list[Plan]:
+        """All plans; those that are best at some acceptance and batch size up to `largest` come
+        first, the most frequent one at the head."""
+        if self.costs is None:
+            return self.plans
+        best = Counter(
+            choose(self.plans, self.costs.costs(1 << power), [acceptance]).plan
+            for power in range(largest.bit_length())
+            for acceptance in LIKELY_ACCEPTANCE
+        )
+        return sorted(self.plans, key=lambda plan: -best[plan])
+
+    def choose(
+        self,
+        batch: int,
+        drafting: bool = True,
+        ready: Callable[[Plan], bool] = lambda _: True,
+    ) -> Plan:
+        """The plan for a step of `batch` requests; AR if none of them is `drafting`.
+
+        `ready` tells whether a step with a plan runs at its full speed at once. Other plans are
+        not tried; they are only chosen.
+        """
         if not drafting:
             return AR
         if self.costs is None:
@@ -60,20 +101,39 @@ class Planner:
         self._look = None
         self._age += 1
         if batch != self._batch or self._age >= CHOOSE_EVERY:
+            values, costs = self.acceptance.values, self.costs.costs(batch)
+            self._change(choose(self.plans, costs, values, self.gain))
             self._batch, self._age = batch, 0
-            costs = self.costs.costs(batch)
-            choice = choose(self.plans, costs, self.acceptance.values, self.current)
-            if choice.plan != self.current:
-                self._settling = SETTLING
-            self.current, self._choice = choice.plan, choice
-            if self._start_look(choice):
+            if self._start_look(ready):
                 self._look_steps -= 1
                 return self._look or self.current
         return self.current
 
+    def _change(self, choice: Choice) -> None:
+        """Change to the best plan once the time lost without it has reached the price of the
+        change. So plans of nearly the same speed do not alternate."""
+        best, now = choice.figures[0], choice.keep(self.current).figures[0]
+        # the first choice has nothing to lose: no request has drafts yet
+        if self._choice is not None and best.plan != now.plan:
+            self._lost += max(1, self._age) * now.seconds * (1 - now.rate / best.rate)
+            if self._lost < _price(now, best):
+                self._choice = choice.keep(now.plan)
+                return
+            self._settling = SETTLING
+        self._lost, self.current, self._choice = 0.0, best.plan, choice
+
     def observe(self, reached: Sequence[int], accepted: Sequence[int]) -> None:
         """Count a step's reached and accepted drafts, by depth, of all requests."""
         self.acceptance.update(reached, accepted)
+
+    def observe_tokens(self, plan: Plan, windows: int, tokens: int) -> None:
+        """Correct the gain with the tokens that a step's windows committed. Do not call it for a
+        step after AR, which left no drafts."""
+        if self.costs is None or not plan.drafts:
+            return
+        expected = windows * (expected_tokens(plan, self.acceptance.values) - 1)
+        self._brought += (1 - GAIN_DECAY) * (GAIN_WEIGHT - self._brought) + tokens - windows
+        self._expected += (1 - GAIN_DECAY) * (GAIN_WEIGHT - self._expected) + expected
 
     def observe_cost(self, batch: int, plan: Plan, seconds: float) -> None:
         """Correct the costs with the time of a step. Do not call it for a step that also prefilled
@@ -88,35 +148,46 @@ class Planner:
         self._seen[plan] = self._steps
         self._allowance += LOOK_SHARE * seconds
 
-    def _start_look(self, choice: Choice) -> bool:
+    def _start_look(self, ready: Callable[[Plan], bool]) -> bool:
         """Begin a look at another plan if its expected cost is within the allowance. True if it
         has begun."""
-        best = choice.tokens_per_second
-        others = [one for one in choice.figures[1:] if one[1] / one[2] >= WORTH_A_LOOK * best]
+        assert self._choice is not None  # noqa: S101
+        now, *others = self._choice.figures
+        others = [
+            other for other in others if other.rate >= WORTH_A_LOOK * now.rate and ready(other.plan)
+        ]
         if not others:
             return False
-        plan, tokens, seconds = min(others, key=lambda one: self._seen.get(one[0], 0))
-        steps, loss = _price(choice, plan, tokens, seconds)
+        other = min(others, key=lambda figure: self._seen.get(figure.plan, 0))
+        steps, loss = _look(now, other)
         if loss > self._allowance:
             return False
         self._allowance -= loss
-        self._look, self._look_steps = plan, steps
-        self._seen[plan] = self._steps
+        self._look, self._look_steps = other.plan, steps
+        self._seen[other.plan] = self._steps
         return True
 
 
-def _price(choice: Choice, plan: Plan, tokens: float, seconds: float) -> tuple[int, float]:
-    """The number of steps of a look at `plan`, and its expected cost in seconds against the best
-    plan.
+def _price(now: Figure, new: Figure) -> float:
+    """The seconds that the first step of a new plan loses against its later ones.
+
+    It verifies only the drafts that the plan before has left. AR leaves none and verifies none.
+    """
+    first = 1.0 if AR in (now.plan, new.plan) else min(now.tokens, new.tokens)
+    return new.seconds - first / new.rate
+
+
+def _look(now: Figure, other: Figure) -> tuple[int, float]:
+    """The number of steps of a look at another plan, and its expected cost in seconds against
+    staying with the plan that runs.
 
     From AR a look takes two steps: the first makes drafts, the second verifies them. AR makes no
     drafts, so the step after a look at AR commits one token.
     """
-    current, _, own = choice.figures[0]
-    if current == AR:
-        steps, spent, gained = 2, 2 * seconds, 1 + tokens
-    elif plan == AR:
-        steps, spent, gained = 1, seconds + own, 2.0
+    if now.plan == AR:
+        steps, spent, gained = 2, 2 * other.seconds, 1 + other.tokens
+    elif other.plan == AR:
+        steps, spent, gained = 1, other.seconds + now.seconds, 2.0
     else:
-        steps, spent, gained = 1, seconds, min(tokens, choice.figures[0][1])
-    return steps, max(spent - gained / choice.tokens_per_second, 0.1 * seconds)
+        steps, spent, gained = 1, other.seconds, min(other.tokens, now.tokens)
+    return steps, max(spent - gained / now.rate, 0.1 * other.seconds)

@@ -18,6 +18,7 @@ from idlm.kernels.choice import choose_linears, drafts_pay
 from idlm.kernels.fused import OPERATORS, faster_operators
 from idlm.kernels.huge_pages import give_back
 from idlm.kernels.linears import Linears
+from idlm.kernels.prefetch import choose_prefetch
 from idlm.models.idlm_model import Idlm
 
 log = logging.getLogger("idlm")
@@ -53,6 +54,7 @@ def products_for(
     if idlm.device.type == "cpu":
         choose_threads(idlm, linears, config.threads)
     if linears is not None:
+        choose_prefetch(linears)
         choose_linears(linears)
         if drafting:
             _add_drafts(idlm, linears)
@@ -77,7 +79,7 @@ def _linears(idlm: Idlm, weights: str, deterministic: bool) -> Linears | None:
     format = weights
     if weights == "auto":
         format = "bfloat16" if idlm.stored == torch.bfloat16 else "float32"
-        size, free = 4 * idlm.model.num_parameters(), psutil.virtual_memory().available
+        size, free = 4 * _multiplied(idlm), psutil.virtual_memory().available
         if format == "float32" and size > PANELS_SHARE * free:
             log.info(
                 "PyTorch multiplies: a copy of the weights for the C kernels would take %.0f MiB, "
@@ -86,6 +88,11 @@ def _linears(idlm: Idlm, weights: str, deterministic: bool) -> Linears | None:
             )
             return None
     return Linears(idlm.linear_groups(), format)
+
+
+def _multiplied(idlm: Idlm) -> int:
+    """The number of weights that the kernels would copy; not those of experts and embeddings."""
+    return sum(weight.numel() for group in idlm.linear_groups() for weight in group)
 
 
 def _no_kernels(idlm: Idlm, deterministic: bool) -> str | None:
@@ -105,7 +112,7 @@ def _no_kernels(idlm: Idlm, deterministic: bool) -> str | None:
 def _add_drafts(idlm: Idlm, linears: Linears) -> None:
     """Add int8 weights for MASK rows if they fit and make steps faster on this machine."""
     adapters = 1 if idlm.gate is None else idlm.gate.adapters
-    size, free = adapters * idlm.model.num_parameters(), psutil.virtual_memory().available
+    size, free = adapters * _multiplied(idlm), psutil.virtual_memory().available
     beside = idlm.adapter_weights()
     if size > DRAFT_SHARE * free:
         why = "int8 weights of their own would take %.0f MiB, over a quarter of what is free"

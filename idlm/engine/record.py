@@ -79,6 +79,14 @@ class Recorder:
         packed, hidden, *logprobs = self._recordings[key](rows, columns, *prompts.tensors)
         return StepResult(packed, tuple(logprobs), hidden)
 
+    def ready(self, step_key: StepKey) -> bool:
+        """Whether steps of this kind run at their full speed at once, with prompts and without. On
+        a GPU that depends on the batch too; there the answer is True."""
+        kinds = ((step_key, prompts) for prompts in (False, True))
+        return (
+            not self.on or self._device == "cuda" or all(kind in self._recordings for kind in kinds)
+        )
+
     def prepare(self, step_key: StepKey) -> None:
         """On a CPU, let the next step of this kind be recorded, even if it has never run."""
         # make the tables now: if a recording made them, each replay would make them again

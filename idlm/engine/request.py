@@ -11,6 +11,8 @@ from idlm.engine.guide import Matcher
 from idlm.engine.text import TextStream
 from idlm.params import SamplingParams
 
+NO_TOKEN = "the bans of the request (bad_words, allowed_token_ids, min_tokens, ...) leave no token"
+
 
 @dataclass
 class Timing:
@@ -47,8 +49,8 @@ class Result:
     Attributes:
         prompt_token_ids, token_ids: the prompt and the output. The output includes its stop token.
         text: the output as text; empty if the model has no tokenizer.
-        finish_reason: "stop", "length", "abort", "timeout", or "error" if the guide allows no
-            further token.
+        finish_reason: "stop", "length", "abort", "timeout", or "error" if the guide and the bans
+            of the request leave no further token.
         stop_reason: the stop string or stop id that ended the output, None for the model's end
             token; after an error, its message.
         seed: the seed of the noise. The same seed gives the same tokens at any stride, in any
@@ -79,6 +81,11 @@ class Result:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     cached_tokens: int = 0
     samples: list[Result] = field(default_factory=list)
+
+    @property
+    def outputs(self) -> list[Result]:
+        """All samples of the prompt, under vLLM's name: `result.outputs[0].text`."""
+        return [self, *self.samples]
 
     @property
     def tpf(self) -> float:
@@ -193,6 +200,11 @@ class Request:
             result.stop_reason = kept[-1] if kept[-1] in self.params.stop_token_ids else None
         return kept, added
 
+    def fail(self) -> None:
+        """End the output, since the law leaves no token after it."""
+        self.result.finish_reason = "error"
+        self.result.stop_reason = NO_TOKEN if self.matcher is None else self.matcher.error
+
     def _push(self, tokens: list[int]) -> str:
         return "" if self.stream is None else self.stream.push(tokens)
 
@@ -203,10 +215,14 @@ class Request:
 
     def finish(self, reason: str | None = None) -> str:
         """End the request; returns the rest of its text, which had been held back."""
-        rest = "" if self.stream is None else self.stream.finish()
-        self.result.text = "" if self.stream is None else self.stream.text
-        self.result.finish_reason = reason or self.result.finish_reason
-        self.result.timing.finished = perf_counter()
+        result, rest = self.result, ""
+        if self.stream is not None:
+            before = self.stream.stopped_at
+            rest, result.text = self.stream.finish(), self.stream.text
+            if before != self.stream.stopped_at and result.finish_reason != "error":
+                result.finish_reason, result.stop_reason = "stop", self.stream.stopped_by
+        result.finish_reason = reason or result.finish_reason
+        result.timing.finished = perf_counter()
         return rest
 
 

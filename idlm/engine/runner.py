@@ -5,6 +5,7 @@ It owns the state on the device: model, pages, slots and settings.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -25,7 +26,10 @@ from idlm.engine.record import Recorder
 from idlm.engine.request import Request
 from idlm.engine.slots import Slots, staged
 from idlm.engine.step import ModelStep, StepKey, StepResult, Verify
+from idlm.models.experts import unrecordable
 from idlm.models.idlm_model import Idlm
+
+log = logging.getLogger("idlm")
 
 WARM_UP = 2
 """Steps before the step that is timed. The first of them is recorded."""
@@ -78,9 +82,12 @@ class Runner:
         self.model_step = ModelStep(idlm, cache, self.slots, self.settings, products, deterministic)
         # a CPU recording serves all batch sizes, but deterministic kernels fix a number of tiles
         tiled = deterministic and idlm.device.type == "cpu"
+        routed = unrecordable(idlm.model, deterministic)
+        if config.record and routed is not None:
+            log.info("steps are not recorded: %s", routed)
         self._graphs = idlm.device.type == "cuda"
         self._measured: set[tuple[Plan, int]] = set()
-        self._steps = Recorder(self.model_step, config.record and not tiled)
+        self._steps = Recorder(self.model_step, config.record and not tiled and routed is None)
 
     def seat(self, request: Request) -> None:
         """Write a request's state to its slot. Later steps must prefill its text except the last
@@ -183,6 +190,10 @@ class Runner:
         self.slots.state.length[self.slots.spare] = 1
         return seconds
 
+    def ready(self, key: StepKey) -> bool:
+        """Whether no step of this kind has to be recorded first."""
+        return self._steps.ready(key)
+
     @property
     def steady(self) -> bool:
         """Whether the time of the last step predicts that of later steps of the same kind."""
@@ -191,7 +202,7 @@ class Runner:
     @torch.inference_mode()
     def warm_up(self, plans: Iterable[Plan], seconds: float) -> None:
         """Record the steps of greedy requests and of requests with a temperature, so that no
-        request waits for a recording.
+        request waits for a recording. The first plans come first.
 
         A CUDA graph serves a single batch size, so on a GPU graphs are recorded when they are
         needed.
@@ -199,8 +210,8 @@ class Runner:
         if self.idlm.device.type == "cuda":
             return
         started, spare = perf_counter(), self.slots.spare
-        for features, plan in product(
-            (Features(), Features(sampled=True)), dict.fromkeys([AR, *plans])
+        for plan, features in product(
+            dict.fromkeys([AR, *plans]), (Features(), Features(sampled=True))
         ):
             key = StepKey(plan, features)
             self._steps.prepare(key)

@@ -2,19 +2,24 @@
 
 A token may end within a character, and a stop string may span several tokens. So the text so far is
 
-    returned | may become a stop string | characters whose bytes are not all there
-    ---------+--------------------------+-----------------------------------------
-     certain |         held: the next tokens decide
+    returned | may become a stop string | the clean-up may join it | characters that are not whole
+    ---------+--------------------------+--------------------------+------------------------------
+     certain |                     held: the next tokens decide
 
 Each call decodes only the last tokens, enough of them that earlier tokens do not matter. The pieces
-together equal `tokenizer.decode` of all tokens. There is an exception: with byte fallback, the
-decoder shows valid characters of a run of byte tokens as broken if a broken character follows.
-Characters that were returned before are not taken back.
+together equal `tokenizer.decode` of all tokens, for every kind of tokenizer:
+
+* Byte-level: a character is whole when its last byte is there.
+* Byte fallback: the decoder shows all of a run of byte tokens as broken if one character of it is,
+  so the whole run is held until it ends.
+* `clean_up_tokenization_spaces` joins "is n't" when "n't" is whole, so "is n" is held at " n".
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -23,6 +28,10 @@ MAX_WINDOW = 24
 TAIL = 12
 CHARACTER = 4
 """The most bytes of a character, and so the most tokens."""
+BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+JOINABLE = frozenset(("", "n", "n'", "'", "'v", "v", "'r", "r"))
+"""All beginnings and middles of what `clean_up_tokenization` joins to the word before: n't 'm 's
+'ve 're and ' between spaces. Its other rules join one character."""
 Decode = Callable[[list[int]], str]
 
 
@@ -38,8 +47,8 @@ class TextStream:
 
     Attributes:
         text: the text returned so far.
-        stopped_at: the number of tokens up to and including the token that completed a stop
-            string; None if there is no stop.
+        stopped_at: the number of tokens up to and including the one that made a stop string
+            certain; None if there is no stop.
         stopped_by: the stop string that ended the text.
     """
 
@@ -54,11 +63,8 @@ class TextStream:
         self.text = ""
         self.stopped_at: int | None = None
         self.stopped_by = ""
-        special = (
-            token for token, added in tokenizer.added_tokens_decoder.items() if added.special
-        )
-        left_out = frozenset(special if skip_special_tokens else ())
-        self._decoder = _Decoder(_decode_function(tokenizer, skip_special_tokens), left_out)
+        self._decoder = _Decoder(tokenizer, skip_special_tokens)
+        self._clean_up = _CleanUp(tokenizer)
         self._matchers = [_Matcher(text) for text in stop]
         self._include_stop = include_stop
         self._min_tokens = min_tokens
@@ -72,21 +78,28 @@ class TextStream:
         Without stop strings all tokens of a call are decoded together.
         """
         if not self._matchers:
-            return self._return(self._decoder.push(tokens))
+            return self._return(self._clean_up.push(self._decoder.push(tokens)))
         certain = ""
         for token in tokens:
             if self.stopped_at is not None:
                 break
             self._tokens += 1
-            certain += self._search(self._decoder.push([token]))
+            certain += self._search(self._clean_up.push(self._decoder.push([token])))
         return self._return(certain)
 
+    def undecided(self) -> str:
+        """The text that is held, as it would be if no token followed. Characters that are not whole
+        are decoded as the tokenizer does."""
+        return self._held + self._clean_up.rest(self._decoder.rest())
+
     def finish(self) -> str:
-        """End the text and return the rest that was held. Incomplete characters are decoded as the
-        tokenizer does. After a stop the rest is empty."""
+        """End the text and return the rest that was held. After a stop the rest is empty."""
         if self.stopped_at is not None:
             return ""
-        rest, self._held = self._held + self._decoder.finish(), ""
+        rest = self._search(self._clean_up.rest(self._decoder.rest()))
+        rest, self._held = rest + self._held, ""
+        self._decoder.clear()
+        self._clean_up.clear()
         return self._return(rest)
 
     def _search(self, text: str) -> str:
@@ -99,7 +112,7 @@ class TextStream:
                 self._held = ""
                 return until if self._include_stop else until[: -len(self.stopped_by)]
         text = self._held + text
-        keep = len(text) - max(matcher.matched for matcher in self._matchers)
+        keep = len(text) - max((matcher.matched for matcher in self._matchers), default=0)
         self._held = text[keep:]
         return text[:keep]
 
@@ -109,45 +122,60 @@ class TextStream:
 
 
 class _Decoder:
-    """Decodes tokens as they come; returns only whole characters.
+    """Decodes tokens as they come; returns only text that later tokens do not change, but for the
+    clean-up.
 
     `_window` holds tokens whose text was returned. `_open` holds later tokens, which end within a
-    character. They decode to one broken character, to one for each byte, or (byte fallback) to a
-    run of bytes that all look broken.
+    character or within a run of byte tokens. Tokens that the tokenizer leaves out are in neither,
+    since the bytes on both sides of them may be one character.
     """
 
-    def __init__(self, decode: Decode, left_out: frozenset[int]) -> None:
-        self._decode = decode
-        self._left_out = left_out
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> None:
+        self._decode = _decode_function(tokenizer, skip_special_tokens)
+        self._name = _name_function(tokenizer)
+        special = (
+            token for token, added in tokenizer.added_tokens_decoder.items() if added.special
+        )
+        self._left_out = frozenset(special if skip_special_tokens else ())
+        self._byte_tokens = has_byte_tokens(tokenizer)
         self._window: list[int] = []
         self._open: list[int] = []
+        self._run = 0  # the byte tokens at the end of `_open`
         self._text = ""
 
     def push(self, tokens: Sequence[int]) -> str:
-        """The whole characters that `tokens` complete."""
-        # the bytes on both sides of a token that is left out may be one character
-        self._open += [token for token in tokens if token not in self._left_out]
-        for number in range(len(self._open), max(-1, len(self._open) - CHARACTER), -1):
+        """The text that `tokens` complete."""
+        for token in tokens:
+            name = None if token in self._left_out else self._name(token)
+            if name is not None:
+                self._open.append(token)
+                is_byte = self._byte_tokens and BYTE_TOKEN.fullmatch(name)
+                self._run = self._run + 1 if is_byte else 0
+        ready = len(self._open) - self._run
+        if ready == 0:
+            return ""
+        if self._byte_tokens:  # all other tokens are whole characters
+            return self._settle(ready, self._decode(self._window + self._open[:ready]))
+        for number in range(ready, max(-1, ready - CHARACTER), -1):
             text = self._decode(self._window + self._open[:number])
             if not text.endswith(BROKEN):
                 return self._settle(number, text)
         return self._give_up()
 
-    def finish(self) -> str:
-        """The text of the open tokens, with broken characters."""
-        rest = self._decode(self._window + self._open)[len(self._text) :]
-        self._open = []
-        return rest
+    def rest(self) -> str:
+        """The text of the open tokens as if no token followed."""
+        return self._decode(self._window + self._open)[len(self._text) :] if self._open else ""
+
+    def clear(self) -> None:
+        """Forget the open tokens."""
+        self._open, self._run = [], 0
 
     def _settle(self, number: int, text: str) -> str:
         """Move the first `number` open tokens to the window, which then decodes to `text`; return
         the new part of it."""
         new = text[len(self._text) :]
-        if (
-            new or not text
-        ):  # tokens without text are forgotten, or many of them would fill the window
-            self._window += self._open[:number]
-            self._text = text
+        self._window += self._open[:number]
+        self._text = text
         del self._open[:number]
         if len(self._window) > MAX_WINDOW:
             self._trim()
@@ -180,12 +208,75 @@ class _Decoder:
 
 
 def _decode_function(tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool) -> Decode:
-    """A function equal to `tokenizer.decode`. It calls the tokenizer's backend if the result is the
-    same, since `tokenizer.decode` takes three times as long."""
-    stock = getattr(type(tokenizer), "_decode", None) is PreTrainedTokenizerFast._decode
-    plain = stock and not tokenizer.clean_up_tokenization_spaces
-    decode = tokenizer.backend_tokenizer.decode if plain else tokenizer.decode
-    return lambda tokens: str(decode(tokens, skip_special_tokens=skip_special_tokens))
+    """A function equal to `tokenizer.decode` without its clean-up. It calls the tokenizer's backend
+    if the result is the same, since `tokenizer.decode` takes three times as long."""
+    if getattr(type(tokenizer), "_decode", None) is PreTrainedTokenizerFast._decode:
+        backend = tokenizer.backend_tokenizer
+        return lambda tokens: str(backend.decode(tokens, skip_special_tokens=skip_special_tokens))
+    options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+    return lambda tokens: str(tokenizer.decode(tokens, **options))
+
+
+def _name_function(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str | None]:
+    """A function from a token to its string in the vocabulary; None for a row of the model that is
+    no token, which decodes to nothing."""
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        name: Callable[[int], str | None] = tokenizer.backend_tokenizer.id_to_token
+        return name
+    return _names(tokenizer).get
+
+
+@lru_cache(2)
+def _names(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    return {number: name for name, number in tokenizer.get_vocab().items()}
+
+
+def has_byte_tokens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether tokens like <0x0A> stand for bytes (byte fallback)."""
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        find = tokenizer.backend_tokenizer.token_to_id
+        return all(find(name) is not None for name in ("<0x00>", "<0xFF>"))
+    return {"<0x00>", "<0xFF>"} <= set(_names(tokenizer).values())
+
+
+class _CleanUp:
+    """The clean-up of `tokenizer.decode`, in pieces: `push` returns what no later text changes.
+
+    The clean-up removes spaces before some words. A rule begins with a space, so it acts across a
+    place of the text only if the word that ends there is `JOINABLE`. The text can be cut at any
+    other place.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._clean = tokenizer.clean_up_tokenization if _cleans_up(tokenizer) else None
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        if self._clean is None:
+            return text
+        text = self._held + text
+        end = len(text)
+        while (space := text.rfind(" ", 0, end)) >= 0 and text[space + 1 : end] in JOINABLE:
+            end = space
+        self._held = text[end:]
+        return str(self._clean(text[:end]))
+
+    def rest(self, text: str) -> str:
+        """What is held, followed by `text`, as if no text followed."""
+        return text if self._clean is None else str(self._clean(self._held + text))
+
+    def clear(self) -> None:
+        self._held = ""
+
+
+def _cleans_up(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether `tokenizer.decode` cleans up; transformers leaves BPE out unless it is forced."""
+    forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    bpe = backend is not None and type(backend.model).__name__ == "BPE"
+    return bool(tokenizer.clean_up_tokenization_spaces) and (
+        not bpe or bool(getattr(tokenizer, forced, True))
+    )
 
 
 class _Matcher:

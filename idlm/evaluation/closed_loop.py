@@ -189,7 +189,8 @@ def _reason(planner: Planner, batch: int) -> str:
     are left."""
     if planner.costs is None:
         return planner.reason
-    return choose(planner.plans, planner.costs.costs(batch), planner.acceptance.values).reason
+    costs, acceptance = planner.costs.costs(batch), planner.acceptance.values
+    return choose(planner.plans, costs, acceptance, gain=planner.gain).reason
 
 
 def _served(result: Result) -> Served:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,10 @@ def numbered_seeds(params: SamplingParams, count: int) -> list[SamplingParams]:
     With one seed for two prompts their noise would be the same and their tokens not independent.
     """
     first = params.seed or 0
-    return [replace(params, seed=(first + index) % SEED_LIMIT) for index in range(count)]
+    return [
+        replace(params, seed=(first + index + SEED_LIMIT) % (2 * SEED_LIMIT) - SEED_LIMIT)
+        for index in range(count)
+    ]
 
 
 def compare(
@@ -88,8 +92,9 @@ def compare(
     Raises:
         InputError: a prompt or a parameter cannot be used.
     """
-    ar = LLM(idlm, stride=1, max_num_seqs=1)
-    isd = LLM(idlm, stride=stride, branches=branches, max_num_seqs=1)
+    options: Any = {"max_num_seqs": 1, "generation_config": "none"}  # `params` are complete
+    ar = LLM(idlm, stride=1, **options)
+    isd = LLM(idlm, stride=stride, branches=branches, **options)
     compared, differences, results = 0, [], []
     for index, (prompt, seeded) in enumerate(
         zip(prompts, numbered_seeds(params, len(prompts)), strict=True)
@@ -205,7 +210,8 @@ def check_law(
     Raises:
         InputError: a prompt or a parameter cannot be used.
     """
-    llm = LLM(idlm, stride=stride, branches=branches, max_num_seqs=1)
+    options: Any = {"max_num_seqs": 1, "generation_config": "none"}  # `params` are complete
+    llm = LLM(idlm, stride=stride, branches=branches, **options)
     values, impossible, results = [], 0, []
     generator = torch.Generator().manual_seed(params.seed or 0)
     for prompt, seeded in zip(

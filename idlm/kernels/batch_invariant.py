@@ -65,6 +65,8 @@ class _Replace(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "linear":
             return linear(*args, **kwargs)
+        if name == "_grouped_mm":  # what `F.grouped_mm` calls, for experts
+            return grouped_mm(args[0], args[1], kwargs["offs"])
         if name in REDUCTIONS and _is_over_rows(name, args, kwargs):
             return by_tiles(lambda x: func(x, *args[1:], **kwargs), args[0])
         if name in ACTIVATIONS and not args[0].is_cuda:
@@ -91,6 +93,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
         return triton_linear(x, weight, bias)
     return by_tiles(lambda rows: F.linear(rows, weight, bias), x)
+
+
+def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Batch-invariant `F.grouped_mm`: `x` [S, in] in groups that end before the rows `ends` [E],
+    `weights` [E, in, out] -> [S, out]."""
+    counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    groups = zip(x.split(counts), weights, strict=True)
+    return torch.cat([linear(rows, weight.T.contiguous()) for rows, weight in groups])
 
 
 def by_tiles(func: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

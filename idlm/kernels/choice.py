@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,7 +98,7 @@ def choose_linears(linears: Linears, seconds: float = SECONDS) -> None:
     if linears.format != "float32":
         return
     shapes = _by_shape(linears)
-    path = _file("linears", sorted(shapes))
+    path = choice_file("linears", sorted(shapes))
     cached, until = _read(path), perf_counter() + seconds
     by_shape: dict[str, list[Timing]] = {}
     for shape, layers in shapes.items():
@@ -263,7 +262,7 @@ def faster(name: str, ours: Call, theirs: Call) -> bool:
     return timing.wins
 
 
-def _file(name: str, shapes: object) -> Path:
+def choice_file(name: str, shapes: object) -> Path:
     """The cache file of timings; its name hashes everything that they depend on."""
     machine = (platform.node(), processor_name(), torch.get_num_threads())
     facts = [shapes, ROWS, RECORDED, PARAMETERS, *native.facts(), *machine]
@@ -294,15 +293,8 @@ def _read(path: Path) -> dict[str, list[Timing]]:
 
 
 def _write(path: Path, by_shape: Mapping[str, Sequence[Timing]]) -> None:
-    """Cache timings. An error is ignored: the next start measures again."""
     content = {
         shape: [(timing.rows, timing.ours, timing.torch) for timing in timings]
         for shape, timings in by_shape.items()
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(content))
-        temporary.replace(path)  # atomic: other processes may read it
-    except OSError:
-        return
+    native.write_cache(path, content)

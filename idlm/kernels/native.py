@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import logging
 import os
 import subprocess
@@ -31,7 +32,6 @@ LIBRARIES = Path(__file__).parent / "lib"
 """The folder of a wheel's libraries; a source checkout has none."""
 
 
-@cache
 def loaded() -> bool:
     """Whether the operators are registered. The first call loads them, or logs why it cannot.
 
@@ -39,20 +39,27 @@ def loaded() -> bool:
         InputError: IDLM_NATIVE names an instruction set that is unknown, or that this processor
             does not have.
     """
+    return library() is not None
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library whose operators are registered; None if there is none. Errors as in `loaded`."""
     if os.environ.get("IDLM_NATIVE") == "0":
-        return False
+        return None
     wanted = instruction_set()
     try:
         if wanted is None:
             raise OSError(f"there are none for {machine()}")
-        if load(wanted).idlm_register():
+        kernels = load(wanted)
+        if kernels.idlm_register():
             raise OSError(f"torch {torch.__version__} does not take them")
     except OSError as error:
         log.warning(
             "no C kernels: PyTorch's operators serve, at a third to half the speed (%s)", error
         )
-        return False
-    return True
+        return None
+    return kernels
 
 
 def load(target: InstructionSet) -> ctypes.CDLL:
@@ -136,3 +143,15 @@ def facts() -> tuple[str, ...]:
 def user_cache(name: str) -> Path:
     """The user's cache folder for files of kind `name`; it may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "idlm" / name
+
+
+def write_cache(path: Path, content: object) -> None:
+    """Write JSON to the user's cache; other processes may read the file meanwhile. An error is
+    ignored: the next start measures again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}")
+        draft.write_text(json.dumps(content))
+        draft.replace(path)
+    except OSError:
+        return

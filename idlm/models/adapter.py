@@ -31,6 +31,7 @@ from idlm.models.idlm_model import Idlm
 from idlm.models.peft_config import refuse_features
 from idlm.models.sources import read_json
 from idlm.models.tensor_info import TensorInfo
+from idlm.models.transposed import has_transposed
 from idlm.models.weights import embedding_rows, file_tensors, fingerprint, output_head
 
 __all__ = ["AdapterInfo", "fingerprint", "load_into", "read", "refill", "save"]
@@ -164,12 +165,12 @@ def save(
     }
     save_file(loras, folder / TENSORS, metadata={"format": "pt"})
     save_file({"mask_row": row}, folder / MASK_ROW, metadata={"format": "pt"})
-    _write_json(folder / CONFIG, _peft_config(spec, name or ""))
+    _write_json(folder / CONFIG, _peft_config(spec, name or "", has_transposed(inner)))
     extra = {"format": FORMAT, "gated": True, "mask_token_id": mask_id, "block_size": block_size}
     _write_json(folder / EXTRA, extra | {"base_fingerprint": base_fingerprint})
 
 
-def _peft_config(spec: LoraSpec, base_name: str) -> dict[str, Any]:
+def _peft_config(spec: LoraSpec, base_name: str, transposed: bool) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -179,7 +180,7 @@ def _peft_config(spec: LoraSpec, base_name: str) -> dict[str, Any]:
         "target_modules": list(spec.targets),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": transposed,
         "inference_mode": True,
     }
 

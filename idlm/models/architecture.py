@@ -10,7 +10,10 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from idlm.errors import InputError
 from idlm.models.gguf_checkpoint import gguf_config, gguf_tokenizer, passed_over
@@ -29,6 +32,8 @@ MOVING_ROPE = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies depend on the largest position of a forward. They would
 depend on the drafts, so they are refused."""
 
+OTHER_TASK = re.compile(r"For(?!CausalLM)[A-Z]\w*$")
+"""Class names of models with another head, such as LlamaForSequenceClassification."""
 EXPERTS = re.compile(r"num_(\w+_)?experts|n_routed_experts|moe_num_experts")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -45,6 +50,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
             f"{str(folder)!r} is an adapter; "
             "give its base as the model and this folder as the adapter"
         )
+    if (folder / "adapter_config.json").exists():  # transformers, with peft, would merge the two
+        raise InputError(
+            f"{str(folder)!r} holds a model and an adapter (adapter_config.json); "
+            "move the adapter into a folder of its own, and give it as the adapter"
+        )
     where = folder if is_gguf(folder) else folder / "config.json"
     raw = gguf_config(where) if is_gguf(where) else read_json(where)
     if raw.get("model_type") == SDAR:
@@ -56,7 +66,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     try:
         keys = {k: v for k, v in raw.items() if k not in code}
         config: PreTrainedConfig = CONFIG_MAPPING[raw["model_type"]].from_dict(keys)
-        reason = _experts(config.to_dict()) or _layers(config) or _attention(config)
+        reason = _experts(config) or _layers(config) or _attention(config)
     except Exception as error:  # config classes raise many types
         text = " ".join(str(error).split())
         raise InputError(
@@ -94,24 +104,43 @@ def _refuse_family(raw: dict[str, Any], folder: Path) -> None:
     if raw.get("is_encoder_decoder", getattr(CONFIG_MAPPING[family], "is_encoder_decoder", False)):
         raise InputError(f"{where} is an encoder-decoder model; use a decoder-only one")
     causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family)
-    if causal_lm is None or (classes and causal_lm not in classes):
+    # exports and forks have class names of their own, such as LLaMAForCausalLM
+    other_task = classes and all(OTHER_TASK.search(str(name)) for name in classes)
+    if causal_lm is None or (other_task and causal_lm not in classes):
         raise InputError(
             f"{where}, architecture {classes}, is no causal language model; use a decoder-only one"
         )
 
 
-def _experts(keys: Mapping[Any, Any]) -> str | None:
+def experts(keys: Mapping[Any, Any]) -> dict[str, int]:
+    """The keys of a config that name a number of experts; families differ, and some nest them."""
+    if keys.get("is_moe") is False:  # Doge names a number of experts, and this key turns them on
+        return {}
+    found = {
+        str(key): value
+        for key, value in keys.items()
+        if EXPERTS.fullmatch(str(key)) and isinstance(value, int) and value > 1
+    }
+    nested = [experts(value) for value in keys.values() if isinstance(value, dict)]
+    return {key: value for part in (found, *nested) for key, value in part.items()}
+
+
+def _experts(config: PreTrainedConfig) -> str | None:
     """The reason to refuse a mixture of experts, else None.
 
-    Families name the number of experts differently, so all keys of the config are searched, nested
-    ones too.
+    Its class must call its experts through transformers' interface; see `idlm.models.experts`.
     """
-    for key, value in keys.items():
-        if EXPERTS.fullmatch(str(key)) and isinstance(value, int) and value > 1:
-            return f"is a mixture of experts ({key} {value}); only dense models are supported"
-        if isinstance(value, dict) and (reason := _experts(value)):
-            return reason
-    return None
+    found = experts(config.to_dict())
+    if not found:
+        return None
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if model_class._can_set_experts_implementation():
+        return None
+    key, value = next(iter(found.items()))
+    return (
+        f"is a mixture of experts ({key} {value}) of a kind that is not supported; "
+        "use one such as qwen3_moe, mixtral or olmoe"
+    )
 
 
 def _layers(config: PreTrainedConfig) -> str | None:

@@ -10,7 +10,13 @@ from transformers import PreTrainedConfig
 
 from idlm.errors import InputError
 from idlm.models import adapter as adapters
-from idlm.models.architecture import mask_token, read_config, read_tokenizer, trained_block_size
+from idlm.models.architecture import (
+    experts,
+    mask_token,
+    read_config,
+    read_tokenizer,
+    trained_block_size,
+)
 from idlm.models.gguf_checkpoint import auto_dtype, quantisation
 from idlm.models.gguf_header import is_gguf, read_header
 from idlm.models.sources import read_json, resolve
@@ -27,6 +33,8 @@ class Inspection:
         kind: "model", "adapter", or "model with adapter".
         family: the model_type of transformers ("qwen3" for published I-DLM checkpoints).
         parameters: elements of the stored tensors; a tied head counts once.
+        active_parameters: those that a token uses in a mixture of experts.
+        experts: the experts of a layer; experts_per_token: those that a token uses.
         dtype: the type of most elements; for a GGUF file the type that "auto" loads it in.
         quantisation: GGUF only: the types of the tensors, by falling number of elements.
         context: the most positions of a sequence.
@@ -41,6 +49,9 @@ class Inspection:
     kind: str
     family: str | None = None
     parameters: int | None = None
+    active_parameters: int | None = None
+    experts: int | None = None
+    experts_per_token: int | None = None
     layers: int | None = None
     heads: int | None = None
     kv_heads: int | None = None
@@ -125,7 +136,7 @@ def _facts(
             sizes[info.dtype] += info.count
     common = sizes.most_common(1)[0][0] if sizes else ""
     return replace(
-        inspection,
+        _mixture(inspection, config, tensors, sizes.total()),
         family=config.model_type,
         parameters=sizes.total(),
         layers=config.num_hidden_layers,
@@ -136,6 +147,22 @@ def _facts(
         dtype=str(DTYPES[common]).removeprefix("torch.") if common in DTYPES else common or None,
         context=config.max_position_embeddings,
     )
+
+
+def _mixture(
+    inspection: Inspection,
+    config: PreTrainedConfig,
+    tensors: dict[str, TensorInfo],
+    parameters: int,
+) -> Inspection:
+    """The experts, and the active parameters if the names of tensors tell which are experts'."""
+    count = max(experts(config.to_dict()).values(), default=None)
+    used = getattr(config, "num_experts_per_tok", None)
+    inactive = sum(info.count for name, info in tensors.items() if ".experts." in name)
+    if count is None or not isinstance(used, int):
+        return replace(inspection, experts=count)
+    active = parameters - inactive * (count - used) // count if inactive else None
+    return replace(inspection, experts=count, experts_per_token=used, active_parameters=active)
 
 
 def _adapter(inspection: Inspection, folder: Path) -> Inspection:

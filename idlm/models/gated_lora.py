@@ -3,6 +3,8 @@
 The MASK rows of a forward are contiguous (first in training, last in a window), so the gate is a
 slice. The rows outside it are computed by the base's operations alone, so they are bit-equal to the
 base model's.
+
+Shapes: B batch, Q rows of a forward, D hidden size.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from transformers import PreTrainedModel
 from idlm.errors import InputError
 
 NO_ROWS = slice(0, 0)
+ALL_LINEAR = "all-linear"
+ROUTERS = {"router", "gate", "shared_expert_gate"}
+"""Names of modules that weigh experts."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ class Gate:
     All gated layers of a model share it.
 
     Attributes:
-        rows: the MASK rows, a slice along the row dimension.
+        rows: the MASK rows, a slice of the Q rows.
+        shape: B and Q of the running forward.
         adapters: the number of adapters of the model.
         adapter: int64 [MASK rows], the adapter of each MASK row; used if there are several.
         merged: whether the linear layers' products include the update already.
@@ -65,18 +71,25 @@ class Gate:
 
     def __init__(self) -> None:
         self.rows = NO_ROWS
+        self.shape: tuple[int, ...] = 1, -1
         self.adapters = 1
         self.adapter: Tensor | None = None
         self.merged = False
 
     @contextmanager
-    def open(self, rows: slice) -> Iterator[None]:
-        """Run a forward whose MASK rows are `rows`, a slice along the row dimension."""
-        self.rows = rows
+    def open(self, rows: slice, shape: tuple[int, ...] = (1, -1)) -> Iterator[None]:
+        """Run a forward of tokens of `shape` [B, Q] whose MASK rows are `rows`, a slice of Q."""
+        self.rows, self.shape = rows, shape
         try:
             yield
         finally:
             self.rows = NO_ROWS
+
+    def select(self, x: Tensor) -> Tensor:
+        """The MASK rows of `x` [B, Q, ...], or [B Q, D] as some models flatten it, as a view."""
+        if x.dim() == 2:
+            x = x.view(*self.shape, x.shape[1])
+        return x[:, self.rows]
 
 
 class LowRank(NamedTuple):
@@ -110,15 +123,15 @@ class GatedLinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x [B, Q, in] to [B, Q, out]; the rows are dimension 1."""
+        """Map x [B, Q, in] to [B, Q, out], or [B Q, in] to [B Q, out]."""
         y: Tensor = self.base(x)
         rows = self.gate.rows
         if rows.start == rows.stop or self.gate.merged:  # AR does not compute the adapter
             return y
-        mask_x = x[:, rows]
+        mask_x, mask_y = self.gate.select(x), self.gate.select(y)
         update = F.linear(F.linear(mask_x, self.lora_A), self.lora_B)
         if self.gate.adapters == 1:
-            y[:, rows].add_(update, alpha=self.scale)
+            mask_y.add_(update, alpha=self.scale)
             return y
         assert self.gate.adapter is not None  # noqa: S101
         updates = [(0, update * self.scale)]
@@ -127,7 +140,7 @@ class GatedLinear(nn.Module):
             for more in self.more
         ]
         for adapter, update in updates:  # each [B, MASK rows, out], 0 for rows of other adapters
-            y[:, rows].add_(update * self.gate.adapter.eq(adapter)[:, None])
+            mask_y.add_(update * self.gate.adapter.eq(adapter)[:, None])
         return y
 
     @torch.no_grad()
@@ -207,6 +220,16 @@ def attach(model: PreTrainedModel, spec: LoraSpec, mask_id: int) -> Gate:
     return gate
 
 
+def all_linear(model: PreTrainedModel) -> tuple[str, ...]:
+    """The names of all linear layers in the backbone but the routers of experts: PEFT's
+    `all-linear`."""
+    backbone: nn.Module = model.base_model
+    paths = [
+        name.split(".") for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear)
+    ]
+    return tuple(dict.fromkeys(path[-1] for path in paths if ROUTERS.isdisjoint(path)))
+
+
 def _find_layers(model: PreTrainedModel, target: str) -> list[tuple[nn.Module, str, nn.Linear]]:
     """The backbone's linear layers named `target`: parent, name, layer.
 
@@ -223,7 +246,7 @@ def _find_layers(model: PreTrainedModel, target: str) -> list[tuple[nn.Module, s
         what = type(backbone).__name__
         raise InputError(
             f"LoRA target {target!r} names no linear layer inside {what}; "
-            "name others, such as q_proj"
+            f"name some of {', '.join(all_linear(model))}"
         )
     return layers
 

@@ -135,7 +135,7 @@ def _experts(header: GgufHeader) -> str | None:
     if header.metadata.get(key, 0) > 1:
         return (
             f"is a mixture of experts ({key} {header.metadata[key]}); "
-            "only dense models are supported"
+            "which GGUF files are not read for; use the model's original folder"
         )
     return None
 

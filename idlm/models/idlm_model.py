@@ -6,9 +6,10 @@ rows of a text.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from idlm.chat_template import PromptEncoder
 from idlm.errors import InputError
+from idlm.models import generation
 from idlm.models.attention import Cache, Visible
 from idlm.models.gated_lora import NO_ROWS, Gate, gated_layers
+from idlm.params import SamplingParams
 
 SAME_ROWS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that have the same input, in the model families that have such layers."""
@@ -76,12 +79,42 @@ class Idlm:
         """The type of the weights in memory; see `stored` for the checkpoint's."""
         return self.model.dtype
 
-    @property
+    @cached_property
     def eos_ids(self) -> frozenset[int]:
-        """The tokens that end a sequence, from the generation config, else from the config."""
-        eos = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        eos = self.model.config.eos_token_id if eos is None else eos
-        return frozenset([eos] if isinstance(eos, int) else eos or [])
+        """The tokens that end a sequence: those of `idlm.models.generation` that can come out."""
+        return generation.end_tokens(self.model, self.tokenizer, self.vocab_size, self.name)
+
+    def end_of(self, chat: bool) -> int | None:
+        """The token that ends a text, or an answer in a chat; one of `eos_ids`, None if it has
+        none."""
+        named: list[int | None] = [min(self.eos_ids, default=None)]
+        if self.tokenizer is not None:
+            named.insert(0, generation.tokenizer_end(self.tokenizer))
+            if chat:
+                named.insert(0, generation.turn_end(self.tokenizer))
+        return next((token for token in named if token in self.eos_ids), None)
+
+    @cached_property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """Fields of `SamplingParams` that the checkpoint's generation config gives."""
+        return generation.sampling_defaults(self.model, self.eos_ids, self.vocab_size, self.name)
+
+    def sampling(self, given: Mapping[str, Any], generation_config: str = "auto") -> SamplingParams:
+        """The fields `given`, and for the others the checkpoint's defaults, unless
+        `generation_config` is "none".
+
+        Raises:
+            InputError: a value is out of range.
+        """
+        defaults = self.sampling_defaults if generation_config == "auto" else {}
+        try:
+            return generation.with_defaults(given, defaults)
+        except InputError as error:
+            SamplingParams(**given)  # if that is in order, a default is at fault
+            raise InputError(
+                f"the generation config of {self.name!r} cannot be used: {error}. "
+                "Or set generation_config to none"
+            ) from None
 
     def hidden(
         self,
@@ -99,7 +132,7 @@ class Idlm:
         them. Only MASK rows and drafts that are never committed have such positions.
         """
         gate = self.gate or Gate()
-        with gate.open(mask_rows):
+        with gate.open(mask_rows, tokens.shape):
             output = self.model.base_model(
                 input_ids=tokens,
                 position_ids=positions.clamp(max=self.context - 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from logging import ERROR
@@ -16,6 +17,7 @@ from transformers.utils import logging
 from idlm.decoding.scores import Scores
 from idlm.errors import InputError
 from idlm.models import adapter as adapters
+from idlm.models import experts
 from idlm.models.architecture import (
     layer_windows,
     mask_token,
@@ -24,11 +26,13 @@ from idlm.models.architecture import (
     trained_block_size,
 )
 from idlm.models.attention import NAME, Visible, attend
+from idlm.models.generation import check_generation_config
 from idlm.models.gguf_checkpoint import auto_dtype, dequantised, origin
 from idlm.models.gguf_header import is_gguf
 from idlm.models.idlm_model import Idlm
 from idlm.models.sources import first_line, resolve
 from idlm.models.tensor_info import TensorInfo
+from idlm.models.transposed import stored_state, straighten
 from idlm.models.weights import embedding_rows, model_tensors, output_head
 
 FLOATS = {
@@ -50,6 +54,19 @@ PROBE_TOLERANCE = {
 }
 """The relative difference of logits (2-norm) that rounding explains. Eager attention computes the
 softmax in float32, even of a float64 model."""
+
+
+BUFFER = re.compile(
+    r"(^|\.)(inv_freq|cos_cached|sin_cached|masked_bias|position_ids|freqs_cis|rope\.freqs)$"
+)
+"""Tensors that old exports stored and that models now compute from their config: rotary tables,
+positions, and the value that stood for "masked"."""
+
+FIXES = {
+    "misshapen": "its config.json is of other weights; use the one that belongs to them",
+    "missing": "download it again",
+    "unexpected": "its config.json has no place for them; use the one that belongs to them",
+}
 
 
 def load(
@@ -99,6 +116,7 @@ def load(
     if extra is not None:
         base_mask = mask_id if mask_id < config.vocab_size else None
         idlm.gate, idlm.mask_id, idlm.block_size = adapters.load_into(model, extra, base_mask)
+        check_adapter(idlm)
     return idlm
 
 
@@ -125,6 +143,8 @@ def _read_model(
 ) -> PreTrainedModel:
     """Load the model with transformers, and check that all weights are there with their shapes."""
     tensors = model_tensors(folder)  # raises for pickles and truncated files
+    with _quiet():
+        check_generation_config(folder)
     if is_gguf(folder) and dtype == "auto":
         dtype = auto_dtype(tensors)
     try:
@@ -135,6 +155,7 @@ def _read_model(
                 config=config,
                 dtype=dtype,
                 attn_implementation=NAME,
+                experts_implementation=experts.NAME,
                 trust_remote_code=False,
                 local_files_only=True,
                 ignore_mismatched_sizes=True,
@@ -154,17 +175,31 @@ def _read_model(
     for problem, names in (
         ("misshapen", misshapen),
         ("missing", report["missing_keys"]),
-        ("unexpected", report["unexpected_keys"]),
+        ("unexpected", [key for key in report["unexpected_keys"] if not _is_buffer(key, tensors)]),
     ):
         if names:
             raise InputError(
                 f"{str(folder)!r} has {len(names)} {problem} tensors, {min(names)} first; "
-                "download it again"
+                f"{FIXES[problem]}"
             )
     if is_gguf(folder):
         _check_all_used(folder, model, tensors)
-        model.name_or_path = str(folder)
+    model.name_or_path = str(folder.absolute())
+    straighten(model)
     return model
+
+
+def _is_buffer(key: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether a tensor that the model has no place for is none of its weights.
+
+    GPT-2's and GPT-NeoX's causal masks are called "bias" and have the shape [1, 1, n, n].
+    """
+    if BUFFER.search(key):
+        return True
+    shape = next((info.shape for name, info in tensors.items() if name.endswith(key)), ())
+    return (
+        key.endswith(".bias") and len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+    )
 
 
 @contextmanager
@@ -273,14 +308,53 @@ def _our_logits(idlm: Idlm, tokens: Tensor, positions: Tensor, cache: _Probe) ->
 
 @torch.inference_mode()
 def _stock_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Logits [4, V] of the probe's rows by transformers' eager attention, a forward per text."""
+    """Logits [4, V] of the probe's rows by transformers' eager attention and experts, a forward per
+    text."""
     model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
     try:
         rows_0_to_2 = model(input_ids=tokens[None, :3], use_cache=False).logits[0]
         row_3 = model(input_ids=tokens[None, [0, 3]], use_cache=False).logits[0, 1:]
     finally:
         model.set_attn_implementation(NAME)
+        model.set_experts_implementation(experts.NAME)
     return torch.cat([rows_0_to_2, row_3])
+
+
+@torch.inference_mode()
+def check_adapter(idlm: Idlm) -> None:
+    """Run four rows with the last adapter's gate open for two of them, and once with it shut.
+
+    Raises:
+        InputError: the model fails, the adapter changes the rows before its gate, or those in it
+            are not finite.
+    """
+    gate, shut, open_ = idlm.gate, slice(0, 0), slice(2, 4)
+    assert gate is not None  # noqa: S101
+    gate.adapter = torch.full((2,), gate.adapters - 1, device=idlm.device)
+    tokens = torch.tensor([[1, 0, idlm.mask_id, idlm.mask_id]], device=idlm.device)
+    positions = torch.arange(4, device=idlm.device)[None]
+    visible = torch.ones(4, 4, dtype=torch.bool, device=idlm.device).tril()
+    what = f"{idlm.name!r}: the adapter does not fit"
+    try:
+        base, ours = (
+            idlm.hidden(tokens[:, :end], positions[:, :end], visible[:end, :end][None, None], rows)
+            for end, rows in ((2, shut), (4, open_))
+        )
+    except Exception as error:  # a model's forward may raise anything
+        raise InputError(
+            f"{what} ({_kind(error)}); train it with fewer targets, such as the attention's"
+        ) from error
+    finally:
+        gate.adapter = None
+    base, before, masks = base.double(), ours[:, :2].double(), ours[:, 2:]
+    if not float((before - base).norm()) <= PROBE_TOLERANCE[idlm.dtype] * float(base.norm()):
+        raise InputError(
+            f"{what}: it changes rows that are not MASK; "
+            "train it with fewer targets, such as the attention's"
+        )
+    if not bool(masks.isfinite().all()):
+        raise InputError(f"{what}: its MASK rows are not finite; train it again")
 
 
 @torch.no_grad()
@@ -323,6 +397,6 @@ def save_full(idlm: Idlm, folder: str | Path, block_size: int | None) -> None:
         config.mask_token_id = idlm.mask_id
     config.block_size = block_size
     with _quiet():
-        idlm.model.save_pretrained(folder)
+        idlm.model.save_pretrained(folder, state_dict=stored_state(idlm.model))
     if idlm.tokenizer is not None:
         idlm.tokenizer.save_pretrained(folder)

@@ -11,6 +11,7 @@ HARMLESS = frozenset(
     [
         "auto_mapping",
         "base_model_name_or_path",
+        "fan_in_fan_out",
         "inference_mode",
         "lora_dropout",
         "megatron_core",

@@ -17,6 +17,7 @@ from idlm.models.gated_lora import GatedLinear, MaskEmbedding, adapter_parameter
 from idlm.models.gguf_header import is_gguf, read_header
 from idlm.models.sources import read_json
 from idlm.models.tensor_info import TensorInfo
+from idlm.models.transposed import TransposedLinear
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -48,13 +49,22 @@ def model_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    if (folder / INDEX).exists():
-        shards = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise InputError(f"{str(folder / INDEX)!r} has no weight_map; download it again")
-        return [folder / Path(str(name)).name for name in sorted(set(shards.values()))]
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
+    """The files that transformers loads, and no others: a single file comes before an index, which
+    may be left over from an earlier save, and a name in config.json before both."""
+    config = folder / "config.json"
+    named = read_json(config).get("transformers_weights") if config.exists() else None
+    if named is not None and Path(str(named)).name != named:
+        raise InputError(
+            f"{str(config)!r} has transformers_weights {named!r}; name a file of its folder"
+        )
+    for name in [SINGLE, INDEX] if named is None else [named]:
+        path = folder / name
+        if path.exists():
+            return _shards(path) if name.endswith(".index.json") else [path]
+    if named is not None:
+        raise InputError(
+            f"no {named} in {str(folder)!r}, which its config.json names; download it again"
+        )
     pickles = sorted(
         p.name for pattern in PICKLES for p in folder.glob(pattern) if p.name != "training_args.bin"
     )
@@ -63,6 +73,13 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{str(folder)!r} has pickle weights only ({pickles[0]}); save it as safetensors first"
         )
     raise InputError(f"no {SINGLE} in {str(folder)!r}; give a folder with safetensors weights")
+
+
+def _shards(index: Path) -> list[Path]:
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise InputError(f"{str(index)!r} has no weight_map; download it again")
+    return [index.parent / Path(str(name)).name for name in sorted(set(shards.values()))]
 
 
 def file_tensors(path: Path) -> dict[str, TensorInfo]:
@@ -109,9 +126,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     cores.
     """
     folder = Path(model.name_or_path or "")
-    if model.name_or_path and (
-        is_gguf(folder) or any((folder / name).exists() for name in (SINGLE, INDEX))
-    ):
+    if model.name_or_path and (is_gguf(folder) or any(folder.glob("*.safetensors"))):
         return folder_fingerprint(folder)
     return _digest(
         (name, _dtype_name(t), tuple(t.shape), _hash_tensor(t))
@@ -154,19 +169,21 @@ def _dtype_name(tensor: Tensor) -> str:
 
 
 def _base_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The base's parameters, with their names without an adapter. Tied ones are listed once, as
-    transformers stores them."""
+    """The base's parameters as transformers stores them: with their names without an adapter, tied
+    ones once, GPT-2's weights as [in, out]."""
     wrapped = {
         name
         for name, module in model.named_modules()
         if isinstance(module, (GatedLinear, MaskEmbedding))
     }
     of_adapter = adapter_parameters(model)
+    transposed = {id(m.weight) for m in model.modules() if isinstance(m, TransposedLinear)}
     parameters: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         owner, _, last = name.rpartition(".base.")
         if name not in of_adapter:
-            parameters[f"{owner}.{last}" if owner in wrapped else name] = parameter
+            stored = parameter.T if id(parameter) in transposed else parameter
+            parameters[f"{owner}.{last}" if owner in wrapped else name] = stored
     return parameters
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.routing import APIRoute
 from pydantic import Discriminator, Tag
 
 from idlm import __version__
 from idlm.serving import responses
-from idlm.serving.answers import ChatAnswer, CompletionAnswer, as_json, respond
+from idlm.serving.answers import CompletionAnswer
+from idlm.serving.chat import chat_answer
 from idlm.serving.client import EngineClient
 from idlm.serving.config import ServeConfig
+from idlm.serving.document import READS, RUNS, answers, strict_router
 from idlm.serving.errors import ApiError, ErrorBody, Expected, as_api_error
 from idlm.serving.jobs import Server, admit, the_server
 from idlm.serving.limits import AuthAndLimits
@@ -25,30 +25,12 @@ from idlm.serving.prompts import Prompts
 from idlm.serving.schema import (
     CompletionRequest,
     DetokenizeRequest,
-    StrictRequest,
     TokenizeText,
-    validation_error,
 )
 from idlm.serving.schema_chat import ChatRequest, TokenizeMessages
-from idlm.serving.tools import family_of
+from idlm.serving.sending import as_json, respond
+from idlm.serving.strict import validation_error
 
-JSON, EVENTS = "application/json", "text/event-stream"
-ERRORS = {
-    400: "The request cannot be understood or run; the message names the field.",
-    401: "No valid API key.",
-    404: "No such model or path.",
-    405: "Not with this method.",
-    408: "The body took too long, or the request longer than its timeout.",
-    413: "The body is too large.",
-    415: "The body is not application/json.",
-    429: "The queue is full; Retry-After says when to try again.",
-    431: "The headers are too large.",
-    500: "A bug.",
-    503: "There is no engine now.",
-}
-ALWAYS = (401, 405, 431, 500)
-READS = (400, 408, 413, 415)
-RUNS = (404, 429, 503)
 SHAPES = (
     *(
         responses.ChatCompletion,
@@ -62,53 +44,7 @@ SHAPES = (
 """Every type of a response body."""
 
 
-def ref(shape: type) -> dict[str, Any]:
-    """A reference to a body's schema in the OpenAPI document."""
-    return {"$ref": f"#/components/schemas/{shape.__name__}"}
-
-
-def answers(
-    shape: type, *errors: int, chunk: type | None = None
-) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route in the OpenAPI document.
-
-    Args:
-        shape: the type of the body.
-        errors: status codes besides `ALWAYS`.
-        chunk: the type of the events, if the route can stream.
-    """
-    content = {JSON: {"schema": ref(shape)}}
-    if chunk is not None:
-        description = (
-            f"A {chunk.__name__} as JSON; an ErrorBody where the engine fails; [DONE] in the end."
-        )
-        event = {
-            "type": "object",
-            "properties": {"data": {"type": "string", "description": description}},
-            "required": ["data"],
-        }
-        content[EVENTS] = {"schema": event}
-    body = {JSON: {"schema": ref(ErrorBody)}}
-    described: dict[int | str, dict[str, Any]] = {
-        status: {"description": ERRORS[status], "content": body}
-        for status in sorted({*ALWAYS, *errors})
-    }
-    return {200: {"description": "Done.", "content": content}, **described}
-
-
-class StrictRoute(APIRoute):
-    """A route that reads its body with `StrictRequest`."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def strict(request: Request) -> Response:
-            return await handle(StrictRequest(request.scope, request.receive))
-
-        return strict
-
-
-router = APIRouter(route_class=StrictRoute)
+router = strict_router()
 
 
 @router.post(
@@ -117,14 +53,8 @@ router = APIRouter(route_class=StrictRoute)
 )
 async def create_chat_completion(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation, as one body or as a stream."""
-    server = the_server(request)
-    server.accept(body)
-    family = family_of(server.prompts.template) if body.tools_in_use else None
-    ids = await server.prompts.in_thread(body.encoder(server.prompts))
-    if family is not None and family.special:
-        body = body.model_copy(update={"skip_special_tokens": False})
-    job = admit(request, body, [ids])
-    return await respond(request, ChatAnswer(job, body, server.prompts, family), bool(body.stream))
+    with body.naming():
+        return await respond(request, await chat_answer(request, body), bool(body.stream))
 
 
 @router.post(
@@ -135,14 +65,17 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     """Complete one prompt or several, as one body or as a stream."""
     server = the_server(request)
     server.accept(body)
-    text = server.prompts.text
-    prompts = await server.prompts.in_thread(
-        lambda: [text(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
-    )
-    job = admit(request, body, prompts)
-    return await respond(
-        request, CompletionAnswer(job, body, server.prompts, prompts), bool(body.stream)
-    )
+    special = body.add_special_tokens is not False
+    parsed = server.config.parse_special if body.parse_special is None else body.parse_special
+
+    def ids(prompt: str | list[int]) -> list[int]:
+        return server.prompts.text(prompt, special, parsed) if isinstance(prompt, str) else prompt
+
+    with body.naming():
+        prompts = await server.prompts.in_thread(lambda: list(map(ids, body.prompts)))
+        job = admit(request, body, prompts)
+        answer = CompletionAnswer(job, body, server.prompts, job.prompts)
+        return await respond(request, answer, bool(body.stream))
 
 
 @router.get("/v1/models", responses=answers(responses.ModelList))
@@ -249,7 +182,7 @@ class App(FastAPI):
                 schemas.pop(name, None)
             schemas |= components()
             for name in ("ChatRequest", "CompletionRequest"):
-                schemas[name]["properties"]["model"]["enum"] = list(self.state.server.targets)
+                schemas[name]["properties"]["model"]["enum"] = [*self.state.server.targets, None]
             self.openapi_schema = document
         return self.openapi_schema
 
@@ -280,4 +213,4 @@ async def _invalid(request: Request, error: RequestValidationError) -> Response:
         return ApiError(
             415, "the body is not application/json; send the header Content-Type"
         ).response()
-    return validation_error(error.errors()).response()
+    return validation_error(error.errors(), error.body).response()

@@ -91,4 +91,7 @@ def as_api_error(error: Exception) -> ApiError:
         )
     if isinstance(error, EngineDown):
         return ApiError(503, str(error), code="engine_down", headers={"Retry-After": "1"})
-    return ApiError(400, str(error))
+    if isinstance(error, InputError):
+        code = error.code or ("invalid_value" if error.param else None)
+        return ApiError(400, str(error), error.param, code)
+    raise TypeError(f"no answer to {error!r}")

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from time import perf_counter, time
 from typing import Any
 
@@ -14,7 +14,7 @@ from fastapi import Request
 
 from idlm import __version__
 from idlm.errors import InputError
-from idlm.params import SEED_LIMIT, SamplingParams
+from idlm.params import SamplingParams
 from idlm.serving.client import EngineClient, Ticket
 from idlm.serving.config import AR_SUFFIX, Limits, ServeConfig
 from idlm.serving.errors import ApiError, EngineDown
@@ -67,12 +67,17 @@ class Server:
         digest = hashlib.blake2b(repr((__version__, self.config.worker)).encode(), digest_size=6)
         return f"idlm-{digest.hexdigest()}"
 
-    def target(self, model: str) -> Target:
-        """The target of a model name.
+    def name(self, model: str | None) -> str:
+        """The name of the model that a request means: the one it gives, or the base."""
+        return model or self.config.name
+
+    def target(self, model: str | None) -> Target:
+        """The target of a model name; None: the base with its default adapter.
 
         Raises:
             ApiError: 404: no such model.
         """
+        model = self.name(model)
         if model not in self.targets:
             names = ", ".join(self.targets)
             raise ApiError(
@@ -121,17 +126,22 @@ class Job:
 
     Attributes:
         head: id, created, model and system_fingerprint of the response.
+        prompts: the ids of each prompt.
         ends: the end of each finished sample, by its index.
+        tokens: by sample, how many tokens have come so far.
     """
 
-    def __init__(self, server: Server, request: Request, body: Body) -> None:
+    def __init__(
+        self, server: Server, request: Request, body: Body, prompts: Sequence[list[int]]
+    ) -> None:
         self.head: dict[str, Any] = {
             "id": f"{body.kind}-{secrets.token_hex(16)}",
             "created": int(time()),
-            "model": body.model,
+            "model": server.name(body.model),
             "system_fingerprint": server.fingerprint,
         }
-        self.samples = body.samples
+        self.samples, self.prompts = body.samples, prompts
+        self.tokens = [0] * (len(prompts) * body.samples)
         self.tickets: list[Ticket] = []
         self.ends: dict[int, Finished] = {}
         self._facts: dict[str, Any] = request.scope["state"]["facts"]
@@ -150,8 +160,10 @@ class Job:
             timings[index].see(event)
             if isinstance(event, Finished):
                 self._end(index, event)
-            elif "outputs" in self._facts:
-                self._facts["outputs"][index] += event.text
+            else:
+                self.tokens[index] += len(event.tokens)
+                if "outputs" in self._facts:
+                    self._facts["outputs"][index] += event.text
             yield index, event
 
     def _end(self, index: int, event: Finished) -> None:
@@ -164,7 +176,7 @@ class Job:
                 "the request took longer than its timeout; raise it or ask for less",
                 code="timeout",
             )
-        if event.reason == "error":  # the guide allows no token, or exceeds its limits
+        if event.reason == "error":  # guide and bans leave no token, or it exceeds its limits
             raise ApiError(400, f"the output cannot go on: {event.stop}")
         if event.reason not in ("stop", "length"):
             raise ApiError(503, "the server ended the request", code="aborted")
@@ -175,6 +187,11 @@ class Job:
             self._facts["cancelled"] = True
         for ticket in self.tickets:
             ticket.cancel()
+
+    def usage_so_far(self) -> Usage:
+        """Token counts of all samples until now."""
+        prompt, completion = sum(map(len, self.prompts)), sum(self.tokens)
+        return Usage(prompt, completion, prompt + completion)
 
     def usage(self) -> Usage:
         """Token counts of all samples; call it when all have finished."""
@@ -233,18 +250,20 @@ def admit(request: Request, body: Body, prompts: Sequence[list[int]]) -> Job:
         ApiError, InputError: the request cannot be run. Busy, EngineDown: it cannot be run now.
     """
     server = the_server(request)
-    context, limits = server.engine().context, server.config.limits
-    job = Job(server, request, body)
+    engine, limits = server.engine(), server.config.limits
+    prompts = [body.truncated(ids, engine.context) for ids in prompts]
+    job = Job(server, request, body, prompts)
     facts, guide = request.scope["state"]["facts"], body.guide(limits)
     facts |= {
-        "model": body.model,
+        "model": server.name(body.model),
         "prompt_tokens": sum(map(len, prompts)),
         "samples": len(prompts) * body.samples,
     }
     submits = []
     for ids in prompts:
-        params = body.sampling(room(body.asked_tokens, len(ids), context, limits), guide)
-        submits += [_submit(server, request, body, ids, sample) for sample in _samples(params)]
+        bounds = (len(ids), engine.context, limits, engine.sampling.get("max_tokens"))
+        params = body.sampling(room(body.asked_tokens, *bounds), guide, engine.sampling)
+        submits += [_submit(server, request, body, ids, sample) for sample in params.samples()]
     job.tickets = server.client.submit(submits)
     if server.config.log_prompts:
         facts |= {
@@ -252,12 +271,6 @@ def admit(request: Request, body: Body, prompts: Sequence[list[int]]) -> Job:
             "outputs": [""] * len(submits),
         }
     return job
-
-
-def _samples(params: SamplingParams) -> list[SamplingParams]:
-    """The parameters of each sample of a prompt; sample i has seed + i, as in `LLM`."""
-    seed = secrets.randbelow(SEED_LIMIT) if params.seed is None else params.seed
-    return [replace(params, n=1, seed=(seed + sample) % SEED_LIMIT) for sample in range(params.n)]
 
 
 def _submit(
@@ -272,25 +285,40 @@ def _submit(
         drafting=target.drafting,
         priority=body.priority or 0,
         timeout=body.timeout,
-        salt=request.scope["state"]["salt"] if server.config.salt_by_key else b"",
+        salt=_salt(server, request, body),
         trace=body.idlm.trace,
     )
 
 
-def room(requested: int | None, prompt_tokens: int, context: int, limits: Limits) -> int:
-    """max_tokens of a sample: what the request asks for, or what the context and `limits` leave.
+def _salt(server: Server, request: Request, body: Body) -> bytes:
+    """What has to be equal for two requests to share a cached prefix, apart from the prefix."""
+    key = request.scope["state"]["salt"] if server.config.salt_by_key else b""
+    own = b"" if body.cache_salt is None else hashlib.sha256(body.cache_salt.encode()).digest()
+    return bytes(key + own)
+
+
+def room(
+    requested: int | None,
+    prompt_tokens: int,
+    context: int,
+    limits: Limits,
+    default: int | None = None,
+) -> int:
+    """max_tokens of a sample: what the request asks for, else the model's `default`, else what the
+    context and `limits` leave.
 
     A request for more than the context leaves is accepted: the output then ends at the context, as
     in `LLM`.
 
     Raises:
-        ApiError: 400: more than `limits.max_tokens`.
+        InputError: more than `limits.max_tokens`.
     """
     bound = MOST_TOKENS if limits.max_tokens is None else limits.max_tokens
     if requested is not None and requested > bound:
-        raise ApiError(
-            400,
+        raise InputError(
             f"max_tokens={requested} is more than the {bound} of this server; lower it",
             "max_tokens",
         )
-    return min(bound if requested is None else requested, max(1, context - prompt_tokens))
+    if requested is None:
+        requested = bound if default is None else min(default, bound)
+    return min(requested, max(1, context - prompt_tokens))

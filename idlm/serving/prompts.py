@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from idlm.chat_template import PromptEncoder
+from idlm.engine.token_text import Offsets, TokenTexts
 from idlm.errors import InputError
 from idlm.models.architecture import read_config, read_tokenizer
 from idlm.models.sources import resolve
@@ -53,11 +55,26 @@ class Prompts(PromptEncoder):
             else str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
         )
 
+    @cached_property
+    def _texts(self) -> TokenTexts:
+        return TokenTexts(self.tokenizer)
+
     def token(self, token: int) -> str:
-        """The text of one token, cached."""
+        """The text of one token, cached; "" without a tokenizer."""
         if token not in self._tokens:
-            self._tokens[token] = self.decode([token])
+            self._tokens[token] = "" if self._tokenizer is None else self._texts.text(token)
         return self._tokens[token]
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token, which may be a part of a character."""
+        return b"" if self._tokenizer is None else self._texts.bytes(token)
+
+    def offsets(self, start: int = 0, skip_special_tokens: bool = True) -> Callable[[int], int]:
+        """A function from each token of a text in turn to where it begins, in characters; the text
+        begins at `start`."""
+        if self._tokenizer is None:
+            return lambda token: start
+        return Offsets(self.tokenizer, skip_special_tokens, start).push
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of token ids of a client.

@@ -27,13 +27,26 @@ class CompletionDetails(msgspec.Struct):
 
 
 class Usage(msgspec.Struct):
-    """Token counts of a request; a prompt counts once, however many samples it has."""
+    """Token counts of a request; a prompt counts once, however many samples it has. The details
+    come at the end."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptDetails
-    completion_tokens_details: CompletionDetails
+    prompt_tokens_details: PromptDetails | UnsetType = UNSET
+    completion_tokens_details: CompletionDetails | UnsetType = UNSET
+
+
+class PromptLogprob(msgspec.Struct):
+    """A token at a position of the prompt: its log-probability, its rank there, and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""By position of the prompt, its token and the likeliest ones by id; null for the first."""
 
 
 class TraceEntry(msgspec.Struct):
@@ -110,6 +123,7 @@ class ChatChoice(msgspec.Struct):
     finish_reason: FinishReason
     logprobs: ChatLogprobs | None = None
     idlm: Trace | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class Head(msgspec.Struct):
@@ -126,6 +140,8 @@ class ChatCompletion(Head):
 
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     object: Literal["chat.completion"] = "chat.completion"
 
 
@@ -145,6 +161,7 @@ class ChunkChoice(msgspec.Struct):
     finish_reason: FinishReason | None = None
     logprobs: ChatLogprobs | None = None
     idlm: Trace | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatChunk(Head):
@@ -152,6 +169,7 @@ class ChatChunk(Head):
 
     choices: list[ChunkChoice]
     usage: Usage | None | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
 
@@ -172,6 +190,9 @@ class CompletionChoice(msgspec.Struct):
     finish_reason: FinishReason | None = None
     logprobs: CompletionLogprobs | None = None
     idlm: Trace | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Completion(Head):

@@ -5,66 +5,78 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Field
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from idlm.chat_template import PromptEncoder
 from idlm.params import MOST_LOGPROBS
 from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError
-from idlm.serving.schema import Boolean, Generation, Strict, decode, schema_guide
+from idlm.serving.neutral import ChatNeutral, only
+from idlm.serving.schema import Generation, schema_guide
+from idlm.serving.strict import Boolean, Strict, decode
 
 Scalar = str | bool | int | float | None
 
 
-class TextPart(Strict):
-    """A text as a part of a message's content; no other type is supported."""
+class History(Strict):
+    """A part of a conversation. It may have been written by other servers and for other models, so
+    fields that are not known here are ignored."""
 
-    type: Literal["text"]
+    model_config = ConfigDict(extra="ignore")
+
+
+class TextPart(History):
+    """A text as a part of a message's content; no other type is supported. OpenAI's responses have
+    the other two names."""
+
+    type: Annotated[
+        Literal["text", "input_text", "output_text"],
+        only("text", "input_text", "output_text", instead="the model reads no other parts"),
+    ]
     text: str
 
 
-Content = str | Annotated[list[TextPart], Field(fail_fast=True)]
+Content = str | Annotated[list[TextPart], Field(fail_fast=True)] | None
 
 
-class AnyMessage(Strict):
-    """Fields that all messages may have; lm-evaluation-harness sends `type`."""
+class AnyMessage(History):
+    """Fields that all messages may have. A null `content` is as good as an empty one."""
 
     name: str | None = None
-    type: Literal["text"] | None = Field(None, exclude=True)
 
 
 class PlainMessage(AnyMessage):
-    """Instructions, or a message of the user. The role "developer" is OpenAI's newer name of
-    "system"."""
+    """Instructions, a message of the user, or one of a role that the chat template may know. The
+    role "developer" is OpenAI's newer name of "system"."""
 
-    role: Literal["system", "developer", "user"]
+    role: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     content: Content
 
 
-class CalledFunction(Strict):
-    """The name of a called function, and its arguments as JSON text."""
+class CalledFunction(History):
+    """The name of a called function, and its arguments as JSON text. No text means no arguments."""
 
     name: str
-    arguments: str
+    arguments: str | dict[str, Any] | None = None
 
 
-class CallMade(Strict):
+class CallMade(History):
     """A tool call in an earlier message of the assistant."""
 
-    id: str
-    type: Literal["function"] = "function"
+    id: str | None = None
+    type: Literal["function"] | None = None
     function: CalledFunction
 
 
 class AssistantMessage(AnyMessage):
-    """An earlier answer. Clients send all fields that they know, with null."""
+    """An earlier answer. Templates that show thoughts call them `reasoning_content`; `reasoning` is
+    vLLM's newer name."""
 
     role: Literal["assistant"]
-    content: Content | None = None
-    refusal: None = None
-    annotations: None = None
-    audio: None = None
-    function_call: None = None
+    content: Content = None
+    reasoning_content: str | None = None
+    reasoning: Annotated[str | None, Field(exclude=True)] = None
+    function_call: Annotated[None, only(instead="send tool_calls")] = None
     tool_calls: list[CallMade] | None = None
 
 
@@ -76,7 +88,18 @@ class ToolMessage(AnyMessage):
     tool_call_id: str
 
 
-Message = Annotated[PlainMessage | AssistantMessage | ToolMessage, Discriminator("role")]
+def _kind(message: object) -> str:
+    """The tag of a message's class: its role, or "plain"."""
+    role = message.get("role") if isinstance(message, dict) else getattr(message, "role", None)
+    return role if role in ("assistant", "tool") else "plain"
+
+
+Message = Annotated[
+    Annotated[PlainMessage, Tag("plain")]
+    | Annotated[AssistantMessage, Tag("assistant")]
+    | Annotated[ToolMessage, Tag("tool")],
+    Discriminator(_kind),
+]
 
 
 class Function(Strict):
@@ -175,8 +198,12 @@ def _template_message(message: Message) -> dict[str, Any]:
     fields["content"] = (
         content if isinstance(content, str) else "\n".join(part.text for part in content)
     )
+    if isinstance(message, AssistantMessage) and message.reasoning_content is None:
+        fields |= {"reasoning_content": message.reasoning} if message.reasoning else {}
     for call in fields.get("tool_calls", ()):
-        arguments = decode(call["function"]["arguments"], "tool_calls arguments")
+        call.setdefault("type", "function")
+        given = call["function"].get("arguments") or {}
+        arguments = decode(given, "tool_calls arguments") if isinstance(given, str) else given
         if not isinstance(arguments, dict):
             raise ApiError(
                 400,
@@ -187,7 +214,7 @@ def _template_message(message: Message) -> dict[str, Any]:
     return fields
 
 
-class ChatRequest(Conversation, Generation):
+class ChatRequest(Conversation, ChatNeutral, Generation):
     """The body of /v1/chat/completions, with OpenAI's fields and those of idlm."""
 
     kind: ClassVar = "chatcmpl"
@@ -198,19 +225,20 @@ class ChatRequest(Conversation, Generation):
     response_format: ResponseFormat | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: Annotated[Literal[True] | None, Boolean] = None
-    modalities: list[Literal["text"]] | None = None
-    verbosity: Literal["medium"] | None = None
-    audio: None = None
-    prediction: None = None
-    functions: None = None
-    function_call: None = None
     reasoning_effort: None = None
-    web_search_options: None = None
 
     @property
     def asked_tokens(self) -> int | None:
         """max_completion_tokens, else max_tokens; None: what the context leaves."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """The prompt is made of the messages; some fields have OpenAI's names for chat."""
+        named = {"prompt": "messages", "logprobs": "top_logprobs"}
+        if self.max_completion_tokens is not None:
+            named["max_tokens"] = "max_completion_tokens"
+        return super().origins | named
 
     @property
     def top(self) -> int | None:

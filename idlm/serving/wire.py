@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
@@ -97,14 +97,21 @@ class Refused(Message):
 
     id: str
     reason: str
+    param: str | None = None
+    code: str | None = None
 
 
 class Ready(Message):
-    """The engine takes requests; the fields bound the token ids and lengths of prompts."""
+    """The engine takes requests; the fields bound the token ids and lengths of prompts.
+
+    Attributes:
+        sampling: the model's defaults, fields of `SamplingParams`.
+    """
 
     vocab_size: int
     mask_id: int
     context: int
+    sampling: dict[str, Any] = {}
 
 
 class Failed(Message):

@@ -243,7 +243,7 @@ class Worker:
                 self._add_compiled(message)
         except InputError as error:
             submit = message if isinstance(message, Submit) else message.submit
-            return [Refused(submit.id, str(error))]
+            return [Refused(submit.id, str(error), error.param, error.code)]
         return []
 
     def _compile(self, submit: Submit) -> None:
@@ -277,7 +277,8 @@ class Worker:
         ):
             raise InputError(
                 f"prompt_logprobs={params.prompt_logprobs} of {len(prompt)} prompt tokens "
-                f"are more than {MOST_PROMPT_LOGPROBS} entries; ask for fewer"
+                f"are more than {MOST_PROMPT_LOGPROBS} entries; ask for fewer",
+                "prompt_logprobs",
             )
         options = submit.adapter, submit.drafting, submit.priority, submit.timeout, submit.salt
         self._reports.open(self.engine.add(prompt, params, params.seed or 0, *options), submit)
@@ -312,7 +313,9 @@ def main(file_descriptor: int, config: WorkerConfig) -> int:
         llm.engine.warm_up()
         gc.collect()
         gc.freeze()  # these objects stay; a collection that visits them would delay all requests
-        link.send([Ready(llm.idlm.vocab_size, llm.idlm.mask_id, llm.idlm.context)])
+        defaults = llm.idlm.sampling_defaults if config.engine.generation_config == "auto" else {}
+        ready = Ready(llm.idlm.vocab_size, llm.idlm.mask_id, llm.idlm.context, defaults)
+        link.send([ready])
         Worker(llm, link).run()
     except InputError as error:
         link.send([Failed(str(error))])

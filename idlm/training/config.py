@@ -30,19 +30,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The gated LoRA of `method: lora`."""
+    """The gated LoRA of `method: lora`.
+
+    `targets` are names of linear layers, or `all-linear`: all but the output head and the routers
+    of experts.
+    """
 
     rank: int = 32
     alpha: float = 64.0
-    targets: tuple[str, ...] = (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    )
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,8 @@ class DataConfig:
     `source` is `jsonl`: rows {prompt | messages, response} of the file `path`; or `self`: responses
     that the model generates before the training; or the name of a registered source, such as
     `nano`, the project's own problems. The prompts of `self` are `prompts`: `bos` (the empty
-    prompt), a registered source, or a jsonl file of {prompt | messages}. `examples` limits the
+    prompt), a registered source, or a jsonl file of {prompt | messages}. They are sampled with the
+    defaults of the model's generation config; `temperature` replaces its own. `examples` limits the
     rows. Of `jsonl` and `self` the last `held_out` rows are held out.
     """
 
@@ -62,7 +59,7 @@ class DataConfig:
     examples: int | None = None
     held_out: int = 64
     seed: int = 0
-    temperature: float = 1.0
+    temperature: float | None = None
     max_tokens: int = 256
     generate_batch: int = 64
     max_length: int | None = None
@@ -161,7 +158,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             wrong.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"cannot read the config {str(path)!r} ({error}); give the path of a YAML file"
@@ -221,7 +218,7 @@ def _check(config: TrainConfig) -> None:
         raise InputError("model.path and model.architecture: give exactly one of the two")
     if config.data.source == "jsonl" and config.data.path is None:
         raise InputError("data.path is missing; data.source: jsonl needs the file's path")
-    if config.data.temperature < 0:
+    if config.data.temperature is not None and config.data.temperature < 0:
         raise InputError(f"data.temperature is {config.data.temperature}; it must be 0 or more")
     if config.objective == "ar" and config.method == "lora":
         raise InputError("method is 'lora'; objective: ar trains all weights, set method: full")

@@ -44,10 +44,10 @@ def corpus(config: DataConfig, idlm: Idlm, draws: int, folder: Path) -> Corpus:
     check_source(config)
     limit = min(config.max_length or idlm.context, idlm.context)
     if config.source in SOURCES:
-        source, tokenizer = SOURCES[config.source], idlm.encoder.tokenizer
+        source = SOURCES[config.source]
         pairs = islice(source.training(config.seed), config.examples or draws)
-        training = chat_examples(pairs, tokenizer)
-        held_out = chat_examples(source.held_out(config.held_out), tokenizer)
+        training = chat_examples(pairs, idlm)
+        held_out = chat_examples(source.held_out(config.held_out), idlm)
     else:
         rows = _rows(config, idlm, folder)
         if len(rows) <= config.held_out:

@@ -6,22 +6,22 @@ run, or one with another split into batches, has the same texts with the same ph
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from idlm.chat_template import PromptEncoder, check_tokens
+from idlm.chat_template import check_tokens
 from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 from idlm.training.config import DataConfig
 from idlm.training.objective import Texts
+from idlm.training.rows import Row, read_jsonl, read_row
 
 WINDOW = 16
 """Batches in which texts are sorted by length: enough to save padding, few enough to stay shuffled.
@@ -85,85 +85,98 @@ def fit(example: Example, limit: int) -> Example:
     return Example(example.prompt, example.response[: limit - len(example.prompt)], example.row)
 
 
-def chat_examples(
-    pairs: Iterable[tuple[str, str]], tokenizer: PreTrainedTokenizerBase
-) -> list[Example]:
+def chat_examples(pairs: Iterable[tuple[str, str]], idlm: Idlm) -> list[Example]:
     """The chat prompt, the answer and the end token of each (question, answer)."""
     chosen = list(pairs)
-    prompts = PromptEncoder(tokenizer, "data").chats(
-        [{"role": "user", "content": q}] for q, _ in chosen
-    )
+    prompts = idlm.encoder.chats([{"role": "user", "content": q}] for q, _ in chosen)
+    tokenizer, end = idlm.encoder.tokenizer, _end(idlm, chat=True)
     answers = tokenizer([answer for _, answer in chosen], add_special_tokens=False)["input_ids"]
-    end = [tokenizer.eos_token_id]
     rows = zip(prompts, answers, strict=True)
     return [Example(p, a + end, f"problem {i}") for i, (p, a) in enumerate(rows)]
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a jsonl file, each with its name for error messages.
+def prompt_ids(fields: dict[str, Any], name: str, idlm: Idlm) -> list[int]:
+    """Token ids of a row's prompt. Messages go through the chat template; an answer at their end is
+    left out.
 
     Raises:
-        InputError: the file cannot be read, or a line is not a JSON object.
+        InputError: the row has no prompt, or it cannot be encoded.
     """
+    row = read_row(fields, name)
+    if row.text is not None:
+        raise InputError(f'{name} is a text without a prompt; give it a "prompt" or "messages"')
+    with _named(name):
+        return _prompt(row, idlm)
+
+
+def _prompt(row: Row, idlm: Idlm) -> list[int]:
+    if row.messages is not None:
+        return idlm.encoder.chat(row.question or [], row.tools)
+    return _ids(row.prompt or "", "prompt", idlm)
+
+
+def _ids(value: str | list[Any], what: str, idlm: Idlm) -> list[int]:
+    if isinstance(value, str):
+        return idlm.encoder.text(value, trusted=True) if value else []
+    return check_tokens(value, idlm.vocab_size, what)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Begins the message of an InputError with the name of its row."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot read {str(path)!r} ({error}); give the path of a jsonl file"
-        ) from None
-    for at, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path} line {at} is not JSON ({error}); write one object per line"
-            ) from None
-        if not isinstance(row, dict):
-            raise InputError(
-                f'{path} line {at} is not an object; write {{"prompt": ..., "response": ...}}'
-            )
-        yield f"{path} line {at}", row
-
-
-def prompt_ids(row: dict[str, Any], name: str, idlm: Idlm) -> list[int]:
-    """Token ids of a row's prompt: {"prompt": text or token ids}, or {"messages": [...]} by the
-    chat template."""
-    if "messages" not in row and "prompt" not in row:
-        raise InputError(f'{name} has no prompt; give it a "prompt" or "messages"')
-    return _ids(row, "messages" if "messages" in row else "prompt", name, idlm)
-
-
-def _ids(row: dict[str, Any], what: str, name: str, idlm: Idlm) -> list[int]:
-    """Token ids of a row's "messages", or of its "prompt" or "response", each a text or token
-    ids."""
-    value = row[what]
-    try:
-        if what == "messages":
-            return idlm.encoder.chat(value)
-        if isinstance(value, str):
-            return idlm.encoder.text(value, what == "prompt", trusted=True) if value else []
-        if isinstance(value, list):
-            return check_tokens(value, idlm.vocab_size, what)
+        yield
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    raise InputError(f"{name}: the {what} is neither a text nor a list of token ids")
+
+
+def row_example(row: Row, idlm: Idlm) -> Example:
+    """The example of a row. A response that is a text gets the end token.
+
+    Raises:
+        InputError: the row has no response, or it cannot be encoded.
+    """
+    with _named(row.name):
+        if row.text is not None:
+            ids = _ids(row.text, "text", idlm)
+            return Example(ids[:1], ids[1:] + _end_of(row.text, idlm, False), row.name)
+        if not row.response and not row.answered:
+            raise InputError('it has no response; give it a non-empty "response"')
+        if row.messages is not None and not row.response:
+            prompt, answer = idlm.encoder.exchange(row.messages, row.tools)
+            return Example(prompt, _ended(answer, idlm), row.name)
+        prompt, response = _prompt(row, idlm), row.response or []
+        if isinstance(response, str) and isinstance(row.prompt, str):
+            answer = idlm.encoder.continuation(row.prompt, response)
+        elif isinstance(response, str):
+            answer = idlm.encoder.inner(response)
+        else:
+            answer = check_tokens(response, idlm.vocab_size, "response")
+        return Example(prompt, answer + _end_of(response, idlm, False), row.name)
+
+
+def _end_of(value: object, idlm: Idlm, chat: bool) -> list[int]:
+    return _end(idlm, chat) if isinstance(value, str) else []
+
+
+def _ended(answer: list[int], idlm: Idlm) -> list[int]:
+    """An answer of the chat template up to its end token: a template may write a line break after
+    it. Without an end token it gets one."""
+    ends = idlm.eos_ids.union(_end(idlm, chat=True))
+    last = max((at for at, token in enumerate(answer) if token in ends), default=None)
+    return answer + _end(idlm, chat=True) if last is None else answer[: last + 1]
+
+
+def _end(idlm: Idlm, chat: bool) -> list[int]:
+    """What follows a response: the token that ends it when the model decodes, if it has one."""
+    end = idlm.end_of(chat)
+    return [] if end is None else [end]
 
 
 def jsonl_examples(config: DataConfig, idlm: Idlm) -> list[Example]:
-    """The examples of a jsonl file; responses that are texts get the end token."""
-    end = [] if idlm.tokenizer is None else [idlm.tokenizer.eos_token_id]
-    examples = []
-    for name, row in islice(read_jsonl(str(config.path)), config.examples):
-        if not row.get("response"):
-            raise InputError(f'{name} has no response; give it a non-empty "response"')
-        response = _ids(row, "response", name, idlm)
-        is_text = isinstance(row["response"], str)
-        examples.append(
-            Example(prompt_ids(row, name, idlm), response + (end if is_text else []), name)
-        )
-    return examples
+    """The examples of a jsonl file, whose forms are those of `idlm.training.rows`."""
+    rows = islice(read_jsonl(str(config.path)), config.examples)
+    return [row_example(read_row(fields, name), idlm) for name, fields in rows]
 
 
 def draw_order(lengths: Sequence[int], draws: int, batch: int, seed: int) -> list[int]:

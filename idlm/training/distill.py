@@ -18,10 +18,13 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from idlm.errors import InputError
+from idlm.inputs import read_lines
 from idlm.models.attention import NAME
 from idlm.models.idlm_model import Idlm
+from idlm.params import SamplingParams
 from idlm.training.config import DataConfig
-from idlm.training.data import SOURCES, Example, fit, prompt_ids, read_jsonl
+from idlm.training.data import SOURCES, Example, fit, prompt_ids
+from idlm.training.rows import read_jsonl
 
 
 def distill(config: DataConfig, idlm: Idlm, file: Path) -> list[Example]:
@@ -92,20 +95,23 @@ def generate(
     longest = max(len(p) for p in prompts)
     rows = [[0] * (longest - len(p)) + p for p in prompts]
     attended = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-    sampling: dict[str, Any] = {"do_sample": False}
-    if config.temperature > 0:
-        sampling = {"do_sample": True, "temperature": config.temperature, "top_k": 0, "top_p": 1.0}
+    params = _params(config, idlm)
     settings = GenerationConfig(
         max_length=longest + max(min(config.max_tokens, limit - longest), 1),
+        min_new_tokens=params.min_tokens,
         eos_token_id=sorted(idlm.eos_ids) or None,
         pad_token_id=0,
-        **sampling,
+        repetition_penalty=params.repetition_penalty,
+        suppress_tokens=[*params.banned_tokens, idlm.mask_id],
+        do_sample=not params.greedy,
+        **({} if params.greedy else _filters(params)),
     )
-    model = idlm.model
+    model, own = idlm.model, idlm.model.generation_config
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         model.set_attn_implementation("sdpa")
+        model.generation_config = GenerationConfig()  # it would fill what is not set
         try:
             output = model.eval().generate(
                 torch.tensor(rows, device=model.device),
@@ -113,8 +119,27 @@ def generate(
                 generation_config=settings,
             )
         finally:
+            model.generation_config = own
             model.set_attn_implementation(NAME)
     return [_until_end(response, idlm.eos_ids) for response in output[:, longest:]]
+
+
+def _params(config: DataConfig, idlm: Idlm) -> SamplingParams:
+    """The settings of the responses: as the model decodes without a request's own, but for the
+    temperature if the config has one."""
+    given: dict[str, Any] = {"max_tokens": config.max_tokens}
+    if config.temperature is not None:
+        given["temperature"] = config.temperature
+    return idlm.sampling(given)
+
+
+def _filters(params: SamplingParams) -> dict[str, Any]:
+    return {
+        "temperature": params.temperature,
+        "top_k": max(params.top_k, 0),
+        "top_p": params.top_p,
+        "min_p": params.min_p or None,
+    }
 
 
 def _until_end(response: Tensor, ends: frozenset[int]) -> list[int]:
@@ -126,8 +151,16 @@ def _until_end(response: Tensor, ends: frozenset[int]) -> list[int]:
 
 def _settings(config: DataConfig, idlm: Idlm) -> dict[str, Any]:
     """What the responses depend on besides the weights."""
-    keys = ("prompts", "seed", "temperature", "max_tokens", "generate_batch", "max_length")
-    return {"model": idlm.name, **{key: getattr(config, key) for key in keys}}
+    keys = ("prompts", "seed", "max_tokens", "generate_batch", "max_length")
+    params, plain = _params(config, idlm), SamplingParams(max_tokens=config.max_tokens)
+    names = ("min_tokens", "top_k", "top_p", "min_p", "repetition_penalty", "banned_tokens")
+    of_model = {
+        name: getattr(params, name)
+        for name in names
+        if getattr(params, name) != getattr(plain, name)
+    }
+    sampling = {"temperature": params.temperature} | json.loads(json.dumps(of_model))
+    return {"model": idlm.name, **{key: getattr(config, key) for key in keys}, **sampling}
 
 
 def _read(file: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -135,16 +168,16 @@ def _read(file: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in read_lines(file):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    for key in settings if rows else ():
-        if rows[0].get(key) != settings[key]:
+    for key in rows[0] | settings if rows else ():
+        if rows[0].get(key) != settings.get(key):
             raise InputError(
                 f"{file} was generated with {key} {rows[0].get(key)!r}, "
-                f"now it is {settings[key]!r}; delete the file or restore the setting"
+                f"now it is {settings.get(key)!r}; delete the file or restore the setting"
             )
     return rows[1:]
 

@@ -17,12 +17,13 @@ from transformers import (
 )
 
 from idlm.errors import InputError
-from idlm.models import adapter
+from idlm.models import adapter, experts
 from idlm.models.attention import NAME
-from idlm.models.gated_lora import LoraSpec, attach
+from idlm.models.gated_lora import ALL_LINEAR, LoraSpec, all_linear, attach
 from idlm.models.idlm_model import Idlm
-from idlm.models.loading import ensure_mask_row, load, save_full
+from idlm.models.loading import check_adapter, ensure_mask_row, load, save_full
 from idlm.models.sources import first_line
+from idlm.models.transposed import straighten
 from idlm.training.config import ModelConfig, TrainConfig
 from idlm.training.data import SOURCES
 
@@ -73,9 +74,12 @@ def trainee(config: TrainConfig, idlm: Idlm) -> Trainee:
     """Attach the gated LoRA; or, for a full fine-tune, add the MASK row and make all weights
     trainable."""
     if config.method == "lora":
-        spec = LoraSpec(config.lora.rank, config.lora.alpha, config.lora.targets)
+        named = config.lora.targets
+        targets = all_linear(idlm.model) if named == ALL_LINEAR else tuple(named)
+        spec = LoraSpec(config.lora.rank, config.lora.alpha, targets)
         base = adapter.fingerprint(idlm.model)
         idlm.gate = attach(idlm.model, spec, idlm.mask_id)
+        check_adapter(idlm)
         return Trainee(idlm, spec, base)
     if config.objective == "idlm":
         ensure_mask_row(idlm)
@@ -99,8 +103,12 @@ def _from_scratch(config: ModelConfig) -> Idlm:
     try:
         full = AutoConfig.for_model(**special, **keys, mask_token_id=tokenizer.mask_token_id)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            full, attn_implementation=NAME, dtype=getattr(torch, config.dtype)
+            full,
+            attn_implementation=NAME,
+            experts_implementation=experts.NAME,
+            dtype=getattr(torch, config.dtype),
         )
+        straighten(model)
     except Exception as error:  # each family raises errors of its own
         raise InputError(
             f"model.architecture is refused: {first_line(error)}; see configs/nano-base.yaml"

@@ -149,6 +149,8 @@ def _name(hint: Any) -> str:
     """The name of a type in error messages."""
     if hint is type(None):
         return "null"
+    if get_origin(hint) is tuple:
+        return "a list"
     if get_origin(hint) in (Union, types.UnionType, Literal):
         return " or ".join(_name(option) for option in get_args(hint))
     return hint.__name__ if isinstance(hint, type) else str(hint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,10 +28,12 @@ OWNER, AR_SUFFIX = "idlm", ":ar"
 """Marks of an idlm server: the owner of its models, and the suffix of the AR model's name."""
 TOO_LONG = re.compile(r"context|a prompt (has|of) [0-9]+", re.IGNORECASE)
 """Messages of servers about a conversation that is too long; they share no error code for it."""
-STANDARD = ("stop", "presence_penalty", "frequency_penalty", "seed", "logit_bias")
+STANDARD = (
+    *("temperature", "top_p", "stop", "presence_penalty", "frequency_penalty"),
+    *("seed", "logit_bias"),
+)
 EXTENSIONS = ("top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "verification")
-"""Fields that are sent only if they differ from the defaults: OpenAI's, and extensions of vLLM and
-idlm."""
+"""Fields that are sent only if they are given: OpenAI's, and extensions of vLLM and idlm."""
 SHOWN = 10
 
 
@@ -42,21 +44,23 @@ class RemoteBackend:
         url: of the API, with its /v1.
         key: the API key, for servers that need one.
         model: its name on the server; None: the only model, or the first of an idlm server.
+        given: the fields of `SamplingParams` that the user gave; the server has its own defaults
+            for the others, except for `max_tokens`.
 
     Raises:
         InputError: the server cannot be reached, refuses the key, or has no such model.
     """
 
     def __init__(
-        self, url: str, key: str | None, model: str | None, params: SamplingParams
+        self, url: str, key: str | None, model: str | None, given: Mapping[str, Any]
     ) -> None:
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
             raise InputError(
                 f"--url {url!r} is no URL of a server; write for example http://127.0.0.1:8000/v1"
             )
-        self._url, self._params = url, params
+        self._url = url
         self._client = OpenAI(base_url=url, api_key=key or "none")
-        self._fields = request_fields(params)
+        self._fields = request_fields(given)
         cards = {card.id: card for card in self._models()}
         self.name = _choose(model, cards, url)
         card = cards.get(self.name)
@@ -80,7 +84,7 @@ class RemoteBackend:
     def answer(self, messages: Sequence[Message], drafting: bool) -> Iterator[Piece | End]:
         with self._input_errors():
             if self._context is not None:
-                check_room(self._count(messages), self._params.max_tokens, self._context)
+                check_room(self._count(messages), self._fields["max_tokens"], self._context)
             yield from self._stream(messages, self.name if drafting else self._ar or self.name)
 
     def _count(self, messages: Sequence[Message]) -> int:
@@ -131,31 +135,22 @@ class RemoteBackend:
             ) from error
 
 
-def request_fields(params: SamplingParams) -> dict[str, Any]:
-    """Sampling parameters as fields of a request.
+def request_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `SamplingParams` as fields of a request.
 
     Raises:
-        InputError: a parameter has no field.
+        InputError: one has no such field.
     """
-    if params.banned_tokens:
+    if given.get("banned_tokens"):
         raise InputError(
             "--banned-token cannot be sent to a server; use --logit-bias TOKEN_ID=-100"
         )
-    default = SamplingParams()
 
-    def changed(names: Sequence[str]) -> dict[str, Any]:
-        return {
-            name: getattr(params, name)
-            for name in names
-            if getattr(params, name) != getattr(default, name)
-        }
+    def those(names: Sequence[str]) -> dict[str, Any]:
+        return {name: given[name] for name in names if name in given}
 
-    always = {
-        "max_tokens": params.max_tokens,
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-    }
-    return {**always, **changed(STANDARD), "extra_body": changed(EXTENSIONS)}
+    always = {"max_tokens": given.get("max_tokens", SamplingParams().max_tokens)}
+    return {**always, **those(STANDARD), "extra_body": those(EXTENSIONS)}
 
 
 def _choose(model: str | None, cards: dict[str, Model], url: str) -> str:

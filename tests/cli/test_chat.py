@@ -14,12 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 from typer.testing import CliRunner, Result
 
 from idlm.cli import app
+from idlm.cli.sampling import sampling_options
+from idlm.ui.chat_remote import request_fields
 from tests.cli.test_serve import running
 from tests.waiting import HANG_SECONDS
 
@@ -126,6 +129,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "a field that requests lack": (
         ["--url", "http://127.0.0.1:9/v1", "--banned-token", "5"],
         "--logit-bias",
+    ),
+    "another's defaults": (
+        ["--url", "http://127.0.0.1:9/v1", "--generation-config", "none"],
+        "--generation-config none",
     ),
     "colours without drafts": (["nano", "--stride", "1", "--colors"], "nano"),
 }
@@ -310,3 +317,23 @@ def test_any_server_with_this_api_will_do(foreign: str) -> None:
         "does not say where tokens come from",
     ):
         assert said in result.stderr
+
+
+@pytest.mark.parametrize("options, fields", [
+    ({}, {"max_tokens": 256, "extra_body": {}}),
+    (
+        {"temperature": 1.0, "top_p": 1.0, "max_tokens": 9, "stop": ["a"]},
+        {"temperature": 1.0, "top_p": 1.0, "max_tokens": 9, "stop": ("a",), "extra_body": {}},
+    ),
+    (
+        {"top_k": 0, "repetition_penalty": 1.0, "ignore_eos": True, "seed": 0},
+        {
+            "max_tokens": 256,
+            "seed": 0,
+            "extra_body": {"top_k": 0, "repetition_penalty": 1.0, "ignore_eos": True},
+        },
+    ),
+])  # fmt: skip
+def test_a_server_has_its_own_defaults(options: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Only what was given is sent, also where it is the default here."""
+    assert request_fields(sampling_options(**options).given) == fields

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,31 @@ def test_generate(checkpoint: Path) -> None:
     assert isd["results"][0]["token_ids"] == ar["results"][0]["token_ids"]
     assert len(isd["results"][0]["token_ids"]) == 9 and ar["forwards"] == 9
     assert isd["results"][0]["seed"] == 5
+
+
+def test_the_generation_config_gives_what_no_option_gives(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint / "base", tmp_path / "base")
+    keys = {"do_sample": False, "max_new_tokens": 7, "suppress_tokens": list(range(4, 200))}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(keys))
+    shared = ("generate", tmp_path / "base", "Mia has 3 apples.", "--stride", 1, "--ignore-eos")
+
+    def tokens(*options: object) -> list[int]:
+        return list(run(*shared, *options)["results"][0]["token_ids"])
+
+    greedy = tokens()
+    assert len(greedy) == 7 and min(greedy) >= 200
+    assert greedy == tokens("--temperature", 0) == tokens("--seed", 1)
+    sampled = tokens("--temperature", 1, "--seed", 1, "--max-tokens", 9)
+    assert len(sampled) == 9 and sampled[:7] != greedy and min(sampled) >= 200
+    plain = tokens("--generation-config", "none", "--max-tokens", 40, "--seed", 1)
+    assert len(plain) == 40 and min(plain) < 200
+    report = run("verify", tmp_path / "base", "--stride", 1, "--dtype", "float64", "--ignore-eos")
+    assert report["identical"] and report["compared_tokens"] == 7 * report["prompts"]
+    (tmp_path / "base" / "generation_config.json").write_text('{"top_p": 7}')
+    shared = (tmp_path / "base", "--stride", 1, "--max-tokens", 3)
+    refused = CliRunner().invoke(app, ["verify", *map(str, shared)])
+    assert refused.exit_code == 2 and "top_p=7" in refused.stderr
+    assert run("verify", *shared, "--generation-config", "none")["compared_tokens"] > 0
 
 
 def test_generate_reads_every_form_of_prompt(checkpoint: Path, tmp_path: Path) -> None:

@@ -102,10 +102,9 @@ def test_the_choice_is_the_fastest_and_of_equals_the_narrowest(candidates, accep
     costs = {plan: data.draw(st.sampled_from([0.001, 0.002, 0.003])) for plan in candidates}
     choice = choose(candidates - {AR}, costs, acceptance)
     rates = {plan: expected_tokens(plan, acceptance) / costs[plan] for plan in candidates}
-    assert choice.tokens_per_second == rates[choice.plan] == max(rates.values())
-    assert choice.plan.width == min(
-        plan.width for plan in candidates if rates[plan] == choice.tokens_per_second
-    )
+    best = max(rates.values())
+    assert choice.figures[0].rate == rates[choice.plan] == best
+    assert choice.plan.width == min(plan.width for plan in candidates if rates[plan] == best)
 
 
 def test_the_reason_gives_every_figure_on_one_line():
@@ -121,26 +120,23 @@ def test_a_plan_without_a_cost_is_an_error():
         choose([Plan(4, "all")], {Plan(4, "all"): 0.1}, [0.9])
 
 
-def test_the_current_plan_stays_within_the_margin_only():
-    chain, every = Plan(4, "chain"), Plan(4, "all")
-    costs = {
-        AR: 1.0,
-        chain: 1.0,
-        every: expected_tokens(every, [0.9]) / expected_tokens(chain, [0.9]) / 1.02,
-    }
-    assert choose(costs, costs, [0.9]).plan == every
-    assert choose(costs, costs, [0.9], current=chain).plan == chain
-    assert choose(costs, costs, [0.9], current=chain, margin=0.01).plan == every
-    assert choose([every], costs, [0.9], current=chain).plan == every
-
-
-def test_the_margin_is_not_spent_on_being_slower_than_ar():
+def test_the_gain_scales_the_tokens_beyond_one():
     plan = Plan(4, "all")
-    costs = {AR: 1.0, plan: 1.01 * expected_tokens(plan, [0.5])}
-    assert choose(costs, costs, [0.5], current=plan).plan == AR
-    costs[plan] = expected_tokens(plan, [0.5]) / 1.02
-    assert choose(costs, costs, [0.5], current=AR).plan == AR
-    assert choose(costs, costs, [0.5]).plan == plan
+    costs = {AR: 1.0, plan: 2.0}
+    half = choose([plan], costs, [0.9], gain=0.5)
+    assert {figure.plan: figure.tokens for figure in half.figures} == {
+        AR: 1.0,
+        plan: pytest.approx(1 + (expected_tokens(plan, [0.9]) - 1) / 2),
+    }
+    assert choose([plan], costs, [0.9], gain=0.0).plan == AR
+
+
+def test_a_kept_plan_comes_first_and_the_others_by_rate():
+    costs = {AR: 1.0, Plan(4, "chain"): 1.5, Plan(4, "all"): 2.5}
+    choice = choose(costs, costs, [0.9])
+    kept = choice.keep(AR)
+    assert choice.plan == Plan(4, "chain") and kept.plan == AR
+    assert [figure.plan for figure in kept.figures] == [AR, Plan(4, "chain"), Plan(4, "all")]
 
 
 def test_running_acceptance_starts_at_the_prior_and_finds_the_truth():

@@ -9,10 +9,11 @@ import pytest
 
 from idlm.config import EngineConfig
 from idlm.params import MOST_LOGPROBS
-from idlm.serving import limits, schema, server, supervisor, wire
-from idlm.serving.app import ERRORS, router
+from idlm.serving import limits, schema, server, strict, supervisor, wire
+from idlm.serving.app import router
 from idlm.serving.client import EngineClient
 from idlm.serving.config import Limits, WorkerConfig
+from idlm.serving.document import ERRORS
 from idlm.serving.observe import Meters
 from idlm.serving.schema import DEFAULT_MAX_TOKENS, CompletionRequest
 from idlm.serving.schema_chat import ChatRequest
@@ -89,7 +90,7 @@ def test_the_numbers_of_the_threat_model_are_the_servers() -> None:
         f"{BOUNDS.queue_requests} samples and {BOUNDS.queue_tokens} tokens",
         f"{BOUNDS.n} samples of a prompt and {BOUNDS.prompts} prompts in a request",
         f"ends after {BOUNDS.timeout:g} s",
-        f"deeper than {schema.DEEPEST} levels and no object with more than {schema.MOST_KEYS} keys",
+        f"deeper than {strict.DEEPEST} levels and no object with more than {strict.MOST_KEYS} keys",
         f"{schema.MOST_STOPS} stop texts of {schema.LONGEST_STOP} characters",
         f"{MOST_LOGPROBS} log-probabilities a token",
         f"have {BOUNDS.schema_bytes} bytes at most",

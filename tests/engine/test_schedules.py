@@ -73,6 +73,8 @@ def wish() -> SamplingParams:
         repetition_penalty=CHOICE.choice([1.0, 1.3]),
         presence_penalty=CHOICE.choice([0.0, 0.5]),
         logit_bias=HashableDict(CHOICE.choice([{}, {5: 1.5}])),
+        bad_words=CHOICE.choice([(), ((5, 5), (9, 4, 5), (11,))]),
+        allowed_token_ids=CHOICE.choice([None, None, tuple(range(2, 20))]),
         stop_token_ids=CHOICE.choice([(), (7,)]),
         min_tokens=CHOICE.choice([0, 1]),
         ignore_eos=CHOICE.choice([True, True, False]),

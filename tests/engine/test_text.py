@@ -115,13 +115,25 @@ def test_text_of_a_byte_fallback_tokenizer(text, places):
 
 @pytest.mark.parametrize("phase", [1, 2, 3, 4])
 def test_pieces_that_always_end_within_a_character(phase):
-    tokens = ids(byte_fallback(), "🏁" * 30)
-    stream, taken = TextStream(byte_fallback()), 0
+    tokens = ids(byte_level(), "🏁" * 30)
+    stream, taken = TextStream(byte_level()), 0
     for piece in pieces(tokens, list(range(phase, len(tokens), 4))):
         stream.push(piece)
         taken += len(piece)
-        assert stream.text == "🏁" * ((taken - 1) // 4)
+        assert stream.text == "🏁" * (taken // 4)
     assert stream.text == "🏁" * 30
+
+
+def test_a_run_of_byte_tokens_comes_when_it_has_ended():
+    """One broken character in it would break all."""
+    run, end = ids(byte_fallback(), "a" + "🏁" * 30), ids(byte_fallback(), "b")[-1:]
+    stream = TextStream(byte_fallback())
+    assert [stream.push([token]) for token in run] == ["", "a", *[""] * 120]
+    assert stream.undecided() == "🏁" * 30
+    assert stream.push(end) == "🏁" * 30 + "b" and stream.undecided() == ""
+    assert streamed(TextStream(byte_fallback()), [run, run[-1:], end]).endswith(
+        "\ufffd" * 121 + "b"
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,9 +146,10 @@ def test_each_piece_is_returned_as_soon_as_it_is_whole(tokenizer):
         stream.push([token])
         so_far = tokenizer.decode(tokens[:number])
         assert text.startswith(stream.text)
-        if text.startswith(so_far):
+        in_run = tokenizer.convert_ids_to_tokens(token).startswith("<0x")
+        if text.startswith(so_far) and not in_run:
             assert stream.text == so_far
-    assert stream.text == text
+    assert stream.text + stream.undecided() == text
 
 
 def test_a_real_replacement_character_comes_through():
@@ -182,7 +195,7 @@ def test_the_window_stays_short(tokenizer, text):
     stream = TextStream(tokenizer)
     for token in tokens:
         stream.push([token])
-        assert len(stream._decoder._window) + len(stream._decoder._open) < 40
+        assert len(stream._decoder._window) < 40
     stream.finish()
     assert stream.text == tokenizer.decode(tokens, skip_special_tokens=True)
 

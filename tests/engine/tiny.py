@@ -22,10 +22,12 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
-from idlm.models import attention
-from idlm.models.gated_lora import LoraSpec, adapter_parameters, attach, attach_more
+from idlm.models import attention, experts
+from idlm.models.gated_lora import LoraSpec, adapter_parameters, all_linear, attach, attach_more
 from idlm.models.idlm_model import Idlm
 
 CLASSES = {
@@ -33,8 +35,12 @@ CLASSES = {
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"tie_word_embeddings": True}),
+    "qwen3_moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
 }
-FAMILIES = tuple(CLASSES)
 SLIDING: dict[str, dict[str, Any]] = {
     "mistral": {},
     "phi3": {},
@@ -96,6 +102,7 @@ def tiny_model(family: str) -> PreTrainedModel:
         bos_token_id=1,
         eos_token_id=2,
         attn_implementation=attention.NAME,
+        experts_implementation=experts.NAME,
         **extra,
     )
     torch.manual_seed(0)
@@ -107,7 +114,9 @@ def tiny_idlm(family: str, adapter: bool = True) -> Idlm:
     model = tiny_model(family)
     if not adapter:
         return Idlm(model, None, VOCAB, name=family)
-    gate = attach(model, LoraSpec(4, 8.0, ("q_proj", "v_proj", "down_proj")), VOCAB)
+    there = all_linear(model)  # experts have no linear layers
+    targets = tuple(name for name in ("q_proj", "v_proj", "down_proj") if name in there)
+    gate = attach(model, LoraSpec(4, 8.0, targets), VOCAB)
     for parameter in adapter_parameters(model).values():
         torch.nn.init.normal_(parameter, std=0.3)
     return Idlm(model, None, VOCAB, gate, block_size=3, name=family)
@@ -116,10 +125,14 @@ def tiny_idlm(family: str, adapter: bool = True) -> Idlm:
 def sliding_idlm(family: str, window: int) -> Idlm:
     """A random model of `SLIDING` with a random gated LoRA on its attention."""
     config = AutoConfig.for_model(family, **SIZES, **SLIDING[family], sliding_window=window)
-    config._experts_implementation = "batched_mm"  # in float64, and of static shape
     torch.manual_seed(0)
-    options = {"attn_implementation": attention.NAME, "dtype": DTYPE}
-    model = AutoModelForCausalLM.from_config(config, **options).to(DEVICE).eval()
+    model = AutoModelForCausalLM.from_config(
+        config,
+        attn_implementation=attention.NAME,
+        experts_implementation=experts.NAME,
+        dtype=DTYPE,
+    )
+    model = model.to(DEVICE).eval()
     for name, sinks in model.named_parameters():
         if name.endswith("sinks"):
             torch.nn.init.normal_(sinks)

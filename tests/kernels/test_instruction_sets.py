@@ -285,7 +285,7 @@ class TestWhichOne:
         with pytest.raises(InputError, match=complaint):
             native.instruction_set()
         with pytest.raises(InputError, match=complaint):
-            native.loaded.__wrapped__()
+            native.library.__wrapped__()
 
 
 @pytest.mark.skipif(not SETS, reason="no C compiler: there is nothing to test")

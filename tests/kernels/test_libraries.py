@@ -57,7 +57,7 @@ def places(
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(native, "LIBRARIES", tmp_path / "lib")
-    monkeypatch.setattr(native, "loaded", native.loaded.__wrapped__)
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
     monkeypatch.setattr(native.ctypes, "CDLL", Library)
     monkeypatch.setattr(Library, "loads", [])
     caplog.set_level(logging.INFO, "idlm")

@@ -251,7 +251,7 @@ def test_without_a_compiler_the_twins_serve(
     with_kernels = LLM(idlm, max_num_seqs=2, branches="all").generate(prompt, greedy)[0].token_ids
     monkeypatch.setenv("CC", "/no/such/compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native.loaded.cache_clear()
+    native.library.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "idlm"):
             assert (
@@ -262,7 +262,7 @@ def test_without_a_compiler_the_twins_serve(
         assert not native.loaded()
     finally:
         monkeypatch.undo()
-        native.loaded.cache_clear()
+        native.library.cache_clear()
     assert native.loaded()  # again
 
 
@@ -282,7 +282,7 @@ def test_without_kernels_pytorch_multiplies(
     with_kernels = LLM(idlm, max_num_seqs=2, branches="all").generate(prompt, greedy)[0].token_ids
     monkeypatch.setenv("IDLM_NATIVE", value)
     monkeypatch.setattr("platform.machine", lambda: platform)
-    native.loaded.cache_clear()
+    native.library.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "idlm"):
             assert (
@@ -298,7 +298,7 @@ def test_without_kernels_pytorch_multiplies(
         assert bool(caplog.text) == bool(said)
     finally:
         monkeypatch.undo()
-        native.loaded.cache_clear()
+        native.library.cache_clear()
     assert native.loaded()  # again
 
 
@@ -307,7 +307,7 @@ def test_an_instruction_set_that_is_unknown_stops_the_engine(
 ) -> None:
     idlm = tiny_idlm("qwen3")
     monkeypatch.setenv("IDLM_NATIVE", "mmx")
-    native.loaded.cache_clear()
+    native.library.cache_clear()
     try:
         with pytest.raises(
             InputError, match="IDLM_NATIVE='mmx' is unknown; use auto, 0, or one of avx512_vnni"
@@ -315,4 +315,4 @@ def test_an_instruction_set_that_is_unknown_stops_the_engine(
             LLM(idlm, max_num_seqs=2, branches="all")
     finally:
         monkeypatch.undo()
-        native.loaded.cache_clear()
+        native.library.cache_clear()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from idlm.errors import InputError
 from idlm.models import attention
 from idlm.models.gated_lora import Gate, GatedLinear, LoraSpec, adapter_parameters, attach
 from idlm.models.idlm_model import Idlm
+from idlm.models.loading import check_adapter
 from tests.models import tiny
 
 SPEC = LoraSpec(
@@ -92,6 +94,19 @@ def test_gated_linear_is_its_formula(
             torch.testing.assert_close(y[b, i], expected)
 
 
+def test_flattened_rows_are_the_same_rows() -> None:
+    """OPT's MLP sees [B Q, D]."""
+    gate, x = Gate(), torch.randn(2, 5, 6, dtype=torch.float64)
+    layer = GatedLinear(nn.Linear(6, 4).double(), LoraSpec(2, 4.0, ("x",)), gate)
+    nn.init.normal_(layer.lora_B)
+    with torch.no_grad(), gate.open(slice(1, 3), x.shape[:2]):
+        expected = layer(x)
+        assert not torch.equal(expected, layer.base(x))
+        assert torch.equal(layer(x.flatten(0, 1)), expected.flatten(0, 1))
+        with pytest.raises(RuntimeError):
+            layer(x.flatten(0, 1)[:4])
+
+
 def test_a_new_adapter_changes_nothing_but_the_mask_row() -> None:
     model = tiny.tiny_model("qwen3")
     base = Idlm(copy.deepcopy(model), None, tiny.VOCAB)
@@ -102,6 +117,45 @@ def test_a_new_adapter_changes_nothing_but_the_mask_row() -> None:
     torch.testing.assert_close(
         rows(fresh, tokens, visible, slice(1, 3)), rows(base, tokens, visible, slice(0, 0))
     )
+
+
+class OfOther(nn.Module):
+    """A layer that a model calls on something else than its rows."""
+
+    def __init__(self, rows: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.rows, self.back = rows, back
+        self.inner_proj = nn.Linear(32, 32).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.back(self.inner_proj(self.rows(x)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "back", "message"),
+    [
+        (lambda x: x[0, ::2], lambda y: y.repeat(2, 1)[None], "the adapter does not fit .RuntimeE"),
+        (
+            lambda x: torch.stack([x, x, x, x], dim=1),
+            lambda y: y.sum(dim=1),
+            "the adapter does not fit: it changes rows that are not MASK",
+        ),
+    ],
+    ids=["some rows", "rows in dimension 2"],
+)
+def test_an_adapter_on_a_layer_that_does_not_see_the_rows_is_refused(
+    rows: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor], message: str
+) -> None:
+    _, adapted = pair("llama", torch.float64)
+    check_adapter(adapted)
+    base = Idlm(tiny.tiny_model("llama").double(), None, tiny.VOCAB, name="tiny")
+    base.model.set_attn_implementation(attention.NAME)
+    base.model.model.layers[1].mlp = OfOther(rows, back)
+    base.gate = attach(base.model, LoraSpec(4, 8.0, ("inner_proj",)), tiny.VOCAB)
+    for parameter in adapter_parameters(base.model).values():
+        nn.init.normal_(parameter, std=0.3)
+    with pytest.raises(InputError, match=message):
+        check_adapter(base)
 
 
 def test_gate_shuts_after_an_error() -> None:

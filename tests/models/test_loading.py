@@ -223,6 +223,18 @@ def test_inspect_a_model(tmp_path: Path) -> None:
     assert "AR model" in found.reason
 
 
+def test_inspect_a_mixture_of_experts(tmp_path: Path) -> None:
+    sizes = {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    found = inspect_checkpoint(tiny.write(tmp_path, "qwen3_moe", **sizes))
+    model = idlm.load(tmp_path).model
+    of_experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert (found.experts, found.experts_per_token) == (4, 1)
+    assert found.parameters == model.num_parameters()
+    assert found.active_parameters == model.num_parameters() - of_experts * 3 // 4
+    dense = inspect_checkpoint(tiny.write(tmp_path / "dense"))
+    assert (dense.experts, dense.experts_per_token, dense.active_parameters) == (None, None, None)
+
+
 def test_inspect_a_published_checkpoint(tmp_path: Path) -> None:
     found = inspect_checkpoint(tiny.write_sdar(tmp_path))
     assert (found.mask_id, found.mask_source, found.block_size) == (

@@ -78,6 +78,7 @@ def bert(folder: Path) -> None:
 
 def missing_shard(folder: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()  # transformers would load it, and no shard
     sorted(folder.glob("model-*.safetensors"))[1].unlink()
 
 
@@ -115,6 +116,26 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no family": (config(model_type=None), "'None'.* unknown"),
     "T5": (t5, "encoder-decoder"),
     "BERT": (bert, "no causal language model"),
+    "another head": (
+        config(architectures=["LlamaForSequenceClassification"]),
+        "LlamaForSequenceClassification.* no causal language model",
+    ),
+    "a model and an adapter": (
+        lambda f: (f / "adapter_config.json").write_text("{}"),
+        "a model and an adapter .*move the adapter",
+    ),
+    "a bias that is no mask": (
+        lambda f: retensor(f, lambda t: t.update({UP.replace("weight", "bias"): torch.ones(48)})),
+        "1 unexpected tensors, .*up_proj.bias first; its config.json has no place",
+    ),
+    "named weights elsewhere": (
+        config(transformers_weights="../model.safetensors"),
+        "transformers_weights '../model.safetensors'; name a file of its folder",
+    ),
+    "named weights not there": (
+        config(transformers_weights="other.safetensors"),
+        "no other.safetensors",
+    ),
     "no sliding window": (
         other("mistral", sliding_window=0),
         "sliding_window 0, which hides every token",
@@ -129,7 +150,7 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "Mamba": (other("mamba", state_size=4), "linear_attention|no attention heads"),
     "experts": (
-        other("mixtral", num_local_experts=2),
+        other("jetmoe", num_local_experts=2),
         r"mixture of experts \(num_local_experts 2\)",
     ),
     "soft caps": (other("gemma2"), "final_logit_softcapping 30.0"),
@@ -314,6 +335,10 @@ ADAPTERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "targets the output head 'lm_head'",
     ),
     "no tensors": (lambda f: retensor(f, lambda t: t.clear()), "holds no tensors"),
+    "tensors that are not finite": (
+        lambda f: retensor(f, lambda t: t[Q.format("B")].fill_(float("nan"))),
+        "the adapter does not fit: its MASK rows are not finite",
+    ),
 }
 
 

@@ -11,12 +11,16 @@ import msgspec
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from idlm.serving.answers import ChatAnswer
+from idlm.engine.request import Logprob
+from idlm.engine.text import TextStream
+from idlm.serving.answers import ChatAnswer, CompletionAnswer
 from idlm.serving.prompts import Prompts
 from idlm.serving.responses import CompletionDetails, PromptDetails, Usage
+from idlm.serving.schema import CompletionRequest
 from idlm.serving.schema_chat import ChatRequest
 from idlm.serving.tools import HERMES
 from idlm.serving.wire import Delta, Finished
+from tests.engine.kinds import of_kind
 
 TEXT = [
     "Let me ",
@@ -83,3 +87,45 @@ def test_a_call_cut_off_is_text(answer: ChatAnswer) -> None:
     chunks = [encoded(chunk)["choices"][0] for event in events for chunk in answer.chunks(0, event)]
     assert "".join(chunk["delta"].get("content", "") for chunk in chunks) == "<tool_call>{"
     assert chunks[-1]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("echo", [False, True], ids=["output", "echo"])
+@pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "unigram_bytes"])
+def test_offsets_are_places_in_the_text_whole_or_streamed(kind: str, echo: bool) -> None:
+    tokenizer, given, output = of_kind(kind), "in a 世 van", "the é世🏁 van is n't"
+    prompts = Prompts(tokenizer, "m", 999)
+    ids, tokens = prompts.text(given), tokenizer(output, add_special_tokens=False).input_ids
+    laws = [{token: Logprob(-1.0, 1)} for token in (*ids, *tokens)]
+    stream = TextStream(tokenizer)
+    deltas = [
+        Delta("1", [token], stream.push([token]), logprobs=[law])
+        for token, law in zip(tokens, laws[len(ids) :], strict=True)
+    ]
+    deltas.append(Delta("1", [], stream.finish(), logprobs=[]))
+    finished = end("stop")
+    if echo:
+        finished.prompt_logprobs = [None, *laws[1 : len(ids)]]
+    job: Any = SimpleNamespace(head=HEAD, tickets=[None], ends={0: finished}, samples=1)
+    body = CompletionRequest.model_validate(
+        {"model": "m", "prompt": given, "logprobs": 0, "echo": echo}
+    )
+    answer = CompletionAnswer(job, body, prompts, [ids])
+    (choice,) = encoded(answer.response([deltas], USAGE))["choices"]
+    text, shown = choice["text"], choice["logprobs"]
+    assert text == (given if echo else "") + output
+
+    parts = [(0, ids)] * echo + [(len(given) * echo, tokens)]
+    expected, strings = [], []
+    for start, group in parts:
+        pieces = [prompts.token_bytes(token) for token in group]
+        dropped = pieces[0].startswith(b" ")
+        before = [b"".join(pieces[:at]).decode(errors="ignore") for at in range(len(pieces))]
+        expected += [start + max(0, len(one) - dropped) for one in before]
+        strings += [prompts.token(token) for token in group]
+    assert (shown["text_offset"], shown["tokens"]) == (expected, strings)
+    assert [next(iter(top)) for top in shown["top_logprobs"] if top] == strings[echo:]
+    if not echo:
+        again = CompletionAnswer(job, body, prompts, [ids])
+        chunks = [encoded(chunk) for delta in deltas for chunk in again.chunks(0, delta)]
+        logprobs = [chunk["choices"][0]["logprobs"] for chunk in chunks]
+        assert [place for one in logprobs for place in one["text_offset"]] == expected

@@ -10,6 +10,7 @@ import pytest
 from idlm import Guide, SamplingParams
 from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError
+from idlm.serving.jobs import room
 from idlm.serving.schema import SHARED, CompletionRequest
 from idlm.serving.schema_chat import ChatRequest
 
@@ -32,6 +33,8 @@ VALUES: dict[str, Any] = {
     "presence_penalty": 0.25,
     "frequency_penalty": 0.75,
     "verification": "ratio",
+    "bad_words": ("a", "b c"),
+    "allowed_token_ids": (3, 5),
     "include_stop_str_in_output": True,
     "skip_special_tokens": False,
 }
@@ -62,6 +65,29 @@ def test_null_is_as_good_as_absent() -> None:
         if name not in ("idlm", "add_generation_prompt")
     }
     assert chat(**kept).sampling(50) == chat().sampling(50) == SamplingParams(max_tokens=50)
+
+
+def test_the_models_defaults_stand_for_what_a_request_does_not_set() -> None:
+    defaults = {"temperature": 0.6, "top_k": 20, "banned_tokens": [4], "min_tokens": 8}
+    made = chat(temperature=None).sampling(50, defaults=defaults)
+    assert made == SamplingParams(
+        max_tokens=50, temperature=0.6, top_k=20, banned_tokens=(4,), min_tokens=8
+    )
+    made = chat(temperature=1.0, top_k=0, min_tokens=0).sampling(50, defaults=defaults)
+    assert made == SamplingParams(max_tokens=50, banned_tokens=(4,))
+    assert chat().sampling(3, defaults=defaults).min_tokens == 3
+    guide = Guide("json_object")
+    assert chat().sampling(50, guide, defaults).min_tokens == 0
+
+
+@pytest.mark.parametrize("asked, default, bound, tokens", [
+    (None, None, None, 90), (None, 30, None, 30), (None, 300, None, 90), (None, 30, 20, 20),
+    (40, 30, None, 40), (40, None, 50, 40), (400, 30, None, 90),
+])  # fmt: skip
+def test_max_tokens_are_the_requests_or_the_models_or_what_is_left(
+    asked: int | None, default: int | None, bound: int | None, tokens: int
+) -> None:
+    assert room(asked, 10, 100, Limits(max_tokens=bound), default) == tokens
 
 
 def test_which_number_of_tokens_counts() -> None:
@@ -113,7 +139,7 @@ def test_messages_as_templates_know_them() -> None:
     assert request.template_tools() == TOOLS
 
 
-@pytest.mark.parametrize("arguments", ["", "[]", "{", "[" * 1000])
+@pytest.mark.parametrize("arguments", ["[]", "{", "[" * 1000])
 def test_arguments_have_to_be_objects(arguments: str) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
     with pytest.raises(ApiError, match="arguments"):

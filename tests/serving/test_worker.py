@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from queue import Empty
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import msgspec
 import pytest
@@ -104,6 +107,20 @@ def test_it_says_what_it_is_speaks_unasked_and_ends_with_its_socket() -> None:
         )
         peer.until(Delta)
         assert peer.close() == 0  # in the middle of its steps
+
+
+@pytest.mark.parametrize("source, sent", [
+    ("auto", {"temperature": 0.0, "top_k": 7, "banned_tokens": [9]}), ("none", {}),
+])  # fmt: skip
+def test_it_sends_the_defaults_of_the_model(
+    source: str, sent: dict[str, Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoint / "base", tmp_path / "base")
+    keys = {"do_sample": False, "top_k": 7, "suppress_tokens": [9]}
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(keys))
+    engine = EngineConfig(stride=1, threads=1, kv_memory="8MiB", generation_config=source)
+    with worker(WorkerConfig(str(tmp_path / "base"), engine=engine)) as peer:
+        assert peer.until(Ready).sampling == sent
 
 
 class Over(Exception):

@@ -28,9 +28,16 @@ def file(tmp_path: Path) -> Path:
 def test_defaults_types_and_round_trip(file: Path) -> None:
     config = load_config(file)
     assert config.steps == 12
-    assert config.lora.targets[0] == "q_proj"
+    assert config.lora.targets == "all-linear"
     assert parse_config(as_tree(config)) == config
     assert parse_config(yaml.safe_load(yaml.safe_dump(as_tree(config)))) == config
+
+
+def test_targets_are_names_or_all_linear(file: Path) -> None:
+    assert load_config(file, ["--lora.targets=[fc1, fc2]"]).lora.targets == ("fc1", "fc2")
+    assert load_config(file, ["--lora.targets=all-linear"]).lora.targets == "all-linear"
+    with pytest.raises(InputError, match="lora.targets is 'q_proj'; expected all-linear or a list"):
+        load_config(file, ["--lora.targets=q_proj"])
 
 
 def test_stage_is_a_function_of_the_step(file: Path) -> None:

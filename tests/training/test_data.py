@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -27,6 +29,7 @@ from idlm.training.data import (
     collate,
     draw_order,
     fit,
+    jsonl_examples,
 )
 from tests.training import tiny
 
@@ -111,7 +114,8 @@ def test_long_responses_are_cut_and_long_prompts_refused() -> None:
         ),
         ('{"prompt": 3, "response": [1]}', ["line 2", "the prompt"]),
         ('{"prompt": "text", "response": [1]}', ["tokenizer"]),
-        ('{"messages": [], "response": [1]}', ["tokenizer"]),
+        ('{"messages": [{"role": "user", "content": "x"}], "response": [1]}', ["tokenizer"]),
+        ('{"messages": [], "response": [1]}', ["line 2", "no message"]),
         ("[1, 2]", ["line 2", "not an object"]),
         ("{", ["line 2", "not JSON"]),
     ],
@@ -140,10 +144,11 @@ def test_last_rows_are_held_out(tmp_path: Path) -> None:
 
 
 def test_nano_examples_are_chats_with_worked_solutions() -> None:
-    tokenizer = train_tokenizer(problems=200)
+    tokenizer, idlm = train_tokenizer(problems=200), tiny.model()
+    idlm.tokenizer = tokenizer
     problems = [problem(0, i) for i in range(5)]
     for example, p in zip(
-        chat_examples([(p.question, p.solution) for p in problems], tokenizer),
+        chat_examples([(p.question, p.solution) for p in problems], idlm),
         problems,
         strict=True,
     ):
@@ -172,3 +177,48 @@ def test_the_registered_source_is_the_projects_problems(tokenizer: PreTrainedTok
 def test_an_unknown_source_is_refused_with_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="data.source is 'nanno'; expected nano or jsonl or self"):
         corpus(DataConfig(source="nanno"), tiny.model(), 10, tmp_path)
+
+
+@pytest.mark.parametrize("eos, turn, plain, chat", [
+    ("<|endoftext|>", "<|im_end|>", 0, 2),
+    ("<|im_end|>", "<|im_end|>", 2, 2),
+    ("<|im_end|>", "", 2, 2),
+    (None, "<|im_end|>", 2, 2),
+    (None, "", 7, 7),
+])  # fmt: skip
+def test_a_response_ends_with_what_ends_it_when_the_model_decodes(
+    eos: str | None,
+    turn: str,
+    plain: int,
+    chat: int,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    idlm = tiny.model()
+    idlm.tokenizer = copy.deepcopy(tokenizer)
+    idlm.tokenizer.eos_token = eos
+    idlm.tokenizer.chat_template = "{{ messages[-1].content }}" + turn
+    idlm.model.generation_config.eos_token_id = 7
+    rows: list[dict[str, Any]] = [
+        {"prompt": "\n", "response": "\n"},
+        {"messages": [{"role": "user", "content": "\n"}], "response": "\n"},
+        {"prompt": [5], "response": [6]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples = jsonl_examples(DataConfig(source="jsonl", path=str(path)), idlm)
+    assert [e.response[-1] for e in examples] == [plain, chat, 6]
+    assert {plain, chat} <= idlm.eos_ids
+    (example,) = chat_examples([("\n", "\n")], idlm)
+    assert example.response[-1] == chat
+
+
+def test_a_model_without_an_end_trains_without_one(tmp_path: Path) -> None:
+    idlm = tiny.model()
+    idlm.tokenizer = train_tokenizer(problems=50)
+    idlm.tokenizer.eos_token = idlm.tokenizer.chat_template = None
+    idlm.model.generation_config.eos_token_id = idlm.model.config.eos_token_id = None
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": [5], "response": "abc"}))
+    (example,) = jsonl_examples(DataConfig(source="jsonl", path=str(path)), idlm)
+    assert example.response == idlm.tokenizer("abc").input_ids

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from idlm.decoding import reference
 from idlm.errors import InputError
 from idlm.training.config import DataConfig
 from idlm.training.distill import distill
@@ -74,7 +76,8 @@ def test_greedy_responses_to_padded_prompts_are_those_of_each_alone(tmp_path: Pa
         for _ in range(8):
             visible = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()
             logits = idlm.forward(torch.tensor(tokens), torch.arange(len(tokens)), visible)
-            tokens.append(int(logits[-1].argmax()))
+            # MASK, the last id, is never emitted
+            tokens.append(int(logits[-1, : idlm.mask_id].argmax()))
             if tokens[-1] == 2:
                 break
         assert example.prompt + example.response == tokens
@@ -101,3 +104,47 @@ def test_bad_prompts_are_named(tmp_path: Path) -> None:
         distill(settings(examples=None), idlm, tmp_path / "a.jsonl")
     with pytest.raises(InputError, match="cannot read 'nowhere'"):
         distill(settings(prompts="nowhere"), idlm, tmp_path / "a.jsonl")
+
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "penalty": {"repetition_penalty": 1.7, "do_sample": False},
+    "bans": {"suppress_tokens": [3, 4, 5, 6], "bad_words_ids": [[7], [8]], "do_sample": False},
+    "longer": {"min_new_tokens": 6, "eos_token_id": [2, 9, 10, 11, 12], "do_sample": False},
+    "nothing transformers alone applies": {"no_repeat_ngram_size": 1, "do_sample": False},
+}
+
+
+@pytest.mark.parametrize("keys", DEFAULTS.values(), ids=DEFAULTS)
+def test_responses_are_what_the_model_decodes(tmp_path: Path, keys: dict[str, Any]) -> None:
+    """With the defaults of its generation config and its ends, and nothing else."""
+    idlm = tiny.model(dtype=torch.float64)
+    own = idlm.model.generation_config
+    own.update(**keys)
+    prompts = [[3], [4, 5, 6, 7], [8, 9, 8]]
+    path = prompts_file(tmp_path, prompts)
+    examples = distill(settings(prompts=path, examples=None), idlm, tmp_path / "a.jsonl")
+    assert idlm.model.generation_config is own
+    params = idlm.sampling({"max_tokens": 8})
+    assert params.greedy
+    for prompt, example in zip(prompts, examples, strict=True):
+        ar = reference.ar(idlm.forward, prompt, params, idlm.mask_id, idlm.eos_ids, 0)
+        assert example.response == ar.tokens
+
+
+def test_filters_of_the_generation_config_and_the_temperature_of_the_run(tmp_path: Path) -> None:
+    idlm = tiny.model(dtype=torch.float32)
+    plain = distill(settings(), idlm, tmp_path / "plain.jsonl")
+    assert distill(settings(temperature=1.0), idlm, tmp_path / "same.jsonl") == [
+        replace(example, row=example.row.replace("plain", "same")) for example in plain
+    ]
+    idlm = tiny.model(dtype=torch.float32)
+    idlm.model.generation_config.update(top_k=1, temperature=5.0)
+    narrow = distill(settings(), idlm, tmp_path / "narrow.jsonl")
+    assert len({tuple(example.response) for example in narrow}) == 1  # the likeliest each time
+    assert '"top_k": 1' in (tmp_path / "narrow.jsonl").read_text()
+    del idlm.__dict__["sampling_defaults"]
+    idlm.model.generation_config.top_k = None
+    with pytest.raises(InputError, match="top_k 1, now it is None"):
+        distill(settings(), idlm, tmp_path / "narrow.jsonl")
+    again = json.loads((tmp_path / "narrow.jsonl").read_text().splitlines()[0])
+    assert again["temperature"] == 5.0

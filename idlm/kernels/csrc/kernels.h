@@ -68,6 +68,7 @@ typedef struct {
 } Product;
 
 void multiply(const Product *product, int threads);
+void set_hardware_rows(int format, int64_t most); /* see linear.c; for the whole process */
 float quantise_row(const float *from, int16_t *to, int64_t size);
 void quantise_groups(const float *from, QuantGroup *to, int64_t size);
 

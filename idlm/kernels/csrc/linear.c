@@ -318,11 +318,15 @@ static int64_t tiles_of(int64_t rows) {
     return tiles < MAX_PREFETCH_TILES ? tiles : MAX_PREFETCH_TILES;
 }
 
-/* Whether the processor's own prefetcher is better than ours. It sees a single tile read a panel in
-   order, and can have more lines in flight. With more arithmetic per line it falls behind. */
+/* Whether the processor's own prefetcher is better than ours. It may be where a single tile reads a
+   panel in order: it can have more lines in flight. With more arithmetic per line it falls behind,
+   on some processors from two rows on, on others from six. So it is measured. */
+static int64_t hardware_rows[] = {[FLOAT32] = 1, [BFLOAT16] = 1, [INT8] = 0, [UINT8] = 0};
+
+void set_hardware_rows(int format, int64_t most) { hardware_rows[format] = most; }
+
 static int hardware_prefetches(int format, int64_t rows) {
-    return format == FLOAT32 ? rows <= 5 && tile_vectors((int)rows) == PANEL_VECTORS
-                             : format == BFLOAT16 && rows == 1;
+    return rows <= hardware_rows[format] && tile_vectors((int)rows) == PANEL_VECTORS;
 }
 
 /* sums [rows, PANEL] += x[from .. to] times one panel */

@@ -1,0 +1,211 @@
+"""Forms of training rows, and the border between prompt and response."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from idlm.errors import InputError
+from idlm.models.idlm_model import Idlm
+from idlm.models.loading import load
+from idlm.training.config import DataConfig
+from idlm.training.data import Example, jsonl_examples, prompt_ids, row_example
+from idlm.training.rows import read_row
+from tests.engine.kinds import KINDS, of_kind
+
+QUESTION, ANSWER = {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}
+OPENING = {"role": "system", "content": "count"}
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+
+
+@pytest.fixture(scope="module")
+def idlm(checkpoint: Path) -> Idlm:
+    return load(str(checkpoint / "base"))
+
+
+def example(fields: dict[str, Any], idlm: Idlm) -> Example:
+    return row_example(read_row(fields, "row"), idlm)
+
+
+CHATS: dict[str, dict[str, Any]] = {
+    "messages with the answer": {"messages": [OPENING, QUESTION, ANSWER]},
+    "messages and a response": {"messages": [OPENING, QUESTION], "response": "2"},
+    "messages and a completion": {"messages": [OPENING, QUESTION], "completion": "2"},
+    "prompt and completion of messages": {"prompt": [OPENING, QUESTION], "completion": [ANSWER]},
+    "ShareGPT": {
+        "conversations": [
+            {"from": "system", "value": "count"},
+            {"from": "human", "value": "1 + 1?"},
+            {"from": "gpt", "value": "2"},
+        ]
+    },
+    "ShareGPT with its system": {
+        "system": "count",
+        "conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}],
+    },
+    "conversations of messages": {"conversations": [OPENING, QUESTION, ANSWER]},
+    "parts": {
+        "messages": [OPENING, QUESTION, {**ANSWER, "content": [{"type": "text", "text": "2"}]}]
+    },
+    "columns that are null": {
+        "messages": [OPENING, QUESTION, ANSWER],
+        "prompt": None,
+        "text": None,
+    },
+}
+
+
+@pytest.mark.parametrize("form", CHATS)
+def test_forms_of_a_conversation(form: str, idlm: Idlm) -> None:
+    found = example(CHATS[form], idlm)
+    assert found.prompt == idlm.encoder.chat([OPENING, QUESTION])
+    assert found.response == [*idlm.encoder.inner("2"), *sorted(idlm.eos_ids)]
+    assert prompt_ids(CHATS[form], "row", idlm) == found.prompt  # without the answer
+
+
+def test_only_the_last_answer_is_the_response(idlm: Idlm) -> None:
+    messages = [QUESTION, ANSWER, {"role": "user", "content": "and 2?"}, {**ANSWER, "content": "4"}]
+    found = example({"messages": messages}, idlm)
+    assert found.prompt == idlm.encoder.chat(messages[:-1])
+    assert found.response == [*idlm.encoder.inner("4"), *sorted(idlm.eos_ids)]
+
+
+def test_forms_of_a_text(idlm: Idlm) -> None:
+    text, end = idlm.encoder.text("1 + 1 =", trusted=True), sorted(idlm.eos_ids)
+    found = example({"prompt": "1 + 1 =", "response": " 2"}, idlm)
+    assert (found.prompt, found.response) == (text, [*idlm.encoder.inner(" 2"), *end])
+    assert example({"prompt": "1 + 1 =", "completion": " 2"}, idlm) == found
+    assert example({"prompt": text, "response": [5, 6]}, idlm) == Example(text, [5, 6], "row")
+    assert example({"text": "1 + 1 ="}, idlm) == Example(text[:1], text[1:] + end, "row")
+
+
+def with_template(idlm: Idlm, template: str) -> Idlm:
+    assert idlm.tokenizer is not None
+    other = replace(idlm)
+    other.encoder.tokenizer.chat_template = template
+    return other
+
+
+def test_templates_that_write_answers_in_their_own_way(checkpoint: Path) -> None:
+    end, text = "<|im_end|>", "{{ m.role }}:{{ m.content }}"
+    own = {
+        # the space belongs to the answer; the line break after the end is nobody's
+        f"{{% for m in messages %}}{text.replace(':', ': ')}{end}\n{{% endfor %}}"
+        "{% if add_generation_prompt %}assistant:{% endif %}": " 2",
+        # thoughts are opened in the prompt, and left out of earlier answers
+        f"{{% for m in messages %}}{text}{end}{{% endfor %}}"
+        "{% if add_generation_prompt %}assistant:<think>{% endif %}": "2",
+        f"{{% for m in messages %}}{text}\n{{% endfor %}}"  # no end token at all
+        "{% if add_generation_prompt %}assistant:{% endif %}": "2\n",
+    }
+    for template, answer in own.items():
+        idlm = with_template(load(str(checkpoint / "base")), template)
+        found = example({"messages": [QUESTION, ANSWER]}, idlm)
+        assert found.prompt == idlm.encoder.chat([QUESTION])
+        assert found.response == [*idlm.encoder.inner(answer), *sorted(idlm.eos_ids)]
+        if "<think>" in template:
+            with pytest.raises(InputError, match="row: the chat template does not write"):
+                example({"messages": [QUESTION, CALL]}, idlm)
+
+
+def test_tools_and_calls_are_written_by_the_template(checkpoint: Path) -> None:
+    template = (
+        "{% if tools %}{{ tools[0].name }}{% endif %}{% for m in messages %}{{ m.role }}:"
+        "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}"
+        "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    idlm = with_template(load(str(checkpoint / "base")), template)
+    tools = [{"name": "<|im_end|>"}]  # a placeholder in the prompt and in the whole
+    question = {"role": "user", "content": "<|im_start|>"}
+    found = example({"messages": [question, CALL], "tools": tools}, idlm)
+    assert idlm.tokenizer is not None
+    assert found.prompt == idlm.encoder.chat([question], tools)
+    assert example({"messages": [question, CALL], "tools": json.dumps(tools)}, idlm) == found
+    answer = '{"name": "f", "arguments": {}}<|im_end|>'
+    assert idlm.tokenizer.decode(found.response) == answer
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no answer": ({"messages": [QUESTION]}, "row: it has no response"),
+    "an answer alone": ({"messages": [ANSWER]}, "row: messages="),
+    "an empty response": ({"prompt": "a", "response": ""}, "row: it has no response"),
+    "a prompt alone": ({"prompt": "a"}, "row: it has no response"),
+    "nothing known": ({"instruction": "a", "output": "b"}, "row: it has no prompt; write"),
+    "an unknown speaker": (
+        {"conversations": [{"from": "narrator", "value": "x"}]},
+        "row: a turn is from 'narrator'",
+    ),
+    "turns that are no list": ({"conversations": "x"}, "row: conversations is no list"),
+    "half of a surrogate pair": ({"prompt": "a\ud800", "response": "b"}, "row: the prompt holds"),
+    "half of one in the response": ({"prompt": "a", "response": "\udc00"}, "row: the prompt holds"),
+    "half of one in a message": (
+        {"messages": [{**QUESTION, "content": "\ud800"}, ANSWER]},
+        "row: the prompt holds",
+    ),
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]},
+        r"row: messages\[0\] has a part of type 'image'",
+    ),
+    "a prompt that is a number": ({"prompt": 3, "response": "x"}, "row: the prompt is neither"),
+    "tools that are no list": (
+        {"messages": [QUESTION, ANSWER], "tools": {"name": "f"}},
+        "row: tools is no list",
+    ),
+    "tools that are no JSON": (
+        {"messages": [QUESTION, ANSWER], "tools": "[x"},
+        "row: tools is no list",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", REFUSED)
+def test_refused_with_the_name_of_the_row(form: str, idlm: Idlm) -> None:
+    fields, said = REFUSED[form]
+    with pytest.raises(InputError, match=said) as error:
+        example(fields, idlm)
+    str(error.value).encode()
+
+
+def test_a_text_is_no_prompt_to_answer(idlm: Idlm) -> None:
+    with pytest.raises(InputError, match="row is a text without a prompt"):
+        prompt_ids({"text": "x"}, "row", idlm)
+
+
+def with_tokenizer(idlm: Idlm, tokenizer: PreTrainedTokenizerBase) -> Idlm:
+    other = replace(idlm, tokenizer=tokenizer)
+    return other
+
+
+BORDERS = [("the v", "an was"), ("the van", " was"), ("a", "a"), ("in a van", "."), ("n", "'t")]
+
+
+@pytest.mark.parametrize("border", BORDERS, ids="|".join)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("word_level",)])
+def test_a_response_continues_the_prompt(kind: str, border: tuple[str, str], idlm: Idlm) -> None:
+    """Prompt and response together decode to the whole text, without a gap; words that are split
+    at a space only (WordPiece, end-of-word) have one where the tokenizer decodes it so."""
+    tokenizer, (prompt, response) = of_kind(kind), border
+    found = example({"prompt": prompt, "response": response}, with_tokenizer(idlm, tokenizer))
+    assert found.prompt == tokenizer(prompt).input_ids
+    assert found.response[-1] == tokenizer.eos_token_id
+    decoded = tokenizer.decode(found.prompt + found.response[:-1])
+    by_words = kind in ("word_piece", "word_piece_cleaned", "end_of_word")
+    strip = (lambda text: text.replace(" ", "")) if by_words else str
+    assert strip(decoded) == strip(prompt + response)
+
+
+def test_a_tokenizer_without_an_end_token_leaves_the_model_its_own(
+    idlm: Idlm, tmp_path: Path
+) -> None:
+    tokenizer = of_kind("byte_level")
+    bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
+    assert bare.eos_token_id is None
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
+    config = DataConfig(source="jsonl", path=str(file))
+    (found,) = jsonl_examples(config, with_tokenizer(idlm, bare))
+    (end,) = with_tokenizer(idlm, bare).eos_ids
+    assert found.response == [*bare("b").input_ids, end]
