@@ -228,18 +228,16 @@ def _check_all_used(path: Path, model: PreTrainedModel, tensors: Mapping[str, Te
 
 
 class _Probe:
-    """A cache that stores nothing and records the order of the layers that call it."""
+    """A cache that stores nothing and records the layers that call it, and their windows."""
 
     def __init__(self, visible: Visible) -> None:
         self.visible = visible
-        self.layers: list[int] = []
-        self.windows: list[int | None] = []
+        self.layers: list[tuple[int, int | None]] = []
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
     ) -> Tensor:
-        self.layers.append(layer)
-        self.windows.append(scores.window)
+        self.layers.append((layer, scores.window))
         return attend(query, key, value, self.visible.within(scores.window), scores)
 
 
@@ -283,14 +281,12 @@ def check_architecture(idlm: Idlm) -> None:
         stock = _stock_logits(idlm.model, tokens).double()
     except Exception as error:  # a model's forward may raise anything
         raise InputError(f"{what} ({_kind(error)}); use another model") from error
-    if cache.layers != list(range(idlm.model.config.num_hidden_layers)):
+    wanted = layer_windows(idlm.model.config)
+    if (order := [layer for layer, _ in cache.layers]) != list(range(len(wanted))):
+        raise InputError(f"{what}: its layers write keys in the order {order}; use another model")
+    if (found := [window for _, window in cache.layers]) != wanted:
         raise InputError(
-            f"{what}: its layers write keys in the order {cache.layers}; use another model"
-        )
-    if cache.windows != (wanted := layer_windows(idlm.model.config)):
-        raise InputError(
-            f"{what}: its layers attend with the sliding windows {cache.windows}, "
-            f"but its config has {wanted}; use another model"
+            f"{what}: its sliding windows are {found}, not {wanted}; use another model"
         )
     difference, size = float((ours - stock).norm()), float(stock.norm())
     if not difference <= PROBE_TOLERANCE[idlm.dtype] * size:  # also if it is NaN

@@ -142,7 +142,7 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a sliding window that attention is not told": (
         other("doge", sliding_window=16, num_experts=1),
-        r"sliding windows \[None, None\], but its config has \[16, 16\]",
+        r"sliding windows are \[None, None\], not \[16, 16\]; use another model",
     ),
     "linear layers": (
         config(layer_types=["full_attention", "linear_attention"]),
