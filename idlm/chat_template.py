@@ -32,6 +32,7 @@ Messages = str | Iterable[Message]
 OPEN, CLOSE = "\ue000", "\ue001"
 """Private-use characters around the index of a special string. If a message contains them, they are
 replaced like special strings."""
+ANSWER, CLOSED = (True, False), (False, False)  # `ending` of `_render`
 PLACEHOLDER = re.compile(f"{OPEN}([0-9]+){CLOSE}")
 PROBE = "a probe of idlm"
 PROBE_PARTS = [{"type": "text", "text": PROBE}]
@@ -213,16 +214,17 @@ class PromptEncoder:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         options: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> list[int]:
-        """Encode a conversation; `options` are variables of the chat template.
+        """Encode a conversation; `options` are variables of the chat template, and
+        `continue_final_message` leaves the last message open.
 
         Raises:
             InputError: a message cannot be read, the template raises an error, an option is an
                 argument of `apply_chat_template`, the text is too long, or there is no template.
         """
-        return self._encode_rendered(
-            *self._render(messages, tools, add_generation_prompt, options or {})
-        )
+        ending = add_generation_prompt, continue_final_message
+        return self._encode_rendered(*self._render(messages, tools, ending, options or {}))
 
     def exchange(
         self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None
@@ -235,8 +237,8 @@ class PromptEncoder:
                 that writes earlier answers differently.
         """
         *before, answer = read_messages(messages)
-        text, literals = self._render(before, tools, True, {})
-        whole, all_literals = self._render([*before, answer], tools, False, {})
+        text, literals = self._render(before, tools, ANSWER, {})
+        whole, all_literals = self._render([*before, answer], tools, CLOSED, {})
         ids = self._encode_rendered(text, literals)
         if whole.startswith(text):
             together = self._encode_rendered(whole, all_literals)
@@ -254,7 +256,7 @@ class PromptEncoder:
         Raises:
             InputError: as `chat`.
         """
-        rendered = [self._render(messages, None, True, {}) for messages in conversations]
+        rendered = [self._render(messages, None, ANSWER, {}) for messages in conversations]
         without_literals = [text for text, literals in rendered if not literals]
         encoded = iter(self._encode(without_literals))  # the tokenizer encodes a batch in parallel
         return [
@@ -266,17 +268,14 @@ class PromptEncoder:
         return self._encode_pieces(text, literals) if literals else self._encode([text])[0]
 
     def _render(
-        self, messages: Any, tools: Any, add_generation_prompt: bool, options: Mapping[str, Any]
+        self, messages: Any, tools: Any, ending: tuple[bool, bool], options: Mapping[str, Any]
     ) -> tuple[str, list[str]]:
-        """Render a conversation: the text, and the special strings of its placeholders."""
+        """A conversation's text and placeholders' strings. `ending`: `add_generation_prompt` and
+        `continue_final_message`."""
         template, literals = self.template_for(bool(tools)), list[str]()
-        reserved = (
-            set(inspect.signature(self.tokenizer.apply_chat_template).parameters)
-            if options
-            else set()
-        )
         for name in options:
-            if name in reserved | {"messages"}:
+            arguments = inspect.signature(self.tokenizer.apply_chat_template).parameters
+            if name == "messages" or name in arguments:
                 raise InputError(
                     f"chat_template_kwargs names {name!r}, which is the server's; leave it out"
                 )
@@ -290,7 +289,8 @@ class PromptEncoder:
                 tools,
                 chat_template=template,
                 tokenize=False,
-                add_generation_prompt=add_generation_prompt,
+                add_generation_prompt=ending[0],
+                continue_final_message=ending[1],
                 **options,
             )
         except Exception as error:  # a template may raise anything

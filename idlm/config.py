@@ -53,6 +53,8 @@ class EngineConfig:
         lookahead: steps launched before the results of a step are read. None: 1 on a GPU, which
             hides the host's work, and 0 on a CPU.
         record: whether decode steps are recorded and replayed without Python.
+        max_model_len: the most tokens of a request, prompt and output together. None: the model's
+            context. Some models (longrope) are exact up to a length only, and need it.
         generation_config: "auto": the sampling settings of the checkpoint's generation_config.json
             are the defaults of a request. "none": those of `SamplingParams` are. Its end tokens
             count in both.
@@ -73,10 +75,11 @@ class EngineConfig:
     threads: int | None = None
     lookahead: int | None = None
     record: bool = True
+    max_model_len: int | None = None
     generation_config: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "page_size", "prefill_tokens"):
+        for name in ("max_num_seqs", "page_size", "prefill_tokens", "max_model_len"):
             _check_count(name, getattr(self, name))
         threads = self.threads
         if threads is not None and (type(threads) is not int or not 1 <= threads <= MOST_THREADS):
@@ -112,7 +115,7 @@ class EngineConfig:
 
 
 def _check_count(name: str, value: object) -> None:
-    if value is None and name == "prefill_tokens":
+    if value is None and name in ("prefill_tokens", "max_model_len"):
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{name}={value!r} is not a whole number above 0; use for example 16")

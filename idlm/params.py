@@ -9,53 +9,19 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from idlm.errors import InputError
+from idlm.guides import Guide as Guide
+from idlm.guides import Thinking as Thinking
 from idlm.inputs import check_text, plain
 
 VERIFICATIONS = ("coupled", "ratio", "relaxed")
 SEED_LIMIT = 2**63
 MOST_SAMPLES = 1024
 MOST_LOGPROBS = 20
-GUIDES = ("json_object", "json_schema", "regex", "grammar")
-MOST_GUIDE = 2**16
-"""The most characters of a guide's text."""
 MOST_BAD_WORDS = 256
 LONGEST_BAD_WORD = 16
 """Tokens of a bad word."""
 SHOWN = 8
 """Wrong ids that an error names."""
-
-
-@dataclass(frozen=True)
-class Guide:
-    """A format that the whole output must match.
-
-    Attributes:
-        kind: "json_object" (any JSON object; without text), "json_schema", "regex" or "grammar"
-            (Lark or GBNF).
-        text: the schema as JSON, the regular expression, or the grammar.
-    """
-
-    kind: str
-    text: str = ""
-
-    def __post_init__(self) -> None:
-        if self.kind not in GUIDES:
-            raise InputError(f"guide kind {self.kind!r} is unknown; use one of {', '.join(GUIDES)}")
-        if not isinstance(self.text, str):
-            raise InputError(
-                f"the text of a guide is {type(self.text).__name__}; "
-                "give a string, a schema as JSON text"
-            )
-        check_text(self.text, "the text of a guide")
-        if len(self.text) > MOST_GUIDE:
-            raise InputError(
-                f"a guide of {len(self.text)} characters is too long; use at most {MOST_GUIDE}"
-            )
-        if (self.kind == "json_object") == bool(self.text):
-            raise InputError(
-                f"guide {self.kind!r} with text {self.text[:40]!r}; "
-                "'json_object' has none, the others need it"
-            )
 
 
 @dataclass(frozen=True)
@@ -102,6 +68,8 @@ class SamplingParams:
         tau: relaxed only: also accept a draft whose probability is at least tau times the largest.
         guide: the format of the output. The output ends when it is complete, or before that by
             `max_tokens` or a stop.
+        thinking: the thoughts before the answer. The guide begins after them; with a guide they do
+            not end the output.
     """
 
     n: int = 1
@@ -130,6 +98,7 @@ class SamplingParams:
     verification: str = "coupled"
     tau: float | None = None
     guide: Guide | None = None
+    thinking: Thinking | None = None
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -271,6 +240,11 @@ class SamplingParams:
                 f"guide={self.guide!r} is not a Guide; use for example Guide('json_object')",
                 "guide",
             )
+        if self.thinking is not None and not isinstance(self.thinking, Thinking):
+            raise InputError(
+                f"thinking={self.thinking!r} is not a Thinking; use for example Thinking(7, 8)",
+                "thinking",
+            )
         if self.guide is not None and self.min_tokens:
             raise InputError(
                 f"min_tokens={self.min_tokens} with a guide, "
@@ -342,6 +316,8 @@ class SamplingParams:
         for name in ("logit_bias", "banned_tokens", "allowed_token_ids", "stop_token_ids"):
             _check_below(name, getattr(self, name) or (), vocab_size)
         _check_below("bad_words", words, vocab_size)
+        if self.thinking is not None:
+            _check_below("thinking", (self.thinking.start, self.thinking.end), vocab_size)
 
 
 def _check_below(name: str, tokens: Iterable[int], vocab_size: int) -> None:

@@ -54,6 +54,7 @@ def bench(
     adapter: common.Adapter = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
+    max_model_len: common.MaxModelLen = None,
     weights: common.Weights = "auto",
     threads: Annotated[
         int, typer.Option(help="CPU threads; small models gain nothing from more.")
@@ -82,7 +83,7 @@ def bench(
     from idlm.models.loading import load
 
     torch.set_num_threads(threads)
-    idlm = load(model, adapter=adapter, dtype=dtype, device=device)
+    idlm = load(model, adapter, dtype, device, max_model_len)
     draw = workload(idlm, [prompt.encode(idlm, chat=True) for prompt in given])
     engines = bench_engines(idlm, chosen, stride, max(in_flight), shares, weights=weights)
     common.keep_what_is_loaded()

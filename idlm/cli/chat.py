@@ -34,6 +34,7 @@ def chat(
     branches: common.BranchesOption = "planner",
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
+    max_model_len: common.MaxModelLen = None,
     weights: common.Weights = "auto",
     threads: common.Threads = None,
     url: Annotated[
@@ -90,7 +91,7 @@ def chat(
             threads=threads,
             generation_config=sampling.generation_config,
         )
-        idlm = load(str(model), adapter=adapter, dtype=dtype, device=device)
+        idlm = load(str(model), adapter, dtype, device, max_model_len)
         backend = LocalBackend(LLM(idlm, config=config), sampling.of(idlm))
     Chat(backend, colors).run(reader())
 

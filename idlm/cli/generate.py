@@ -36,6 +36,7 @@ def generate(
     ] = True,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
+    max_model_len: common.MaxModelLen = None,
     weights: common.Weights = "auto",
     threads: common.Threads = None,
     as_json: common.Json = False,
@@ -59,7 +60,7 @@ def generate(
         threads=threads,
         generation_config=sampling.generation_config,
     )
-    idlm = load(model, adapter=adapter, dtype=dtype, device=device)
+    idlm = load(model, adapter, dtype, device, max_model_len)
     params = sampling.of(idlm)
     llm = LLM(idlm, config=config)
     common.keep_what_is_loaded()

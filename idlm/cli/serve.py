@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import typer
 
@@ -35,13 +37,27 @@ def serve(
         list[str] | None,
         _option("Network", f"A key that opens all routes; can be repeated. Or ${KEY_VARIABLE}."),
     ] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        _option(
+            "Network",
+            "A web page's origin that may use the server, a JSON list of them, or *; can be "
+            "repeated.",
+            metavar="ORIGIN",
+        ),
+    ] = None,
     name: Annotated[
         str | None, _option("Model", "What requests call the model; MODEL if not given.")
     ] = None,
+    reasoning_parser: Annotated[
+        str,
+        _option("Model", "How thoughts are told from the answer: auto, none, qwen3, deepseek_r1."),
+    ] = "auto",
     stride: common.Stride = 4,
     branches: common.BranchesOption = "planner",
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
+    max_model_len: common.MaxModelLen = None,
     max_num_seqs: Annotated[int, _option("Engine", "The most samples at once; others wait.")] = 64,
     kv_memory: Annotated[
         str | None, _option("Engine", "Memory of the KV cache: bytes, or such as 512MiB.")
@@ -106,14 +122,16 @@ def serve(
         weights=weights,
         logprobs_mode=logprobs_mode,
         threads=threads,
+        max_model_len=max_model_len,
         generation_config=generation_config,
     )
     adapters = _adapters(adapter or [])
     worker = WorkerConfig(model, adapters, dtype, device, engine)
     keys = _keys(api_key or [])
+    name = _name(name or model, adapters)
     config = ServeConfig(
         worker,
-        _name(name or model, adapters),
+        name,
         host,
         port,
         keys,
@@ -121,6 +139,8 @@ def serve(
         log_prompts,
         parse_special,
         limits,
+        _origins(allowed_origins or []),
+        reasoning_parser,
     )
     _check_port(port)
 
@@ -204,6 +224,26 @@ def _keys(options: list[str]) -> tuple[str, ...]:
                 f"use letters and digits ({len(key)} long)"
             )
     return tuple(keys)
+
+
+def _origins(options: list[str]) -> tuple[str, ...]:
+    """Origins, each option one or a JSON list of them, as vLLM takes them."""
+    found: list[str] = []
+    for option in options:
+        try:
+            value = json.loads(option) if option.startswith("[") else [option]
+        except ValueError:
+            value = [None]
+        for origin in value:
+            parts = urlsplit(origin) if isinstance(origin, str) else None
+            whole = parts is not None and origin == f"{parts.scheme}://{parts.netloc}"
+            if origin != "*" and not (parts and whole and parts.scheme and parts.netloc):
+                raise InputError(
+                    f"--allowed-origins {option!r} is no origin; write for example "
+                    "https://example.org, a JSON list of such, or *"
+                )
+            found.append(origin)
+    return tuple(found)
 
 
 def _is_loopback(host: str) -> bool:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
-from idlm.engine.guide import Guides, Matcher
+from idlm.engine.guide import Constraint, Guides
 from idlm.engine.pages import PagePool
 from idlm.engine.request import Request, Result, Timing
 from idlm.engine.text import TextStream
+from idlm.engine.thinking import ThinkingMatcher
 from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 from idlm.params import SamplingParams
@@ -80,17 +81,23 @@ class Admission:
             matcher=self.matcher(params),
         )
 
-    def matcher(self, params: SamplingParams) -> Matcher | None:
-        """A matcher for the request's guide; None if it has no guide.
+    def matcher(self, params: SamplingParams) -> Constraint | None:
+        """A matcher for the request's guide and the budget of its thoughts; None if it has neither.
 
         Raises:
-            InputError: the guide cannot be used.
+            InputError: the guide cannot be used, or the end of the thoughts is banned.
         """
-        return (
-            None
-            if params.guide is None
-            else self._guides.matcher(params.guide, params.banned_tokens, params.allowed_token_ids)
-        )
+        guide, thinking = params.guide, params.thinking
+        limits = params.banned_tokens, params.allowed_token_ids
+        matcher = None if guide is None else self._guides.matcher(guide, *limits)
+        if thinking is None or (matcher is None and thinking.budget is None):
+            return matcher
+        if thinking.end in params.banned_tokens:
+            raise InputError(
+                f"banned_tokens has {thinking.end}, the end of the thoughts; allow it",
+                "banned_tokens",
+            )
+        return ThinkingMatcher(thinking, matcher, self.idlm.vocab_size, self.idlm.eos_ids)
 
     def check_size(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Refuse a request that does not fit into the pool even if it is empty.

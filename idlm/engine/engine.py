@@ -31,6 +31,7 @@ from idlm.config import EngineConfig
 from idlm.decoding.plan import AR, Plan
 from idlm.engine.admission import Admission
 from idlm.engine.budget import PrefillBudget
+from idlm.engine.guide import Constraint
 from idlm.engine.logprobs import add_prompt_logprobs, logprob_entries
 from idlm.engine.metrics import Metrics
 from idlm.engine.pages import PagePool
@@ -203,7 +204,7 @@ class Engine:
     def _launch(self) -> bool:
         """Launch one step: decode windows and prefill chunks. False if there is no work."""
         scheduler = self.scheduler
-        if any(request.matcher for request in scheduler.running):
+        if any(map(self._constraint, scheduler.running)):
             self.drain()  # a guide needs all committed tokens
         running = scheduler.decoding or scheduler.prefilling
         if not running:
@@ -229,8 +230,15 @@ class Engine:
     def _run(self, plan: Plan, requests: list[Request], chunks: list[Chunk]) -> PendingStep:
         slots = [request.slot for request in requests if request.slot is not None]
         tokens = longest(requests) + self._ahead(plan) if requests else 1
-        matchers = [request.matcher for request in requests]
+        matchers = [self._constraint(request) for request in requests]
         return self.runner.step(self._key(plan), slots, tokens, chunks, matchers)
+
+    def _constraint(self, request: Request) -> Constraint | None:
+        """The request's matcher, unless it cannot restrict a token or draft of the next step: steps
+        with a matcher are slower."""
+        ahead = sum(step.tokens for step in self._in_flight) + 2 * (self.runner.depth + 1)
+        matcher = request.matcher
+        return matcher if matcher is not None and matcher.restricts(ahead) else None
 
     def _count(
         self,
@@ -243,7 +251,7 @@ class Engine:
         batch, prompt_tokens = len(requests), sum(len(chunk.tokens) for _, chunk in prompts)
         self.metrics.count_launch(plan, batch, prompt_tokens, seconds)
         self.budget.observe(plan, batch, prompt_tokens, seconds)
-        guided = any(request.matcher for request in requests)
+        guided = any(map(self._constraint, requests))
         if not prompts and not guided and self.runner.steady:
             self.planner.observe_cost(batch, plan, seconds)
 

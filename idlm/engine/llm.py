@@ -20,8 +20,9 @@ from idlm.engine.request import Result, Update
 from idlm.errors import InputError
 from idlm.inputs import plain
 from idlm.models.adapter import load_more
+from idlm.models.check import check_adapter
 from idlm.models.idlm_model import Idlm
-from idlm.models.loading import check_adapter, load
+from idlm.models.loading import load
 from idlm.models.sources import resolve
 from idlm.params import SamplingParams
 
@@ -45,7 +46,8 @@ class LLM:
         device: for example "cpu", "cuda" or "cuda:1".
         config: the engine's options.
         options: fields of `EngineConfig`, which replace those of `config`: stride, branches,
-            max_num_seqs, kv_memory, page_size, prefill_tokens, deterministic, weights, threads, ...
+            max_num_seqs, kv_memory, page_size, prefill_tokens, deterministic, weights, threads,
+            max_model_len, ...
 
     Attributes:
         engine: runs the requests; its counters are `engine.metrics`.
@@ -71,10 +73,11 @@ class LLM:
                 f"adapter={adapter!r} with a loaded model; give it to idlm.load instead"
             )
         named = ({} if adapter is None else {"default": adapter}) | dict(adapters or {})
-        ours = not isinstance(model, Idlm)
-        self.idlm = (
-            model if isinstance(model, Idlm) else load(fspath(model), dtype=dtype, device=device)
-        )
+        ours, limit = not isinstance(model, Idlm), self.config.max_model_len
+        if isinstance(model, Idlm):
+            self.idlm = model if limit is None else model.limited(limit)
+        else:
+            self.idlm = load(fspath(model), dtype=dtype, device=device, max_model_len=limit)
         names = ["default", *named] if self.idlm.gate is not None else list(named)
         for folder in named.values():
             load_more(self.idlm, resolve(fspath(folder))[0])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import NamedTuple
 
-from idlm.engine.guide import Matcher
+from idlm.engine.guide import Constraint
 from idlm.engine.text import TextStream
 from idlm.params import SamplingParams
 
@@ -129,7 +129,7 @@ class Request:
             `trimmed`, which are before every layer's sliding window.
         computed: tokens of its text that are cached or whose prefill has been launched.
         page_keys: the hashes of its first full pages, as many as the scheduler has needed.
-        matcher: follows the output if the request has a guide.
+        matcher: follows the output if the request has a guide or a budget of thoughts.
     """
 
     id: str
@@ -149,7 +149,7 @@ class Request:
     computed: int = 0
     trimmed: int = 0
     page_keys: list[bytes] = field(default_factory=list)
-    matcher: Matcher | None = None
+    matcher: Constraint | None = None
 
     @property
     def text(self) -> list[int]:

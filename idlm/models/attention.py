@@ -1,9 +1,9 @@
 """The attention function that stock transformers models call.
 
-Training and the reference decoder call the model with `visible=...`, the engine with `cache=...`.
-The model passes these arguments through to this function. So windows, training layouts and causal
-text differ only in them. What a layer does with the scores, the model says itself: sliding window,
-soft cap, sinks.
+Training and the reference decoder say with `visible` what a row sees, the engine with `cache`;
+`idlm.models.routes` brings both here. So windows, training layouts and causal text differ only in
+them.
+What a layer does with the scores, the model says itself: sliding window, soft cap, sinks.
 
 Shapes: B batch, H query heads, G key/value heads, Q query rows, S key rows, E head size.
 """
@@ -15,19 +15,11 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from idlm.decoding.scores import Scores
-from idlm.errors import InputError
 
 NAME = "idlm"
 """The `attn_implementation` of the function in transformers."""
-
-HARMLESS = {
-    *("position_ids", "position_embeddings", "cache_position", "use_cache", "return_dict"),
-    *("output_attentions", "output_hidden_states", "output_router_logits", "logits_to_keep"),
-}
-"""Arguments that models pass along and no attention function uses."""
 
 
 class Cache(Protocol):
@@ -77,8 +69,7 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    is_causal: bool | None = None,
-    **others: object,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """Dot-product attention under `visible`; causal attention without it.
 
@@ -93,16 +84,7 @@ def attention(
 
     Returns:
         the output [B, Q, H, E], and None in place of the attention weights.
-
-    Raises:
-        InputError: the model wants a kind of attention that is not here.
     """
-    unknown = [name for name, value in others.items() if value is not None]
-    unknown = [*sorted(set(unknown) - HARMLESS), *["is_causal=False"] * (is_causal is False)]
-    if unknown:
-        raise InputError(
-            f"attention with {', '.join(unknown)} is not supported; use a model without it"
-        )
     scores = Scores(scaling, _hiding(module, sliding_window), softcap, s_aux)
     if cache is not None:
         return cache.attend(module.layer_idx, query, key, value, scores), None  # type: ignore[arg-type]
@@ -154,6 +136,3 @@ def _hiding(module: nn.Module, window: int | None) -> int | None:
     """The window, or None if it is as long as the context and so never hides a token."""
     context = getattr(getattr(module, "config", None), "max_position_embeddings", None)
     return None if window is None or (context and window >= context) else window
-
-
-AttentionInterface.register(NAME, attention)

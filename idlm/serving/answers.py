@@ -12,6 +12,7 @@ from msgspec import UNSET, UnsetType
 from idlm.engine.request import Logprob
 from idlm.serving.errors import ApiError
 from idlm.serving.jobs import Body, Job
+from idlm.serving.output import Part, output_reader
 from idlm.serving.prompts import Prompts
 from idlm.serving.responses import (
     ChatChoice,
@@ -28,7 +29,6 @@ from idlm.serving.responses import (
     Message,
     PromptLogprob,
     PromptLogprobs,
-    ToolCall,
     TopLogprob,
     Trace,
     TraceEntry,
@@ -37,7 +37,7 @@ from idlm.serving.responses import (
 from idlm.serving.schema import CompletionRequest
 from idlm.serving.schema_chat import ChatRequest
 from idlm.serving.sending import Streamable
-from idlm.serving.tools import CallParser, Family, ForcedParser, Parser
+from idlm.serving.tools import Family
 from idlm.serving.wire import Delta, Finished
 
 Entry = Mapping[int, Logprob]
@@ -133,15 +133,7 @@ class ChatAnswer(Answer):
     ) -> None:
         super().__init__(job, body, prompts)
         self._body = body
-        self._parsers = [self._parser(family) for _ in job.tickets]
-
-    def _parser(self, family: Family | None) -> Parser | None:
-        if family is None:
-            return None
-        names = {tool.function.name for tool in self._body.tools_in_use}
-        if self._body.forced_tool or self._body.tool_choice == "required":
-            return ForcedParser(self._body.forced_tool, names)
-        return CallParser(family, names, self.prompts.tokenizer.all_special_tokens)
+        self._readers = [output_reader(body, job.thinking, prompts, family) for _ in job.tickets]
 
     def response(self, samples: Sequence[Sequence[Delta]], usage: Usage) -> ChatCompletion:
         choices = [self._choice(index, deltas) for index, deltas in enumerate(samples)]
@@ -154,26 +146,30 @@ class ChatAnswer(Answer):
         )
 
     def _choice(self, index: int, deltas: Sequence[Delta]) -> ChatChoice:
-        parser, end = self._parsers[index], self.job.ends[index]
-        text, calls = "".join(delta.text for delta in deltas), list[ToolCall]()
-        if parser is not None:
-            text, calls = _split([*parser.push(text), *parser.finish()])
-        for call in calls:
+        reader, end = self._readers[index], self.job.ends[index]
+        part = reader.push("".join(delta.text for delta in deltas)) + reader.finish()
+        for call in part.calls:
             call.index = UNSET
+        content, thoughts = self._body.echoed + part.content, self._shown_thoughts(part)
         return ChatChoice(
             index,
-            Message(text if text or not calls else None, tool_calls=calls or UNSET),
-            _reason(end, bool(calls)),
+            Message(
+                content if content or not part.calls else None,
+                reasoning=thoughts,
+                reasoning_content=thoughts,
+                tool_calls=part.calls or UNSET,
+            ),
+            _reason(end, bool(part.calls)),
             self._logprobs([entry for delta in deltas for entry in delta.logprobs or ()]),
             self.trace(index, *deltas, end),
             self.ids(*deltas),
         )
 
-    def chunks(self, index: int, event: Delta | Finished) -> list[msgspec.Struct]:
+    def chunks(self, index: int, event: Delta | Finished) -> list[ChatChunk]:
         """The chunk with the role comes first, and has the prompt's ids if they are asked for."""
         first = []
         if self.begins(index):
-            first = [self.chunk([ChunkChoice(index, ChoiceDelta("assistant", ""))])]
+            first = [self.chunk([ChunkChoice(index, ChoiceDelta("assistant", self._body.echoed))])]
             first[0].prompt_token_ids = self.prompt_ids(index)
         choices = self._delta(index, event) if isinstance(event, Delta) else self._end(index, event)
         return [*first, *(self.chunk([choice]) for choice in choices)]
@@ -181,22 +177,26 @@ class ChatAnswer(Answer):
     def _delta(self, index: int, event: Delta) -> list[ChunkChoice]:
         """What a step adds: nothing if its text is held back and no log-probabilities, trace or ids
         are due."""
-        parser, calls = self._parsers[index], list[ToolCall]()
-        text = event.text
-        if parser is not None:
-            text, calls = _split(parser.push(text))
+        part = self._readers[index].push(event.text)
         logprobs, trace = self._logprobs(event.logprobs or ()), self.trace(index, event)
-        choice = ChunkChoice(index, _choice_delta(text, calls), logprobs=logprobs, idlm=trace)
+        choice = ChunkChoice(index, self._choice_delta(part), logprobs=logprobs, idlm=trace)
         choice.token_ids = self.ids(event)
         due = logprobs or trace is not UNSET or self._with_ids
-        return [choice] if text or calls or due else []
+        return [choice] if choice.delta != ChoiceDelta() or due else []
 
     def _end(self, index: int, event: Finished) -> list[ChunkChoice]:
-        parser = self._parsers[index]
-        text, calls = _split(parser.finish()) if parser is not None else ("", [])
-        held = [ChunkChoice(index, _choice_delta(text, calls))] if text or calls else []
-        reason = _reason(event, bool(parser and parser.calls))
+        reader = self._readers[index]
+        delta = self._choice_delta(reader.finish())
+        held = [ChunkChoice(index, delta)] if delta != ChoiceDelta() else []
+        reason = _reason(event, reader.calls > 0)
         return [*held, ChunkChoice(index, ChoiceDelta(), reason, idlm=self.trace(index, event))]
+
+    def _choice_delta(self, part: Part) -> ChoiceDelta:
+        thoughts = self._shown_thoughts(part)
+        return ChoiceDelta(UNSET, part.content or UNSET, thoughts, thoughts, part.calls or UNSET)
+
+    def _shown_thoughts(self, part: Part) -> str | UnsetType:
+        return UNSET if self._body.include_reasoning is False else part.thoughts or UNSET
 
     def chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> ChatChunk:
         return ChatChunk(**self.job.head, choices=choices, usage=self.shown(usage))
@@ -223,12 +223,6 @@ class ChatAnswer(Answer):
         return TopLogprob(text, max(logprob.logprob, LOWEST_LOGPROB), data)
 
 
-def _split(pieces: Sequence[str | ToolCall]) -> tuple[str, list[ToolCall]]:
-    """Joins the pieces of content; returns the content and the tool calls."""
-    text = "".join(piece for piece in pieces if isinstance(piece, str))
-    return text, [piece for piece in pieces if isinstance(piece, ToolCall)]
-
-
 def likeliest(entry: Entry, top: int) -> Entry:
     """The token of an entry, and the `top` likeliest ones: there may be more, for another field."""
     return {
@@ -238,8 +232,9 @@ def likeliest(entry: Entry, top: int) -> Entry:
     }
 
 
-def _choice_delta(text: str, calls: list[ToolCall]) -> ChoiceDelta:
-    return ChoiceDelta(content=text or UNSET, tool_calls=calls or UNSET)
+def thought(delta: ChoiceDelta) -> str:
+    """The part of a thought that a delta adds."""
+    return delta.reasoning_content or ""
 
 
 def _reason(end: Finished, calls: bool = False) -> FinishReason:

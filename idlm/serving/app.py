@@ -9,9 +9,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from pydantic import Discriminator, Tag
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match
 
 from idlm import __version__
-from idlm.serving import responses
+from idlm.serving import apis, info, responses
 from idlm.serving.answers import CompletionAnswer
 from idlm.serving.chat import chat_answer
 from idlm.serving.client import EngineClient
@@ -22,6 +24,7 @@ from idlm.serving.jobs import Server, admit, the_server
 from idlm.serving.limits import AuthAndLimits
 from idlm.serving.observe import CONTENT_TYPE, AccessLog, Meters
 from idlm.serving.prompts import Prompts
+from idlm.serving.reasoning import find_reasoner
 from idlm.serving.schema import (
     CompletionRequest,
     DetokenizeRequest,
@@ -40,10 +43,14 @@ SHAPES = (
         responses.ModelList,
     ),
     *(responses.Tokenized, responses.Detokenized, responses.Status, responses.Version, ErrorBody),
+    *(*apis.SHAPES, *info.SHAPES),
 )
 """Every type of a response body."""
-
-
+WITH_MODEL = (
+    *("ChatRequest", "CompletionRequest", "ResponsesRequest", "MessagesRequest", "CountRequest"),
+)
+"""Requests whose `model` is one of those that are served."""
+ROOT = "/v1"
 router = strict_router()
 
 
@@ -88,6 +95,8 @@ async def list_models(request: Request) -> Response:
 @router.get("/v1/models/{id:path}", responses=answers(responses.ModelCard, 404))
 async def get_model(request: Request, id: str) -> Response:
     """Describe one model; 404 if it is not served."""
+    if not id:
+        raise _no_path(request)
     server = the_server(request)
     server.target(id)
     return as_json(_card(server, id))
@@ -113,8 +122,8 @@ async def tokenize(request: Request, body: Tokenizable) -> Response:
         server.target(body.model)
     prompts = server.prompts
     if isinstance(body, TokenizeText):
-        text, special = body.prompt, body.add_special_tokens
-        ids = await prompts.in_thread(lambda: prompts.text(text, special))
+        text, special, parsed = body.prompt, body.add_special_tokens, server.config.parse_special
+        ids = await prompts.in_thread(lambda: prompts.text(text, special, parsed))
     else:
         ids = await prompts.in_thread(body.encoder(prompts))
     strings = prompts.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
@@ -181,8 +190,9 @@ class App(FastAPI):
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
             schemas |= components()
-            for name in ("ChatRequest", "CompletionRequest"):
-                schemas[name]["properties"]["model"]["enum"] = [*self.state.server.targets, None]
+            for name in WITH_MODEL:
+                model = schemas[name]["properties"]["model"]
+                model["enum"] = [*self.state.server.targets, *([None] if "anyOf" in model else [])]
             self.openapi_schema = document
         return self.openapi_schema
 
@@ -193,9 +203,19 @@ def create_app(config: ServeConfig, client: EngineClient, prompts: Prompts) -> F
         title="idlm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
     meters = Meters(client)
-    app.state.server = Server(config, client, prompts, meters)
-    app.include_router(router)
+    reasoner = find_reasoner(config.reasoning_parser, prompts)
+    app.state.server = Server(config, client, prompts, meters, reasoner)
+    for routes in (router, apis.router, info.router):
+        app.include_router(routes)
     app.add_middleware(AuthAndLimits, api_keys=config.api_keys, limits=config.limits)
+    if config.allowed_origins:  # before the keys: a browser's preflight has none
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     app.add_middleware(AccessLog, meters=meters)  # the last one added is the outermost
     app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
     for kind in Expected:
@@ -204,13 +224,32 @@ def create_app(config: ServeConfig, client: EngineClient, prompts: Prompts) -> F
 
 
 async def _expected(request: Request, error: Exception) -> Response:
-    return as_api_error(error).response()
+    known = as_api_error(error)
+    if known.status_code == 404 and not isinstance(error, ApiError):
+        known = _no_path(request)
+    return known.response(request.scope["path"])
+
+
+def _no_path(request: Request) -> ApiError:
+    """404, with the path that is probably meant."""
+    path = request.scope["path"]
+    plain = "/" + path.strip("/")
+    meant = next((one for one in (plain, ROOT + plain) if _has_route(request, one)), None)
+    hint = f"; use {meant}" if meant else "; GET /openapi.json lists the paths"
+    return ApiError(404, f"there is no path {path[:80]}{hint}", code="unknown_path")
+
+
+def _has_route(request: Request, path: str) -> bool:
+    if path in ("/", request.scope["path"]):
+        return False
+    scope = {**request.scope, "path": path}
+    return any(route.matches(scope)[0] is not Match.NONE for route in request.app.router.routes)
 
 
 async def _invalid(request: Request, error: RequestValidationError) -> Response:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
-        return ApiError(
-            415, "the body is not application/json; send the header Content-Type"
-        ).response()
-    return validation_error(error.errors(), error.body).response()
+        kind = ApiError(415, "the body is not application/json; send the header Content-Type")
+    else:
+        kind = validation_error(error.errors(), error.body)
+    return kind.response(request.scope["path"])

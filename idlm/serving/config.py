@@ -65,12 +65,14 @@ class ServeConfig:
 
     Attributes:
         name: of the model in requests; adapters have their own names.
-        api_keys: any of them opens every route; without keys all routes are open. /health needs
-            none.
+        api_keys: any of them opens every route; without keys all routes are open. /health, /ping
+            and the page /docs need none.
         salt_by_key: requests share cached prefixes only with those of the same key.
         log_prompts: write prompts and outputs to the log.
         parse_special: special strings in a completions prompt are special tokens, unless the
             request says otherwise.
+        allowed_origins: of web pages that may use the server, or "*"; none by default.
+        reasoning_parser: how thoughts are told from the answer; one of `reasoning.PARSERS`.
     """
 
     worker: WorkerConfig
@@ -82,3 +84,5 @@ class ServeConfig:
     log_prompts: bool = False
     parse_special: bool = False
     limits: Limits = field(default_factory=Limits)
+    allowed_origins: tuple[str, ...] = ()
+    reasoning_parser: str = "auto"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -36,32 +36,44 @@ def ref(shape: type) -> dict[str, Any]:
 
 
 def answers(
-    shape: type, *errors: int, chunk: type | None = None
+    shape: type,
+    *errors: int,
+    chunk: type | None = None,
+    events: Sequence[type] = (),
+    error: type = ErrorBody,
 ) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route in the OpenAPI document.
 
     Args:
         shape: the type of the body.
         errors: status codes besides `ALWAYS`.
-        chunk: the type of the events, if the route can stream.
+        chunk: the type of the events, if the route can stream and [DONE] ends the stream.
+        events: the types of the events, if they have names.
+        error: the type of the body of a failed request.
     """
     content = {JSON: {"schema": ref(shape)}}
     if chunk is not None:
-        description = (
+        content[EVENTS] = _stream(
             f"A {chunk.__name__} as JSON; an ErrorBody where the engine fails; [DONE] in the end."
         )
-        event = {
-            "type": "object",
-            "properties": {"data": {"type": "string", "description": description}},
-            "required": ["data"],
-        }
-        content[EVENTS] = {"schema": event}
-    body = {JSON: {"schema": ref(ErrorBody)}}
+    elif events:
+        names = ", ".join(one.__name__ for one in events)
+        content[EVENTS] = _stream(f"One of {names} as JSON, whose type is the event's name.")
+    body = {JSON: {"schema": ref(error)}}
     described: dict[int | str, dict[str, Any]] = {
         status: {"description": ERRORS[status], "content": body}
         for status in sorted({*ALWAYS, *errors})
     }
     return {200: {"description": "Done.", "content": content}, **described}
+
+
+def _stream(description: str) -> dict[str, Any]:
+    event = {
+        "type": "object",
+        "properties": {"data": {"type": "string", "description": description}},
+        "required": ["data"],
+    }
+    return {"schema": event}
 
 
 class StrictRoute(APIRoute):

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import secrets
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter, time
 from typing import Any
 
@@ -14,12 +14,13 @@ from fastapi import Request
 
 from idlm import __version__
 from idlm.errors import InputError
-from idlm.params import SamplingParams
+from idlm.params import SamplingParams, Thinking
 from idlm.serving.client import EngineClient, Ticket
 from idlm.serving.config import AR_SUFFIX, Limits, ServeConfig
 from idlm.serving.errors import ApiError, EngineDown
 from idlm.serving.observe import Meters, Timing
 from idlm.serving.prompts import Prompts
+from idlm.serving.reasoning import Reasoner
 from idlm.serving.responses import CompletionDetails, PromptDetails, Usage
 from idlm.serving.schema import CompletionRequest
 from idlm.serving.schema_chat import ChatRequest
@@ -52,6 +53,7 @@ class Server:
     client: EngineClient
     prompts: Prompts
     meters: Meters
+    reasoner: Reasoner | None = None
     started: int = field(default_factory=lambda: int(time()))
 
     @property
@@ -129,6 +131,8 @@ class Job:
         prompts: the ids of each prompt.
         ends: the end of each finished sample, by its index.
         tokens: by sample, how many tokens have come so far.
+        thinking: the thoughts that the samples may begin with.
+        reasoning_tokens: tokens of thoughts so far, of all samples.
     """
 
     def __init__(
@@ -144,6 +148,8 @@ class Job:
         self.tokens = [0] * (len(prompts) * body.samples)
         self.tickets: list[Ticket] = []
         self.ends: dict[int, Finished] = {}
+        self.thinking: Thinking | None = None
+        self.reasoning_tokens = 0
         self._facts: dict[str, Any] = request.scope["state"]["facts"]
         self._meters = server.meters
         self._started = perf_counter()
@@ -156,8 +162,11 @@ class Job:
             ApiError: 408: the timeout is over. 503: the engine aborted the sample.
         """
         timings = [Timing(self._meters, self._started) for _ in self.tickets]
+        states = [self.thinking.first if self.thinking else None for _ in self.tickets]
         async for index, event in _merged(self.tickets):
             timings[index].see(event)
+            if isinstance(event, Delta):
+                states[index] = self._count_thoughts(states[index], event.tokens)
             if isinstance(event, Finished):
                 self._end(index, event)
             else:
@@ -165,6 +174,16 @@ class Job:
                 if "outputs" in self._facts:
                     self._facts["outputs"][index] += event.text
             yield index, event
+
+    def _count_thoughts(self, state: int | None, tokens: Sequence[int]) -> int | None:
+        """Add the tokens of thoughts among `tokens`; returns the state after them."""
+        thinking = self.thinking
+        if thinking is None:
+            return None
+        for token in () if state is None else tokens:
+            state = thinking.after(state, token)
+            self.reasoning_tokens += state is not None and state > 0
+        return state
 
     def _end(self, index: int, event: Finished) -> None:
         self.ends[index] = event
@@ -207,7 +226,7 @@ class Job:
             completion,
             prompt + completion,
             PromptDetails(sum(end.cached_tokens for end in prompts)),
-            CompletionDetails(accepted, drafted - accepted),
+            CompletionDetails(accepted, drafted - accepted, self.reasoning_tokens),
         )
 
 
@@ -253,7 +272,8 @@ def admit(request: Request, body: Body, prompts: Sequence[list[int]]) -> Job:
     engine, limits = server.engine(), server.config.limits
     prompts = [body.truncated(ids, engine.context) for ids in prompts]
     job = Job(server, request, body, prompts)
-    facts, guide = request.scope["state"]["facts"], body.guide(limits)
+    facts = request.scope["state"]["facts"]
+    guide = body.form_or_calls(body.guide(limits), server.prompts)
     facts |= {
         "model": server.name(body.model),
         "prompt_tokens": sum(map(len, prompts)),
@@ -261,8 +281,12 @@ def admit(request: Request, body: Body, prompts: Sequence[list[int]]) -> Job:
     }
     submits = []
     for ids in prompts:
+        job.thinking = body.thoughts(server.reasoner, ids)
         bounds = (len(ids), engine.context, limits, engine.sampling.get("max_tokens"))
         params = body.sampling(room(body.asked_tokens, *bounds), guide, engine.sampling)
+        params = replace(params, thinking=job.thinking)
+        if job.thinking is not None and server.reasoner is not None and server.reasoner.special:
+            params = replace(params, skip_special_tokens=False)
         submits += [_submit(server, request, body, ids, sample) for sample in params.samples()]
     job.tickets = server.client.submit(submits)
     if server.config.log_prompts:

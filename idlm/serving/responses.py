@@ -20,10 +20,11 @@ class PromptDetails(msgspec.Struct):
 
 
 class CompletionDetails(msgspec.Struct):
-    """Drafts that became tokens, and drafts that were verified and rejected."""
+    """Drafts that became tokens, drafts that were verified and rejected, and tokens of thoughts."""
 
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
+    reasoning_tokens: int = 0
 
 
 class Usage(msgspec.Struct):
@@ -91,27 +92,32 @@ class ChatLogprobs(msgspec.Struct):
 
 
 class FunctionCall(msgspec.Struct):
-    """The name of a function, and its arguments as JSON text."""
+    """The name of a function, and its arguments as JSON text. In a stream only the first piece of a
+    call has the name."""
 
-    name: str
     arguments: str
+    name: str | UnsetType = UNSET
 
 
 class ToolCall(msgspec.Struct):
-    """A tool call of the model; only streams have `index`."""
+    """A tool call of the model, or in a stream a piece of it. Only pieces have `index`, and only
+    the first of a call has its id and type."""
 
-    id: str
     function: FunctionCall
-    type: Literal["function"] = "function"
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
     index: int | UnsetType = UNSET
 
 
 class Message(msgspec.Struct):
-    """The message that the model wrote; `content` is null if it only calls tools."""
+    """The message that the model wrote; `content` is null if it only calls tools. Thoughts have two
+    names, vLLM's and DeepSeek's."""
 
     content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
     tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
@@ -150,6 +156,8 @@ class ChoiceDelta(msgspec.Struct):
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
     tool_calls: list[ToolCall] | UnsetType = UNSET
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -11,11 +10,14 @@ from pydantic import Field
 
 from idlm.errors import InputError
 from idlm.models.generation import with_defaults
-from idlm.params import MOST_BAD_WORDS, MOST_LOGPROBS, SHOWN, Guide, SamplingParams
+from idlm.params import MOST_BAD_WORDS, MOST_LOGPROBS, SHOWN, Guide, SamplingParams, Thinking
 from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError
 from idlm.serving.neutral import Neutral, only
-from idlm.serving.strict import Strict, check_shape, decode
+from idlm.serving.prompts import Prompts
+from idlm.serving.reasoning import Reasoner
+from idlm.serving.strict import Strict
+from idlm.serving.structured import Structured
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default for completions."""
@@ -65,7 +67,7 @@ class Extras(Strict):
     trace: bool = False
 
 
-class Generation(Neutral):
+class Generation(Neutral, Structured):
     """Fields of chat and of completions requests. Null means absent."""
 
     model: str | None = None
@@ -97,9 +99,6 @@ class Generation(Neutral):
     return_token_ids: bool | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=LONGEST_SALT)] | None = None
-    guided_json: str | dict[str, Any] | None = None
-    guided_regex: str | None = None
-    guided_grammar: str | None = None
     idlm: Extras = Extras()
 
     @property
@@ -180,6 +179,14 @@ class Generation(Neutral):
         given = (name for name in GUIDE_FIELDS if getattr(self, name, None) is not None)
         return {"guide": next(given, "guide")}
 
+    def form_or_calls(self, guide: Guide | None, prompts: Prompts) -> Guide | None:
+        """The guide for a request that may also call tools."""
+        return guide
+
+    def thoughts(self, reasoner: Reasoner | None, prompt: Sequence[int]) -> Thinking | None:
+        """The thoughts that the output after `prompt` may begin with."""
+        return None
+
     def sampling(
         self, max_tokens: int, guide: Guide | None = None, defaults: Mapping[str, Any] | None = None
     ) -> SamplingParams:
@@ -192,37 +199,6 @@ class Generation(Neutral):
         fields |= {"logprobs": self.top, "prompt_logprobs": self.prompt_top, "guide": guide}
         fields |= {"max_tokens": max_tokens, "logit_bias": _token_biases(self.logit_bias or {})}
         return with_defaults(fields, defaults or {})
-
-    def guide(self, limits: Limits) -> Guide | None:
-        """The guide of the request, or None.
-
-        Raises:
-            ApiError: 400: more than one guide, or one that is too long. InputError: it is not
-                valid.
-        """
-        guides = self.guides()
-        if len(guides) > 1:
-            raise ApiError(
-                400, "more than one of response_format, guided_* and a forced tool_choice; use one"
-            )
-        for kind, text in guides:
-            if len(text.encode()) > limits.schema_bytes:
-                raise ApiError(
-                    400, f"a {kind} of more than {limits.schema_bytes} bytes; give a shorter one"
-                )
-            return Guide(kind, text)
-        return None
-
-    def guides(self) -> list[tuple[str, str]]:
-        """Kind and text of each guide in the request."""
-        guides = []
-        if self.guided_json is not None:
-            guides.append(schema_guide(self.guided_json, "guided_json"))
-        if self.guided_regex is not None:
-            guides.append(("regex", self.guided_regex))
-        if self.guided_grammar is not None:
-            guides.append(("grammar", self.guided_grammar))
-        return guides
 
 
 def _token_biases(biases: Mapping[str, float]) -> dict[int, float]:
@@ -239,15 +215,6 @@ def _token_biases(biases: Mapping[str, float]) -> dict[int, float]:
             "logit_bias",
         )
     return {int(key): bias for key, bias in biases.items()}
-
-
-def schema_guide(schema: str | dict[str, Any], what: str) -> tuple[str, str]:
-    """Kind and text of the guide for a JSON schema, which is an object or its JSON text."""
-    value = decode(schema, what) if isinstance(schema, str) else schema
-    if not isinstance(value, dict):
-        raise ApiError(400, f"{what} is not a JSON object; give a JSON schema", what)
-    check_shape(value, what)
-    return "json_schema", json.dumps(value, ensure_ascii=False)
 
 
 class CompletionRequest(Generation):

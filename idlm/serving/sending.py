@@ -72,6 +72,12 @@ def as_json(value: msgspec.Struct, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
+def named_event(event: msgspec.Struct) -> bytes:
+    """A server-sent event with the name that is the tag of its type."""
+    name = str(event.__struct_config__.tag).encode()
+    return b"event: " + name + b"\ndata: " + msgspec.json.encode(event) + b"\n\n"
+
+
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
     """Await `work` while the client is connected. The body must have been read.
 

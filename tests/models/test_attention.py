@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +9,6 @@ from transformers import PreTrainedModel
 
 from idlm.decoding.scores import Scores
 from idlm.decoding.window import Window
-from idlm.errors import InputError
 from idlm.models import attention
 from idlm.models.gated_lora import LoraSpec, adapter_parameters, attach
 from idlm.models.idlm_model import Idlm
@@ -96,15 +93,6 @@ def test_no_mask_is_causal(rows: int, window: int | None) -> None:
     causal = torch.ones(5, 5, dtype=torch.bool).tril().triu(1 - (window or 5))[5 - rows :]
     slow = slow_attention(query[:, :, 5 - rows :], key, value, causal, Scores(0.3))
     torch.testing.assert_close(mixed, slow)
-
-
-@pytest.mark.parametrize("other", [{"position_bias": 1}, {"indices": 1}, {"is_causal": False}])
-def test_what_attention_does_not_know_is_refused(other: dict[str, Any]) -> None:
-    query = torch.randn(1, 2, 5, 8)
-    with pytest.raises(InputError, match=f"attention with {next(iter(other))}"):
-        attention.attention(nn.Module(), query, query, query, None, 0.3, **other)
-    neutral = {name: None for name in other} | {"position_ids": torch.arange(5)}
-    attention.attention(nn.Module(), query, query, query, None, 0.3, **neutral)
 
 
 def window_rows(stride: int, branches: str, prefix: int) -> tuple[Tensor, Tensor, Tensor, range]:

@@ -141,7 +141,7 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "sliding_window 0, which hides every token",
     ),
     "a sliding window that attention is not told": (
-        other("doge", sliding_window=16, num_experts=1),
+        other("doge", sliding_window=16),
         r"sliding windows are \[None, None\], not \[16, 16\]; use another model",
     ),
     "linear layers": (
@@ -153,11 +153,6 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
         other("jetmoe", num_local_experts=2),
         r"mixture of experts \(num_local_experts 2\)",
     ),
-    "soft caps": (other("gemma2"), "final_logit_softcapping 30.0"),
-    "scaled logits": (
-        other("granite", logits_scaling=8.0),
-        "GraniteForCausalLM cannot be expressed: its logits differ",
-    ),
     "ALiBi": (
         other("bloom", n_layer=2, n_head=4),
         "max_position_embeddings|BloomForCausalLM cannot be expressed",
@@ -165,10 +160,6 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "two attentions per layer": (
         other("diffllama"),
         "DiffLlamaForCausalLM cannot be expressed: its layers write",
-    ),
-    "dynamic rope": (
-        config(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
-        "rope_type dynamic",
     ),
     "quantised": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantised"),
     "MASK after the vocabulary": (

@@ -168,7 +168,7 @@ CASES: dict[str, tuple[tuple[str, bytes], int, str]] = {
     "echo of logprobs in a stream": (text(echo=True, logprobs=1, stream=True), 400, "echo"),
     "ids that are no ids": (raw('{"tokens": [999999]}', "/detokenize"), 400, "vocabulary"),
     "nothing to tokenize": (raw("{}", "/tokenize"), 400, "prompt"),
-    "no such path": (raw("{}", "/v1/engines"), 404, "Not Found"),
+    "no such path": (raw("{}", "/v1/engines"), 404, "no path /v1/engines"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -172,8 +173,7 @@ def test_forced_tools_are_guides() -> None:
     )
     guide = chat(tools=TOOLS, tool_choice="required").guide(LIMITS)
     assert guide is not None
-    names = [one["properties"]["name"]["const"] for one in json.loads(guide.text)["items"]["anyOf"]]
-    assert names == ["f", "g"]
+    assert re.findall(r'"name\\": \\"(\w+)', guide.text) == ["f", "g"]
     assert (
         chat(tools=TOOLS, tool_choice="auto").guide(LIMITS)
         is chat(tools=TOOLS).guide(LIMITS)
