@@ -126,7 +126,7 @@ def _method(
     scale = getattr(layer, "scale_attn", getattr(layer, "norm_factor", 1.0))
     local = getattr(layer, "attention_type", None) == "local"
     options = {"sliding_window": layer.config.window_size} if local else {}
-    at = SimpleNamespace(layer_idx=index, config=layer.config)
+    at = SimpleNamespace(layer_idx=index, config=getattr(layer, "config", None))
     mixed, _ = _interface(at, query, key, value, None, 1 / scale, **options)  # type: ignore[arg-type]
     return mixed.transpose(1, 2), None
 
