@@ -63,6 +63,9 @@ def serve(
     log_prompts: Annotated[
         bool, _option("Network", "Write prompts and outputs to the log.")
     ] = False,
+    vllm_metrics: Annotated[
+        bool, _option("Network", "Give /metrics under vLLM's names too, for its boards and tools.")
+    ] = False,
     queue_requests: Annotated[
         int | None, _option("Limits", "Samples running or waiting.", show_default="max-num-seqs")
     ] = None,
@@ -102,7 +105,15 @@ def serve(
     worker = WorkerConfig(model, adapters, dtype, device, engine)
     keys = _keys(api_key or [])
     config = ServeConfig(
-        worker, _name(name or model, adapters), host, port, keys, salt_by_key, log_prompts, limits
+        worker,
+        _name(name or model, adapters),
+        host,
+        port,
+        keys,
+        salt_by_key,
+        log_prompts,
+        limits,
+        vllm_metrics,
     )
     _check_port(port)
 

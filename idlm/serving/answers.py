@@ -123,7 +123,8 @@ class ChatAnswer(Answer):
 
     def response(self, samples: Sequence[Sequence[Delta]], usage: Usage) -> ChatCompletion:
         choices = [self._choice(index, deltas) for index, deltas in enumerate(samples)]
-        return ChatCompletion(**self.job.head, choices=choices, usage=usage)
+        metrics = self.job.metrics()
+        return ChatCompletion(**self.job.head, choices=choices, usage=usage, metrics=metrics)
 
     def _choice(self, index: int, deltas: Sequence[Delta]) -> ChatChoice:
         parser, end = self._parsers[index], self.job.ends[index]
@@ -167,7 +168,8 @@ class ChatAnswer(Answer):
         return [*held, ChunkChoice(index, ChoiceDelta(), reason, idlm=self.trace(index, event))]
 
     def chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> ChatChunk:
-        return ChatChunk(**self.job.head, choices=choices, usage=self.shown(usage))
+        metrics = UNSET if usage is None else self.job.metrics()
+        return ChatChunk(**self.job.head, choices=choices, usage=self.shown(usage), metrics=metrics)
 
     def _logprobs(self, entries: Sequence[Entry]) -> ChatLogprobs | None:
         return (
@@ -224,7 +226,8 @@ class CompletionAnswer(Answer):
             samples = [() for _ in samples]
             usage.total_tokens, usage.completion_tokens = usage.prompt_tokens, 0
         choices = [self._choice(index, deltas) for index, deltas in enumerate(samples)]
-        return Completion(**self.job.head, choices=choices, usage=usage)
+        metrics = self.job.metrics()
+        return Completion(**self.job.head, choices=choices, usage=usage, metrics=metrics)
 
     def _choice(self, index: int, deltas: Sequence[Delta]) -> CompletionChoice:
         end = self.job.ends[index]
@@ -271,7 +274,10 @@ class CompletionAnswer(Answer):
         return [self.chunk([choice])] if has_content else []
 
     def chunk(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
-        return Completion(**self.job.head, choices=choices, usage=self.shown(usage))
+        metrics = UNSET if usage is None else self.job.metrics()
+        return Completion(
+            **self.job.head, choices=choices, usage=self.shown(usage), metrics=metrics
+        )
 
     def _show(
         self,

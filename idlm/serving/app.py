@@ -259,7 +259,7 @@ def create_app(config: ServeConfig, client: EngineClient, prompts: Prompts) -> F
     app = App(
         title="idlm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
-    meters = Meters(client)
+    meters = Meters(client, config.name if config.vllm_metrics else None)
     app.state.server = Server(config, client, prompts, meters)
     app.include_router(router)
     app.add_middleware(AuthAndLimits, api_keys=config.api_keys, limits=config.limits)

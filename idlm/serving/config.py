@@ -66,6 +66,7 @@ class ServeConfig:
             none.
         salt_by_key: requests share cached prefixes only with those of the same key.
         log_prompts: write prompts and outputs to the log.
+        vllm_metrics: give the metrics under vLLM's names too.
     """
 
     worker: WorkerConfig
@@ -76,3 +77,4 @@ class ServeConfig:
     salt_by_key: bool = False
     log_prompts: bool = False
     limits: Limits = field(default_factory=Limits)
+    vllm_metrics: bool = False

@@ -10,6 +10,8 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from idlm.serving.vllm_metrics import RequestMetrics
+
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
@@ -126,6 +128,7 @@ class ChatCompletion(Head):
 
     choices: list[ChatChoice]
     usage: Usage
+    metrics: RequestMetrics | UnsetType = UNSET
     object: Literal["chat.completion"] = "chat.completion"
 
 
@@ -152,6 +155,7 @@ class ChatChunk(Head):
 
     choices: list[ChunkChoice]
     usage: Usage | None | UnsetType = UNSET
+    metrics: RequestMetrics | UnsetType = UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
 
@@ -179,6 +183,7 @@ class Completion(Head):
 
     choices: list[CompletionChoice]
     usage: Usage | None | UnsetType = UNSET
+    metrics: RequestMetrics | UnsetType = UNSET
     object: Literal["text_completion"] = "text_completion"
 
 

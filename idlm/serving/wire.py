@@ -77,6 +77,8 @@ class Finished(Message):
     Attributes:
         reason, stop: `finish_reason` and `stop_reason` of `Result`.
         drafted, accepted: drafts reached and accepted, over all depths.
+        windows: forwards that verified drafts; verified: the drafts of these forwards.
+        accepted_at: accepted drafts by depth; empty if the engine makes no drafts.
         prompt_logprobs: if the request asks for them; None for the first prompt token.
     """
 
@@ -89,6 +91,9 @@ class Finished(Message):
     forwards: int
     drafted: int
     accepted: int
+    windows: int = 0
+    verified: int = 0
+    accepted_at: list[int] = []
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
@@ -126,6 +131,8 @@ class Stats(Message):
         pages_total, pages_live, pages_cached: pages now.
         plans: steps by plan.
         reached, accepted: drafts by depth.
+        drafted: drafts verified, also those that were not reached.
+        prompt_tokens: of the samples that have begun their output.
     """
 
     running: int = 0
@@ -139,10 +146,17 @@ class Stats(Message):
     cached_tokens: int = 0
     forwards: int = 0
     preemptions: int = 0
+    drafted: int = 0
+    prompt_tokens: int = 0
     evictions: int = 0
     plans: dict[str, int] = {}
     reached: list[int] = []
     accepted: list[int] = []
+
+    @property
+    def kv_usage(self) -> float:
+        """The share of the pages that samples hold, 0 to 1."""
+        return self.pages_live / max(1, self.pages_total)
 
 
 ToEngine = Submit | Abort

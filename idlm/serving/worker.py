@@ -177,6 +177,9 @@ class Reports:
             forwards=result.forwards,
             drafted=sum(result.reached),
             accepted=sum(result.accepted),
+            windows=result.reached[0] if result.reached else 0,
+            verified=result.drafted,
+            accepted_at=result.accepted,
             prompt_logprobs=result.prompt_logprobs,
         )
 
@@ -188,6 +191,8 @@ def _counted(result: Result) -> Stats:
         forwards=result.forwards,
         reached=result.reached,
         accepted=result.accepted,
+        drafted=result.drafted,
+        prompt_tokens=len(result.prompt_token_ids) if result.token_ids else 0,
     )
 
 
