@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import typer
 
-from idlm.cli import common
-from idlm.config import EngineConfig
+from idlm.cli import common, drafts
 from idlm.errors import InputError
 from idlm.extras import need
 from idlm.serving.config import AR_SUFFIX, Limits, ServeConfig, WorkerConfig
@@ -38,8 +38,8 @@ def serve(
     name: Annotated[
         str | None, _option("Model", "What requests call the model; MODEL if not given.")
     ] = None,
-    stride: common.Stride = 4,
-    branches: common.BranchesOption = "planner",
+    stride: drafts.Stride = None,
+    branches: drafts.Branches = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
     max_num_seqs: Annotated[int, _option("Engine", "The most samples at once; others wait.")] = 64,
@@ -91,9 +91,8 @@ def serve(
     _check(limits)
     _at_least("--max-num-seqs", max_num_seqs, 1)
     _at_least("--threads", 1 if threads is None else threads, 1)
-    engine = EngineConfig(
-        stride=stride,
-        branches=branches,
+    wanted = drafts.Drafts(stride, branches)
+    engine = wanted.config(
         max_num_seqs=max_num_seqs,
         kv_memory=kv_memory,
         deterministic=deterministic,
@@ -116,6 +115,8 @@ def serve(
         vllm_metrics,
     )
     _check_port(port)
+    engine = drafts.checked(wanted, engine, model, list(adapters.values()), dtype, device)
+    config = replace(config, worker=replace(worker, engine=engine))
 
     from idlm.serving.server import serve as run
 

@@ -17,6 +17,7 @@ from idlm.chat_template import Message, Messages, check_ids
 from idlm.config import EngineConfig
 from idlm.engine.build import build_engine
 from idlm.engine.engine import Engine
+from idlm.engine.preflight import Wanted, preflight
 from idlm.engine.request import Result, Update
 from idlm.errors import InputError
 from idlm.inputs import plain
@@ -73,9 +74,12 @@ class LLM:
             )
         named = ({} if adapter is None else {"default": adapter}) | dict(adapters or {})
         ours = not isinstance(model, Idlm)
-        self.idlm = (
-            model if isinstance(model, Idlm) else load(fspath(model), dtype=dtype, device=device)
-        )
+        if isinstance(model, Idlm):
+            self.idlm = model
+        else:
+            folders = [fspath(folder) for folder in named.values()]
+            preflight(Wanted(fspath(model), folders, dtype, device), self.config)
+            self.idlm = load(fspath(model), dtype=dtype, device=device)
         names = ["default", *named] if self.idlm.gate is not None else list(named)
         for folder in named.values():
             load_more(self.idlm, resolve(fspath(folder))[0])

@@ -249,6 +249,16 @@ def load_more(idlm: Idlm, folder: Path) -> int:
     return attach_more(idlm.model, idlm.gate, info.spec, tensors, row)
 
 
+def check_fit(model: PreTrainedModel, info: AdapterInfo, base_mask: int | None) -> None:
+    """Check an adapter's tensors against a model, whose own weights need not be loaded.
+
+    Raises:
+        InputError: a tensor fits no layer of the model, or there is no MASK row.
+    """
+    _check_modules(model, info)
+    _mask_row(model, info, base_mask)
+
+
 def _checked(model: PreTrainedModel, folder: Path) -> AdapterInfo:
     """Read the folder and check that the adapter is for this model."""
     info = read(folder)

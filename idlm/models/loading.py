@@ -82,7 +82,7 @@ def load(
     Raises:
         InputError: the model cannot be loaded; the message says why and what to do.
     """
-    wanted, target = _dtype(dtype), _device(device)
+    wanted, target = named_dtype(dtype), _device(device)
     folder, bundled = resolve(path_or_hub_id)
     if bundled is not None and adapter is not None:
         raise InputError(
@@ -113,7 +113,12 @@ def load(
     return idlm
 
 
-def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+def named_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """The torch dtype of a name; "auto" as it is.
+
+    Raises:
+        InputError: there is no such dtype.
+    """
     if dtype == "auto" or dtype in FLOATS.values():
         return dtype
     if dtype not in FLOATS:
@@ -122,8 +127,23 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def _device(device: str | torch.device) -> torch.device:
+    return torch.empty(0, device=usable_device(device)).device  # with its index: "cuda:0"
+
+
+def usable_device(device: str | torch.device) -> str | torch.device:
+    """The device, if it can hold a model. No context of a GPU is made for the answer.
+
+    Raises:
+        InputError: there is no such device.
+    """
     try:
-        return torch.empty(0, device=device).device  # with its index: "cuda" becomes "cuda:0"
+        wanted = torch.device(device)
+        if wanted.type == "cuda" and torch.cuda.is_available():
+            if (wanted.index or 0) >= torch.cuda.device_count():
+                raise RuntimeError(f"there are {torch.cuda.device_count()} of them")
+            return device
+        torch.empty(1, device=wanted).item()  # fails for "meta" too, which holds nothing
+        return device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(
             f"device {str(device)!r} cannot be used ({first_line(error)}); "
