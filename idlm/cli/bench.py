@@ -95,7 +95,6 @@ def bench(
     found = preflight(Wanted(model, adapters, dtype, device), engine)
     if not found.trained and chosen != ["ar"]:
         if modes is None and shares is None:
-            drafts.say_ar(model)
             chosen = ["ar"]
         elif not found.possible:
             asked = "--simulate-acceptance" if modes is None else f"--modes {modes}"
@@ -103,6 +102,8 @@ def bench(
     idlm = load(model, adapter=adapter, dtype=dtype, device=device)
     draw = workload(idlm, [prompt.encode(idlm, chat=True) for prompt in given])
     engines = bench_engines(idlm, chosen, stride, max(in_flight), shares, weights=weights)
+    if chosen == ["ar"] and modes is None:
+        drafts.say_ar(model)
     common.keep_what_is_loaded()
     runs = len(in_flight) * (repeats + 1) * len(engines)
     with common.progress("measuring in turn", runs) as advance:

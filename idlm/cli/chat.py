@@ -89,9 +89,11 @@ def chat(
             generation_config=sampling.generation_config,
         )
         folders = [] if adapter is None else [adapter]
-        config = drafts.checked(wanted, config, str(model), folders, dtype, device)
+        config, ordinary = drafts.checked(wanted, config, str(model), folders, dtype, device)
         idlm = load(str(model), adapter=adapter, dtype=dtype, device=device)
         backend = LocalBackend(LLM(idlm, config=config), sampling.of(idlm))
+        if ordinary:
+            drafts.say_ar(str(model))
     Chat(backend, colors).run(reader())
 
 

@@ -68,9 +68,12 @@ def checked(
     adapters: Sequence[str | Path],
     dtype: str,
     device: str,
-) -> EngineConfig:
-    """Check all that can be checked before weights are read; returns the config, with stride 1 for
-    a model that was not trained to draft.
+) -> tuple[EngineConfig, bool]:
+    """Check all that can be checked before weights are read.
+
+    Returns:
+        the config, with stride 1 for a model that was not trained to draft, and whether the command
+        should say so.
 
     Raises:
         InputError: an argument cannot be used, or asks for drafts of a model that has none.
@@ -79,13 +82,12 @@ def checked(
 
     found = preflight(Wanted(model, adapters, dtype, device), config)
     if found.trained or config.stride == 1:
-        return config
-    if drafts.asked is not None:
-        if not found.possible:
-            refuse(model, drafts.asked, "--stride 1")
-        return config
-    say_ar(model)
-    return replace(config, stride=1, branches=BRANCHES)
+        return config, False
+    if drafts.asked is None:
+        return replace(config, stride=1, branches=BRANCHES), True
+    if not found.possible:
+        refuse(model, drafts.asked, "--stride 1")
+    return config, False
 
 
 def refuse(model: str, asked: str, instead: str) -> None:

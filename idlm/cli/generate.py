@@ -57,7 +57,7 @@ def generate(
         weights=weights, threads=threads, generation_config=sampling.generation_config
     )
     folders = [] if adapter is None else [adapter]
-    config = drafts.checked(wanted, config, model, folders, dtype, device)
+    config, ordinary = drafts.checked(wanted, config, model, folders, dtype, device)
     idlm = load(model, adapter=adapter, dtype=dtype, device=device)
     params = sampling.of(idlm)
     llm = LLM(idlm, config=config)
@@ -65,6 +65,8 @@ def generate(
     ids = [each.encode(llm.idlm, chat) for each in given]
     started = perf_counter()
     first = llm.generate(ids, params, progress=True)
+    if ordinary:
+        drafts.say_ar(model)
     results = [sample for result in first for sample in (result, *result.samples)]
     report(model, config, results, perf_counter() - started, as_json)
 

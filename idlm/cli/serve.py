@@ -115,16 +115,19 @@ def serve(
         vllm_metrics,
     )
     _check_port(port)
-    engine = drafts.checked(wanted, engine, model, list(adapters.values()), dtype, device)
+    engine, ordinary = drafts.checked(wanted, engine, model, list(adapters.values()), dtype, device)
     config = replace(config, worker=replace(worker, engine=engine))
 
     from idlm.serving.server import serve as run
 
-    run(config, lambda url: _announce(config, url))
+    run(config, lambda url: _announce(config, url, ordinary))
 
 
-def _announce(config: ServeConfig, url: str) -> None:
-    """Print the URL, and a warning if others can reach a server without a key."""
+def _announce(config: ServeConfig, url: str, ordinary: bool) -> None:
+    """Print the URL, and a warning if others can reach a server without a key. `ordinary`: the
+    model was not trained to draft."""
+    if ordinary:
+        drafts.say_ar(config.worker.model)
     if not config.api_keys and not _is_loopback(config.host):
         typer.echo(
             f"warning: {config.host} can be reached by others, and there is no key; give --api-key",

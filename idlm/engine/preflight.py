@@ -19,7 +19,7 @@ from idlm.models import adapter as adapters
 from idlm.models.architecture import mask_token, read_config, read_tokenizer, trained_block_size
 from idlm.models.attention import NAME
 from idlm.models.idlm_model import Idlm
-from idlm.models.loading import named_dtype, usable_device
+from idlm.models.placement import named_dtype, usable_device
 from idlm.models.sources import resolve
 
 HALVES = (torch.bfloat16, torch.float16)

@@ -47,6 +47,8 @@ def products_for(
     """Choose the fastest kernels by measurement, and set the number of threads. The log gives the
     reasons.
 
+    `drafting`: MASK rows may have weights of their own, and adapters kernels.
+
     Raises:
         InputError: `config.weights` cannot be used with this model or on this machine.
     """

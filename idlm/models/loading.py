@@ -23,17 +23,12 @@ from idlm.models.generation import check_generation_config
 from idlm.models.gguf_checkpoint import auto_dtype, dequantised, origin
 from idlm.models.gguf_header import is_gguf
 from idlm.models.idlm_model import Idlm
+from idlm.models.placement import device_of, named_dtype
 from idlm.models.sources import first_line, resolve
 from idlm.models.tensor_info import TensorInfo
 from idlm.models.transposed import stored_state, straighten
 from idlm.models.weights import embedding_rows, model_tensors, output_head
 
-FLOATS = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 PROBE_POSITIONS = (0, 1, 2, 1)
 PROBE_VISIBLE = ((1, 0, 0, 0), (1, 1, 0, 0), (1, 1, 1, 0), (1, 0, 0, 1))
@@ -82,7 +77,7 @@ def load(
     Raises:
         InputError: the model cannot be loaded; the message says why and what to do.
     """
-    wanted, target = named_dtype(dtype), _device(device)
+    wanted, target = named_dtype(dtype), device_of(device)
     folder, bundled = resolve(path_or_hub_id)
     if bundled is not None and adapter is not None:
         raise InputError(
@@ -111,44 +106,6 @@ def load(
         idlm.gate, idlm.mask_id, idlm.block_size = adapters.load_into(model, extra, base_mask)
         check_adapter(idlm)
     return idlm
-
-
-def named_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    """The torch dtype of a name; "auto" as it is.
-
-    Raises:
-        InputError: there is no such dtype.
-    """
-    if dtype == "auto" or dtype in FLOATS.values():
-        return dtype
-    if dtype not in FLOATS:
-        raise InputError(f"dtype {str(dtype)!r} is unknown; use auto, {', '.join(FLOATS)}")
-    return FLOATS[str(dtype)]
-
-
-def _device(device: str | torch.device) -> torch.device:
-    return torch.empty(0, device=usable_device(device)).device  # with its index: "cuda:0"
-
-
-def usable_device(device: str | torch.device) -> str | torch.device:
-    """The device, if it can hold a model. No context of a GPU is made for the answer.
-
-    Raises:
-        InputError: there is no such device.
-    """
-    try:
-        wanted = torch.device(device)
-        if wanted.type == "cuda" and torch.cuda.is_available():
-            if (wanted.index or 0) >= torch.cuda.device_count():
-                raise RuntimeError(f"there are {torch.cuda.device_count()} of them")
-            return device
-        torch.empty(1, device=wanted).item()  # fails for "meta" too, which holds nothing
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(
-            f"device {str(device)!r} cannot be used ({first_line(error)}); "
-            "use cpu, or cuda where there is one"
-        ) from None
 
 
 def _read_model(
@@ -325,8 +282,10 @@ def _stock_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def check_adapter(idlm: Idlm) -> None:
-    """Run four rows with the last adapter's gate open for two of them, and once with it shut.
+def check_adapter(idlm: Idlm, index: int | None = None) -> None:
+    """Run four rows with an adapter's gate open for two of them, and once with it shut.
+
+    `index` is that of the adapter; None: the last.
 
     Raises:
         InputError: the model fails, the adapter changes the rows before its gate, or those in it
@@ -334,7 +293,8 @@ def check_adapter(idlm: Idlm) -> None:
     """
     gate, shut, open_ = idlm.gate, slice(0, 0), slice(2, 4)
     assert gate is not None  # noqa: S101
-    gate.adapter = torch.full((2,), gate.adapters - 1, device=idlm.device)
+    last = gate.adapters - 1 if index is None else index
+    gate.adapter = torch.full((2,), last, device=idlm.device)
     tokens = torch.tensor([[1, 0, idlm.mask_id, idlm.mask_id]], device=idlm.device)
     positions = torch.arange(4, device=idlm.device)[None]
     visible = torch.ones(4, 4, dtype=torch.bool, device=idlm.device).tril()
