@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -28,6 +29,14 @@ def serve(
     adapter: Annotated[
         list[str] | None,
         _option("Model", "A gated LoRA and its name; can be repeated.", metavar="NAME=PATH"),
+    ] = None,
+    lora_dir: Annotated[
+        list[str] | None,
+        _option(
+            "Model",
+            "Adapters may be loaded from here while the server runs; can be repeated.",
+            metavar="FOLDER",
+        ),
     ] = None,
     host: Annotated[str, _option("Network", "The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, _option("Network", "The port; 0 takes a free one.")] = 8000,
@@ -101,7 +110,7 @@ def serve(
         generation_config=generation_config,
     )
     adapters = _adapters(adapter or [])
-    worker = WorkerConfig(model, adapters, dtype, device, engine)
+    worker = WorkerConfig(model, adapters, dtype, device, engine, _directories(lora_dir or []))
     keys = _keys(api_key or [])
     config = ServeConfig(
         worker,
@@ -115,8 +124,10 @@ def serve(
         vllm_metrics,
     )
     _check_port(port)
-    engine, ordinary = drafts.checked(wanted, engine, model, list(adapters.values()), dtype, device)
-    config = replace(config, worker=replace(worker, engine=engine))
+    wanted = drafts.Drafts(None, None) if lora_dir else wanted  # adapters that come later draft
+    folders = [*adapters.values()]
+    checked, ordinary = drafts.checked(wanted, engine, model, folders, dtype, device)
+    config = replace(config, worker=replace(worker, engine=engine if lora_dir else checked))
 
     from idlm.serving.server import serve as run
 
@@ -178,6 +189,13 @@ def _adapters(entries: list[str]) -> dict[str, str]:
             raise InputError(f"--adapter {name!r} is given twice; use two names")
         adapters[name] = path
     return adapters
+
+
+def _directories(folders: list[str]) -> tuple[str, ...]:
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise InputError(f"--lora-dir {folder!r} is no folder; name one that holds adapters")
+    return tuple(str(Path(folder).resolve()) for folder in folders)
 
 
 def _name(name: str, adapters: dict[str, str]) -> str:

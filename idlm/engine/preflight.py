@@ -88,9 +88,7 @@ def _empty(config: PreTrainedConfig, dtype: torch.dtype, name: str) -> Idlm | No
     """The model without memory for its weights; None if its code cannot do without."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=NAME
-            )
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
     except Exception:  # model families raise many types; `load` says what is wrong
         return None
     model.name_or_path = name

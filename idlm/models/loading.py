@@ -29,7 +29,6 @@ from idlm.models.tensor_info import TensorInfo
 from idlm.models.transposed import stored_state, straighten
 from idlm.models.weights import embedding_rows, model_tensors, output_head
 
-
 PROBE_POSITIONS = (0, 1, 2, 1)
 PROBE_VISIBLE = ((1, 0, 0, 0), (1, 1, 0, 0), (1, 1, 1, 0), (1, 0, 0, 1))
 """Four rows of two texts that share row 0: rows 0, 1, 2 and rows 0, 3."""

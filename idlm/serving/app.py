@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute
 from pydantic import Discriminator, Tag
 
 from idlm import __version__
-from idlm.serving import responses
+from idlm.serving import adapters, responses
 from idlm.serving.answers import ChatAnswer, CompletionAnswer, as_json, respond
 from idlm.serving.client import EngineClient
 from idlm.serving.config import ServeConfig
@@ -36,6 +36,7 @@ JSON, EVENTS = "application/json", "text/event-stream"
 ERRORS = {
     400: "The request cannot be understood or run; the message names the field.",
     401: "No valid API key.",
+    403: "The path is outside the directories that were named at the start.",
     404: "No such model or path.",
     405: "Not with this method.",
     408: "The body took too long, or the request longer than its timeout.",
@@ -227,6 +228,33 @@ async def version() -> Response:
     return as_json(responses.Version(__version__))
 
 
+adapter_router = APIRouter(route_class=StrictRoute)
+"""The routes of a server that loads adapters at run time."""
+SENTENCE: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Done.", "content": {"text/plain": {}}}
+}
+
+
+@adapter_router.post(
+    "/v1/load_lora_adapter", responses=answers(responses.Status, *READS, 403, 503) | SENTENCE
+)
+async def load_lora_adapter(request: Request, body: adapters.LoadRequest) -> Response:
+    """Load an adapter from a directory that was named at the start."""
+    answer = await adapters.load(the_server(request), body)
+    request.app.openapi_schema = None  # it lists the models
+    return answer
+
+
+@adapter_router.post(
+    "/v1/unload_lora_adapter", responses=answers(responses.Status, *READS, 404, 503) | SENTENCE
+)
+async def unload_lora_adapter(request: Request, body: adapters.UnloadRequest) -> Response:
+    """Take an adapter's name away; requests that run with it end with it."""
+    answer = await adapters.unload(the_server(request), body)
+    request.app.openapi_schema = None
+    return answer
+
+
 def components() -> dict[str, Any]:
     """JSON schemas of all response bodies, by name."""
     _, schemas = msgspec.json.schema_components(SHAPES, ref_template="#/components/schemas/{name}")
@@ -262,6 +290,8 @@ def create_app(config: ServeConfig, client: EngineClient, prompts: Prompts) -> F
     meters = Meters(client, config.name if config.vllm_metrics else None)
     app.state.server = Server(config, client, prompts, meters)
     app.include_router(router)
+    if config.worker.lora_dirs:
+        app.include_router(adapter_router)
     app.add_middleware(AuthAndLimits, api_keys=config.api_keys, limits=config.limits)
     app.add_middleware(AccessLog, meters=meters)  # the last one added is the outermost
     app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]

@@ -13,13 +13,20 @@ AR_SUFFIX = ":ar"
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """What the engine's process is started with; the names are those of `LLM`."""
+    """What the engine's process is started with; the names are those of `LLM`.
+
+    Attributes:
+        lora_dirs: the directories from which adapters can be loaded at run time; none: they cannot.
+        loaded: adapters that were loaded at run time, for a process that takes another's place.
+    """
 
     model: str
     adapters: Mapping[str, str] = field(default_factory=dict)
     dtype: str = "auto"
     device: str = "cpu"
     engine: EngineConfig = field(default_factory=EngineConfig)
+    lora_dirs: tuple[str, ...] = ()
+    loaded: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

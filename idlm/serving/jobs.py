@@ -60,7 +60,7 @@ class Server:
     def targets(self) -> dict[str, Target]:
         """The model itself, its AR variant and the adapters, by name."""
         name = self.config.name
-        adapters = {adapter: Target(adapter) for adapter in self.config.worker.adapters}
+        adapters = {adapter: Target(adapter) for adapter in self.client.adapters}
         return {name: Target(), name + AR_SUFFIX: Target(drafting=False)} | adapters
 
     @property

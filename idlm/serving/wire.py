@@ -56,6 +56,29 @@ class Abort(Message):
     id: str
 
 
+class LoadAdapter(Message):
+    """Load an adapter from a folder under a new name; the answer is a `Changed`."""
+
+    id: str
+    name: str
+    folder: str
+
+
+class UnloadAdapter(Message):
+    """Take an adapter's name away; the answer is a `Changed`."""
+
+    id: str
+    name: str
+
+
+class Changed(Message):
+    """The adapters by name and folder after a change; or why it was refused, in `error`."""
+
+    id: str
+    adapters: dict[str, str]
+    error: str | None = None
+
+
 class Delta(Message):
     """What one step adds to a sample; with tokens it counts as one forward.
 
@@ -109,12 +132,14 @@ class Ready(Message):
 
     Attributes:
         sampling: the model's defaults, fields of `SamplingParams`.
+        adapters: their folders, by name.
     """
 
     vocab_size: int
     mask_id: int
     context: int
     sampling: dict[str, Any] = {}
+    adapters: dict[str, str] = {}
 
 
 class Failed(Message):
@@ -159,8 +184,8 @@ class Stats(Message):
         return self.pages_live / max(1, self.pages_total)
 
 
-ToEngine = Submit | Abort
-FromEngine = Ready | Failed | Delta | Finished | Refused | Stats
+ToEngine = Submit | Abort | LoadAdapter | UnloadAdapter
+FromEngine = Ready | Failed | Delta | Finished | Refused | Changed | Stats
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[list[ToEngine]] = msgspec.msgpack.Decoder(list[ToEngine])

@@ -67,7 +67,18 @@ def test_chat_and_bench_decode_ar_and_say_so(checkpoint: Path) -> None:
 
 
 def test_serve_decodes_ar_and_says_so(checkpoint: Path) -> None:
-    options = "--port 0 --name small --threads 1 --max-num-seqs 2 --kv-memory 32MiB".split()
+    options = [
+        "--port",
+        "0",
+        "--name",
+        "small",
+        "--threads",
+        "1",
+        "--max-num-seqs",
+        "2",
+        "--kv-memory",
+        "32MiB",
+    ]
     command, pipe = [*PROGRAM, str(checkpoint / "base"), *options], subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout is not None

@@ -199,7 +199,8 @@ def test_cached_prefixes_stay(ar: list[int]) -> None:
 def broken(change: Callable[[torch.Tensor], torch.Tensor]) -> Loaded:
     good = adapter(1)
     tensors = {
-        key: change(tensor) if key[1] == "lora_B" else tensor for key, tensor in good.tensors.items()
+        key: change(tensor) if key[1] == "lora_B" else tensor
+        for key, tensor in good.tensors.items()
     }
     return good._replace(tensors=tensors)
 

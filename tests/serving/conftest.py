@@ -89,19 +89,19 @@ def held(process: psutil.Process | None) -> Iterator[None]:
 
 
 @contextmanager
-def running(prompts: Prompts, engine: bool) -> Iterator[Running]:
+def running(prompts: Prompts, engine: bool, config: ServeConfig = CONFIG) -> Iterator[Running]:
     """A server in a thread; without an engine only routes such as /health succeed."""
     found: list[Running] = []
     started = threading.Event()
 
     async def main() -> None:
-        with bind(CONFIG.host, 0) as listener:
-            client = EngineClient(CONFIG.worker, CONFIG.limits)
-            http = HttpServer(CONFIG, client, prompts)
+        with bind(config.host, 0) as listener:
+            client = EngineClient(config.worker, config.limits)
+            http = HttpServer(config, client, prompts)
             loop = asyncio.get_running_loop()
             assert isinstance(loop, Clock)
             found.append(
-                Running(url(CONFIG.host, listener), listener.getsockname()[1], http, client, loop)
+                Running(url(config.host, listener), listener.getsockname()[1], http, client, loop)
             )
             if engine:
                 await client.start()
