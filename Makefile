@@ -18,7 +18,7 @@ FOREIGN := gcc-aarch64-linux-gnu=/usr/bin/aarch64-linux-gnu-gcc \
 	libc6-dev-arm64-cross=/usr/aarch64-linux-gnu/include/stdio.h qemu-user=/usr/bin/qemu-aarch64
 
 .PHONY: demo test test-lowest kernels-everywhere foreign-packages lint wheel bench cost-curve gpu-check soak server-faults server-bytes server-fuzz server-speed \
-	real-model peers vllm llamacpp models docs clean
+	real-model peers vllm llamacpp models families docs clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -135,6 +135,11 @@ $(LLAMACPP)/.installed:
 	$(LLAMACPP)/bin/cmake --build $(LLAMACPP)/source/build --target llama-server > $(LLAMACPP)/build.log
 	cp $(LLAMACPP)/source/build/bin/llama-server $(LLAMACPP)/bin/
 	@touch $@
+
+# every causal language model of transformers, on a tiny random checkpoint: docs/families.md
+families: $(STAMP)
+	$(BIN)/python -m benchmarks.families --out benchmarks/results/families.json $(ARGS)
+	$(BIN)/python -m benchmarks.pages
 
 # everything in the documents that is generated; a test fails where it is stale
 docs: $(STAMP)

@@ -11,16 +11,17 @@ if TYPE_CHECKING:
     from idlm.errors import InputError
     from idlm.models.idlm_model import Idlm
     from idlm.models.loading import load
-    from idlm.params import Guide, SamplingParams
+    from idlm.params import Guide, SamplingParams, Thinking
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Guide", "Idlm", "InputError", "Result", "SamplingParams", "load"]
+__all__ = ["LLM", "Guide", "Idlm", "InputError", "Result", "SamplingParams", "Thinking", "load"]
 
 _HOMES = {
     "LLM": "engine.llm",
     "Result": "engine.llm",
     "SamplingParams": "params",
     "Guide": "params",
+    "Thinking": "params",
     "InputError": "errors",
     "Idlm": "models.idlm_model",
     "load": "models.loading",

@@ -32,6 +32,7 @@ Messages = str | Iterable[Message]
 OPEN, CLOSE = "\ue000", "\ue001"
 """Private-use characters around the index of a special string. If a message contains them, they are
 replaced like special strings."""
+ANSWER, CLOSED = (True, False), (False, False)  # `ending` of `_render`
 PLACEHOLDER = re.compile(f"{OPEN}([0-9]+){CLOSE}")
 PROBE = "a probe of idlm"
 PROBE_PARTS = [{"type": "text", "text": PROBE}]
@@ -56,15 +57,28 @@ def check_ids(ids: Iterable[object], model: Bounds) -> list[int]:
             integer.
     """
     tokens = _whole_numbers(ids, "prompt")
-    if not 0 < len(tokens) < model.context:
+    if not tokens:
         raise InputError(
-            f"a prompt has {len(tokens)} tokens; this model takes 1 to {model.context - 1}"
+            f"a prompt has 0 tokens; this model takes 1 to {model.context - 1}", "prompt"
         )
+    if len(tokens) >= model.context:
+        raise too_long(f"a prompt has {len(tokens)} tokens", model.context)
     if model.mask_id in tokens:
         raise InputError(
-            f"a prompt holds the MASK token {model.mask_id}; take it out, it stands for no text"
+            f"a prompt holds the MASK token {model.mask_id}; take it out, it stands for no text",
+            "prompt",
         )
     return check_tokens(tokens, model.vocab_size)
+
+
+def too_long(what: str, context: int) -> InputError:
+    """The error for a prompt that does not fit the context, in words that clients search for."""
+    return InputError(
+        f"{what}; this model's maximum context length is {context} tokens, and one of them is for "
+        "the output: shorten it",
+        "prompt",
+        "context_length_exceeded",
+    )
 
 
 def check_tokens(ids: Iterable[object], vocab_size: int, what: str = "prompt") -> list[int]:
@@ -77,7 +91,9 @@ def check_tokens(ids: Iterable[object], vocab_size: int, what: str = "prompt") -
     if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
         wrong = next(token for token in tokens if not 0 <= token < vocab_size)
         shown = wrong if abs(wrong) < 2**64 else "of more than 64 bits"
-        raise InputError(f"{what} token {shown} is outside the vocabulary 0..{vocab_size - 1}")
+        raise InputError(
+            f"{what} token {shown} is outside the vocabulary 0..{vocab_size - 1}", what
+        )
     return tokens
 
 
@@ -90,7 +106,9 @@ def _whole(token: Any, what: str) -> int:
     """A whole number as int; NumPy's and PyTorch's are taken too."""
     value = plain(token)
     if type(value) is not int:
-        raise InputError(f"{what} token {token!r} is not a whole number; give text or token ids")
+        raise InputError(
+            f"{what} token {token!r} is not a whole number; give text or token ids", what
+        )
     return value
 
 
@@ -196,16 +214,17 @@ class PromptEncoder:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         options: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> list[int]:
-        """Encode a conversation; `options` are variables of the chat template.
+        """Encode a conversation; `options` are variables of the chat template, and
+        `continue_final_message` leaves the last message open.
 
         Raises:
             InputError: a message cannot be read, the template raises an error, an option is an
                 argument of `apply_chat_template`, the text is too long, or there is no template.
         """
-        return self._encode_rendered(
-            *self._render(messages, tools, add_generation_prompt, options or {})
-        )
+        ending = add_generation_prompt, continue_final_message
+        return self._encode_rendered(*self._render(messages, tools, ending, options or {}))
 
     def exchange(
         self, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None
@@ -218,8 +237,8 @@ class PromptEncoder:
                 that writes earlier answers differently.
         """
         *before, answer = read_messages(messages)
-        text, literals = self._render(before, tools, True, {})
-        whole, all_literals = self._render([*before, answer], tools, False, {})
+        text, literals = self._render(before, tools, ANSWER, {})
+        whole, all_literals = self._render([*before, answer], tools, CLOSED, {})
         ids = self._encode_rendered(text, literals)
         if whole.startswith(text):
             together = self._encode_rendered(whole, all_literals)
@@ -237,7 +256,7 @@ class PromptEncoder:
         Raises:
             InputError: as `chat`.
         """
-        rendered = [self._render(messages, None, True, {}) for messages in conversations]
+        rendered = [self._render(messages, None, ANSWER, {}) for messages in conversations]
         without_literals = [text for text, literals in rendered if not literals]
         encoded = iter(self._encode(without_literals))  # the tokenizer encodes a batch in parallel
         return [
@@ -249,17 +268,14 @@ class PromptEncoder:
         return self._encode_pieces(text, literals) if literals else self._encode([text])[0]
 
     def _render(
-        self, messages: Any, tools: Any, add_generation_prompt: bool, options: Mapping[str, Any]
+        self, messages: Any, tools: Any, ending: tuple[bool, bool], options: Mapping[str, Any]
     ) -> tuple[str, list[str]]:
-        """Render a conversation: the text, and the special strings of its placeholders."""
+        """A conversation's text and placeholders' strings. `ending`: `add_generation_prompt` and
+        `continue_final_message`."""
         template, literals = self.template_for(bool(tools)), list[str]()
-        reserved = (
-            set(inspect.signature(self.tokenizer.apply_chat_template).parameters)
-            if options
-            else set()
-        )
         for name in options:
-            if name in reserved | {"messages"}:
+            arguments = inspect.signature(self.tokenizer.apply_chat_template).parameters
+            if name == "messages" or name in arguments:
                 raise InputError(
                     f"chat_template_kwargs names {name!r}, which is the server's; leave it out"
                 )
@@ -273,7 +289,8 @@ class PromptEncoder:
                 tools,
                 chat_template=template,
                 tokenize=False,
-                add_generation_prompt=add_generation_prompt,
+                add_generation_prompt=ending[0],
+                continue_final_message=ending[1],
                 **options,
             )
         except Exception as error:  # a template may raise anything
@@ -331,9 +348,7 @@ class PromptEncoder:
     def _check(self, text: str) -> None:
         check_text(text, "the prompt")
         if self._context is not None and len(text) > self._context * self._longest:
-            raise InputError(
-                f"a prompt of {len(text)} characters cannot fit {self._context} tokens; shorten it"
-            )
+            raise too_long(f"a prompt has {len(text)} characters", self._context)
 
     @cached_property
     def _longest(self) -> int:

@@ -13,8 +13,12 @@ from typing import Any
 
 from idlm.errors import InputError
 
-GENERATION_CONFIGS = ("auto", "none")
-WEIGHTS = ("auto", "float32", "bfloat16", "int8")
+CHOICES = {
+    "weights": ("auto", "float32", "bfloat16", "int8"),
+    "generation_config": ("auto", "none"),
+    "logprobs_mode": ("processed_logprobs", "raw_logprobs"),
+}
+"""Options that are one of a few words."""
 MOST_THREADS = 1024
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -42,10 +46,15 @@ class EngineConfig:
         weights: on a CPU, the format of the linear layers' weights: "float32", "bfloat16" (half the
             bytes to read) or "int8" (a quarter; a quantised model, whose AR and ISD outputs are
             equal). "auto": the format of the checkpoint.
+        logprobs_mode: which log-probabilities requests get: "processed_logprobs", those of the law
+            that tokens are chosen by, after temperature, penalties, bias, bans, guide and filters;
+            or "raw_logprobs", the model's own. vLLM's default is "raw_logprobs".
         threads: on a CPU, the engine's threads. None: measure 1, 2 and 4, up to the free cores.
         lookahead: steps launched before the results of a step are read. None: 1 on a GPU, which
             hides the host's work, and 0 on a CPU.
         record: whether decode steps are recorded and replayed without Python.
+        max_model_len: the most tokens of a request, prompt and output together. None: the model's
+            context. Some models (longrope) are exact up to a length only, and need it.
         generation_config: "auto": the sampling settings of the checkpoint's generation_config.json
             are the defaults of a request. "none": those of `SamplingParams` are. Its end tokens
             count in both.
@@ -62,13 +71,15 @@ class EngineConfig:
     prefill_tokens: int | None = None
     deterministic: bool = False
     weights: str = "auto"
+    logprobs_mode: str = "processed_logprobs"
     threads: int | None = None
     lookahead: int | None = None
     record: bool = True
+    max_model_len: int | None = None
     generation_config: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "page_size", "prefill_tokens"):
+        for name in ("max_num_seqs", "page_size", "prefill_tokens", "max_model_len"):
             _check_count(name, getattr(self, name))
         threads = self.threads
         if threads is not None and (type(threads) is not int or not 1 <= threads <= MOST_THREADS):
@@ -77,13 +88,11 @@ class EngineConfig:
             )
         if self.lookahead not in (None, 0, 1):
             raise InputError(f"lookahead={self.lookahead!r} is unknown; use 0 or 1")
-        if self.weights not in WEIGHTS:
-            raise InputError(f"weights={self.weights!r} is unknown; use {', '.join(WEIGHTS)}")
-        if self.generation_config not in GENERATION_CONFIGS:
-            raise InputError(
-                f"generation_config={self.generation_config!r} is unknown; "
-                f"use {' or '.join(GENERATION_CONFIGS)}"
-            )
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise InputError(
+                    f"{name}={getattr(self, name)!r} is unknown; use {', '.join(known)}"
+                )
         if self.kv_memory is not None:
             parse_memory(self.kv_memory)
         if not isinstance(self.branches, str):
@@ -106,7 +115,7 @@ class EngineConfig:
 
 
 def _check_count(name: str, value: object) -> None:
-    if value is None and name == "prefill_tokens":
+    if value is None and name in ("prefill_tokens", "max_model_len"):
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{name}={value!r} is not a whole number above 0; use for example 16")

@@ -7,7 +7,10 @@ from importlib.util import find_spec
 from idlm.errors import InputError
 
 MODULES = {
-    "serve": ("fastapi", "uvicorn", "httptools", "uvloop", "msgspec", "prometheus_client"),
+    "serve": (
+        *("fastapi", "fastapi_offline", "uvicorn", "httptools", "uvloop"),
+        *("msgspec", "prometheus_client"),
+    ),
     "train": ("accelerate", "yaml"),
     "chat": ("openai",),
     "gguf": ("gguf", "accelerate"),

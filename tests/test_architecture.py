@@ -15,6 +15,7 @@ EVERYWHERE = {
     "chat_template",
     "errors",
     "extras",
+    "guides",
     "inputs",
     "messages",
     "params",

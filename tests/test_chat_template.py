@@ -259,5 +259,5 @@ def test_tools_reach_the_template_of_llm_chat(checkpoint: Path) -> None:
     messages, params = [{"role": "user", "content": "a"}], SamplingParams(max_tokens=1)
     for tools, text in ((None, "plain"), (TOOLS, "with f")):
         ids = llm.idlm.encoder.tokenizer(text).input_ids
-        assert llm.chat(messages, params, tools).prompt_token_ids == ids
+        assert llm.chat(messages, params, tools=tools).prompt_token_ids == ids
         assert llm.chat([messages], params, tools=tools)[0].prompt_token_ids == ids

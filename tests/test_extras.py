@@ -14,7 +14,7 @@ from idlm.extras import MODULES
 from tests.waiting import HANG_SECONDS
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-PACKAGES = {"yaml": "pyyaml"}
+PACKAGES = {"yaml": "pyyaml", "fastapi_offline": "fastapi-offline"}
 """Packages that are not called as their module is."""
 LIBRARY = sorted({module for modules in MODULES.values() for module in modules} - {"yaml"})
 """Modules that must not be needed; transformers itself needs yaml."""

@@ -22,7 +22,10 @@ turn, with the range over rounds in brackets. [glossary.md](glossary.md) explain
 models here are small: `nano` is the bundled model with 2.5 M parameters. Do not read its figures as a promise for
 another model.
 """
-DROPPED = {"decode.json": "the decoder of one sequence that the engine replaced"}
+DROPPED = {
+    "decode.json": "the decoder of one sequence that the engine replaced",
+    "families.json": "it has [a page of its own](families.md)",
+}
 """Files that the page does not show, and why."""
 NOT_RECORDED = "not recorded"
 

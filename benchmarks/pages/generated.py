@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.pages import (
     benchmarks_page,
     config_table,
+    families_page,
     headline,
     throughput_plot,
     window_picture,
@@ -53,6 +54,7 @@ PAGES = (
     Page(ROOT / "docs" / "window.svg", window_picture.render),
     Page(ROOT / "docs" / "throughput.svg", _plot),
     Page(ROOT / "docs" / "benchmarks.md", benchmarks_page.render),
+    Page(ROOT / "docs" / "families.md", families_page.render),
     Page(ROOT / "docs" / "converting.md", config_table.render, "config keys"),
     Page(ROOT / "README.md", headline.render, "figures"),
 )

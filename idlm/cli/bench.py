@@ -60,6 +60,7 @@ def bench(
     adapter: common.Adapter = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
+    max_model_len: common.MaxModelLen = None,
     weights: common.Weights = "auto",
     threads: Annotated[
         int, typer.Option(help="CPU threads; small models gain nothing from more.")
@@ -90,7 +91,9 @@ def bench(
 
     torch.set_num_threads(threads)
     largest = 1 if chosen == ["ar"] else stride
-    engine = EngineConfig(largest, max_num_seqs=max(in_flight), weights=weights)
+    engine = EngineConfig(
+        largest, max_num_seqs=max(in_flight), weights=weights, max_model_len=max_model_len
+    )
     adapters = [] if adapter is None else [adapter]
     found = preflight(Wanted(model, adapters, dtype, device), engine)
     if not found.trained and chosen != ["ar"]:
@@ -99,7 +102,7 @@ def bench(
         elif not found.possible:
             asked = "--simulate-acceptance" if modes is None else f"--modes {modes}"
             drafts.refuse(model, asked, "--modes ar")
-    idlm = load(model, adapter=adapter, dtype=dtype, device=device)
+    idlm = load(model, adapter, dtype, device, max_model_len)
     draw = workload(idlm, [prompt.encode(idlm, chat=True) for prompt in given])
     engines = bench_engines(idlm, chosen, stride, max(in_flight), shares, weights=weights)
     if chosen == ["ar"] and modes is None:

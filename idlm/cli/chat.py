@@ -33,6 +33,7 @@ def chat(
     branches: drafts.Branches = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
+    max_model_len: common.MaxModelLen = None,
     weights: common.Weights = "auto",
     threads: common.Threads = None,
     url: Annotated[
@@ -83,6 +84,7 @@ def chat(
 
         wanted = drafts.Drafts(stride, branches)
         config = wanted.config(
+            max_model_len=max_model_len,
             max_num_seqs=1,
             weights=weights,
             threads=threads,
@@ -90,7 +92,7 @@ def chat(
         )
         folders = [] if adapter is None else [adapter]
         config, ordinary = drafts.checked(wanted, config, str(model), folders, dtype, device)
-        idlm = load(str(model), adapter=adapter, dtype=dtype, device=device)
+        idlm = load(str(model), adapter, dtype, device, max_model_len)
         backend = LocalBackend(LLM(idlm, config=config), sampling.of(idlm))
         if ordinary:
             drafts.say_ar(str(model))

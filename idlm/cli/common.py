@@ -43,6 +43,15 @@ Threads = Annotated[
     int | None,
     typer.Option(help="CPU threads; measured if not given.", rich_help_panel="Decoding"),
 ]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(
+        metavar="TOKENS",
+        min=1,
+        help="The context, prompt and output together; the model's if not given.",
+        rich_help_panel="Model",
+    ),
+]
 Stride = Annotated[
     int,
     typer.Option(

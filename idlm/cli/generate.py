@@ -36,6 +36,7 @@ def generate(
     ] = True,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
+    max_model_len: common.MaxModelLen = None,
     weights: common.Weights = "auto",
     threads: common.Threads = None,
     as_json: common.Json = False,
@@ -54,11 +55,14 @@ def generate(
     # before the model is loaded, which can take minutes
     wanted = drafts.Drafts(stride, branches)
     config = wanted.config(
-        weights=weights, threads=threads, generation_config=sampling.generation_config
+        max_model_len=max_model_len,
+        weights=weights,
+        threads=threads,
+        generation_config=sampling.generation_config,
     )
     folders = [] if adapter is None else [adapter]
     config, ordinary = drafts.checked(wanted, config, model, folders, dtype, device)
-    idlm = load(model, adapter=adapter, dtype=dtype, device=device)
+    idlm = load(model, adapter, dtype, device, max_model_len)
     params = sampling.of(idlm)
     llm = LLM(idlm, config=config)
     common.keep_what_is_loaded()

@@ -19,6 +19,7 @@ def inspect(
         ),
     ],
     adapter: common.Adapter = None,
+    max_model_len: common.MaxModelLen = None,
     weights: Annotated[
         Literal["bfloat16", "int8"] | None,
         typer.Option(help="Load the model, and say what weights held so do to its logits (CPU)."),
@@ -29,9 +30,9 @@ def inspect(
     read."""
     from idlm.models.checkpoint import inspect_checkpoint
 
-    report = asdict(inspect_checkpoint(path, adapter))
+    report = asdict(inspect_checkpoint(path, adapter, max_model_len))
     if weights is not None:
-        report |= {"weights": weights} | _accuracy(path, weights)
+        report |= {"weights": weights} | _accuracy(path, weights, max_model_len)
     if as_json:
         common.print_json(report)
         return
@@ -40,12 +41,14 @@ def inspect(
             typer.echo(f"{key.replace('_', ' '):23} {_shown(key, value)}")
 
 
-def _accuracy(path: str, weights: str) -> dict[str, float]:
+def _accuracy(path: str, weights: str, max_model_len: int | None) -> dict[str, float]:
     """The format against float32 on a built-in text; see `WeightsAccuracy`."""
     from idlm.engine.weights_accuracy import weights_accuracy
     from idlm.models.loading import load
 
-    return asdict(weights_accuracy(load(path, dtype="float32"), weights))
+    return asdict(
+        weights_accuracy(load(path, dtype="float32", max_model_len=max_model_len), weights)
+    )
 
 
 def _shown(key: str, value: object) -> str:

@@ -96,6 +96,12 @@ def sampling_options(
     banned_token: Annotated[
         list[int] | None, _option("Never emit this token id; can be repeated.")
     ] = None,
+    allowed_token: Annotated[
+        list[int] | None, _option("Emit no other token id; can be repeated.")
+    ] = None,
+    bad_word: Annotated[
+        list[str] | None, _option("Do not write this text; can be repeated.")
+    ] = None,
     seed: Annotated[
         int | None, _option("Seed of the noise; drawn and reported if not given.")
     ] = None,
@@ -127,6 +133,8 @@ def sampling_options(
         "frequency_penalty": frequency_penalty,
         "logit_bias": dict(_bias(entry) for entry in logit_bias or []),
         "banned_tokens": tuple(banned_token or ()),
+        "allowed_token_ids": tuple(allowed_token) if allowed_token else None,
+        "bad_words": tuple(bad_word or ()),
         "seed": seed,
         "ignore_eos": ignore_eos,
         "verification": verification,

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import typer
 
 from idlm.cli import common, drafts
 from idlm.errors import InputError
 from idlm.extras import need
-from idlm.serving.config import AR_SUFFIX, Limits, ServeConfig, WorkerConfig
+from idlm.serving.config import AR_SUFFIX, WAITING_ROOM, Limits, ServeConfig, WorkerConfig
 
 KEY_VARIABLE = "IDLM_API_KEY"
 BOUNDS = Limits()
@@ -44,13 +46,27 @@ def serve(
         list[str] | None,
         _option("Network", f"A key that opens all routes; can be repeated. Or ${KEY_VARIABLE}."),
     ] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        _option(
+            "Network",
+            "A web page's origin that may use the server, a JSON list of them, or *; can be "
+            "repeated.",
+            metavar="ORIGIN",
+        ),
+    ] = None,
     name: Annotated[
         str | None, _option("Model", "What requests call the model; MODEL if not given.")
     ] = None,
+    reasoning_parser: Annotated[
+        str,
+        _option("Model", "How thoughts are told from the answer: auto, none, qwen3, deepseek_r1."),
+    ] = "auto",
     stride: drafts.Stride = None,
     branches: drafts.Branches = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
+    max_model_len: common.MaxModelLen = None,
     max_num_seqs: Annotated[int, _option("Engine", "The most samples at once; others wait.")] = 64,
     kv_memory: Annotated[
         str | None, _option("Engine", "Memory of the KV cache: bytes, or such as 512MiB.")
@@ -66,6 +82,10 @@ def serve(
     deterministic: Annotated[
         bool, _option("Engine", "Batch-invariant kernels: the same bytes, slower.")
     ] = False,
+    logprobs_mode: Annotated[
+        Literal["processed_logprobs", "raw_logprobs"],
+        _option("Engine", "Log-probabilities of the law that tokens are chosen by; the model's."),
+    ] = "processed_logprobs",
     salt_by_key: Annotated[
         bool, _option("Network", "Share cached prefixes only within a key.")
     ] = False,
@@ -75,8 +95,12 @@ def serve(
     vllm_metrics: Annotated[
         bool, _option("Network", "Give /metrics under vLLM's names too, for its boards and tools.")
     ] = False,
+    parse_special: Annotated[
+        bool, _option("Network", "Special strings in a completions prompt are special tokens.")
+    ] = False,
     queue_requests: Annotated[
-        int | None, _option("Limits", "Samples running or waiting.", show_default="max-num-seqs")
+        int | None,
+        _option("Limits", "Samples running or waiting.", show_default="4 x max-num-seqs"),
     ] = None,
     queue_tokens: Annotated[
         int, _option("Limits", "Tokens that they may come to.")
@@ -94,7 +118,8 @@ def serve(
 ) -> None:
     """Serve a model over an OpenAI-compatible API."""
     need("serve", "idlm serve")
-    queue = max(max_num_seqs, max_n, max_prompts) if queue_requests is None else queue_requests
+    room = max(WAITING_ROOM * max_num_seqs, max_n, max_prompts)
+    queue = room if queue_requests is None else queue_requests
     bounds = (queue, queue_tokens, max_tokens, max_n, max_prompts, max_body)
     limits = Limits(*bounds, timeout=timeout, drain_seconds=drain_seconds)
     _check(limits)
@@ -106,21 +131,27 @@ def serve(
         kv_memory=kv_memory,
         deterministic=deterministic,
         weights=weights,
+        logprobs_mode=logprobs_mode,
         threads=threads,
+        max_model_len=max_model_len,
         generation_config=generation_config,
     )
     adapters = _adapters(adapter or [])
     worker = WorkerConfig(model, adapters, dtype, device, engine, _directories(lora_dir or []))
     keys = _keys(api_key or [])
+    name = _name(name or model, adapters)
     config = ServeConfig(
         worker,
-        _name(name or model, adapters),
+        name,
         host,
         port,
         keys,
         salt_by_key,
         log_prompts,
+        parse_special,
         limits,
+        _origins(allowed_origins or []),
+        reasoning_parser,
         vllm_metrics,
     )
     _check_port(port)
@@ -219,6 +250,26 @@ def _keys(options: list[str]) -> tuple[str, ...]:
                 f"use letters and digits ({len(key)} long)"
             )
     return tuple(keys)
+
+
+def _origins(options: list[str]) -> tuple[str, ...]:
+    """Origins, each option one or a JSON list of them, as vLLM takes them."""
+    found: list[str] = []
+    for option in options:
+        try:
+            value = json.loads(option) if option.startswith("[") else [option]
+        except ValueError:
+            value = [None]
+        for origin in value:
+            parts = urlsplit(origin) if isinstance(origin, str) else None
+            whole = parts is not None and origin == f"{parts.scheme}://{parts.netloc}"
+            if origin != "*" and not (parts and whole and parts.scheme and parts.netloc):
+                raise InputError(
+                    f"--allowed-origins {option!r} is no origin; write for example "
+                    "https://example.org, a JSON list of such, or *"
+                )
+            found.append(origin)
+    return tuple(found)
 
 
 def _is_loopback(host: str) -> bool:

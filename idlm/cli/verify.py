@@ -31,6 +31,7 @@ def verify(
     ] = True,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
+    max_model_len: common.MaxModelLen = None,
     as_json: common.Json = False,
     sampling: Sampling,
 ) -> None:
@@ -46,7 +47,7 @@ def verify(
     from idlm.models.loading import load
 
     plans_for(stride, branches)  # before the model is loaded, which can take minutes
-    idlm = load(model, adapter=adapter, dtype=dtype, device=device)
+    idlm = load(model, adapter, dtype, device, max_model_len)
     ids = [prompt.encode(idlm, chat) for prompt in given or prompts.defaults(idlm)]
     params = sampling.of(idlm)
     check = _law if params.verification == "ratio" else _tokens

@@ -5,8 +5,8 @@ MASK row that drafted for it are treated alike. The order of operations is
 
     1. ban MASK
     2. repetition, frequency and presence penalties
-    3. logit bias and banned tokens
-    4. ban the stop ids until `min_tokens` tokens are out
+    3. logit bias, banned and allowed tokens
+    4. ban the stop ids until `min_tokens` tokens are out; ban the last tokens of bad words
     5. temperature
     6. top-k, then top-p, then min-p, each on the tokens that the one before kept
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from idlm.decoding.noise import Stream, gumbel
-from idlm.decoding.settings import NEVER, Features, Settings
+from idlm.decoding.settings import ABSENT, NEVER, Features, Settings
 from idlm.params import SamplingParams
 
 Chooser = Callable[[Tensor, Settings, bool, Stream, Tensor], Tensor]
@@ -108,7 +108,7 @@ class Law:
             position: int64 [B].
             ahead: int64 [B, D], tokens that are not recorded in the settings yet. The last row
                 follows all of them, the row before it all but the last, and so on. Only penalties
-                use them.
+                and bad words use them.
         """
         settings, features = self.settings, self.features
         if settings.mask_id < settings.vocab_size:
@@ -123,6 +123,8 @@ class Law:
             outputs = positions(position - settings.prompt_length, logits.shape[1])
             early = outputs < settings.hold_until[:, None]
             scores = scores.masked_fill(settings.stop[:, None] & early[..., None], NEVER)
+        if features.worded:
+            scores = scores.masked_fill(completing(settings, ahead, logits.shape[1]), NEVER)
         return _filtered(scores, settings, features) if features.filtered else scores
 
     def choose(self, scores: Tensor, stream: Stream, position: Tensor) -> Tensor:
@@ -139,6 +141,13 @@ class Law:
     def soft_log_p(self, scores: Tensor) -> Tensor:
         """Log-probabilities, float64 [B, R, V]; for greedy slots those at temperature 1."""
         return (scores / _divisor(self.settings)).log_softmax(dim=-1)
+
+    def raw_log_p(self, logits: Tensor) -> Tensor:
+        """The model's own log-probabilities, float64 [B, R, V]: without any setting of the request
+        and without a guide. MASK's column of `logits` is overwritten."""
+        if self.settings.mask_id < self.settings.vocab_size:
+            logits[..., self.settings.mask_id] = NEVER
+        return logits.to(torch.float64).log_softmax(dim=-1)
 
 
 def history(settings: Settings, ahead: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
@@ -157,6 +166,22 @@ def history(settings: Settings, ahead: Tensor | None, rows: int) -> tuple[Tensor
     placed[:, 1:].scatter_(2, ahead[..., None].clamp(0, settings.vocab_size - 1), 1)
     fresh = placed.cumsum(dim=1)[:, 1 + depth - rows :]
     return settings.seen[:, None] | (fresh > 0), settings.counts[:, None] + fresh
+
+
+def completing(settings: Settings, ahead: Tensor | None, rows: int) -> Tensor:
+    """The tokens that would complete a bad word: bool [B, R, V]; `ahead` as in `Law.scores`."""
+    words, recent = settings.words, settings.recent
+    if words is None or recent is None or ahead is None:
+        raise ValueError("bad words need the history of the slots and the tokens ahead")
+    text, length = torch.cat([recent, ahead], dim=1), recent.shape[1]
+    before = text.unfold(1, length, 1)[:, 1 + ahead.shape[1] - rows :]  # [B, R, length]
+    begin, last = words[:, None, :, :-1], words[:, None, :, -1].expand(-1, rows, -1)
+    # [B, R, words]: whether the tokens before a row end with all of a word but its last token
+    match = ((begin == before[:, :, None]) | (begin == ABSENT)).all(dim=-1) & (last != ABSENT)
+    # the last column takes the words that do not match
+    banned = match.new_zeros(*match.shape[:2], settings.vocab_size + 1)
+    place = last.masked_fill(~match, settings.vocab_size)
+    return banned.scatter(2, place, torch.ones_like(match))[..., :-1]
 
 
 def _penalised(scores: Tensor, settings: Settings, ahead: Tensor | None) -> Tensor:

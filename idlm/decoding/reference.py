@@ -3,7 +3,8 @@
 It shares no function with the fast path (`law`, `noise`, `verify`), which the tests compare with
 it. Each step recomputes everything, row by row, in float64; the noise uses Python's integers.
 `forward(tokens [T], positions [T], visible [T, T])` returns logits [T, V]; a row whose token is
-`mask_id` is a MASK row.
+`mask_id` is a MASK row. Of what is visible, a layer with a sliding window w sees the rows less than
+w positions back.
 
 Shapes: T rows of a forward, V logit columns.
 """
@@ -61,6 +62,7 @@ def adjusted(
     """Apply penalties, bias, bans and guide to the logits [V] of the token after `output`: float64.
 
     `banned` holds MASK, and the stop ids while the request has fewer than `min_tokens` tokens.
+    `params.bad_words` holds no text.
     """
     scores = logits.to(torch.float64, copy=True)
     rate = params.repetition_penalty
@@ -71,14 +73,23 @@ def adjusted(
         scores[token] -= params.frequency_penalty * output.count(token) + params.presence_penalty
     for token, bias in params.logit_bias.items():
         scores[token] += bias
-    for token in (*params.banned_tokens, *banned):
+    bad = [
+        int(word[-1])
+        for word in params.bad_words
+        if [*output][max(0, len(output) + 1 - len(word)) :] == [*word[:-1]]
+    ]
+    only = range(len(scores)) if params.allowed_token_ids is None else params.allowed_token_ids
+    for token in (*params.banned_tokens, *banned, *bad, *set(range(len(scores))).difference(only)):
         if token < len(scores):
             scores[token] = NEVER
     return scores if allowed is None else scores.masked_fill(~allowed, NEVER)
 
 
 def law(scores: Tensor, params: SamplingParams) -> Tensor:
-    """Log-probabilities [V] of adjusted logits [V]; at temperature 0 a point mass on the argmax."""
+    """Log-probabilities [V] of adjusted logits [V]; at temperature 0 a point mass on the argmax. If
+    all are -inf, so is the result."""
+    if scores.max() == NEVER:
+        return scores
     if params.greedy:
         point = torch.full_like(scores, NEVER)
         point[scores.argmax()] = 0.0
@@ -162,13 +173,15 @@ class Request:
         return gumbel(self.seed, stream, position, vocab_size)
 
     def sample(self, log_p: Tensor, position: int, stream: int = TOKEN) -> int:
-        """Sample a token from the law `log_p` [V] with the noise of its position."""
+        """Sample a token from the law `log_p` [V], which leaves one, with the noise of its
+        position."""
         return int((log_p + self.noise(position, len(log_p), stream)).argmax())
 
     def verify(
         self, output: list[int], drafts: list[int], laws: Sequence[Tensor], logits: Tensor
     ) -> tuple[list[int], int]:
-        """Verify a window: the tokens that it commits, and how many of them are drafts.
+        """Verify a window: the tokens that it commits, and how many of them are drafts. Only drafts
+        are committed if the law leaves no token after them.
 
         `laws` are those that the drafts were sampled from; `logits` [1 + drafts, V] are the verify
         rows.
@@ -176,10 +189,14 @@ class Request:
         start = len(self.prompt) + len(output)
         for k, draft in enumerate(drafts):
             log_p = self.law(logits[k], output + drafts[:k])
+            if log_p.max() == NEVER:
+                return drafts[:k], k
             token = self.judge(log_p, draft, laws[k], start + k)
             if token is not None:
                 return [*drafts[:k], token], k
         log_p = self.law(logits[len(drafts)], output + drafts)
+        if log_p.max() == NEVER:
+            return drafts, len(drafts)
         return [*drafts, self.sample(log_p, start + len(drafts))], len(drafts)
 
     def judge(self, log_p: Tensor, draft: int, log_q: Tensor, position: int) -> int | None:
@@ -194,13 +211,16 @@ class Request:
     def draft(self, output: list[int], logits: Tensor) -> tuple[list[int], list[Tensor]]:
         """Draw drafts after `output` from MASK rows `logits` [K, V]; also return their laws.
 
-        The law of a draft counts the drafts before it.
+        The law of a draft counts the drafts before it. They end where it leaves no token.
         """
         stream = DRAFT if self.params.verification == "ratio" else TOKEN
         drafts: list[int] = []
         laws: list[Tensor] = []
         for row in logits:
-            laws.append(self.law(row, output + drafts))
+            log_p = self.law(row, output + drafts)
+            if log_p.max() == NEVER:
+                break
+            laws.append(log_p)
             position = len(self.prompt) + len(output) + len(drafts)
             drafts.append(self.sample(laws[-1], position, stream))
         return drafts, laws
@@ -219,12 +239,14 @@ class Decoded:
         forwards: forward passes, with the prefill.
         reached: by depth: the drafts that were verified after all before them were accepted.
         accepted: by depth: the drafts that were accepted.
+        stuck: the law left no token after the output.
     """
 
     tokens: list[int] = field(default_factory=list)
     forwards: int = 0
     reached: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    stuck: bool = False
 
 
 def ar(
@@ -244,7 +266,11 @@ def ar(
         rows = torch.ones(len(text), len(text)).tril() > 0
         logits = forward(torch.tensor(text), torch.arange(len(text)), rows)
         decoded.forwards += 1
-        decoded.tokens.append(request.sample(request.law(logits[-1], decoded.tokens), len(text)))
+        log_p = request.law(logits[-1], decoded.tokens)
+        if log_p.max() == NEVER:
+            decoded.stuck = True
+            break
+        decoded.tokens.append(request.sample(log_p, len(text)))
     return decoded
 
 
@@ -280,6 +306,9 @@ def isd(
                 decoded.reached[k] += 1
                 decoded.accepted[k] += k < accepted
         drafts, laws = [], []
+        if len(committed) == accepted and not request.done(decoded.tokens):
+            decoded.stuck = True
+            break
         if accepted in branch_logits and not request.done(decoded.tokens):
             drafts, laws = request.draft(decoded.tokens, branch_logits[accepted])
     return decoded

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from idlm.decoding.noise import GOLDEN, Stream, split_mix
-from idlm.params import VERIFICATIONS, SamplingParams
+from idlm.params import LONGEST_BAD_WORD, MOST_BAD_WORDS, VERIFICATIONS, SamplingParams
 
 NEVER = float("-inf")
 ALWAYS = float("inf")
@@ -30,6 +30,8 @@ REALS = {
 """The float64 columns of a slot, with the values of a free slot."""
 INTEGERS = ("top_k", "rule", "hold_until", "prompt_length")
 """The int64 columns of a slot; the columns of its keys follow them."""
+ABSENT = -1
+"""Stands for any token before the ids of a bad word, and for no token in `Settings.recent`."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,9 @@ class Features:
         filtered: top-k, top-p or min-p.
         ranked: top-k or top-p, which need a sort.
         penalised: a repetition, presence or frequency penalty.
-        biased: logit bias or banned tokens.
+        biased: logit bias, banned or allowed tokens.
         held: stop ids that are banned at first (min_tokens).
+        worded: bad words of several tokens.
         ratio: verification by the ratio rule.
         relaxed: verification by the relaxed rule (approximate).
     """
@@ -56,6 +59,7 @@ class Features:
     penalised: bool = False
     biased: bool = False
     held: bool = False
+    worded: bool = False
     ratio: bool = False
     relaxed: bool = False
 
@@ -68,11 +72,22 @@ class Features:
             filtered=ranked or (not params.greedy and params.min_p > 0),
             ranked=ranked,
             penalised=params.penalised,
-            biased=bool(params.logit_bias or params.banned_tokens),
+            biased=bool(params.logit_bias or params.never or params.allowed_token_ids),
             held=params.min_tokens > 0 and len(stop_ids) > 0,
+            worded=bool(params.sequences),
             ratio=params.verification == "ratio",
             relaxed=params.verification == "relaxed",
         )
+
+    @property
+    def historic(self) -> bool:
+        """Whether the law depends on the tokens before."""
+        return self.penalised or self.worded
+
+    @property
+    def banning(self) -> bool:
+        """Whether all tokens may be banned at once. What filters and penalties do leaves some."""
+        return self.biased or self.held or self.worded
 
     def __or__(self, other: Features) -> Features:
         names = [feature.name for feature in fields(self)]
@@ -83,7 +98,7 @@ class Features:
 class Settings:
     """The settings of B slots; `SamplingParams` defines what they mean. A free slot is greedy.
 
-    The last four tensors are as large as the logits, so they are None until a request needs them.
+    The tensors from `bias` on are large, so they are None until a request needs them.
 
     Attributes:
         vocab_size: V.
@@ -97,10 +112,14 @@ class Settings:
         hold_until: int64 [B], output tokens before which the stop ids are banned (min_tokens).
         prompt_length: int64 [B].
         steps: int64 [V], see `noise.gumbel`; the same for all slots.
-        bias: float64 [B, V], added to the logits; -inf for banned tokens.
+        bias: float64 [B, V], added to the logits; -inf for tokens that are banned or not allowed.
         stop: bool [B, V], the ids that end the output.
         seen: bool [B, V], whether a token is in the prompt or the output.
         counts: int32 [B, V], how often a token is in the output.
+        words: int64 [B, MOST_BAD_WORDS, LONGEST_BAD_WORD], the bad words of several ids, each after
+            as many `ABSENT` as it is shorter; rows of `ABSENT` alone are no words.
+        recent: int64 [B, LONGEST_BAD_WORD - 1], the last tokens of the output, after `ABSENT` where
+            it is shorter.
     """
 
     temperature: Tensor
@@ -123,6 +142,8 @@ class Settings:
     stop: Tensor | None = None
     seen: Tensor | None = None
     counts: Tensor | None = None
+    words: Tensor | None = None
+    recent: Tensor | None = None
     _live: list[Features | None] = field(default_factory=list)
     _together: Features | None = None
 
@@ -172,6 +193,8 @@ class Settings:
             self._put_stop(slot, ends)
         if needs.penalised:
             self._put_history(slot, prompt, output)
+        if needs.worded or self.words is not None:  # the row may hold another request's words
+            self._put_words(slot, params.sequences, output)
 
     def clear(self, slot: int) -> None:
         """Free a slot: `features` no longer counts its request."""
@@ -181,13 +204,15 @@ class Settings:
         """Add committed tokens to the history, on the device: the first `count` [B] of each row of
         `tokens` [B, N].
 
-        Needed if `features.penalised`; a no-op until the first request with penalties.
+        Needed if `features.historic`; a no-op until the first request that depends on it.
         """
-        if self.seen is None or self.counts is None:
-            return
-        fresh = torch.arange(tokens.shape[1], device=tokens.device) < count[:, None]
-        self.counts.scatter_add_(1, tokens.clamp(0, self.vocab_size - 1), fresh.to(torch.int32))
-        self.seen.logical_or_(self.counts > 0)
+        if self.seen is not None and self.counts is not None:
+            fresh = torch.arange(tokens.shape[1], device=tokens.device) < count[:, None]
+            self.counts.scatter_add_(1, tokens.clamp(0, self.vocab_size - 1), fresh.to(torch.int32))
+            self.seen.logical_or_(self.counts > 0)
+        if self.recent is not None:
+            kept = torch.arange(self.recent.shape[1], device=tokens.device) + count[:, None]
+            self.recent.copy_(torch.cat([self.recent, tokens], dim=1).gather(1, kept))
 
     def _put_numbers(
         self, slot: int, params: SamplingParams, needs: Features, seed: int, prompt_length: int
@@ -227,9 +252,11 @@ class Settings:
                 return
             self.bias = self._table(torch.float64)
         row = torch.zeros(self.vocab_size, dtype=torch.float64)
+        if params.allowed_token_ids is not None:
+            row.fill_(NEVER)[list(params.allowed_token_ids)] = 0.0
         for token, bias in params.logit_bias.items():
-            row[token] = bias
-        row[list(params.banned_tokens)] = NEVER
+            row[token] += bias
+        row[list(params.never)] = NEVER
         self.bias[slot] = on_device(row, self.bias.device)
 
     def _put_stop(self, slot: int, ends: list[int]) -> None:
@@ -248,6 +275,24 @@ class Settings:
         seen[[token for token in prompt if token < self.vocab_size]] = True
         self.seen[slot] = on_device(seen, self.seen.device)
         self.counts[slot] = on_device(counts, self.counts.device)
+
+    def _put_words(
+        self, slot: int, words: Sequence[tuple[int, ...]], output: Sequence[int]
+    ) -> None:
+        shape = (MOST_BAD_WORDS, LONGEST_BAD_WORD)
+        if self.words is None or self.recent is None:
+            self.words = self._absent(*shape)
+            self.recent = self._absent(LONGEST_BAD_WORD - 1)
+        rows = torch.full(shape, ABSENT)
+        for row, word in zip(rows, words, strict=False):
+            row[-len(word) :] = torch.tensor(word)
+        recent = [ABSENT] * (LONGEST_BAD_WORD - 1) + list(output)
+        last = torch.tensor(recent[len(output) :])
+        self.words[slot] = on_device(rows, self.words.device)
+        self.recent[slot] = on_device(last, self.recent.device)
+
+    def _absent(self, *shape: int) -> Tensor:
+        return torch.full((len(self._live), *shape), ABSENT, device=self.steps.device)
 
     def _table(self, dtype: torch.dtype) -> Tensor:
         return torch.zeros(len(self._live), self.vocab_size, dtype=dtype, device=self.steps.device)

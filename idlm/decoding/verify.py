@@ -25,8 +25,10 @@ from torch import Tensor
 
 from idlm.decoding.law import Law, positions, restrict
 from idlm.decoding.noise import Stream, gumbel, uniform
-from idlm.decoding.settings import RATIO
+from idlm.decoding.settings import NEVER, RATIO
 
+NOTHING = -1
+"""Stands for a token where the request's bans leave none."""
 Allow = Callable[[Tensor], Tensor]
 """A guide: maps the drafts so far, int64 [B, k], to the tokens that may follow, bool [B, 1, V]."""
 
@@ -51,7 +53,8 @@ class Verdicts(NamedTuple):
     Attributes:
         accepted: int64 [B], the number of accepted drafts.
         tokens: int64 [B, 1 + K], the tokens to commit: the accepted drafts, then the correction,
-            or the bonus if all are accepted. Entries past that have no meaning.
+            or the bonus if all are accepted; `NOTHING` if the law leaves no token there. Entries
+            past that have no meaning.
         log_p: float64 [B, 1 + K, V], the law of the verify rows; None if no rule needed it.
     """
 
@@ -80,6 +83,8 @@ def verify(law: Law, logits: Tensor, drafts: Drafts, position: Tensor) -> Verdic
     """Verify each slot's drafts by its own rule; `logits` [B, 1 + K, V] are the verify rows."""
     scores = law.scores(logits, position, drafts.tokens)
     tokens = law.choose(scores, Stream.TOKEN, position)  # [B, 1 + K], the AR tokens
+    if law.features.banning:
+        tokens = tokens.masked_fill(scores.amax(dim=-1) == NEVER, NOTHING)
     if law.features.ratio or law.features.relaxed:
         return _verify_by_rule(law, law.log_p(scores), tokens, drafts, position)
     # the tokens before the first mismatch are the accepted drafts, so `tokens` is the answer
@@ -92,7 +97,8 @@ def _verify_by_rule(
 ) -> Verdicts:
     """Verify a batch in which a slot uses the ratio or the relaxed rule.
 
-    `log_p` [B, 1 + K, V] is the law of the verify rows, `tokens` [B, 1 + K] are the AR tokens.
+    `log_p` [B, 1 + K, V] is the law of the verify rows, `tokens` [B, 1 + K] are the AR tokens, or
+    `NOTHING`: no rule accepts a draft there, or puts a token in its place.
     """
     settings, features, log_q = law.settings, law.features, drafts.log_q
     drafted = drafts.tokens.clamp(0, settings.vocab_size - 1)  # entries past `valid` may be any
@@ -105,7 +111,7 @@ def _verify_by_rule(
         draws = uniform(settings.keys[:, Stream.ACCEPT], positions(position, drafted.shape[1]))
         below_ratio = draws.log() < log_p_drafted - _pick(log_q, drafted)
         accept = torch.where(by_ratio[:, None], below_ratio, accept)
-    accepted = _leading(accept, drafts.valid)
+    accepted = _leading(accept & (tokens[:, :-1] != NOTHING), drafts.valid)
     token = tokens.gather(1, accepted[:, None])  # [B, 1], the correction or the bonus
     if features.ratio and log_q is not None:
         # the laws [B, V] of the position after the accepted drafts; a bonus has no q
@@ -113,7 +119,7 @@ def _verify_by_rule(
         p, q = log_p.gather(1, at)[:, 0], log_q.gather(1, at.clamp(max=log_q.shape[1] - 1))[:, 0]
         target = torch.where((accepted < drafts.valid)[:, None], residual(p, q), p)
         sampled = _sample(law, target, (position + accepted)[:, None])
-        token = torch.where(by_ratio[:, None], sampled, token)
+        token = torch.where(by_ratio[:, None] & (token != NOTHING), sampled, token)
     depth = torch.arange(tokens.shape[1], device=tokens.device)
     committed = torch.cat([drafted, token], dim=1)
     return Verdicts(accepted, torch.where(depth == accepted[:, None], token, committed), log_p)
@@ -145,14 +151,14 @@ def draft(
 ) -> tuple[Tensor, Tensor | None]:
     """Draw K drafts from the MASK rows `logits` [B, K, V]; `position` is that of draft 1.
 
-    The tokens before them must be recorded (`Settings.record`). The penalties of a draft count the
-    drafts before it, and `allow` is called before each.
+    The tokens before them must be recorded (`Settings.record`). The penalties and bad words of a
+    draft count the drafts before it, and `allow` is called before each.
 
     Returns:
         The drafts, int64 [B, K], and the laws that they were sampled from, float64 [B, K, V]; None
         if no slot uses the ratio rule.
     """
-    if law.features.penalised or allow is not None:
+    if law.features.historic or allow is not None:
         return _draft_in_turn(law, logits, position, allow)
     scores = law.scores(logits, position)
     tokens = law.choose(scores, Stream.DRAFT, position)
@@ -183,8 +189,12 @@ def logprobs(law: Law, logits: Tensor, tokens: Tensor, position: Tensor, top: in
     They are those of the verification law. At temperature 0 that law is a point mass, so they are
     those of the adjusted logits at temperature 1. Call this before the tokens are recorded.
     """
-    log_p = law.soft_log_p(law.scores(logits, position, tokens[:, :-1]))
-    chosen = _pick(log_p, tokens.clamp(0, law.settings.vocab_size - 1))
+    return report(law.soft_log_p(law.scores(logits, position, tokens[:, :-1])), tokens, top)
+
+
+def report(log_p: Tensor, tokens: Tensor, top: int) -> Logprobs:
+    """The entries of `log_p` [B, R, V] for the `tokens` [B, R] and the `top` likeliest ones."""
+    chosen = _pick(log_p, tokens.clamp(0, log_p.shape[-1] - 1))
     rank = (log_p > chosen[..., None]).sum(dim=-1) + 1
     values, ids = log_p.topk(top, dim=-1)
     return Logprobs(chosen, rank, values, ids)

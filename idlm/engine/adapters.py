@@ -12,9 +12,9 @@ from contextlib import nullcontext
 from idlm.engine.products import Products
 from idlm.errors import InputError
 from idlm.models.adapter import Loaded
+from idlm.models.check import check_adapter
 from idlm.models.gated_lora import attach_more, detach
 from idlm.models.idlm_model import Idlm
-from idlm.models.loading import check_adapter
 
 MOST = 64
 """The most adapters: each costs time in every step, also if no request uses it."""

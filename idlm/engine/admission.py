@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from time import perf_counter
+from typing import Any
 
 from idlm.engine.adapters import Adapters
-from idlm.engine.guide import Guides, Matcher
+from idlm.engine.guide import Constraint, Guides
 from idlm.engine.pages import PagePool
 from idlm.engine.request import Request, Result, Timing
 from idlm.engine.text import TextStream
+from idlm.engine.thinking import ThinkingMatcher
 from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 from idlm.params import SamplingParams
@@ -55,6 +57,7 @@ class Admission:
             InputError: the engine can never run the request.
         """
         self.check_size(prompt, params)
+        params = self._with_ids(params)
         index = self.adapters.index(adapter)
         number, now = next(self._numbers), perf_counter()
         result = Result(list(prompt), seed, [0] * self.depth, [0] * self.depth, Timing(now))
@@ -78,17 +81,23 @@ class Admission:
             matcher=self.matcher(params),
         )
 
-    def matcher(self, params: SamplingParams) -> Matcher | None:
-        """A matcher for the request's guide; None if it has no guide.
+    def matcher(self, params: SamplingParams) -> Constraint | None:
+        """A matcher for the request's guide and the budget of its thoughts; None if it has neither.
 
         Raises:
-            InputError: the guide cannot be used.
+            InputError: the guide cannot be used, or the end of the thoughts is banned.
         """
-        return (
-            None
-            if params.guide is None
-            else self._guides.matcher(params.guide, params.banned_tokens)
-        )
+        guide, thinking = params.guide, params.thinking
+        limits = params.banned_tokens, params.allowed_token_ids
+        matcher = None if guide is None else self._guides.matcher(guide, *limits)
+        if thinking is None or (matcher is None and thinking.budget is None):
+            return matcher
+        if thinking.end in params.banned_tokens:
+            raise InputError(
+                f"banned_tokens has {thinking.end}, the end of the thoughts; allow it",
+                "banned_tokens",
+            )
+        return ThinkingMatcher(thinking, matcher, self.idlm.vocab_size, self.idlm.eos_ids)
 
     def check_size(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Refuse a request that does not fit into the pool even if it is empty.
@@ -102,6 +111,19 @@ class Admission:
                 f"a request of {len(prompt)} prompt tokens and max_tokens={params.max_tokens} "
                 f"needs {needed} pages of {self.pool.total}; lower max_tokens or raise kv_memory"
             )
+
+    def _with_ids(self, params: SamplingParams) -> SamplingParams:
+        """The settings with token ids for each text of `bad_words`."""
+        tokenizer: Any = self.idlm.tokenizer
+        if tokenizer is None and any(isinstance(word, str) for word in params.bad_words):
+            raise InputError(
+                f"bad_words={list(params.bad_words)!r} needs a tokenizer, which the model lacks; "
+                "give token ids",
+                "bad_words",
+            )
+        return params.with_bad_words(
+            lambda word: list(tokenizer(word, add_special_tokens=False).input_ids)
+        )
 
     def _limit(self, prompt: Sequence[int], params: SamplingParams) -> int:
         return min(len(prompt) + params.max_tokens, self.idlm.context)

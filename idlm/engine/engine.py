@@ -32,6 +32,7 @@ from idlm.decoding.plan import AR, Plan
 from idlm.engine.adapters import Adapters
 from idlm.engine.admission import Admission
 from idlm.engine.budget import PrefillBudget
+from idlm.engine.guide import Constraint
 from idlm.engine.logprobs import add_prompt_logprobs, logprob_entries
 from idlm.engine.metrics import Metrics
 from idlm.engine.pages import PagePool
@@ -78,6 +79,7 @@ class Engine:
         runner: runs steps on the device.
         planner: chooses the plan of each step.
         adapters: the names of the adapters, by index; None: an index without adapter.
+        window: the largest sliding window if all layers have one; see `Scheduler`.
     """
 
     def __init__(
@@ -86,15 +88,18 @@ class Engine:
         planner: Planner,
         config: EngineConfig,
         adapters: Sequence[str | None] = (),
+        window: int | None = None,
     ) -> None:
         cache, idlm = runner.model_step.cache, runner.idlm
         late = int(idlm.device.type == "cuda")
         self.runner, self.planner, self.config = runner, planner, config
         self.lookahead = late if config.lookahead is None else config.lookahead
         pool = PagePool(len(cache.pages[0][0]), cache.page_size)
-        self.scheduler = Scheduler(config.max_num_seqs, pool, f"{idlm.name} {idlm.dtype}".encode())
+        root = f"{idlm.name} {idlm.dtype}".encode()
+        self.scheduler = Scheduler(config.max_num_seqs, pool, root, window)
         self.metrics = Metrics()
         self.budget = PrefillBudget(config.prefill_tokens, clocked=not self.lookahead)
+        self._raw = config.logprobs_mode == "raw_logprobs"
         self.adapters = Adapters(idlm, adapters)
         self.admission = Admission(idlm, runner.depth, pool, self.adapters)
         self._requests: dict[str, Request] = {}
@@ -239,7 +244,7 @@ class Engine:
     def _launch(self) -> bool:
         """Launch one step: decode windows and prefill chunks. False if there is no work."""
         scheduler = self.scheduler
-        if any(request.matcher for request in scheduler.running):
+        if any(map(self._constraint, scheduler.running)):
             self.drain()  # a guide needs all committed tokens
         running = scheduler.decoding or scheduler.prefilling
         if not running:
@@ -265,8 +270,15 @@ class Engine:
     def _run(self, plan: Plan, requests: list[Request], chunks: list[Chunk]) -> PendingStep:
         slots = [request.slot for request in requests if request.slot is not None]
         tokens = longest(requests) + self._ahead(plan) if requests else 1
-        matchers = [request.matcher for request in requests]
+        matchers = [self._constraint(request) for request in requests]
         return self.runner.step(self._key(plan), slots, tokens, chunks, matchers)
+
+    def _constraint(self, request: Request) -> Constraint | None:
+        """The request's matcher, unless it cannot restrict a token or draft of the next step: steps
+        with a matcher are slower."""
+        ahead = sum(step.tokens for step in self._in_flight) + 2 * (self.runner.depth + 1)
+        matcher = request.matcher
+        return matcher if matcher is not None and matcher.restricts(ahead) else None
 
     def _count(
         self,
@@ -279,23 +291,25 @@ class Engine:
         batch, prompt_tokens = len(requests), sum(len(chunk.tokens) for _, chunk in prompts)
         self.metrics.count_launch(plan, batch, prompt_tokens, seconds)
         self.budget.observe(plan, batch, prompt_tokens, seconds)
-        guided = any(request.matcher for request in requests)
+        guided = any(map(self._constraint, requests))
         if not prompts and not guided and self.runner.steady:
             self.planner.observe_cost(batch, plan, seconds)
 
     def _key(self, plan: Plan) -> StepKey:
         params = [request.params.logprobs for request in self.scheduler.running]
         counts = [count for count in params if count is not None]
-        return StepKey(plan, self.runner.settings.features, max(counts) if counts else None)
+        most, features = max(counts) if counts else None, self.runner.settings.features
+        return StepKey(plan, features, most, self._raw and most is not None)
 
     def _ahead(self, plan: Plan) -> int:
         """The most tokens that steps in flight may commit, plus the drafts of the next step."""
         return sum(step.tokens for step in self._in_flight) + plan.drafts
 
     def _grow(self, plan: Plan) -> None:
-        """Give decoding requests the pages for the next step. If pages run out, pre-empt the last
-        request in the order."""
-        scheduler, ahead, entries = self.scheduler, self._ahead(plan), []
+        """Free the pages that no later step reads, and give decoding requests those for the next
+        step. If pages run out, pre-empt the last request in the order."""
+        scheduler, ahead = self.scheduler, self._ahead(plan)
+        entries = [entry for request in scheduler.running for entry in scheduler.trim(request)]
         lacking = [
             request
             for request in scheduler.decoding
@@ -329,11 +343,12 @@ class Engine:
         result = step.pending.read()
         self.metrics.device_seconds += perf_counter() - started
         if result.prompt is not None:
-            add_prompt_logprobs(self.runner.idlm, step.prompts, result.prompt)
+            add_prompt_logprobs(self.runner.idlm, step.prompts, result.prompt, self._raw)
         reached, accepted = [0] * self.runner.depth, [0] * self.runner.depth
         windows = tokens = 0
         for row, (request, slot) in enumerate(zip(step.requests, result.slots(), strict=False)):
-            if slot.committed == 0 or request.finished or request.slot is None:
+            done = request.finished or request.slot is None
+            if done or (slot.committed == 0 and not slot.stuck):
                 continue
             windows, tokens = windows + 1, tokens + slot.committed
             for depth in range(min(slot.drafted, slot.accepted + 1)):
@@ -349,6 +364,8 @@ class Engine:
         self, request: Request, slot: SlotResult, logprobs: list[dict[int, Logprob]]
     ) -> None:
         kept, text = request.extend(slot.tokens[: slot.committed], slot.drafted, slot.accepted)
+        if slot.stuck and not request.complete:
+            request.fail()
         self.metrics.tokens += len(kept)
         if request.result.logprobs is not None:
             request.result.logprobs += logprobs[: len(kept)]

@@ -4,6 +4,7 @@
       | Guides.matcher  once per request; each text is compiled once
     Matcher             follows the committed tokens of a request; gives the tokens allowed after
       |                 them and after drafts
+      | ThinkingMatcher the same with thoughts before the guide begins
       | GuidedRows      once per step
     bool [B, R, V]      the step masks its logits with it, so that verification, drafts and logprobs
                         use one law
@@ -13,8 +14,11 @@ Shapes: B slots, K drafts, R = 1 + K verify rows, V logit columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
@@ -34,10 +38,38 @@ LIMITS = LLParserLimits(max_grammar_size=100_000, max_lexer_states=50_000, verbo
 """At worst a guide then takes half a second and 100 MB to compile. llguidance's defaults bound the
 time of a mask."""
 OBJECT = '{"type": "object"}'
+GBNF = re.compile(r"(?m)^\s*[\w-]+\s*::=")
+ANNOTATIONS = {"uniqueItems"}
+"""Keywords of JSON schemas that are read as annotations: the output need not obey them. So is a
+`format` that llguidance does not know, as JSON Schema itself has it."""
+UNKNOWN_KEYS, UNKNOWN_FORMAT = "Unimplemented keys: ", "Unknown format: "
+"""How llguidance's warnings begin; the keys are a list in JSON."""
 WHITESPACE = r" |\n( {0,20}|\t{0,10})"
 """The white space allowed between the parts of JSON: one space, or a line break with indentation.
 If any amount were allowed, a model could write blanks forever."""
+SCHEMA_OPTIONS: Any = {"whitespace_pattern": WHITESPACE, "lenient": True}
+"""For llguidance. "lenient" makes warnings of what it cannot follow; `_unknown` reads them."""
+LARK = "%llguidance {}"
+"""The line that a grammar in Lark's form may begin with."""
+SCHEMA_FAILED = "failed to compile JSON schema: "
 LONGEST_REASON = 300
+
+
+class Constraint(Protocol):
+    """Follows the output of one request, and says which tokens may come next."""
+
+    def restricts(self, ahead: int) -> bool:
+        """Whether one of the next `ahead` tokens may be restricted."""
+
+    @property
+    def error(self) -> str:
+        """Why no token is allowed; meaningful only in that case."""
+
+    def allowed(self, ahead: Sequence[int] = ()) -> Tensor:
+        """The tokens allowed after the committed tokens and the tokens `ahead`; see `Matcher`."""
+
+    def advance(self, tokens: Sequence[int]) -> int:
+        """Append committed tokens up to the first that is not allowed, and return their number."""
 
 
 class Guides:
@@ -47,16 +79,21 @@ class Guides:
         self._idlm = idlm
         self._compiled = lru_cache(COMPILED)(self._compile)
 
-    def matcher(self, guide: Guide, banned: Iterable[int] = ()) -> Matcher:
-        """A matcher at the start of an output that never contains `banned` tokens.
+    def matcher(
+        self, guide: Guide, banned: Iterable[int] = (), only: Iterable[int] | None = None
+    ) -> Matcher:
+        """A matcher at the start of an output that never contains `banned` tokens, and none but
+        `only`, unless that is None.
 
         Raises:
             InputError: the guide has an error or is too large, or the model's tokens cannot
                 express it.
         """
         permitted = self._permitted.clone()
+        if only is not None:
+            permitted &= torch.zeros_like(permitted).index_fill(0, torch.tensor(list(only)), True)
         permitted[list(banned)] = False
-        matcher = Matcher(self._compiled(guide), _packed(permitted), self._idlm.eos_ids)
+        matcher = Matcher(self._compiled(guide), packed(permitted), self._idlm.eos_ids)
         if not matcher.allowed().any():
             raise _refusal(guide, matcher.error)
         return matcher
@@ -64,11 +101,13 @@ class Guides:
     def _compile(self, guide: Guide) -> LLMatcher:
         tokens = self._tokens  # first: its error is about the model, not about this guide
         try:
-            compiled = LLMatcher(tokens, _grammar(guide), log_level=0, limits=LIMITS)
+            compiled = LLMatcher(tokens, grammar_of(guide), log_level=0, limits=LIMITS)
         except ValueError as error:
             raise _refusal(guide, str(error)) from None
         if compiled.is_error():
             raise _refusal(guide, compiled.get_error())
+        if unknown := _unknown(compiled.get_grammar_warnings()):
+            raise _refusal(guide, f"it cannot be obeyed for {', '.join(unknown)}")
         return compiled
 
     @cached_property
@@ -111,6 +150,10 @@ class Matcher:
         self._masks: dict[tuple[int, ...], Tensor] = {}
         self._failure = ""
 
+    def restricts(self, ahead: int) -> bool:
+        """True: past its end a guide allows the end token alone."""
+        return True
+
     @property
     def error(self) -> str:
         """Why no token is allowed; meaningful only in that case."""
@@ -137,7 +180,7 @@ class Matcher:
         If it is less than len(tokens), the guide allowed no token at that place: see `error`.
         """
         good = 0
-        while good < len(tokens) and _holds(self.allowed(tokens[:good]), tokens[good]):
+        while good < len(tokens) and holds(self.allowed(tokens[:good]), tokens[good]):
             good += 1
         taken = tuple(tokens[:good])
         self._output += taken
@@ -182,7 +225,7 @@ class GuidedRows:
     pay for this.
     """
 
-    def __init__(self, matchers: Sequence[Matcher | None], vocab_size: int) -> None:
+    def __init__(self, matchers: Sequence[Constraint | None], vocab_size: int) -> None:
         self._matchers = matchers
         self._vocab_size = vocab_size
         self._all = torch.full((-(-vocab_size // 8),), 255, dtype=torch.uint8)
@@ -217,27 +260,107 @@ class GuidedRows:
         return _unpacked(torch.stack(bits).to(device), self._vocab_size)
 
 
-def _grammar(guide: Guide) -> str:
+def grammar_of(guide: Guide) -> str:
     """The guide as a grammar for llguidance.
 
     Raises:
         ValueError: the text is not of the kind that the guide names.
     """
     if guide.kind in ("json_object", "json_schema"):
-        return LLMatcher.grammar_from_json_schema(
-            guide.text or OBJECT, overrides={"whitespace_pattern": WHITESPACE}
-        )
-    return grammar_from("regex" if guide.kind == "regex" else "grammar", guide.text)
+        return LLMatcher.grammar_from_json_schema(guide.text or OBJECT, overrides=SCHEMA_OPTIONS)
+    if guide.kind == "regex":
+        return LLMatcher.grammar_from_regex(guide.text)
+    if guide.kind == "choice":
+        return LLMatcher.grammar_from_lark(f"start: {' | '.join(map(_literal, _choices(guide)))}")
+    if GBNF.search(guide.text) and not guide.text.startswith(LARK):
+        return grammar_from("gbnf", guide.text)
+    return LLMatcher.grammar_from_lark(guide.text)
 
 
-def _refusal(guide: Guide, reason: str) -> InputError:
-    return InputError(
-        f"guide {guide.kind!r} cannot be used: {_brief(reason)}; mend {guide.text[:40]!r}"
+def _choices(guide: Guide) -> list[str]:
+    choices = json.loads(guide.text)
+    strings = isinstance(choices, list) and all(isinstance(one, str) for one in choices)
+    if not strings or not choices:
+        raise ValueError("choices are a list of one string or more")
+    return choices
+
+
+def _literal(text: str) -> str:
+    """A text in Lark's form."""
+    return json.dumps(text).replace("\x7f", "\\u007f")
+
+
+class CallForm(NamedTuple):
+    """The texts around tool calls, their names and their arguments."""
+
+    opening: str
+    before_name: str
+    before_arguments: str
+    after: str
+    between: str
+    closing: str
+
+
+LIST_OF_CALLS = CallForm("[", '{"name": ', ', "parameters": ', "}", ", ", "]")
+EMBEDDABLE = ("json_object", "json_schema", "choice")
+
+
+def calls_grammar(
+    schemas: Mapping[str, Mapping[str, Any]], most: int, form: CallForm = LIST_OF_CALLS
+) -> str:
+    """A grammar for 1 to `most` calls: a name of `schemas`, and arguments that obey its schema.
+
+    Each schema stays a document of its own: pointers within it, "#" too, mean what they meant.
+    """
+    calls = [
+        f"{_literal(form.before_name + json.dumps(name) + form.before_arguments)} "
+        f"%json {_with_options(schema)} {_literal(form.after)}"
+        for name, schema in schemas.items()
+    ]
+    more = f" ({_literal(form.between)} call){{0,{most - 1}}}" if most > 1 else ""
+    return (
+        f"{LARK}\nstart: {_literal(form.opening)} call{more} {_literal(form.closing)}\n"
+        f"call: {' | '.join(calls)}"
     )
 
 
+def or_calls(guide: Guide, names: Iterable[str], most: int, form: CallForm) -> Guide:
+    """A guide for what `guide` allows, or else calls of functions with any arguments. A guide that
+    is not of an `EMBEDDABLE` kind stays alone."""
+    if guide.kind not in EMBEDDABLE:
+        return guide
+    if guide.kind == "choice":
+        answer = " | ".join(map(_literal, _choices(guide)))
+    else:
+        answer = f"%json {_with_options(json.loads(guide.text or OBJECT))}"
+    calls = calls_grammar({name: json.loads(OBJECT) for name in names}, most, form)
+    text = calls.replace("\nstart: ", f"\nstart: answer | calls\nanswer: {answer}\ncalls: ", 1)
+    return Guide("grammar", text, guide.name)
+
+
+def _with_options(schema: Mapping[str, Any]) -> str:
+    return json.dumps({**schema, "x-guidance": SCHEMA_OPTIONS})
+
+
+def _unknown(warnings: Sequence[str]) -> list[str]:
+    """What a schema asks for and the output could break; see `ANNOTATIONS`."""
+    keys = [w.removeprefix(UNKNOWN_KEYS) for w in warnings if w.startswith(UNKNOWN_KEYS)]
+    others = [w for w in warnings if not w.startswith((UNKNOWN_KEYS, UNKNOWN_FORMAT))]
+    return [*sorted({key for group in keys for key in json.loads(group)} - ANNOTATIONS), *others]
+
+
+def _refusal(guide: Guide, reason: str) -> InputError:
+    what, repair = f"guide {guide.kind!r}", f"mend {guide.text[:40]!r}"
+    if guide.name:
+        what, repair = guide.name, "change it"
+    return InputError(f"{what} cannot be used: {_brief(reason)}; {repair}", guide.name or "guide")
+
+
 def _brief(reason: str) -> str:
-    """A message of llguidance on one line, cut to `LONGEST_REASON` characters."""
+    """A message of llguidance on one line, cut to `LONGEST_REASON` characters. Of a schema within
+    a grammar it is the schema's own."""
+    if SCHEMA_FAILED in reason:
+        reason = reason.partition(SCHEMA_FAILED)[2].partition("\n")[0]
     return " ".join(reason.replace("<non-verbose/>", "").split())[:LONGEST_REASON]
 
 
@@ -245,7 +368,7 @@ def _powers(device: torch.device) -> Tensor:
     return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
 
 
-def _packed(flags: Tensor) -> Tensor:
+def packed(flags: Tensor) -> Tensor:
     """Pack bool [V] into a bit mask, uint8 [ceil(V / 8)]; see `Matcher`."""
     padded = torch.nn.functional.pad(flags.to(torch.uint8), (0, -len(flags) % 8))
     return (padded.unflatten(0, (-1, 8)) * _powers(flags.device)).sum(dim=1).to(torch.uint8)
@@ -256,5 +379,5 @@ def _unpacked(bits: Tensor, vocab_size: int) -> Tensor:
     return ((bits[..., None] & _powers(bits.device)) != 0).flatten(-2)[..., :vocab_size]
 
 
-def _holds(bits: Tensor, token: int) -> bool:
+def holds(bits: Tensor, token: int) -> bool:
     return bool(int(bits[token // 8]) >> (token % 8) & 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,10 +21,11 @@ from idlm.engine.request import Result, Update
 from idlm.errors import InputError
 from idlm.inputs import plain
 from idlm.models.adapter import attach_place, load_more
+from idlm.models.check import check_adapter
 from idlm.models.idlm_model import Idlm
-from idlm.models.loading import check_adapter, load
+from idlm.models.loading import load
 from idlm.models.sources import resolve
-from idlm.params import SEED_LIMIT, SamplingParams
+from idlm.params import SamplingParams
 
 __all__ = ["LLM", "Result"]
 
@@ -49,7 +49,8 @@ class LLM:
         device: for example "cpu", "cuda" or "cuda:1".
         config: the engine's options.
         options: fields of `EngineConfig`, which replace those of `config`: stride, branches,
-            max_num_seqs, kv_memory, page_size, prefill_tokens, deterministic, weights, threads, ...
+            max_num_seqs, kv_memory, page_size, prefill_tokens, deterministic, weights, threads,
+            max_model_len, ...
 
     Attributes:
         engine: runs the requests; its counters are `engine.metrics`.
@@ -76,13 +77,13 @@ class LLM:
                 f"adapter={adapter!r} with a loaded model; give it to idlm.load instead"
             )
         named = ({} if adapter is None else {"default": adapter}) | dict(adapters or {})
-        ours = not isinstance(model, Idlm)
+        ours, limit = not isinstance(model, Idlm), self.config.max_model_len
         if isinstance(model, Idlm):
-            self.idlm = model
+            self.idlm = model if limit is None else model.limited(limit)
         else:
             folders = [fspath(folder) for folder in named.values()]
             preflight(Wanted(fspath(model), folders, dtype, device), self.config)
-            self.idlm = load(fspath(model), dtype=dtype, device=device)
+            self.idlm = load(fspath(model), dtype=dtype, device=device, max_model_len=limit)
         names: list[str | None] = ["default"] if self.idlm.gate is not None else []
         names += named
         for folder in named.values():
@@ -242,9 +243,9 @@ class LLM:
         added: list[str] = []
 
         def add(prompt: list[int], params: SamplingParams, **options: Any) -> list[str]:
-            seed = secrets.randbelow(SEED_LIMIT) if params.seed is None else params.seed
-            seeds = [(seed + sample) % SEED_LIMIT for sample in range(params.n)]
-            group = [self.engine.add(prompt, replace(params, n=1), one, **options) for one in seeds]
+            group = [
+                self.engine.add(prompt, one, one.seed or 0, **options) for one in params.samples()
+            ]
             added.extend(group)
             return group
 

@@ -14,6 +14,7 @@ from idlm.engine.prefill import Chunk
 from idlm.engine.request import Logprob, Request
 from idlm.engine.step import StepResult
 from idlm.models.idlm_model import Idlm
+from idlm.params import SamplingParams
 
 
 def logprob_entries(outcome: StepResult, row: int, request: Request) -> list[dict[int, Logprob]]:
@@ -42,12 +43,15 @@ def _entry(
 
 
 @torch.inference_mode()
-def add_prompt_logprobs(idlm: Idlm, work: Sequence[tuple[Request, Chunk]], hidden: Tensor) -> None:
+def add_prompt_logprobs(
+    idlm: Idlm, work: Sequence[tuple[Request, Chunk]], hidden: Tensor, raw: bool
+) -> None:
     """Append prompt log-probabilities to the results of prefilled requests that ask for them.
 
     `hidden` [T, D] has the rows of the chunks, chunk after chunk; row i gives the law of token
-    i + 1. The law is that of the request, with two changes. Temperature 0 becomes 1. Penalties are
-    left out, since they count generated tokens.
+    i + 1. The law is the model's own if `raw`, else that of the request, with two changes.
+    Temperature 0 becomes 1. Penalties and bad words are left out, since they are about generated
+    tokens.
     """
     start = 0
     for request, chunk in work:
@@ -68,8 +72,11 @@ def add_prompt_logprobs(idlm: Idlm, work: Sequence[tuple[Request, Chunk]], hidde
             repetition_penalty=1.0,
             presence_penalty=0.0,
             frequency_penalty=0.0,
+            bad_words=(),
         )
-        law = Law.of_one(params, idlm.vocab_size, idlm.mask_id, device=hidden.device)
+        law = Law.of_one(
+            SamplingParams() if raw else params, idlm.vocab_size, idlm.mask_id, device=hidden.device
+        )
         tokens = torch.tensor([targets], device=hidden.device)
         logits, first = idlm.head(rows[: len(targets)])[None], torch.zeros_like(tokens[:, 0])
         found = logprobs(law, logits, tokens, first, top)

@@ -17,9 +17,11 @@ from idlm.engine.shapes import attention_shapes
 from idlm.errors import InputError
 from idlm.models import adapter as adapters
 from idlm.models.architecture import mask_token, read_config, read_tokenizer, trained_block_size
-from idlm.models.attention import NAME
+from idlm.models.check import prepare
 from idlm.models.idlm_model import Idlm
 from idlm.models.placement import named_dtype, usable_device
+from idlm.models.quiet import quiet
+from idlm.models.routes import implementation
 from idlm.models.sources import resolve
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -55,7 +57,7 @@ def preflight(wanted: Wanted, config: EngineConfig) -> Drafting:
     given = [resolve(folder)[0] for folder in wanted.adapters]
     infos = [adapters.read(folder) for folder in given]
     folder, bundled = resolve(wanted.model)
-    hf = read_config(folder)
+    hf = read_config(folder, config.max_model_len)
     mask_id, _ = mask_token(hf, read_tokenizer(folder, hf))
     dtype = _loaded(hf, dtype, device)
     check_weights(config.weights, device, dtype, config.deterministic)
@@ -87,8 +89,11 @@ def _loaded(
 def _empty(config: PreTrainedConfig, dtype: torch.dtype, name: str) -> Idlm | None:
     """The model without memory for its weights; None if its code cannot do without."""
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=NAME)
+        with quiet(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=implementation(config)
+            )
+        prepare(model)
     except Exception:  # model families raise many types; `load` says what is wrong
         return None
     model.name_or_path = name
@@ -97,7 +102,7 @@ def _empty(config: PreTrainedConfig, dtype: torch.dtype, name: str) -> Idlm | No
 
 def _shapes(empty: Idlm) -> list[tuple[int, int, int]] | None:
     try:
-        return attention_shapes(empty)
+        return attention_shapes(empty)[0]
     except InputError:
         raise
     except Exception:  # as above

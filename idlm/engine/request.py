@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import NamedTuple
 
-from idlm.engine.guide import Matcher
+from idlm.engine.guide import Constraint
 from idlm.engine.text import TextStream
 from idlm.params import SamplingParams
+
+NO_TOKEN = "the bans of the request (bad_words, allowed_token_ids, min_tokens, ...) leave no token"
 
 
 @dataclass
@@ -47,8 +49,8 @@ class Result:
     Attributes:
         prompt_token_ids, token_ids: the prompt and the output. The output includes its stop token.
         text: the output as text; empty if the model has no tokenizer.
-        finish_reason: "stop", "length", "abort", "timeout", or "error" if the guide allows no
-            further token.
+        finish_reason: "stop", "length", "abort", "timeout", or "error" if the guide and the bans
+            of the request leave no further token.
         stop_reason: the stop string or stop id that ended the output, None for the model's end
             token; after an error, its message.
         seed: the seed of the noise. The same seed gives the same tokens at any stride, in any
@@ -125,10 +127,11 @@ class Request:
         order: (priority, number of arrival); requests with lower orders run first.
         deadline: in seconds of `time.perf_counter`; None: no deadline.
         slot: the request's slot; None while it waits.
-        pages: the pages of its page table, in order.
+        pages: the pages of its page table, in order; the trash page in place of the first
+            `trimmed`, which are before every layer's sliding window.
         computed: tokens of its text that are cached or whose prefill has been launched.
         page_keys: the hashes of its first full pages, as many as the scheduler has needed.
-        matcher: follows the output if the request has a guide.
+        matcher: follows the output if the request has a guide or a budget of thoughts.
     """
 
     id: str
@@ -146,8 +149,9 @@ class Request:
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
     computed: int = 0
+    trimmed: int = 0
     page_keys: list[bytes] = field(default_factory=list)
-    matcher: Matcher | None = None
+    matcher: Constraint | None = None
 
     @property
     def text(self) -> list[int]:
@@ -198,6 +202,11 @@ class Request:
             result.finish_reason = "stop"
             result.stop_reason = kept[-1] if kept[-1] in self.params.stop_token_ids else None
         return kept, added
+
+    def fail(self) -> None:
+        """End the output, since the law leaves no token after it."""
+        self.result.finish_reason = "error"
+        self.result.stop_reason = NO_TOKEN if self.matcher is None else self.matcher.error
 
     def _push(self, tokens: list[int]) -> str:
         return "" if self.stream is None else self.stream.push(tokens)

@@ -18,7 +18,7 @@ from torch import Tensor
 from idlm.config import EngineConfig
 from idlm.decoding.plan import AR, Plan
 from idlm.decoding.settings import Features, Settings
-from idlm.engine.guide import GuidedRows, Matcher
+from idlm.engine.guide import Constraint, GuidedRows
 from idlm.engine.kv_cache import KVCache
 from idlm.engine.prefill import Chunk, PrefillBatch
 from idlm.engine.products import Products
@@ -127,7 +127,7 @@ class Runner:
         slots: Sequence[int],
         tokens: int,
         chunks: Sequence[Chunk] = (),
-        matchers: Sequence[Matcher | None] = (),
+        matchers: Sequence[Constraint | None] = (),
     ) -> PendingStep:
         """Launch a window for each of `slots`, and the prefill of `chunks`.
 
@@ -156,7 +156,7 @@ class Runner:
         slots: Sequence[int],
         tokens: int,
         prompts: PrefillBatch | None,
-        matchers: Sequence[Matcher | None],
+        matchers: Sequence[Constraint | None],
     ) -> StepResult:
         """Run windows, and the pieces of prompts in the same forward."""
         slots = slots or [self.slots.spare]

@@ -149,6 +149,8 @@ def select(settings: Settings, rows: Tensor, features: Features) -> Settings:
         "stop": features.held,
         "seen": features.penalised,
         "counts": features.penalised,
+        "words": features.worded,
+        "recent": features.worded,
     }
     per_slot = {
         field.name: getattr(settings, field.name)
@@ -164,7 +166,8 @@ def select(settings: Settings, rows: Tensor, features: Features) -> Settings:
 
 
 def store(settings: Settings, rows: Tensor, changed: Settings) -> None:
-    """Write the token history (`seen`, `counts`) of the slots `rows` back to `settings`."""
-    for all_slots, some in ((settings.seen, changed.seen), (settings.counts, changed.counts)):
+    """Write the token history of the slots `rows` back to `settings`."""
+    for name in ("seen", "counts", "recent"):
+        all_slots, some = getattr(settings, name), getattr(changed, name)
         if all_slots is not None and some is not None:
             all_slots.index_copy_(0, rows, some)

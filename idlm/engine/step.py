@@ -28,7 +28,7 @@ from idlm.attention.base import Segment
 from idlm.decoding.law import Law
 from idlm.decoding.plan import Plan
 from idlm.decoding.settings import Features, Settings
-from idlm.decoding.verify import Drafts, Verdicts, draft, logprobs, verify
+from idlm.decoding.verify import NOTHING, Drafts, Verdicts, draft, logprobs, report, verify
 from idlm.decoding.window import window
 from idlm.engine.guide import GuidedRows
 from idlm.engine.kv_cache import KVCache
@@ -51,11 +51,13 @@ class StepKey:
     Attributes:
         features: the parts of the law that its requests use.
         logprobs: the number of top log-probabilities for each token; None: no log-probabilities.
+        raw_logprobs: they are the model's own, not those of the law.
     """
 
     plan: Plan
     features: Features
     logprobs: int | None = None
+    raw_logprobs: bool = False
 
 
 class SlotResult(NamedTuple):
@@ -70,6 +72,12 @@ class SlotResult(NamedTuple):
     committed: int
     drafted: int
     accepted: int
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the request's bans leave no token after those committed. It means nothing if the
+        request is complete with them."""
+        return self.committed <= self.accepted and self.tokens[self.committed] == NOTHING
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,7 @@ class Verified:
     """The slots [B] of a step once their drafts have been verified.
 
     Attributes:
-        logits: [B, R, V], of the verify rows.
+        logits: [B, R, V], of the verify rows; the model's own if `StepKey.raw_logprobs`.
         valid: [B], the number of drafts verified.
     """
 
@@ -174,7 +182,8 @@ class ModelStep:
 
     def written(self) -> list[Tensor]:
         """Every tensor that a step writes to and a later one reads."""
-        optional = (self.slots.log_q, self.settings.seen, self.settings.counts)
+        settings = self.settings
+        optional = (self.slots.log_q, settings.seen, settings.counts, settings.recent)
         state = [getattr(self.slots.state, field.name) for field in fields(State)]
         return [*self.cache.pages, *state, *(tensor for tensor in optional if tensor is not None)]
 
@@ -299,13 +308,14 @@ class ModelStep:
     ) -> Verified:
         """Verify the drafts by the slots' laws, and choose the tokens that follow."""
         features, log_q = key.features, self.slots.log_q
-        law = Law(select(self.settings, slots, features), features, self.chooser)
+        law, own = Law(select(self.settings, slots, features), features, self.chooser), logits
         if guided is not None:
             logits = guided.restrict(logits, drafts.tokens, drafts.valid)
         if log_q is not None and features.ratio and drafts.tokens.shape[1]:
             kept = log_q.index_select(0, slots)[:, : drafts.tokens.shape[1]]
             drafts = drafts._replace(log_q=kept)
         verdict = self.verify(law, logits, drafts, state.length)
+        logits = own if key.raw_logprobs else logits
         return Verified(slots, state, law, logits, drafts.valid, verdict, guided)
 
     def _commit(
@@ -321,7 +331,7 @@ class ModelStep:
         last = tokens.gather(1, (count - 1).clamp(min=0)[:, None])[:, 0]
         pending = torch.where(count > 0, last, state.pending)
         top = self._logprobs(key, verified)
-        if key.features.penalised:
+        if key.features.historic:
             verified.law.settings.record(tokens, count)
             store(self.settings, verified.slots, verified.law.settings)
         self.slots.write(verified.slots, length=length, pending=pending, alive=alive)
@@ -330,15 +340,17 @@ class ModelStep:
         return torch.cat([tokens, columns], dim=1), top
 
     def _cut(self, verified: Verified) -> tuple[Tensor, Tensor]:
-        """The tokens [B, R] to commit, as flags: up to the limit and the first stop token; and
-        whether there is a stop token [B]."""
+        """The tokens [B, R] to commit, as flags: up to the limit and the first stop token, and
+        before the first `NOTHING`; and whether there is one of these two [B]."""
         state, tokens = verified.state, verified.verdict.tokens
         index = torch.arange(tokens.shape[1], device=tokens.device)
         room = torch.minimum(verified.verdict.accepted + 1, state.limit - state.length)
         keep = (index < room[:, None]) & state.alive[:, None]
-        stop = self.slots.stops[verified.slots[:, None], tokens] & keep
-        stops_before = stop.cumsum(dim=1) - stop.to(torch.int64)
-        return keep & (stops_before == 0), stop.any(dim=1)
+        nothing = tokens == NOTHING
+        stop = self.slots.stops[verified.slots[:, None], tokens.clamp(min=0)]
+        end = (stop | nothing) & keep
+        ends_before = end.cumsum(dim=1) - end.to(torch.int64)
+        return keep & ~nothing & (ends_before == 0), end.any(dim=1)
 
     def _draft(
         self,
@@ -370,6 +382,8 @@ class ModelStep:
         if key.logprobs is None:
             return ()
         tokens, position = verified.verdict.tokens, verified.state.length
+        if key.raw_logprobs:
+            return report(verified.law.raw_log_p(verified.logits), tokens, key.logprobs)
         return logprobs(verified.law, verified.logits, tokens, position, key.logprobs)
 
 

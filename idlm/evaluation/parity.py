@@ -73,7 +73,10 @@ def numbered_seeds(params: SamplingParams, count: int) -> list[SamplingParams]:
     With one seed for two prompts their noise would be the same and their tokens not independent.
     """
     first = params.seed or 0
-    return [replace(params, seed=(first + index) % SEED_LIMIT) for index in range(count)]
+    return [
+        replace(params, seed=(first + index + SEED_LIMIT) % (2 * SEED_LIMIT) - SEED_LIMIT)
+        for index in range(count)
+    ]
 
 
 def compare(

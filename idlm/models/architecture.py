@@ -18,27 +18,28 @@ from transformers.models.auto.modeling_auto import (
 from idlm.errors import InputError
 from idlm.models.gguf_checkpoint import gguf_config, gguf_tokenizer, passed_over
 from idlm.models.gguf_header import is_gguf
+from idlm.models.rope import fixed_until
+from idlm.models.routes import NO_ROUTE, has_route
 from idlm.models.sources import first_line, read_json
 
 SDAR = "sdar"
 """The model_type of published I-DLM checkpoints. It is Qwen3 under another name, so the code in the
 checkpoints is not needed."""
 
-FULL_ATTENTION = {"full_attention", "attention", "global"}
+SLIDING = "sliding_attention"
+FULL_ATTENTION = {"full_attention", "attention", "global", "local"}
+"""GPT-Neo's local layers have a window under a name of their own."""
 LAYER_KEYS = ("layer_types", "layers_block_type", "block_types", "attention_layers")
-SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping")
-MOVING_ROPE = ("dynamic", "longrope")
-"""Rotary embeddings whose frequencies depend on the largest position of a forward. They would
-depend on the drafts, so they are refused."""
-
 OTHER_TASK = re.compile(r"For(?!CausalLM)[A-Z]\w*$")
 """Class names of models with another head, such as LlamaForSequenceClassification."""
 EXPERTS = re.compile(r"num_(\w+_)?experts|n_routed_experts|moe_num_experts")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
+def read_config(folder: Path, max_model_len: int | None = None) -> PreTrainedConfig:
     """The transformers config of a model folder or GGUF file. No code from the folder is run.
+
+    `max_model_len` limits the context, which makes some architectures exact.
 
     Raises:
         InputError: there is no valid config.json, or the architecture is refused; the message says
@@ -63,9 +64,17 @@ def read_config(folder: Path) -> PreTrainedConfig:
     _refuse_family(raw, folder)
     code = {"auto_map", "model_type", "attn_implementation", "_attn_implementation"}
     try:
-        keys = {k: v for k, v in raw.items() if k not in code}
+        # infinity and the like, which transformers writes as {"__float__": "Infinity"}
+        plain = PreTrainedConfig._decode_special_floats(raw)
+        keys = {k: v for k, v in plain.items() if k not in code}
         config: PreTrainedConfig = CONFIG_MAPPING[raw["model_type"]].from_dict(keys)
-        reason = _experts(config) or _layers(config) or _attention(config)
+        reason = (
+            _experts(config)
+            or _heads(config)
+            or _layers(config)
+            or _positions(config, max_model_len)
+            or _attention(config)
+        )
     except Exception as error:  # config classes raise many types
         text = " ".join(str(error).split())
         raise InputError(
@@ -142,28 +151,32 @@ def _experts(config: PreTrainedConfig) -> str | None:
     )
 
 
-def _layers(config: PreTrainedConfig) -> str | None:
-    """The reason to refuse layers without full attention, else None."""
+def _heads(config: PreTrainedConfig) -> str | None:
+    """The reason to refuse a model without attention of its own, else None."""
+    for key in ("text_config", "vision_config", "audio_config"):
+        if isinstance(getattr(config, key, None), PreTrainedConfig):
+            return f"is a model of several media ({key}); use a model of text alone"
     if not isinstance(getattr(config, "num_attention_heads", None), int):
         return (
             "has no attention heads (a linear-attention or state-space model); "
             "use a model with full attention"
         )
+    return None
+
+
+def _layers(config: PreTrainedConfig) -> str | None:
+    """The reason to refuse layers without full attention, else None."""
     window = getattr(config, "sliding_window", None)
-    # a sliding window at least as long as the context never hides a token
-    slides = (
-        window is not None
-        and getattr(config, "use_sliding_window", True)
-        and window < _context(config)
-    )
-    if slides:
-        return (
-            f"has sliding_window {window}, which is not supported yet; "
-            "use a model with full attention"
-        )
-    allowed = FULL_ATTENTION if window is None else FULL_ATTENTION | {"sliding_attention"}
+    if window is not None and (not isinstance(window, int) or window < 1):
+        return f"has sliding_window {window}, which hides every token; correct the config"
+    allowed = FULL_ATTENTION if window is None else FULL_ATTENTION | {SLIDING}
     for key in LAYER_KEYS:
         for kind in getattr(config, key, None) or []:
+            if kind == "sliding_attention" and window is None:
+                return (
+                    f"has {kind} layers ({key}), but no sliding_window; "
+                    "correct config.json, or use another model"
+                )
             if kind not in allowed:
                 return (
                     f"has {kind} layers ({key}), which are not supported yet; "
@@ -172,28 +185,55 @@ def _layers(config: PreTrainedConfig) -> str | None:
     return None
 
 
+def layer_windows(config: PreTrainedConfig) -> list[int | None]:
+    """The sliding window of each layer by its config; None if it hides no token of the context."""
+    local = getattr(config, "attention_layers", None)  # GPT-Neo's names
+    window = getattr(config, "window_size" if local else "sliding_window", None)
+    if not window or not getattr(config, "use_sliding_window", True):
+        return [None] * config.num_hidden_layers
+    kinds = local or getattr(config, "layer_types", None) or [SLIDING] * config.num_hidden_layers
+    hides = window < _context(config)
+    return [window if kind in (SLIDING, "local") and hides else None for kind in kinds]
+
+
 def _attention(config: PreTrainedConfig) -> str | None:
-    """The reason to refuse the kind of attention, positions or weights, else None."""
-    for key in SOFTCAPS:
-        if getattr(config, key, None) is not None:
-            return (
-                f"has {key} {getattr(config, key)}, which is not supported; use a model without it"
-            )
-    if not _context(config):
-        return "has no max_position_embeddings in its config; use a model that names its context"
-    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
-    if kind in MOVING_ROPE:
-        return (
-            f"has rope_type {kind}, whose positions depend on the drafts; "
-            "use a model with another rope_type"
-        )
+    """The reason to refuse the kind of attention or weights, else None."""
+    if getattr(config, "alibi", False):
+        return "adds ALiBi biases to attention, which is not supported; use a model without them"
     if getattr(config, "quantization_config", None) is not None:
         return "is quantised (quantization_config); use the unquantised weights"
     return None
 
 
+def _positions(config: PreTrainedConfig, max_model_len: int | None) -> str | None:
+    """The reason to refuse the positions of a context, else None."""
+    most = _context(config)
+    if not most and not has_route(config):  # the advice below would not help
+        return f"cannot be expressed: {NO_ROUTE}"
+    if max_model_len is None and not most:
+        return (
+            "has no max_position_embeddings in its config; "
+            "give its context as max_model_len (--max-model-len)"
+        )
+    if max_model_len is not None and most and max_model_len > most:
+        return f"has a context of {most}, below max_model_len {max_model_len}; give at most {most}"
+    moving = fixed_until(config)
+    if moving is not None and context_length(config, max_model_len) > moving[1]:
+        kind, limit = moving
+        return (
+            f"has rope_type {kind}, which changes what was computed when a text outgrows {limit} "
+            f"tokens; limit the context to them: max_model_len={limit} (--max-model-len {limit})"
+        )
+    return None
+
+
 def _context(config: PreTrainedConfig) -> int:
     return int(getattr(config, "max_position_embeddings", None) or 0)
+
+
+def context_length(config: PreTrainedConfig, max_model_len: int | None = None) -> int:
+    """The most positions of a sequence, prompt and output together."""
+    return int(max_model_len or config.max_position_embeddings)
 
 
 def read_tokenizer(folder: Path, config: PreTrainedConfig) -> PreTrainedTokenizerBase | None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from idlm.errors import InputError
 from idlm.models import adapter as adapters
 from idlm.models.architecture import (
+    context_length,
     experts,
     mask_token,
     read_config,
@@ -21,6 +22,7 @@ from idlm.models.gguf_checkpoint import auto_dtype, quantisation
 from idlm.models.gguf_header import is_gguf, read_header
 from idlm.models.sources import read_json, resolve
 from idlm.models.tensor_info import TensorInfo
+from idlm.models.trial import try_config
 from idlm.models.weights import DTYPES, model_tensors
 
 
@@ -73,8 +75,12 @@ class Inspection:
     max_stride: int | None = None
 
 
-def inspect_checkpoint(path: str | Path, adapter: str | Path | None = None) -> Inspection:
+def inspect_checkpoint(
+    path: str | Path, adapter: str | Path | None = None, max_model_len: int | None = None
+) -> Inspection:
     """Inspect a model folder, a GGUF file, an adapter folder, a hub id or a bundled name.
+
+    `max_model_len` is that of `load`.
 
     Raises:
         InputError: there is nothing readable at `path`. A model that is refused is not an error;
@@ -88,13 +94,13 @@ def inspect_checkpoint(path: str | Path, adapter: str | Path | None = None) -> I
         and not (folder / "config.json").exists()
     ):
         return _adapter(Inspection(str(path), "adapter"), folder)
-    inspection = _model(Inspection(str(path), "model"), folder)
+    inspection = _model(Inspection(str(path), "model"), folder, max_model_len)
     if extra is None or inspection.reason.startswith("refused"):
         return inspection
     return _adapter(replace(inspection, kind="model with adapter"), extra)
 
 
-def _model(inspection: Inspection, folder: Path) -> Inspection:
+def _model(inspection: Inspection, folder: Path, max_model_len: int | None) -> Inspection:
     family = (
         read_header(folder).architecture
         if is_gguf(folder)
@@ -102,8 +108,9 @@ def _model(inspection: Inspection, folder: Path) -> Inspection:
     )
     inspection = replace(inspection, family=family)
     try:
-        config, tensors = read_config(folder), model_tensors(folder)
+        config, tensors = read_config(folder, max_model_len), model_tensors(folder)
         inspection = _facts(inspection, config, tensors)
+        inspection = replace(inspection, context=context_length(config, max_model_len))
         if is_gguf(folder):
             dtype = str(auto_dtype(tensors)).removeprefix("torch.")
             inspection = replace(inspection, quantisation=quantisation(tensors), dtype=dtype)
@@ -111,14 +118,27 @@ def _model(inspection: Inspection, folder: Path) -> Inspection:
         inspection = replace(
             inspection, mask_id=mask, mask_source=source, block_size=trained_block_size(config)
         )
+        untried = try_config(config, inspection.name, max_model_len)
     except InputError as error:
         return replace(inspection, reason=f"refused: {error}")
+    inspection = _verdict(inspection, config)
+    if untried is None:
+        return inspection
+    doubt = (
+        f"; whether it loads is open, since no small model of its config could be run ({untried})"
+    )
+    return replace(inspection, reason=inspection.reason + doubt)
+
+
+def _verdict(inspection: Inspection, config: PreTrainedConfig) -> Inspection:
+    """Whether a model that loads can decode with ISD."""
+    mask = inspection.mask_id
     if inspection.block_size is None:
         return replace(
             inspection,
             reason="an AR model, never trained to fill MASK tokens; convert it with idlm train",
         )
-    if mask >= config.vocab_size:
+    if mask is not None and mask >= config.vocab_size:
         return replace(
             inspection,
             reason=f"refused: mask_token_id {mask} is outside "
@@ -145,7 +165,6 @@ def _facts(
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         dtype=str(DTYPES[common]).removeprefix("torch.") if common in DTYPES else common or None,
-        context=config.max_position_embeddings,
     )
 
 

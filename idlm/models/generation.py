@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from idlm.errors import InputError
 from idlm.models.sources import first_line, read_json
+from idlm.params import SamplingParams
 
 log = logging.getLogger("idlm")
 FILE = "generation_config.json"
@@ -208,3 +209,20 @@ def _not_applied(keys: Mapping[str, Any]) -> list[str]:
         for key, neutral in NEUTRAL.items()
         if keys.get(key) is not None and keys[key] not in neutral
     ]
+
+
+def with_defaults(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
+    """The fields `given`, and a model's `defaults` for the others.
+
+    A default of `min_tokens` gives way to a `max_tokens` or a guide that it contradicts.
+
+    Raises:
+        InputError: a value is out of range.
+    """
+    fields = {**defaults, **given}
+    if "min_tokens" in defaults and "min_tokens" not in given:
+        if "max_tokens" in fields:
+            fields["min_tokens"] = min(fields["min_tokens"], fields["max_tokens"])
+        if fields.get("guide") is not None:
+            del fields["min_tokens"]
+    return SamplingParams(**fields)

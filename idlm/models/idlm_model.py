@@ -7,7 +7,7 @@ rows of a text.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,9 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from idlm.chat_template import PromptEncoder
 from idlm.errors import InputError
 from idlm.models import generation
-from idlm.models.attention import Cache
+from idlm.models.architecture import context_length
+from idlm.models.attention import Cache, Visible
 from idlm.models.gated_lora import NO_ROWS, Gate, gated_layers
-from idlm.params import SamplingParams, with_defaults
+from idlm.models.head import head_of
+from idlm.models.routes import routed
+from idlm.params import SamplingParams
 
 SAME_ROWS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that have the same input, in the model families that have such layers."""
@@ -39,6 +42,7 @@ class Idlm:
             never trained to draft.
         name: the name or path that the user gave.
         stored: the type of the weights in the checkpoint, if it is known.
+        max_model_len: the context, if it is not the model's own.
     """
 
     model: PreTrainedModel
@@ -48,6 +52,7 @@ class Idlm:
     block_size: int | None = None
     name: str = ""
     stored: torch.dtype | None = None
+    max_model_len: int | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -67,7 +72,20 @@ class Idlm:
     @property
     def context(self) -> int:
         """The most positions of a sequence, prompt and output together."""
-        return int(self.model.config.max_position_embeddings)
+        return context_length(self.model.config, self.max_model_len)
+
+    def limited(self, max_model_len: int) -> Idlm:
+        """The same model with a shorter context.
+
+        Raises:
+            InputError: it would be longer.
+        """
+        if max_model_len > self.context:
+            raise InputError(
+                f"model {self.name!r} has a context of {self.context}, "
+                f"below max_model_len {max_model_len}; give at most {self.context}"
+            )
+        return replace(self, max_model_len=max_model_len)
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +126,7 @@ class Idlm:
         """
         defaults = self.sampling_defaults if generation_config == "auto" else {}
         try:
-            return with_defaults(given, defaults)
+            return generation.with_defaults(given, defaults)
         except InputError as error:
             SamplingParams(**given)  # if that is in order, a default is at fault
             raise InputError(
@@ -126,17 +144,17 @@ class Idlm:
     ) -> Tensor:
         """Hidden states [B, Q, D] of the rows `tokens` [B, Q] at `positions` [B, Q].
 
-        `visible` is bool, broadcastable to [B, 1, Q, S]; None if the cache decides what is seen.
+        `visible` is bool, broadcastable to [B, 1, Q, Q]: what is seen where no sliding window
+        hides it; None if the cache decides what is seen.
         Positions past the context are clamped, since learned position embeddings would fail on
         them. Only MASK rows and drafts that are never committed have such positions.
         """
         gate = self.gate or Gate()
-        with gate.open(mask_rows, tokens.shape):
+        seen = None if visible is None else Visible(visible, positions, positions)
+        with gate.open(mask_rows, tokens.shape), routed(self.model, seen, cache):
             output = self.model.base_model(
                 input_ids=tokens,
                 position_ids=positions.clamp(max=self.context - 1),
-                visible=visible,
-                cache=cache,
                 use_cache=False,
             )
         hidden: Tensor = output.last_hidden_state
@@ -144,8 +162,13 @@ class Idlm:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., D]."""
-        logits: Tensor = self._output(hidden)
-        return logits
+        flat = hidden.dim() < 3
+        logits: Tensor = self._head(inputs_embeds=hidden[None] if flat else hidden).logits
+        return logits[0] if flat else logits
+
+    @property
+    def _head(self) -> PreTrainedModel:
+        return head_of(self.model)  # made anew, since an adapter or a MASK row changes its layers
 
     @property
     def _output(self) -> nn.Linear:

@@ -5,43 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from logging import ERROR
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
 from idlm.errors import InputError
 from idlm.models import adapter as adapters
 from idlm.models import experts
 from idlm.models.architecture import mask_token, read_config, read_tokenizer, trained_block_size
-from idlm.models.attention import NAME, attend
+from idlm.models.check import check_adapter, check_architecture, prepare
 from idlm.models.generation import check_generation_config
 from idlm.models.gguf_checkpoint import auto_dtype, dequantised, origin
 from idlm.models.gguf_header import is_gguf
 from idlm.models.idlm_model import Idlm
 from idlm.models.placement import device_of, named_dtype
+from idlm.models.quiet import quiet
+from idlm.models.routes import implementation
 from idlm.models.sources import first_line, resolve
 from idlm.models.tensor_info import TensorInfo
-from idlm.models.transposed import stored_state, straighten
+from idlm.models.transposed import stored_state
 from idlm.models.weights import embedding_rows, model_tensors, output_head
-
-PROBE_POSITIONS = (0, 1, 2, 1)
-PROBE_VISIBLE = ((1, 0, 0, 0), (1, 1, 0, 0), (1, 1, 1, 0), (1, 0, 0, 1))
-"""Four rows of two texts that share row 0: rows 0, 1, 2 and rows 0, 3."""
-
-PROBE_TOLERANCE = {
-    torch.float64: 1e-5,
-    torch.float32: 1e-4,
-    torch.float16: 2e-2,
-    torch.bfloat16: 6e-2,
-}
-"""The relative difference of logits (2-norm) that rounding explains. Eager attention computes the
-softmax in float32, even of a float64 model."""
-
 
 BUFFER = re.compile(
     r"(^|\.)(inv_freq|cos_cached|sin_cached|masked_bias|position_ids|freqs_cis|rope\.freqs)$"
@@ -61,6 +46,7 @@ def load(
     adapter: str | Path | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
+    max_model_len: int | None = None,
 ) -> Idlm:
     """Load a model, and an adapter if there is one.
 
@@ -72,6 +58,7 @@ def load(
             PyTorch is slow in 16 bits there (the linear layers of an engine then use bfloat16
             again: see `weights` of `LLM`). Quantised weights of a GGUF file become float32.
         device: the device of the weights.
+        max_model_len: the context, at most the model's own.
 
     Raises:
         InputError: the model cannot be loaded; the message says why and what to do.
@@ -84,7 +71,7 @@ def load(
             f"name nano-base to give adapter={str(adapter)!r}"
         )
     extra = bundled if adapter is None else resolve(adapter)[0]
-    config = read_config(folder)
+    config = read_config(folder, max_model_len)
     tokenizer = read_tokenizer(folder, config)
     mask_id, source = mask_token(config, tokenizer)
     if extra is None and source == "config.json" and mask_id == config.vocab_size:
@@ -97,8 +84,15 @@ def load(
     if wanted == "auto" and target.type == "cpu" and stored in (torch.bfloat16, torch.float16):
         model.float()  # type: ignore[no-untyped-call]
     model.to(target)  # type: ignore[arg-type]  # transformers' decorator hides the signature
-    name, block = str(path_or_hub_id), trained_block_size(config)
-    idlm = Idlm(model, tokenizer, mask_id, block_size=block, name=name, stored=stored)
+    idlm = Idlm(
+        model,
+        tokenizer,
+        mask_id,
+        block_size=trained_block_size(config),
+        name=str(path_or_hub_id),
+        stored=stored,
+        max_model_len=max_model_len,
+    )
     check_architecture(idlm)
     if extra is not None:
         base_mask = mask_id if mask_id < config.vocab_size else None
@@ -112,18 +106,18 @@ def _read_model(
 ) -> PreTrainedModel:
     """Load the model with transformers, and check that all weights are there with their shapes."""
     tensors = model_tensors(folder)  # raises for pickles and truncated files
-    with _quiet():
+    with quiet():
         check_generation_config(folder)
     if is_gguf(folder) and dtype == "auto":
         dtype = auto_dtype(tensors)
     try:
-        with _quiet(), _origin(folder) as (source, options):
+        with quiet(), _origin(folder) as (source, options):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 **options,
                 config=config,
                 dtype=dtype,
-                attn_implementation=NAME,
+                attn_implementation=implementation(config),
                 experts_implementation=experts.NAME,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -154,7 +148,7 @@ def _read_model(
     if is_gguf(folder):
         _check_all_used(folder, model, tensors)
     model.name_or_path = str(folder.absolute())
-    straighten(model)
+    prepare(model)
     return model
 
 
@@ -196,127 +190,8 @@ def _check_all_used(path: Path, model: PreTrainedModel, tensors: Mapping[str, Te
         )
 
 
-class _Probe:
-    """A cache that stores nothing and records the order of the layers that call it."""
-
-    def __init__(self, visible: Tensor) -> None:
-        self.visible = visible
-        self.layers: list[int] = []
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        self.layers.append(layer)
-        return attend(query, key, value, self.visible, scale)
-
-
 def _kind(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide transformers' progress bar and warnings: their causes are reported as an error here."""
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(ERROR)
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def check_architecture(idlm: Idlm) -> None:
-    """Run four rows through transformers' attention and through ours, and compare the logits.
-
-    This detects features that configs do not name uniformly: scaled logits, ALiBi, attention sinks,
-    layers that ignore `visible` or share keys.
-
-    Raises:
-        InputError: the logits differ, a layer does not write its keys exactly once and in order, or
-            the model fails.
-    """
-    step = max(1, idlm.vocab_size // 5)
-    tokens = torch.tensor([k * step % idlm.vocab_size for k in range(1, 5)], device=idlm.device)
-    positions = torch.tensor(PROBE_POSITIONS, device=idlm.device)
-    visible = torch.tensor(PROBE_VISIBLE, dtype=torch.bool, device=idlm.device)
-    cache = _Probe(visible[None, None])
-    what = f"{idlm.name!r}: the architecture {type(idlm.model).__name__} cannot be expressed"
-    try:
-        ours = _our_logits(idlm, tokens, positions, cache).double()
-        stock = _stock_logits(idlm.model, tokens).double()
-    except Exception as error:  # a model's forward may raise anything
-        raise InputError(f"{what} ({_kind(error)}); use another model") from error
-    if cache.layers != list(range(idlm.model.config.num_hidden_layers)):
-        raise InputError(
-            f"{what}: its layers write keys in the order {cache.layers}; use another model"
-        )
-    difference, size = float((ours - stock).norm()), float(stock.norm())
-    if not difference <= PROBE_TOLERANCE[idlm.dtype] * size:  # also if it is NaN
-        raise InputError(
-            f"{what}: its logits differ from transformers' own by {difference:.2g} of {size:.2g}; "
-            "use another model"
-        )
-
-
-@torch.inference_mode()
-def _our_logits(idlm: Idlm, tokens: Tensor, positions: Tensor, cache: _Probe) -> Tensor:
-    """Logits [4, V] of the probe's rows, in a single forward."""
-    return idlm.head(idlm.hidden(tokens[None], positions[None], None, cache=cache))[0]
-
-
-@torch.inference_mode()
-def _stock_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Logits [4, V] of the probe's rows by transformers' eager attention and experts, a forward per
-    text."""
-    model.set_attn_implementation("eager")
-    model.set_experts_implementation("eager")
-    try:
-        rows_0_to_2 = model(input_ids=tokens[None, :3], use_cache=False).logits[0]
-        row_3 = model(input_ids=tokens[None, [0, 3]], use_cache=False).logits[0, 1:]
-    finally:
-        model.set_attn_implementation(NAME)
-        model.set_experts_implementation(experts.NAME)
-    return torch.cat([rows_0_to_2, row_3])
-
-
-@torch.inference_mode()
-def check_adapter(idlm: Idlm, index: int | None = None) -> None:
-    """Run four rows with an adapter's gate open for two of them, and once with it shut.
-
-    `index` is that of the adapter; None: the last.
-
-    Raises:
-        InputError: the model fails, the adapter changes the rows before its gate, or those in it
-            are not finite.
-    """
-    gate, shut, open_ = idlm.gate, slice(0, 0), slice(2, 4)
-    assert gate is not None  # noqa: S101
-    last = gate.adapters - 1 if index is None else index
-    gate.adapter = torch.full((2,), last, device=idlm.device)
-    tokens = torch.tensor([[1, 0, idlm.mask_id, idlm.mask_id]], device=idlm.device)
-    positions = torch.arange(4, device=idlm.device)[None]
-    visible = torch.ones(4, 4, dtype=torch.bool, device=idlm.device).tril()
-    what = f"{idlm.name!r}: the adapter does not fit"
-    try:
-        base, ours = (
-            idlm.hidden(tokens[:, :end], positions[:, :end], visible[:end, :end][None, None], rows)
-            for end, rows in ((2, shut), (4, open_))
-        )
-    except Exception as error:  # a model's forward may raise anything
-        raise InputError(
-            f"{what} ({_kind(error)}); train it with fewer targets, such as the attention's"
-        ) from error
-    finally:
-        gate.adapter = None
-    base, before, masks = base.double(), ours[:, :2].double(), ours[:, 2:]
-    if not float((before - base).norm()) <= PROBE_TOLERANCE[idlm.dtype] * float(base.norm()):
-        raise InputError(
-            f"{what}: it changes rows that are not MASK; "
-            "train it with fewer targets, such as the attention's"
-        )
-    if not bool(masks.isfinite().all()):
-        raise InputError(f"{what}: its MASK rows are not finite; train it again")
 
 
 @torch.no_grad()
@@ -358,7 +233,7 @@ def save_full(idlm: Idlm, folder: str | Path, block_size: int | None) -> None:
     if idlm.mask_id < rows:
         config.mask_token_id = idlm.mask_id
     config.block_size = block_size
-    with _quiet():
+    with quiet():
         idlm.model.save_pretrained(folder, state_dict=stored_state(idlm.model))
     if idlm.tokenizer is not None:
         idlm.tokenizer.save_pretrained(folder)

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import Response
+from fastapi import Request, Response
 from pydantic import Field
 
 from idlm.models.adapter import CONFIG, EXTRA, MASK_ROW, TENSORS
+from idlm.serving import responses
+from idlm.serving.document import READS, answers, strict_router
 from idlm.serving.errors import ApiError
-from idlm.serving.jobs import Server
-from idlm.serving.schema import Boolean, Strict
+from idlm.serving.jobs import Server, the_server
+from idlm.serving.strict import Boolean, Strict
 from idlm.serving.wire import LoadAdapter, UnloadAdapter
 
 FILES = (CONFIG, TENSORS, EXTRA, MASK_ROW)
+SENTENCE: dict[int | str, dict[str, Any]] = {
+    200: {"description": "Done.", "content": {"text/plain": {}}}
+}
+router = strict_router()
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 
 
@@ -37,8 +43,28 @@ class UnloadRequest(Strict):
     lora_int_id: int | None = None
 
 
-async def load(server: Server, body: LoadRequest) -> Response:
-    """Load an adapter under a new name.
+@router.post(
+    "/v1/load_lora_adapter", responses=answers(responses.Status, *READS, 403, 503) | SENTENCE
+)
+async def load_lora_adapter(request: Request, body: LoadRequest) -> Response:
+    """Load an adapter from a directory that was named at the start."""
+    sentence = await load(the_server(request), body)
+    request.app.openapi_schema = None  # it lists the models
+    return Response(sentence, media_type="text/plain")
+
+
+@router.post(
+    "/v1/unload_lora_adapter", responses=answers(responses.Status, *READS, 404, 503) | SENTENCE
+)
+async def unload_lora_adapter(request: Request, body: UnloadRequest) -> Response:
+    """Take an adapter's name away; requests that run with it end with it."""
+    sentence = await unload(the_server(request), body)
+    request.app.openapi_schema = None
+    return Response(sentence, media_type="text/plain")
+
+
+async def load(server: Server, body: LoadRequest) -> str:
+    """Load an adapter under a new name; returns vLLM's sentence.
 
     Raises:
         ApiError: 400: the name is taken, or the engine refuses the adapter, which then has changed
@@ -58,11 +84,11 @@ async def load(server: Server, body: LoadRequest) -> Response:
     error = await server.client.change(LoadAdapter(secrets.token_hex(8), name, str(folder)))
     if error is not None:
         raise ApiError(400, error, "lora_path")
-    return Response(f"Success: LoRA adapter '{name}' added successfully.", media_type="text/plain")
+    return f"Success: LoRA adapter '{name}' added successfully."
 
 
-async def unload(server: Server, body: UnloadRequest) -> Response:
-    """Take an adapter's name away; requests that run with it end with it.
+async def unload(server: Server, body: UnloadRequest) -> str:
+    """Take an adapter's name away; returns vLLM's sentence.
 
     Raises:
         ApiError: 404: there is no such adapter. EngineDown: there is no engine now.
@@ -76,9 +102,7 @@ async def unload(server: Server, body: UnloadRequest) -> Response:
     )
     if error is not None:
         raise ApiError(404, error, "lora_name", "model_not_found")
-    return Response(
-        f"Success: LoRA adapter '{name}' removed successfully.", media_type="text/plain"
-    )
+    return f"Success: LoRA adapter '{name}' removed successfully."
 
 
 def allowed(path: str, directories: tuple[str, ...]) -> Path:

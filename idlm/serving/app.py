@@ -2,54 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.routing import APIRoute
 from pydantic import Discriminator, Tag
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match
 
 from idlm import __version__
-from idlm.serving import adapters, responses
-from idlm.serving.answers import ChatAnswer, CompletionAnswer, as_json, respond
+from idlm.serving import adapters, apis, info, responses
+from idlm.serving.answers import CompletionAnswer
+from idlm.serving.chat import chat_answer
 from idlm.serving.client import EngineClient
 from idlm.serving.config import ServeConfig
+from idlm.serving.document import READS, RUNS, answers, strict_router
 from idlm.serving.errors import ApiError, ErrorBody, Expected, as_api_error
 from idlm.serving.jobs import Server, admit, the_server
 from idlm.serving.limits import AuthAndLimits
 from idlm.serving.observe import CONTENT_TYPE, AccessLog, Meters
 from idlm.serving.prompts import Prompts
+from idlm.serving.reasoning import find_reasoner
 from idlm.serving.schema import (
     CompletionRequest,
     DetokenizeRequest,
-    StrictRequest,
     TokenizeText,
-    validation_error,
 )
 from idlm.serving.schema_chat import ChatRequest, TokenizeMessages
-from idlm.serving.tools import family_of
+from idlm.serving.sending import as_json, respond
+from idlm.serving.strict import validation_error
 
-JSON, EVENTS = "application/json", "text/event-stream"
-ERRORS = {
-    400: "The request cannot be understood or run; the message names the field.",
-    401: "No valid API key.",
-    403: "The path is outside the directories that were named at the start.",
-    404: "No such model or path.",
-    405: "Not with this method.",
-    408: "The body took too long, or the request longer than its timeout.",
-    413: "The body is too large.",
-    415: "The body is not application/json.",
-    429: "The queue is full; Retry-After says when to try again.",
-    431: "The headers are too large.",
-    500: "A bug.",
-    503: "There is no engine now.",
-}
-ALWAYS = (401, 405, 431, 500)
-READS = (400, 408, 413, 415)
-RUNS = (404, 429, 503)
 SHAPES = (
     *(
         responses.ChatCompletion,
@@ -59,57 +43,15 @@ SHAPES = (
         responses.ModelList,
     ),
     *(responses.Tokenized, responses.Detokenized, responses.Status, responses.Version, ErrorBody),
+    *(*apis.SHAPES, *info.SHAPES),
 )
 """Every type of a response body."""
-
-
-def ref(shape: type) -> dict[str, Any]:
-    """A reference to a body's schema in the OpenAPI document."""
-    return {"$ref": f"#/components/schemas/{shape.__name__}"}
-
-
-def answers(
-    shape: type, *errors: int, chunk: type | None = None
-) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route in the OpenAPI document.
-
-    Args:
-        shape: the type of the body.
-        errors: status codes besides `ALWAYS`.
-        chunk: the type of the events, if the route can stream.
-    """
-    content = {JSON: {"schema": ref(shape)}}
-    if chunk is not None:
-        description = (
-            f"A {chunk.__name__} as JSON; an ErrorBody where the engine fails; [DONE] in the end."
-        )
-        event = {
-            "type": "object",
-            "properties": {"data": {"type": "string", "description": description}},
-            "required": ["data"],
-        }
-        content[EVENTS] = {"schema": event}
-    body = {JSON: {"schema": ref(ErrorBody)}}
-    described: dict[int | str, dict[str, Any]] = {
-        status: {"description": ERRORS[status], "content": body}
-        for status in sorted({*ALWAYS, *errors})
-    }
-    return {200: {"description": "Done.", "content": content}, **described}
-
-
-class StrictRoute(APIRoute):
-    """A route that reads its body with `StrictRequest`."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def strict(request: Request) -> Response:
-            return await handle(StrictRequest(request.scope, request.receive))
-
-        return strict
-
-
-router = APIRouter(route_class=StrictRoute)
+WITH_MODEL = (
+    *("ChatRequest", "CompletionRequest", "ResponsesRequest", "MessagesRequest", "CountRequest"),
+)
+"""Requests whose `model` is one of those that are served."""
+ROOT = "/v1"
+router = strict_router()
 
 
 @router.post(
@@ -118,14 +60,8 @@ router = APIRouter(route_class=StrictRoute)
 )
 async def create_chat_completion(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation, as one body or as a stream."""
-    server = the_server(request)
-    server.accept(body)
-    family = family_of(server.prompts.template_for(tools=True)) if body.tools_in_use else None
-    ids = await server.prompts.in_thread(body.encoder(server.prompts))
-    if family is not None and family.special:
-        body = body.model_copy(update={"skip_special_tokens": False})
-    job = admit(request, body, [ids])
-    return await respond(request, ChatAnswer(job, body, server.prompts, family), bool(body.stream))
+    with body.naming():
+        return await respond(request, await chat_answer(request, body), bool(body.stream))
 
 
 @router.post(
@@ -136,14 +72,17 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     """Complete one prompt or several, as one body or as a stream."""
     server = the_server(request)
     server.accept(body)
-    text = server.prompts.text
-    prompts = await server.prompts.in_thread(
-        lambda: [text(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompts]
-    )
-    job = admit(request, body, prompts)
-    return await respond(
-        request, CompletionAnswer(job, body, server.prompts, prompts), bool(body.stream)
-    )
+    special = body.add_special_tokens is not False
+    parsed = server.config.parse_special if body.parse_special is None else body.parse_special
+
+    def ids(prompt: str | list[int]) -> list[int]:
+        return server.prompts.text(prompt, special, parsed) if isinstance(prompt, str) else prompt
+
+    with body.naming():
+        prompts = await server.prompts.in_thread(lambda: list(map(ids, body.prompts)))
+        job = admit(request, body, prompts)
+        answer = CompletionAnswer(job, body, server.prompts, job.prompts)
+        return await respond(request, answer, bool(body.stream))
 
 
 @router.get("/v1/models", responses=answers(responses.ModelList))
@@ -156,6 +95,8 @@ async def list_models(request: Request) -> Response:
 @router.get("/v1/models/{id:path}", responses=answers(responses.ModelCard, 404))
 async def get_model(request: Request, id: str) -> Response:
     """Describe one model; 404 if it is not served."""
+    if not id:
+        raise _no_path(request)
     server = the_server(request)
     server.target(id)
     return as_json(_card(server, id))
@@ -181,8 +122,8 @@ async def tokenize(request: Request, body: Tokenizable) -> Response:
         server.target(body.model)
     prompts = server.prompts
     if isinstance(body, TokenizeText):
-        text, special = body.prompt, body.add_special_tokens
-        ids = await prompts.in_thread(lambda: prompts.text(text, special))
+        text, special, parsed = body.prompt, body.add_special_tokens, server.config.parse_special
+        ids = await prompts.in_thread(lambda: prompts.text(text, special, parsed))
     else:
         ids = await prompts.in_thread(body.encoder(prompts))
     strings = prompts.tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
@@ -228,33 +169,6 @@ async def version() -> Response:
     return as_json(responses.Version(__version__))
 
 
-adapter_router = APIRouter(route_class=StrictRoute)
-"""The routes of a server that loads adapters at run time."""
-SENTENCE: dict[int | str, dict[str, Any]] = {
-    200: {"description": "Done.", "content": {"text/plain": {}}}
-}
-
-
-@adapter_router.post(
-    "/v1/load_lora_adapter", responses=answers(responses.Status, *READS, 403, 503) | SENTENCE
-)
-async def load_lora_adapter(request: Request, body: adapters.LoadRequest) -> Response:
-    """Load an adapter from a directory that was named at the start."""
-    answer = await adapters.load(the_server(request), body)
-    request.app.openapi_schema = None  # it lists the models
-    return answer
-
-
-@adapter_router.post(
-    "/v1/unload_lora_adapter", responses=answers(responses.Status, *READS, 404, 503) | SENTENCE
-)
-async def unload_lora_adapter(request: Request, body: adapters.UnloadRequest) -> Response:
-    """Take an adapter's name away; requests that run with it end with it."""
-    answer = await adapters.unload(the_server(request), body)
-    request.app.openapi_schema = None
-    return answer
-
-
 def components() -> dict[str, Any]:
     """JSON schemas of all response bodies, by name."""
     _, schemas = msgspec.json.schema_components(SHAPES, ref_template="#/components/schemas/{name}")
@@ -276,8 +190,9 @@ class App(FastAPI):
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
             schemas |= components()
-            for name in ("ChatRequest", "CompletionRequest"):
-                schemas[name]["properties"]["model"]["enum"] = list(self.state.server.targets)
+            for name in WITH_MODEL:
+                model = schemas[name]["properties"]["model"]
+                model["enum"] = [*self.state.server.targets, *([None] if "anyOf" in model else [])]
             self.openapi_schema = document
         return self.openapi_schema
 
@@ -288,11 +203,21 @@ def create_app(config: ServeConfig, client: EngineClient, prompts: Prompts) -> F
         title="idlm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
     meters = Meters(client, config.name if config.vllm_metrics else None)
-    app.state.server = Server(config, client, prompts, meters)
-    app.include_router(router)
+    reasoner = find_reasoner(config.reasoning_parser, prompts)
+    app.state.server = Server(config, client, prompts, meters, reasoner)
+    for routes in (router, apis.router, info.router):
+        app.include_router(routes)
     if config.worker.lora_dirs:
-        app.include_router(adapter_router)
+        app.include_router(adapters.router)
     app.add_middleware(AuthAndLimits, api_keys=config.api_keys, limits=config.limits)
+    if config.allowed_origins:  # before the keys: a browser's preflight has none
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     app.add_middleware(AccessLog, meters=meters)  # the last one added is the outermost
     app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
     for kind in Expected:
@@ -301,13 +226,32 @@ def create_app(config: ServeConfig, client: EngineClient, prompts: Prompts) -> F
 
 
 async def _expected(request: Request, error: Exception) -> Response:
-    return as_api_error(error).response()
+    known = as_api_error(error)
+    if known.status_code == 404 and not isinstance(error, ApiError):
+        known = _no_path(request)
+    return known.response(request.scope["path"])
+
+
+def _no_path(request: Request) -> ApiError:
+    """404, with the path that is probably meant."""
+    path = request.scope["path"]
+    plain = "/" + path.strip("/")
+    meant = next((one for one in (plain, ROOT + plain) if _has_route(request, one)), None)
+    hint = f"; use {meant}" if meant else "; GET /openapi.json lists the paths"
+    return ApiError(404, f"there is no path {path[:80]}{hint}", code="unknown_path")
+
+
+def _has_route(request: Request, path: str) -> bool:
+    if path in ("/", request.scope["path"]):
+        return False
+    scope = {**request.scope, "path": path}
+    return any(route.matches(scope)[0] is not Match.NONE for route in request.app.router.routes)
 
 
 async def _invalid(request: Request, error: RequestValidationError) -> Response:
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
-        return ApiError(
-            415, "the body is not application/json; send the header Content-Type"
-        ).response()
-    return validation_error(error.errors()).response()
+        kind = ApiError(415, "the body is not application/json; send the header Content-Type")
+    else:
+        kind = validation_error(error.errors(), error.body)
+    return kind.response(request.scope["path"])

@@ -221,7 +221,7 @@ class EngineClient:
         if submit.timeout is None:
             return replace(submit, timeout=self.limits.timeout)
         if not submit.timeout > 0:  # false for NaN too
-            raise InputError(f"timeout={submit.timeout}; give seconds, more than 0")
+            raise InputError(f"timeout={submit.timeout}; give seconds, more than 0", "timeout")
         return replace(submit, timeout=min(submit.timeout, self.limits.timeout))
 
     def _register(self, submit: Submit, tokens: int) -> Ticket:
@@ -247,7 +247,7 @@ class EngineClient:
         elif isinstance(message, Finished):
             self._settle(message.id, message)
         elif isinstance(message, Refused):
-            self._settle(message.id, InputError(message.reason))
+            self._settle(message.id, InputError(message.reason, message.param, message.code))
         elif isinstance(message, Stats):
             self.stats = message
         elif isinstance(message, Changed):

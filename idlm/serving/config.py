@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from idlm.config import EngineConfig
 
+WAITING_ROOM = 4
+"""Samples in the queue for each slot of the engine."""
 AR_SUFFIX = ":ar"
 """A `model` name with this suffix decodes without drafts, in the same engine."""
 
@@ -35,9 +37,10 @@ class Limits:
 
     Attributes:
         queue_requests: samples in the engine at once, running or waiting; more are answered 429.
-            The default is the engine's slots, so that no accepted sample waits for a slot. A longer
-            queue delays the first token of every later sample.
-        queue_tokens: prompt tokens plus max_tokens of those samples.
+            The default is several times the engine's slots, so that a burst waits and is not sent
+            away. A longer queue delays the first token of every later sample.
+        queue_tokens: prompt tokens plus max_tokens of those samples; it bounds the memory that they
+            take before they run.
         max_tokens: of one sample; None: what the context leaves.
         n: samples of one request.
         prompts: prompts of one completions request.
@@ -50,10 +53,10 @@ class Limits:
         drain_seconds: how long running requests may continue after SIGTERM.
     """
 
-    queue_requests: int = EngineConfig.max_num_seqs
-    queue_tokens: int = 1_000_000
+    queue_requests: int = WAITING_ROOM * EngineConfig.max_num_seqs
+    queue_tokens: int = 16_000_000
     max_tokens: int | None = None
-    n: int = 8
+    n: int = 128
     prompts: int = 64
     body_bytes: int = 4 * 2**20
     body_seconds: float = 10.0
@@ -69,10 +72,14 @@ class ServeConfig:
 
     Attributes:
         name: of the model in requests; adapters have their own names.
-        api_keys: any of them opens every route; without keys all routes are open. /health needs
-            none.
+        api_keys: any of them opens every route; without keys all routes are open. /health, /ping
+            and the page /docs need none.
         salt_by_key: requests share cached prefixes only with those of the same key.
         log_prompts: write prompts and outputs to the log.
+        parse_special: special strings in a completions prompt are special tokens, unless the
+            request says otherwise.
+        allowed_origins: of web pages that may use the server, or "*"; none by default.
+        reasoning_parser: how thoughts are told from the answer; one of `reasoning.PARSERS`.
         vllm_metrics: give the metrics under vLLM's names too.
     """
 
@@ -83,5 +90,8 @@ class ServeConfig:
     api_keys: tuple[str, ...] = ()
     salt_by_key: bool = False
     log_prompts: bool = False
+    parse_special: bool = False
     limits: Limits = field(default_factory=Limits)
+    allowed_origins: tuple[str, ...] = ()
+    reasoning_parser: str = "auto"
     vllm_metrics: bool = False

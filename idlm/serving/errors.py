@@ -1,4 +1,4 @@
-"""Failed requests: every one is answered with an OpenAI error body."""
+"""Failed requests: every one is answered with the error body of its API."""
 
 from __future__ import annotations
 
@@ -38,6 +38,32 @@ class ErrorBody(msgspec.Struct, frozen=True):
     error: ErrorDetail
 
 
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+}
+"""Error types of Anthropic's API by status; all others are "invalid_request_error"."""
+MESSAGES_PATH = "/v1/messages"
+
+
+class MessagesErrorDetail(msgspec.Struct, frozen=True):
+    """Why a request to /v1/messages failed."""
+
+    type: str
+    message: str
+
+
+class MessagesError(msgspec.Struct, frozen=True, tag_field="type", tag="error"):
+    """The body of a failed response of /v1/messages, and of an error event in its stream."""
+
+    error: MessagesErrorDetail
+
+
 class Busy(Exception):
     """The queue is full. `retry_after`: whole seconds (at least 1) until it may have room."""
 
@@ -70,8 +96,16 @@ class ApiError(HTTPException):
         kind = TYPES.get(self.status_code, "invalid_request_error")
         return ErrorBody(ErrorDetail(str(self.detail), kind, self.param, self.code))
 
-    def response(self) -> Response:
-        content = msgspec.json.encode(self.body)
+    @property
+    def messages_body(self) -> MessagesError:
+        """The error body of Anthropic's API."""
+        kind = ANTHROPIC_TYPES.get(self.status_code, "invalid_request_error")
+        return MessagesError(MessagesErrorDetail(kind, str(self.detail)))
+
+    def response(self, path: str) -> Response:
+        """The response in the form of the API that the path belongs to."""
+        anthropic = path == MESSAGES_PATH or path.startswith(MESSAGES_PATH + "/")
+        content = msgspec.json.encode(self.messages_body if anthropic else self.body)
         return Response(content, self.status_code, self.headers, media_type="application/json")
 
 
@@ -91,4 +125,7 @@ def as_api_error(error: Exception) -> ApiError:
         )
     if isinstance(error, EngineDown):
         return ApiError(503, str(error), code="engine_down", headers={"Retry-After": "1"})
-    return ApiError(400, str(error))
+    if isinstance(error, InputError):
+        code = error.code or ("invalid_value" if error.param else None)
+        return ApiError(400, str(error), error.param, code)
+    raise TypeError(f"no answer to {error!r}")

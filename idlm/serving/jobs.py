@@ -15,12 +15,13 @@ from msgspec import UNSET, UnsetType
 
 from idlm import __version__
 from idlm.errors import InputError
-from idlm.params import SEED_LIMIT, SamplingParams
+from idlm.params import SamplingParams, Thinking
 from idlm.serving.client import EngineClient, Ticket
 from idlm.serving.config import AR_SUFFIX, Limits, ServeConfig
 from idlm.serving.errors import ApiError, EngineDown
 from idlm.serving.observe import Meters, Timing
 from idlm.serving.prompts import Prompts
+from idlm.serving.reasoning import Reasoner
 from idlm.serving.responses import CompletionDetails, PromptDetails, Usage
 from idlm.serving.schema import CompletionRequest
 from idlm.serving.schema_chat import ChatRequest
@@ -54,6 +55,7 @@ class Server:
     client: EngineClient
     prompts: Prompts
     meters: Meters
+    reasoner: Reasoner | None = None
     started: int = field(default_factory=lambda: int(time()))
 
     @property
@@ -69,12 +71,17 @@ class Server:
         digest = hashlib.blake2b(repr((__version__, self.config.worker)).encode(), digest_size=6)
         return f"idlm-{digest.hexdigest()}"
 
-    def target(self, model: str) -> Target:
-        """The target of a model name.
+    def name(self, model: str | None) -> str:
+        """The name of the model that a request means: the one it gives, or the base."""
+        return model or self.config.name
+
+    def target(self, model: str | None) -> Target:
+        """The target of a model name; None: the base with its default adapter.
 
         Raises:
             ApiError: 404: no such model.
         """
+        model = self.name(model)
         if model not in self.targets:
             names = ", ".join(self.targets)
             raise ApiError(
@@ -123,19 +130,28 @@ class Job:
 
     Attributes:
         head: id, created, model and system_fingerprint of the response.
+        prompts: the ids of each prompt.
         ends: the end of each finished sample, by its index.
+        tokens: by sample, how many tokens have come so far.
+        thinking: the thoughts that the samples may begin with.
+        reasoning_tokens: tokens of thoughts so far, of all samples.
     """
 
-    def __init__(self, server: Server, request: Request, body: Body) -> None:
+    def __init__(
+        self, server: Server, request: Request, body: Body, prompts: Sequence[list[int]]
+    ) -> None:
         self.head: dict[str, Any] = {
             "id": f"{body.kind}-{secrets.token_hex(16)}",
             "created": int(time()),
-            "model": body.model,
+            "model": server.name(body.model),
             "system_fingerprint": server.fingerprint,
         }
-        self.samples = body.samples
+        self.samples, self.prompts = body.samples, prompts
+        self.tokens = [0] * (len(prompts) * body.samples)
         self.tickets: list[Ticket] = []
         self.ends: dict[int, Finished] = {}
+        self.thinking: Thinking | None = None
+        self.reasoning_tokens = 0
         self._facts: dict[str, Any] = request.scope["state"]["facts"]
         self._meters = server.meters
         self._started = perf_counter()
@@ -148,13 +164,28 @@ class Job:
             ApiError: 408: the timeout is over. 503: the engine aborted the sample.
         """
         timings = [Timing(self._meters, self._started) for _ in self.tickets]
+        states = [self.thinking.first if self.thinking else None for _ in self.tickets]
         async for index, event in _merged(self.tickets):
             timings[index].see(event)
+            if isinstance(event, Delta):
+                states[index] = self._count_thoughts(states[index], event.tokens)
             if isinstance(event, Finished):
                 self._end(index, event)
-            elif "outputs" in self._facts:
-                self._facts["outputs"][index] += event.text
+            else:
+                self.tokens[index] += len(event.tokens)
+                if "outputs" in self._facts:
+                    self._facts["outputs"][index] += event.text
             yield index, event
+
+    def _count_thoughts(self, state: int | None, tokens: Sequence[int]) -> int | None:
+        """Add the tokens of thoughts among `tokens`; returns the state after them."""
+        thinking = self.thinking
+        if thinking is None:
+            return None
+        for token in () if state is None else tokens:
+            state = thinking.after(state, token)
+            self.reasoning_tokens += state is not None and state > 0
+        return state
 
     def _end(self, index: int, event: Finished) -> None:
         self.ends[index] = event
@@ -166,7 +197,7 @@ class Job:
                 "the request took longer than its timeout; raise it or ask for less",
                 code="timeout",
             )
-        if event.reason == "error":  # the guide allows no token, or exceeds its limits
+        if event.reason == "error":  # guide and bans leave no token, or it exceeds its limits
             raise ApiError(400, f"the output cannot go on: {event.stop}")
         if event.reason not in ("stop", "length"):
             raise ApiError(503, "the server ended the request", code="aborted")
@@ -177,6 +208,11 @@ class Job:
             self._facts["cancelled"] = True
         for ticket in self.tickets:
             ticket.cancel()
+
+    def usage_so_far(self) -> Usage:
+        """Token counts of all samples until now."""
+        prompt, completion = sum(map(len, self.prompts)), sum(self.tokens)
+        return Usage(prompt, completion, prompt + completion)
 
     def usage(self) -> Usage:
         """Token counts of all samples; call it when all have finished."""
@@ -192,7 +228,7 @@ class Job:
             completion,
             prompt + completion,
             PromptDetails(sum(end.cached_tokens for end in prompts)),
-            CompletionDetails(accepted, drafted - accepted),
+            CompletionDetails(accepted, drafted - accepted, self.reasoning_tokens),
         )
 
     def metrics(self) -> RequestMetrics | UnsetType:
@@ -242,18 +278,24 @@ def admit(request: Request, body: Body, prompts: Sequence[list[int]]) -> Job:
     """
     server = the_server(request)
     engine, limits = server.engine(), server.config.limits
-    job = Job(server, request, body)
-    facts, guide = request.scope["state"]["facts"], body.guide(limits)
+    prompts = [body.truncated(ids, engine.context) for ids in prompts]
+    job = Job(server, request, body, prompts)
+    facts = request.scope["state"]["facts"]
+    guide = body.form_or_calls(body.guide(limits), server.prompts)
     facts |= {
-        "model": body.model,
+        "model": server.name(body.model),
         "prompt_tokens": sum(map(len, prompts)),
         "samples": len(prompts) * body.samples,
     }
     submits = []
     for ids in prompts:
+        job.thinking = body.thoughts(server.reasoner, ids)
         bounds = (len(ids), engine.context, limits, engine.sampling.get("max_tokens"))
         params = body.sampling(room(body.asked_tokens, *bounds), guide, engine.sampling)
-        submits += [_submit(server, request, body, ids, sample) for sample in _samples(params)]
+        params = replace(params, thinking=job.thinking)
+        if job.thinking is not None and server.reasoner is not None and server.reasoner.special:
+            params = replace(params, skip_special_tokens=False)
+        submits += [_submit(server, request, body, ids, sample) for sample in params.samples()]
     job.tickets = server.client.submit(submits)
     if server.config.log_prompts:
         facts |= {
@@ -261,12 +303,6 @@ def admit(request: Request, body: Body, prompts: Sequence[list[int]]) -> Job:
             "outputs": [""] * len(submits),
         }
     return job
-
-
-def _samples(params: SamplingParams) -> list[SamplingParams]:
-    """The parameters of each sample of a prompt; sample i has seed + i, as in `LLM`."""
-    seed = secrets.randbelow(SEED_LIMIT) if params.seed is None else params.seed
-    return [replace(params, n=1, seed=(seed + sample) % SEED_LIMIT) for sample in range(params.n)]
 
 
 def _submit(
@@ -281,9 +317,16 @@ def _submit(
         drafting=target.drafting,
         priority=body.priority or 0,
         timeout=body.timeout,
-        salt=request.scope["state"]["salt"] if server.config.salt_by_key else b"",
+        salt=_salt(server, request, body),
         trace=body.idlm.trace,
     )
+
+
+def _salt(server: Server, request: Request, body: Body) -> bytes:
+    """What has to be equal for two requests to share a cached prefix, apart from the prefix."""
+    key = request.scope["state"]["salt"] if server.config.salt_by_key else b""
+    own = b"" if body.cache_salt is None else hashlib.sha256(body.cache_salt.encode()).digest()
+    return bytes(key + own)
 
 
 def room(
@@ -300,12 +343,11 @@ def room(
     in `LLM`.
 
     Raises:
-        ApiError: 400: more than `limits.max_tokens`.
+        InputError: more than `limits.max_tokens`.
     """
     bound = MOST_TOKENS if limits.max_tokens is None else limits.max_tokens
     if requested is not None and requested > bound:
-        raise ApiError(
-            400,
+        raise InputError(
             f"max_tokens={requested} is more than the {bound} of this server; lower it",
             "max_tokens",
         )

@@ -26,7 +26,12 @@ STATUS = {
     408: b"408 Request Timeout",
     431: b"431 Request Header Fields Too Large",
 }
-OPEN_PATH = "/health"
+OPEN_PATHS = ("/", "/health", "/ping", "/docs")
+OPEN_FOLDER = "/docs/"
+"""Paths that need no key: those of probes, and the documentation's page, which holds nothing of
+this server."""
+KEY_HEADERS = (b"x-api-key", b"api-key")
+"""Headers with a key, besides `Authorization: Bearer`: Anthropic's and Azure's."""
 CLOSE = {"Connection": "close"}
 """Header of responses that are sent before the whole body was read."""
 WINDOW = 30.0
@@ -137,7 +142,8 @@ class Connection(HttpToolsProtocol):
 class AuthAndLimits:
     """ASGI middleware: API keys, and the sizes of headers and bodies.
 
-    If the server has keys, every path but /health needs one, even a path without a route.
+    If the server has keys, every path but those of `OPEN_PATHS` needs one, even a path without a
+    route.
     `scope["state"]["salt"]` is the digest of the request's key, or empty without keys.
     """
 
@@ -156,7 +162,7 @@ class AuthAndLimits:
             scope.setdefault("state", {})["salt"] = self._admit(scope)
             self._check_declared_length(scope)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         await self.app(scope, _Body(receive, self.limits).receive, send)
 
@@ -166,17 +172,19 @@ class AuthAndLimits:
         Raises:
             ApiError: 401: no key, or one that the server does not have.
         """
-        if not self._keys or scope["path"] == OPEN_PATH:
+        path = scope["path"]
+        if not self._keys or path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
             return b""
-        scheme, _, key = _header(scope, b"authorization").partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
-        # a list, since `any` over a generator stops at the first match and so leaks which key it is
-        matches = [hmac.compare_digest(digest, valid) for valid in self._keys]
-        if scheme.lower() == b"bearer" and any(matches):
-            return digest
+        for key in _keys(scope):
+            digest = hashlib.sha256(key).digest()
+            # a list, since `any` over a generator stops at the first match and so leaks which key
+            # it is
+            matches = [hmac.compare_digest(digest, valid) for valid in self._keys]
+            if any(matches):
+                return digest
         raise ApiError(
             401,
-            "no valid API key; send the header 'Authorization: Bearer KEY'",
+            "no valid API key; send the header 'Authorization: Bearer KEY', or 'X-Api-Key: KEY'",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"} | CLOSE,
         )
@@ -190,6 +198,13 @@ class AuthAndLimits:
 
 def _header(scope: Scope, name: bytes) -> bytes:
     return next((value for key, value in scope["headers"] if key == name), b"")
+
+
+def _keys(scope: Scope) -> list[bytes]:
+    """The keys that a request shows."""
+    scheme, _, key = _header(scope, b"authorization").partition(b" ")
+    bearer = [key.strip()] if scheme.lower() == b"bearer" else []
+    return bearer + [_header(scope, name).strip() for name in KEY_HEADERS]
 
 
 def _check_headers(scope: Scope) -> None:

@@ -5,10 +5,13 @@ No line holds a prompt or an output unless `ServeConfig.log_prompts` is set.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import logging.config
+import os
 import re
 import secrets
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from time import perf_counter
@@ -34,8 +37,9 @@ from idlm.serving.wire import Delta, Finished, Stats
 disable_created_metrics()
 access = logging.getLogger("idlm.serving.access")
 errors = logging.getLogger("idlm.serving")
+STDERR = 2
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
-QUIET = ("/health", "/ready", "/metrics")
+QUIET = ("/health", "/ping", "/ready", "/metrics", "/load", "/v1/loads")
 """Paths that monitors poll every few seconds; they are logged only if they fail."""
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -83,7 +87,8 @@ class JsonLines(logging.Formatter):
 
 def configure() -> None:
     """Log to stderr as JSON lines: the server's records from INFO on, all others from WARNING
-    on."""
+    on. What libraries write when the process ends is dropped."""
+    atexit.register(_mute_stderr)
     logging.config.dictConfig(
         {
             "version": 1,
@@ -94,6 +99,15 @@ def configure() -> None:
             "loggers": {"idlm.serving": {"level": "INFO"}},
         }
     )
+
+
+def _mute_stderr() -> None:
+    """For the process's last moments: triton's bindings then list what they leak, which is no
+    JSON."""
+    sys.stderr.flush()
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, STDERR)
+    os.close(null)
 
 
 class AccessLog:
@@ -121,9 +135,8 @@ class AccessLog:
             errors.exception("bug", extra={"facts": {"request_id": id}})
             if answer.status is not None:
                 raise  # the response has begun: the server closes the connection
-            await ApiError(500, "an error inside the server; its log has the details").response()(
-                scope, receive, answer.send
-            )
+            bug = ApiError(500, "an error inside the server; its log has the details")
+            await bug.response(scope["path"])(scope, receive, answer.send)
         finally:
             self._write(scope, id, answer.status or 499, perf_counter() - started, facts)
 
@@ -163,7 +176,12 @@ class _Watched:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"] = [*message.get("headers", []), (b"x-request-id", self._id.encode())]
+            id = self._id.encode()
+            message["headers"] = [
+                *message.get("headers", []),
+                (b"x-request-id", id),
+                (b"request-id", id),  # the name that Anthropic's clients read
+            ]
         await self._send(message)
 
 

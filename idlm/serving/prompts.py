@@ -6,14 +6,14 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from idlm.chat_template import PromptEncoder
 from idlm.engine.token_text import Offsets, TokenTexts
 from idlm.errors import InputError
-from idlm.models.architecture import read_config, read_tokenizer
+from idlm.models.architecture import context_length, read_config, read_tokenizer
 from idlm.models.sources import resolve
 
 T = TypeVar("T")
@@ -33,15 +33,16 @@ class Prompts(PromptEncoder):
             _ = (self._specials, self._plain, self._longest)
 
     @classmethod
-    def load(cls, model: str) -> Prompts:
+    def load(cls, model: str, max_model_len: int | None = None) -> Prompts:
         """For a model as `idlm.load` names it, without reading its weights.
 
         Raises:
             InputError: there is no such model, or its tokenizer is broken.
         """
         folder, _ = resolve(model)
-        config = read_config(folder)
-        return cls(read_tokenizer(folder, config), model, int(config.max_position_embeddings))
+        config = read_config(folder, max_model_len)
+        context = context_length(config, max_model_len)
+        return cls(read_tokenizer(folder, config), model, context)
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run `work` in the thread, one piece of work after the other."""
@@ -64,6 +65,24 @@ class Prompts(PromptEncoder):
         if token not in self._tokens:
             self._tokens[token] = "" if self._tokenizer is None else self._texts.text(token)
         return self._tokens[token]
+
+    def tokenizer_info(self) -> dict[str, Any]:
+        """The tokenizer's configuration as JSON has it, without paths of this machine.
+
+        Raises:
+            InputError: the model has none.
+        """
+        tokenizer = self.tokenizer
+        kept = {
+            name: value
+            for name, value in tokenizer.init_kwargs.items()
+            if not name.endswith(("_file", "name_or_path"))
+        }
+        kept |= tokenizer.special_tokens_map
+        kept |= {"tokenizer_class": type(tokenizer).__name__}
+        if self.has_template:
+            kept["chat_template"] = self.template_for(tools=False)
+        return {name: _as_json(value) for name, value in kept.items()}
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token, which may be a part of a character."""
@@ -89,3 +108,12 @@ class Prompts(PromptEncoder):
                     f"tokens holds an id outside the vocabulary 0..{size - 1}; take it out"
                 )
         return self.decode(ids)
+
+
+def _as_json(value: Any) -> Any:
+    """A value of a tokenizer's configuration; special tokens become their texts."""
+    if isinstance(value, dict):
+        return {str(key): _as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -22,20 +22,34 @@ class PromptDetails(msgspec.Struct):
 
 
 class CompletionDetails(msgspec.Struct):
-    """Drafts that became tokens, and drafts that were verified and rejected."""
+    """Drafts that became tokens, drafts that were verified and rejected, and tokens of thoughts."""
 
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
+    reasoning_tokens: int = 0
 
 
 class Usage(msgspec.Struct):
-    """Token counts of a request; a prompt counts once, however many samples it has."""
+    """Token counts of a request; a prompt counts once, however many samples it has. The details
+    come at the end."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptDetails
-    completion_tokens_details: CompletionDetails
+    prompt_tokens_details: PromptDetails | UnsetType = UNSET
+    completion_tokens_details: CompletionDetails | UnsetType = UNSET
+
+
+class PromptLogprob(msgspec.Struct):
+    """A token at a position of the prompt: its log-probability, its rank there, and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""By position of the prompt, its token and the likeliest ones by id; null for the first."""
 
 
 class TraceEntry(msgspec.Struct):
@@ -80,27 +94,32 @@ class ChatLogprobs(msgspec.Struct):
 
 
 class FunctionCall(msgspec.Struct):
-    """The name of a function, and its arguments as JSON text."""
+    """The name of a function, and its arguments as JSON text. In a stream only the first piece of a
+    call has the name."""
 
-    name: str
     arguments: str
+    name: str | UnsetType = UNSET
 
 
 class ToolCall(msgspec.Struct):
-    """A tool call of the model; only streams have `index`."""
+    """A tool call of the model, or in a stream a piece of it. Only pieces have `index`, and only
+    the first of a call has its id and type."""
 
-    id: str
     function: FunctionCall
-    type: Literal["function"] = "function"
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
     index: int | UnsetType = UNSET
 
 
 class Message(msgspec.Struct):
-    """The message that the model wrote; `content` is null if it only calls tools."""
+    """The message that the model wrote; `content` is null if it only calls tools. Thoughts have two
+    names, vLLM's and DeepSeek's."""
 
     content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
     tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
@@ -112,6 +131,7 @@ class ChatChoice(msgspec.Struct):
     finish_reason: FinishReason
     logprobs: ChatLogprobs | None = None
     idlm: Trace | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class Head(msgspec.Struct):
@@ -128,6 +148,8 @@ class ChatCompletion(Head):
 
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     metrics: RequestMetrics | UnsetType = UNSET
     object: Literal["chat.completion"] = "chat.completion"
 
@@ -137,6 +159,8 @@ class ChoiceDelta(msgspec.Struct):
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
     tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
@@ -148,6 +172,7 @@ class ChunkChoice(msgspec.Struct):
     finish_reason: FinishReason | None = None
     logprobs: ChatLogprobs | None = None
     idlm: Trace | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatChunk(Head):
@@ -155,6 +180,7 @@ class ChatChunk(Head):
 
     choices: list[ChunkChoice]
     usage: Usage | None | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
     metrics: RequestMetrics | UnsetType = UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
@@ -176,6 +202,9 @@ class CompletionChoice(msgspec.Struct):
     finish_reason: FinishReason | None = None
     logprobs: CompletionLogprobs | None = None
     idlm: Trace | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Completion(Head):

@@ -1,46 +1,34 @@
-"""Bodies of requests, read strictly.
-
-A body that is not JSON or is nested too deep, a value of the wrong type and an unknown field are
-answered 400. OpenAI's fields that have no effect here are accepted at the values of this table and
-refused at any other:
-
-    field                                                   accepted
-    user, safety_identifier, prompt_cache_key, metadata     any value; not used, not logged
-    store                                                   false
-    service_tier                                            "auto", "default"
-    best_of (completions)                                   n
-    suffix (completions)                                    null, ""
-    parallel_tool_calls (chat)                              true
-    modalities (chat)                                       ["text"]
-    verbosity (chat)                                        "medium"
-    audio, prediction, functions, function_call,
-    reasoning_effort, web_search_options (chat)             null
-"""
+"""Bodies of completions requests, and what they share with those of chat; all are read strictly."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar, Literal
 
-import msgspec
-from fastapi import Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
 from idlm.errors import InputError
-from idlm.inputs import escaped_half
-from idlm.params import MOST_LOGPROBS, Guide, SamplingParams, with_defaults
+from idlm.models.generation import with_defaults
+from idlm.params import MOST_BAD_WORDS, MOST_LOGPROBS, SHOWN, Guide, SamplingParams, Thinking
 from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError
+from idlm.serving.neutral import Neutral, only
+from idlm.serving.prompts import Prompts
+from idlm.serving.reasoning import Reasoner
+from idlm.serving.strict import Strict
+from idlm.serving.structured import Structured
 
-DEEPEST = 64
-MOST_KEYS = 4096
-SHOWN = 60
-"""Characters of a wrong value that an error repeats."""
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default for completions."""
 MOST_STOPS = 16
 LONGEST_STOP = 256
+LONGEST_SALT = 1024
+GUIDE_FIELDS = (
+    *("guided_json", "guided_regex", "guided_grammar", "structured_outputs"),
+    *("response_format", "tools"),
+)
+"""Fields that a guide can come from."""
 LONGEST_KEY = 10
 """Digits of a token id."""
 
@@ -60,111 +48,17 @@ SHARED = (
         "ignore_eos",
     ),
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "verification"),
-    *("include_stop_str_in_output", "skip_special_tokens"),
+    *("include_stop_str_in_output", "skip_special_tokens", "bad_words", "allowed_token_ids"),
 )
 """Fields with the meaning that they have in `SamplingParams`, which checks their values."""
 
 
-class Strict(BaseModel):
-    """A part of a request: no unknown fields, no conversions ("1" is not a number), no NaN."""
-
-    model_config = ConfigDict(
-        strict=True, extra="forbid", allow_inf_nan=False, frozen=True, protected_namespaces=()
-    )
-
-
-def _boolean(value: object) -> object:
-    if value is not None and not isinstance(value, bool):
-        raise ValueError("a boolean is wanted")
-    return value
-
-
-Boolean = BeforeValidator(_boolean)
-"""For fields that accept one boolean: `Literal` alone accepts 0 for False and 1 for True."""
-
-
-def decode(text: bytes | str, what: str) -> Any:
-    """The JSON value in `text`, with bounds on its shape.
-
-    Raises:
-        ApiError: 400; the message begins with `what`.
-    """
-    try:
-        value = msgspec.json.decode(text)
-    except RecursionError:
-        raise ApiError(400, f"{what} is nested deeper than {DEEPEST} levels; flatten it") from None
-    except (msgspec.MsgspecError, UnicodeError) as error:
-        half = escaped_half(text)
-        reason = f"{half} is half of a surrogate pair; take it out" if half else error
-        raise ApiError(400, f"{what} is not valid JSON: {reason}") from None
-    check_shape(value, what)
-    return value
-
-
-def check_shape(value: object, what: str) -> None:
-    """Refuse a value that is nested too deep, or has an object with too many keys.
-
-    Both cost more time than their bytes suggest.
-
-    Raises:
-        ApiError: 400.
-    """
-    level = [value]
-    for _ in range(DEEPEST):
-        if any(isinstance(node, dict) and len(node) > MOST_KEYS for node in level):
-            raise ApiError(400, f"{what} has an object of more than {MOST_KEYS} keys; send fewer")
-        children = (
-            node.values() if isinstance(node, dict) else node
-            for node in level
-            if isinstance(node, dict | list)
-        )
-        level = [child for group in children for child in group if isinstance(child, dict | list)]
-        if not level:
-            return
-    raise ApiError(400, f"{what} is nested deeper than {DEEPEST} levels; flatten it")
-
-
-class StrictRequest(Request):
-    """A request whose body is read with `decode`."""
-
-    async def json(self) -> Any:
-        return decode(await self.body(), "the request body")
-
-
-def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The first of pydantic's errors as a sentence that names the field."""
-    first = errors[0]
-    field = ".".join(str(part) for part in first["loc"][1:] if not _is_type(part))
-    where, kind = field or "the request body", first["type"]
-    if kind == "extra_forbidden":
-        return ApiError(
-            400,
-            f"{where!r} is not supported by this server; leave it out",
-            field,
-            "unsupported_parameter",
-        )
-    if kind == "missing":
-        return ApiError(
-            400,
-            f"{where!r} is missing; it is required",
-            field or None,
-            "missing_required_parameter",
-        )
-    message = f"{where}: {first['msg'][:1].lower()}{first['msg'][1:]}"
-    value = repr(first.get("input"))
-    shown = value if len(value) <= SHOWN else value[:SHOWN] + "..."
-    return ApiError(400, f"{message}, got {shown}", field or None, "invalid_value")
-
-
-def _is_type(part: object) -> bool:
-    """Whether a part of pydantic's location names a member of a union and not a field."""
-    return isinstance(part, str) and (part in ("str", "int", "float", "bool") or "[" in part)
-
-
 class StreamOptions(Strict):
-    """Options of a stream; with `include_usage` its last chunk has the token counts."""
+    """Options of a stream; with `include_usage` its last chunk has the token counts, and with
+    `continuous_usage_stats` too every other chunk those so far."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class Extras(Strict):
@@ -173,21 +67,10 @@ class Extras(Strict):
     trace: bool = False
 
 
-class Neutral(Strict):
-    """Fields accepted only at values without effect; see the table above."""
-
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    metadata: dict[str, str] | None = None
-    store: Annotated[Literal[False] | None, Boolean] = None
-    service_tier: Literal["auto", "default"] | None = None
-
-
-class Generation(Neutral):
+class Generation(Neutral, Structured):
     """Fields of chat and of completions requests. Null means absent."""
 
-    model: str
+    model: str | None = None
     n: int | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
@@ -203,6 +86,8 @@ class Generation(Neutral):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
+    bad_words: Annotated[list[Stop], Field(max_length=MOST_BAD_WORDS)] | None = None
+    allowed_token_ids: Ids | None = None
     verification: Literal["coupled", "ratio"] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -210,9 +95,10 @@ class Generation(Neutral):
     timeout: Annotated[float, Field(gt=0)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    guided_json: str | dict[str, Any] | None = None
-    guided_regex: str | None = None
-    guided_grammar: str | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    return_token_ids: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=LONGEST_SALT)] | None = None
     idlm: Extras = Extras()
 
     @property
@@ -223,7 +109,12 @@ class Generation(Neutral):
     @property
     def prompt_top(self) -> int | None:
         """The same for the tokens of the prompt."""
-        return None
+        return self.prompt_logprobs
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """max_tokens of the request; None: what the context leaves."""
+        raise NotImplementedError
 
     @property
     def samples(self) -> int:
@@ -233,6 +124,13 @@ class Generation(Neutral):
     def include_usage(self) -> bool:
         """Whether the last chunk of a stream has the token counts."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk of a stream has them."""
+        return self.include_usage and bool(
+            self.stream_options and self.stream_options.continuous_usage_stats
+        )
 
     def check(self, limits: Limits) -> None:
         """Refuse values that the server's bounds or other fields forbid.
@@ -246,6 +144,48 @@ class Generation(Neutral):
             raise ApiError(
                 400, "stream_options without stream; set stream to true", "stream_options"
             )
+        if self.prompt_logprobs is not None and self.stream:
+            raise ApiError(
+                400, "prompt_logprobs cannot be streamed; set stream to false", "prompt_logprobs"
+            )
+        if self.truncate_prompt_tokens == 0:
+            raise ApiError(
+                400,
+                "truncate_prompt_tokens=0 leaves no prompt; use a number of tokens, or -1 for what "
+                "fits the context",
+                "truncate_prompt_tokens",
+            )
+
+    def truncated(self, ids: list[int], context: int) -> list[int]:
+        """The last tokens of a prompt, as many as `truncate_prompt_tokens` says; -1: as many as fit
+        the context before the output."""
+        most = self.truncate_prompt_tokens
+        if most is None:
+            return ids
+        return ids[-(max(1, context - max(1, self.asked_tokens or 1)) if most == -1 else most) :]
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Errors about a setting name the field of the request that it came from."""
+        try:
+            yield
+        except InputError as error:
+            error.param = self.origins.get(error.param or "", error.param)
+            raise
+
+    @property
+    def origins(self) -> dict[str, str]:
+        """By the name of a setting, the field of this request that gives it, if that is another."""
+        given = (name for name in GUIDE_FIELDS if getattr(self, name, None) is not None)
+        return {"guide": next(given, "guide")}
+
+    def form_or_calls(self, guide: Guide | None, prompts: Prompts) -> Guide | None:
+        """The guide for a request that may also call tools."""
+        return guide
+
+    def thoughts(self, reasoner: Reasoner | None, prompt: Sequence[int]) -> Thinking | None:
+        """The thoughts that the output after `prompt` may begin with."""
+        return None
 
     def sampling(
         self, max_tokens: int, guide: Guide | None = None, defaults: Mapping[str, Any] | None = None
@@ -260,54 +200,21 @@ class Generation(Neutral):
         fields |= {"max_tokens": max_tokens, "logit_bias": _token_biases(self.logit_bias or {})}
         return with_defaults(fields, defaults or {})
 
-    def guide(self, limits: Limits) -> Guide | None:
-        """The guide of the request, or None.
-
-        Raises:
-            ApiError: 400: more than one guide, or one that is too long. InputError: it is not
-                valid.
-        """
-        guides = self.guides()
-        if len(guides) > 1:
-            raise ApiError(
-                400, "more than one of response_format, guided_* and a forced tool_choice; use one"
-            )
-        for kind, text in guides:
-            if len(text.encode()) > limits.schema_bytes:
-                raise ApiError(
-                    400, f"a {kind} of more than {limits.schema_bytes} bytes; give a shorter one"
-                )
-            return Guide(kind, text)
-        return None
-
-    def guides(self) -> list[tuple[str, str]]:
-        """Kind and text of each guide in the request."""
-        guides = []
-        if self.guided_json is not None:
-            guides.append(schema_guide(self.guided_json, "guided_json"))
-        if self.guided_regex is not None:
-            guides.append(("regex", self.guided_regex))
-        if self.guided_grammar is not None:
-            guides.append(("grammar", self.guided_grammar))
-        return guides
-
 
 def _token_biases(biases: Mapping[str, float]) -> dict[int, float]:
-    for key in biases:
-        if not (key.isascii() and key.isdigit() and len(key) <= LONGEST_KEY):
-            raise InputError(
-                f"logit_bias key {key[:40]!r} is not a token id; use for example {{'42': -1.5}}"
-            )
+    wrong = [
+        repr(key[:40])
+        for key in biases
+        if not (key.isascii() and key.isdigit() and len(key) <= LONGEST_KEY)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise InputError(
+            f"logit_bias has keys that are no token ids: {', '.join(wrong[:SHOWN])}{more}; "
+            "use for example {'42': -1.5}",
+            "logit_bias",
+        )
     return {int(key): bias for key, bias in biases.items()}
-
-
-def schema_guide(schema: str | dict[str, Any], what: str) -> tuple[str, str]:
-    """Kind and text of the guide for a JSON schema, which is an object or its JSON text."""
-    value = decode(schema, what) if isinstance(schema, str) else schema
-    if not isinstance(value, dict):
-        raise ApiError(400, f"{what} is not a JSON object; give a JSON schema", what)
-    check_shape(value, what)
-    return "json_schema", json.dumps(value, ensure_ascii=False)
 
 
 class CompletionRequest(Generation):
@@ -322,9 +229,14 @@ class CompletionRequest(Generation):
         | Annotated[list[Ids], Field(fail_fast=True)]
     )
     echo: bool | None = None
+    add_special_tokens: bool | None = None
+    parse_special: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     best_of: int | None = None
-    suffix: Literal[""] | None = None
+    suffix: Annotated[
+        Literal[""] | None,
+        only("", instead="write the model's own form of a gap into the prompt, with parse_special"),
+    ] = None
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -359,8 +271,9 @@ class CompletionRequest(Generation):
 
     @property
     def prompt_top(self) -> int | None:
-        """As `top` if the prompt is echoed."""
-        return self.logprobs if self.echo else None
+        """The larger of `prompt_logprobs` and, if the prompt is echoed, `logprobs`."""
+        echoed = self.logprobs if self.echo else None
+        return max((top for top in (echoed, self.prompt_logprobs) if top is not None), default=None)
 
     def check(self, limits: Limits) -> None:
         """The checks of every request, and those of completions.

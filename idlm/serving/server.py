@@ -64,7 +64,7 @@ def bind(host: str, port: int) -> socket.socket:
 async def _serve(
     config: ServeConfig, listener: socket.socket, announce: Callable[[str], None]
 ) -> None:
-    prompts = Prompts.load(config.worker.model)
+    prompts = Prompts.load(config.worker.model, config.worker.engine.max_model_len)
     observe.configure()
     client = EngineClient(config.worker, config.limits)
     server = HttpServer(config, client, prompts)

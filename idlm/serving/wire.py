@@ -125,6 +125,8 @@ class Refused(Message):
 
     id: str
     reason: str
+    param: str | None = None
+    code: str | None = None
 
 
 class Ready(Message):

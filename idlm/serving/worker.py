@@ -260,7 +260,7 @@ class Worker:
                 self._add_compiled(message)
         except InputError as error:
             submit = message if isinstance(message, Submit) else message.submit
-            return [Refused(submit.id, str(error))]
+            return [Refused(submit.id, str(error), error.param, error.code)]
         return []
 
     def _compile(self, submit: Submit) -> None:
@@ -294,7 +294,8 @@ class Worker:
         ):
             raise InputError(
                 f"prompt_logprobs={params.prompt_logprobs} of {len(prompt)} prompt tokens "
-                f"are more than {MOST_PROMPT_LOGPROBS} entries; ask for fewer"
+                f"are more than {MOST_PROMPT_LOGPROBS} entries; ask for fewer",
+                "prompt_logprobs",
             )
         options = submit.adapter, submit.drafting, submit.priority, submit.timeout, submit.salt
         self._reports.open(self.engine.add(prompt, params, params.seed or 0, *options), submit)

@@ -20,12 +20,16 @@ __all__ = ["TrainConfig", "as_tree", "load_config", "parse_config"]
 @dataclass(frozen=True)
 class ModelConfig:
     """The model to train: a checkpoint (`path`: folder, hub id or bundled name), or a new model of
-    an `architecture`, whose keys are those of a transformers config."""
+    an `architecture`, whose keys are those of a transformers config.
+
+    `max_model_len` limits the context, which models with longrope need.
+    """
 
     path: str | None = None
     architecture: dict[str, Any] | None = None
     tokenizer: str = "nano"
     dtype: Literal["float32", "float64"] = "float32"
+    max_model_len: int | None = None
 
 
 @dataclass(frozen=True)
@@ -195,6 +199,9 @@ def _check(config: TrainConfig) -> None:
         "log_steps": config.log_steps,
         "eval_steps": config.eval_steps,
         "save_steps": config.save_steps,
+        "model.max_model_len": 1
+        if config.model.max_model_len is None
+        else config.model.max_model_len,
         "data.held_out": config.data.held_out,
         "data.max_tokens": config.data.max_tokens,
         "data.generate_batch": config.data.generate_batch,

@@ -19,7 +19,6 @@ from transformers import GenerationConfig
 
 from idlm.errors import InputError
 from idlm.inputs import read_lines
-from idlm.models.attention import NAME
 from idlm.models.idlm_model import Idlm
 from idlm.params import SamplingParams
 from idlm.training.config import DataConfig
@@ -107,10 +106,11 @@ def generate(
         **({} if params.greedy else _filters(params)),
     )
     model, own = idlm.model, idlm.model.generation_config
+    ours = model.config._attn_implementation
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
         model.generation_config = GenerationConfig()  # it would fill what is not set
         try:
             output = model.eval().generate(
@@ -120,7 +120,7 @@ def generate(
             )
         finally:
             model.generation_config = own
-            model.set_attn_implementation(NAME)
+            model.set_attn_implementation(ours)
     return [_until_end(response, idlm.eos_ids) for response in output[:, longest:]]
 
 

@@ -18,12 +18,12 @@ from transformers import (
 
 from idlm.errors import InputError
 from idlm.models import adapter, experts
-from idlm.models.attention import NAME
+from idlm.models.check import check_adapter, check_architecture, prepare
 from idlm.models.gated_lora import ALL_LINEAR, LoraSpec, all_linear, attach
 from idlm.models.idlm_model import Idlm
-from idlm.models.loading import check_adapter, ensure_mask_row, load, save_full
+from idlm.models.loading import ensure_mask_row, load, save_full
+from idlm.models.routes import implementation
 from idlm.models.sources import first_line
-from idlm.models.transposed import straighten
 from idlm.training.config import ModelConfig, TrainConfig
 from idlm.training.data import SOURCES
 
@@ -56,8 +56,9 @@ class Trainee:
         if self.spec is not None:
             adapter.refill(self.idlm.model, folder)
             return
+        stored = load(folder, dtype=self.idlm.dtype, max_model_len=self.idlm.max_model_len)
         try:
-            self.idlm.model.load_state_dict(load(folder, dtype=self.idlm.dtype).model.state_dict())
+            self.idlm.model.load_state_dict(stored.model.state_dict())
         except RuntimeError:
             held = f"checkpoint {str(folder)!r} is of another model"
             raise InputError(f"{held}; name another output_dir") from None
@@ -67,7 +68,8 @@ def base_model(config: ModelConfig) -> Idlm:
     """The model before training: a checkpoint, or a new model of an architecture."""
     if config.architecture is not None:
         return _from_scratch(config)
-    return load(str(config.path), dtype=getattr(torch, config.dtype))
+    dtype = getattr(torch, config.dtype)
+    return load(str(config.path), dtype=dtype, max_model_len=config.max_model_len)
 
 
 def trainee(config: TrainConfig, idlm: Idlm) -> Trainee:
@@ -104,16 +106,18 @@ def _from_scratch(config: ModelConfig) -> Idlm:
         full = AutoConfig.for_model(**special, **keys, mask_token_id=tokenizer.mask_token_id)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             full,
-            attn_implementation=NAME,
+            attn_implementation=implementation(full),
             experts_implementation=experts.NAME,
             dtype=getattr(torch, config.dtype),
         )
-        straighten(model)
+        prepare(model)
     except Exception as error:  # each family raises errors of its own
         raise InputError(
             f"model.architecture is refused: {first_line(error)}; see configs/nano-base.yaml"
         ) from error
-    return Idlm(model, tokenizer, tokenizer.mask_token_id, name="from scratch")
+    idlm = Idlm(model, tokenizer, tokenizer.mask_token_id, name="from scratch")
+    check_architecture(idlm)
+    return idlm if config.max_model_len is None else idlm.limited(config.max_model_len)
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:

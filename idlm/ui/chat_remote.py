@@ -41,7 +41,7 @@ class RemoteBackend:
     """A model of a server.
 
     Args:
-        url: of the API, with its /v1.
+        url: of the API; /v1 is added to a URL without a path.
         key: the API key, for servers that need one.
         model: its name on the server; None: the only model, or the first of an idlm server.
         given: the fields of `SamplingParams` that the user gave; the server has its own defaults
@@ -58,6 +58,8 @@ class RemoteBackend:
             raise InputError(
                 f"--url {url!r} is no URL of a server; write for example http://127.0.0.1:8000/v1"
             )
+        if urlsplit(url).path in ("", "/"):
+            url = url.rstrip("/") + "/v1"
         self._url = url
         self._client = OpenAI(base_url=url, api_key=key or "none")
         self._fields = request_fields(given)

@@ -125,6 +125,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "several answers": (["nano", "--n", "2"], "--n 2"),
     "stride 0": (["nano", "--stride", "0"], "stride=0"),
     "no URL": (["--url", "localhost:8000"], "localhost:8000"),
+    "a URL without a path": (["--url", "http://127.0.0.1:9"], "http://127.0.0.1:9/v1"),
     "nobody there": (["--url", "http://127.0.0.1:9/v1"], "http://127.0.0.1:9/v1"),
     "a field that requests lack": (
         ["--url", "http://127.0.0.1:9/v1", "--banned-token", "5"],

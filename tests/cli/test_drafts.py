@@ -150,13 +150,16 @@ def wide(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", [*EARLY, *SERVER_ONLY])
-@pytest.mark.parametrize("command", ["generate", "serve", "chat", "bench"])
+@pytest.mark.parametrize(
+    "command, case",
+    [
+        *((command, case) for command in ("generate", "serve", "chat", "bench") for case in EARLY),
+        *(("serve", case) for case in SERVER_ONLY),
+    ],
+)
 def test_what_is_said_before_weights_are_read(
     command: str, case: str, weightless: Path, wide: Path, tmp_path: Path
 ) -> None:
-    if case in SERVER_ONLY and command != "serve":
-        pytest.skip("an option of the server")
     options, named = (EARLY | SERVER_ONLY)[case]
     names = {"name": "x=" if command == "serve" else "", "dir": tmp_path, "wide": wide}
     filled = [option.format(**names) for option in options]

@@ -45,6 +45,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "an adapter that is the model": (["nano", "--name", "a", "--adapter", "a=x"], "'a'"),
     "an empty name": (["nano", "--name", " "], "--name"),
     "an empty key": (["nano", "--api-key", ""], "API key"),
+    "no origin": (["nano", "--allowed-origins", "example.org"], "example.org"),
+    "no list of origins": (["nano", "--allowed-origins", '["*", 5]'], "5"),
     "no memory": (["nano", "--kv-memory", "much"], "much"),
     "no slots": (["nano", "--max-num-seqs", "0"], "--max-num-seqs 0"),
     "no threads": (["nano", "--threads", "0"], "--threads 0"),
@@ -108,9 +110,8 @@ def test_sigterm_lets_what_runs_finish() -> None:
             assert done == "[DONE]"
         rest, log = process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == 0 and rest == ""
-        (line,) = [
-            json.loads(line) for line in log.splitlines() if '"path":"/v1/completions"' in line
-        ]
+        records = [json.loads(line) for line in log.splitlines()]  # to the last: all is JSON
+        (line,) = [line for line in records if line.get("path") == "/v1/completions"]
         assert line["prompts"] == ["1 + 1 ="] and line["status"] == 200
         assert line["outputs"][0].endswith(
             "".join(json.loads(chunk)["choices"][0]["text"] for chunk in chunks)

@@ -15,7 +15,7 @@ from idlm import SamplingParams
 from idlm.decoding import reference
 from idlm.decoding.law import Law
 from idlm.decoding.settings import Features, Settings
-from idlm.decoding.verify import Drafts, draft, logprobs, verify
+from idlm.decoding.verify import NOTHING, Drafts, draft, logprobs, verify
 from tests.decoding.toy import Toy
 
 V, K = 11, 3
@@ -52,7 +52,7 @@ class Slot:
 
     def draft(self, logits: Tensor, mask_id: int) -> tuple[list[int], Tensor]:
         drafts, laws = self.oracle(mask_id).draft(self.output, logits)
-        return drafts, torch.stack(laws)
+        return drafts, torch.stack(laws) if laws else torch.empty(0, V)
 
 
 def some_params(draw: st.DrawFn) -> SamplingParams:
@@ -66,6 +66,8 @@ def some_params(draw: st.DrawFn) -> SamplingParams:
         "frequency_penalty": st.sampled_from([0.4, -0.2]),
         "logit_bias": st.sampled_from([{1: 3.1, 4: -2.0}, {7: 5.3}]),
         "banned_tokens": st.sampled_from([(0, 5), (3,)]),
+        "allowed_token_ids": st.sampled_from([(1, 3, 4, 8), STOPS]),
+        "bad_words": st.sampled_from([((4, 1), (3,)), ((1, 1), (0, 1, 4), (9, 8))]),
         "min_tokens": st.sampled_from([2, 3, 4, 100]),
     }
     chosen = draw(st.sets(st.sampled_from(sorted(wishes)), max_size=4))
@@ -94,7 +96,12 @@ def table(batch: list[Slot | None], mask_id: int) -> Settings:
     """Settings with the batch in them; each row was another request's before."""
     rows = Settings.empty(len(batch), V, mask_id)
     other = SamplingParams(
-        top_k=2, min_p=0.5, presence_penalty=2.0, logit_bias={3: 9.0}, min_tokens=50
+        top_k=2,
+        min_p=0.5,
+        presence_penalty=2.0,
+        logit_bias={3: 9.0},
+        min_tokens=50,
+        bad_words=((4, 5), (4, 4, 6)),
     )
     for index, slot in enumerate(batch):
         rows.put(index, other, 5, [1, 2, 3], [4, 4], [6])
@@ -148,11 +155,14 @@ def test_verification_equals_the_single_request_functions(
         count = len(slot.drafts)
         log_p = slot.laws(logits[b, : count + 1], slot.drafts, mask_id)
         committed, accepted = slot.verify(logits[b], log_q[b], mask_id)
+        stuck = bool(log_p[accepted].max() == -torch.inf)
+        committed += [NOTHING] * stuck
         assert committed[:-1] == slot.drafts[:accepted] and len(committed) == accepted + 1
         assert (verdicts.accepted[b], verdicts.tokens[b, accepted]) == (accepted, committed[-1])
         assert verdicts.tokens[b, : len(committed)].tolist() == committed
         if slot.params.verification != "coupled":
-            assert verdicts.log_p is not None and close(verdicts.log_p[b, : count + 1], log_p)
+            assert verdicts.log_p is not None
+            assert close(verdicts.log_p[b, : accepted + 1 - stuck], log_p[: accepted + 1 - stuck])
 
 
 @settings(max_examples=150, deadline=None)
@@ -166,9 +176,10 @@ def test_drafts_equal_the_single_request_ones(
     for b, slot in enumerate(batch):
         if slot is not None:
             expected, laws = slot.draft(logits[b], mask_id)
-            assert drafts[b].tolist() == expected
+            assert drafts[b, : len(expected)].tolist() == expected
+            assert len(expected) == K or slot.params.allowed_token_ids or slot.params.bad_words
             if slot.params.verification == "ratio":
-                assert log_q is not None and close(log_q[b], laws)
+                assert log_q is not None and close(log_q[b, : len(expected)], laws)
 
 
 @settings(max_examples=150, deadline=None)
@@ -188,6 +199,8 @@ def test_the_law_and_the_reported_logprobs(
         if slot is None:
             continue
         log_p = slot.laws(logits[b], tokens[b].tolist(), mask_id)
+        if (log_p.amax(dim=-1) == -torch.inf).any():
+            continue  # nothing is chosen from such a row, nor reported
         assert close(laws[b], log_p)
         if slot.params.greedy:
             log_p = greedy_logprobs(slot, logits[b], tokens[b].tolist(), mask_id)
@@ -299,10 +312,12 @@ def test_decoding_a_batch_equals_the_reference(batch: list[Slot], model: int, de
         requests.step()
     for slot in batch:
         params = shorter(slot.params, len(slot.output))
-        expected = reference.isd(
+        result = reference.isd(
             toy, slot.prompt, params, toy.mask_id, depth + 1, "all", STOPS, slot.seed
-        ).tokens
+        )
+        stuck, expected = result.stuck, result.tokens
         assert slot.output[: len(expected)] == expected
+        assert not stuck or slot.output[len(expected)] == NOTHING
         if params.verification == "coupled":
             assert (
                 reference.ar(toy, slot.prompt, params, toy.mask_id, STOPS, slot.seed).tokens

@@ -15,7 +15,7 @@ from idlm import Guide, InputError, SamplingParams
 from idlm.decoding import reference
 from idlm.decoding.law import Law, restrict
 from idlm.decoding.verify import Drafts, draft, verify
-from idlm.params import MOST_GUIDE
+from idlm.guides import MOST_GUIDE
 from tests.decoding.laws import BOTH
 from tests.decoding.test_batch import (
     K,

@@ -9,13 +9,17 @@ import pytest
 
 from idlm.config import EngineConfig
 from idlm.params import MOST_LOGPROBS
-from idlm.serving import limits, schema, server, supervisor, wire
-from idlm.serving.app import ERRORS, router
+from idlm.serving import apis, info, limits, schema, server, strict, supervisor, wire
+from idlm.serving.app import router
 from idlm.serving.client import EngineClient
 from idlm.serving.config import Limits, WorkerConfig
+from idlm.serving.document import ERRORS
 from idlm.serving.observe import Meters
 from idlm.serving.schema import DEFAULT_MAX_TOKENS, CompletionRequest
 from idlm.serving.schema_chat import ChatRequest
+from idlm.serving.schema_messages import MessagesRequest
+from idlm.serving.schema_responses import ResponsesRequest
+from idlm.serving.schema_translated import Translated
 
 DOCS = Path(__file__).parents[2] / "docs"
 SERVING, SECURITY = ((DOCS / name).read_text() for name in ("serving.md", "security.md"))
@@ -43,10 +47,18 @@ def test_the_table_of_fields_is_complete(
 
 def test_the_table_of_routes_is_complete() -> None:
     documented = {name.split()[1] for row in table("Routes") for name in names(row[0])}
-    there = {getattr(route, "path", "").replace(":path", "") for route in router.routes} | {
-        "/openapi.json"
-    }
-    assert documented == there
+    routes = [*router.routes, *apis.router.routes, *info.router.routes]
+    there = {getattr(route, "path", "").replace(":path", "") for route in routes}
+    assert documented == there | {"/openapi.json"}
+
+
+@pytest.mark.parametrize("request_type", [ResponsesRequest, MessagesRequest])
+def test_the_tables_of_the_other_apis_are_complete(request_type: type[schema.Generation]) -> None:
+    """Of their own fields; extensions are those of chat."""
+    title = request_type.__name__.removesuffix("Request")
+    documented = {name for row in table(title) for name in names(row[0])}
+    shared = Translated.model_fields.keys()
+    assert request_type.model_fields.keys() - shared == documented - shared
 
 
 def test_the_table_of_metrics_is_complete() -> None:
@@ -89,7 +101,7 @@ def test_the_numbers_of_the_threat_model_are_the_servers() -> None:
         f"{BOUNDS.queue_requests} samples and {BOUNDS.queue_tokens} tokens",
         f"{BOUNDS.n} samples of a prompt and {BOUNDS.prompts} prompts in a request",
         f"ends after {BOUNDS.timeout:g} s",
-        f"deeper than {schema.DEEPEST} levels and no object with more than {schema.MOST_KEYS} keys",
+        f"deeper than {strict.DEEPEST} levels and no object with more than {strict.MOST_KEYS} keys",
         f"{schema.MOST_STOPS} stop texts of {schema.LONGEST_STOP} characters",
         f"{MOST_LOGPROBS} log-probabilities a token",
         f"have {BOUNDS.schema_bytes} bytes at most",

@@ -129,5 +129,5 @@ def test_a_bad_default_is_refused_before_an_engine_is_built(
 
 
 def test_the_option_is_checked() -> None:
-    with pytest.raises(InputError, match="generation_config='vllm' is unknown; use auto or none"):
+    with pytest.raises(InputError, match="generation_config='vllm' is unknown; use auto, none"):
         LLM("nano", generation_config="vllm")

@@ -25,6 +25,7 @@ from idlm.engine import guide as engine_guide
 from idlm.engine.build import build_engine
 from idlm.engine.guide import OBJECT, WHITESPACE
 from idlm.engine.request import Result
+from idlm.params import Thinking
 from tests.decoding.laws import BOTH
 from tests.engine.tiny import DEVICE, DTYPE, ROUNDING, tiny_idlm
 
@@ -153,6 +154,8 @@ def test_any_schedule(idlm: Idlm, late: int, seed: int) -> None:
     while engine.busy or len(wanted) < 14:
         if len(wanted) < 14 and chance.random() < 0.3:
             params = with_guide(chance.choice(PARAMS[:4]), chance.choice([None, *GUIDES]))
+            thinking = chance.choice([None, Thinking(60, 61, open=True, budget=4)])
+            params = SamplingParams(**{**vars(params), "thinking": thinking})
             prompt = PROMPT * chance.randint(1, 4)
             wanted[engine.add(prompt, params, len(wanted), drafting=chance.random() < 0.8)] = (
                 prompt,

@@ -3,6 +3,7 @@ scripted."""
 
 from __future__ import annotations
 
+import copy
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from idlm.engine.request import Logprob
 from idlm.engine.text import TextStream
+from idlm.params import Thinking
 from idlm.serving.answers import ChatAnswer, CompletionAnswer
 from idlm.serving.prompts import Prompts
 from idlm.serving.responses import CompletionDetails, PromptDetails, Usage
@@ -29,6 +31,7 @@ TEXT = [
     '"arguments": {"a": 1}}</tool_call>',
     "\n",
 ]
+CALL = '{"name": "add", "arguments": {"a": 1}}'
 USAGE = Usage(1, 1, 2, PromptDetails(0), CompletionDetails(0, 0))
 HEAD = {"id": "chatcmpl-1", "created": 1, "model": "m", "system_fingerprint": "f"}
 
@@ -39,7 +42,9 @@ def end(reason: str) -> Finished:
 
 @pytest.fixture
 def answer(tokenizer: PreTrainedTokenizerBase) -> ChatAnswer:
-    job: Any = SimpleNamespace(head=HEAD, tickets=[None], ends={0: end("stop")}, samples=1)
+    job: Any = SimpleNamespace(
+        head=HEAD, tickets=[None], ends={0: end("stop")}, samples=1, thinking=None
+    )
     fields: dict[str, Any] = {
         "model": "m",
         "messages": [{"role": "user", "content": "1 + 1?"}],
@@ -87,6 +92,35 @@ def test_a_call_cut_off_is_text(answer: ChatAnswer) -> None:
     chunks = [encoded(chunk)["choices"][0] for event in events for chunk in answer.chunks(0, event)]
     assert "".join(chunk["delta"].get("content", "") for chunk in chunks) == "<tool_call>{"
     assert chunks[-1]["finish_reason"] == "length"
+
+
+def test_a_tag_in_the_thoughts_is_no_call(
+    answer: ChatAnswer, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Here the tokens of thoughts are special ones, so that the text has all special tokens."""
+    thinker = copy.deepcopy(tokenizer)
+    thinker.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})  # type: ignore[dict-item]
+    start, end_id = thinker.convert_tokens_to_ids(["<think>", "</think>"])
+    job: Any = answer.job
+    job.thinking = Thinking(start, end_id, open=True)
+    body, prompts = answer._body, Prompts(thinker, "m", 160)
+    texts = ["I may <tool_call>", CALL, " </tool_call>", "</think>", "\n\n<tool_call>", CALL]
+    texts.append(str(thinker.eos_token))
+    (choice,) = encoded(
+        ChatAnswer(job, body, prompts, HERMES).response(
+            [[Delta("1", [5], text) for text in texts]], USAGE
+        )
+    )["choices"]
+    message = choice["message"]
+    assert message["reasoning"] == f"I may <tool_call>{CALL} </tool_call>"
+    assert message["content"] is None and len(message["tool_calls"]) == 1
+    stream = ChatAnswer(job, body, prompts, HERMES)
+    events: list[Delta | Finished] = [*(Delta("1", [5], text) for text in texts), end("stop")]
+    chunks = [encoded(chunk)["choices"][0] for event in events for chunk in stream.chunks(0, event)]
+    thoughts = "".join(chunk["delta"].get("reasoning_content", "") for chunk in chunks)
+    assert thoughts == message["reasoning_content"]
+    assert not any(chunk["delta"].get("content") for chunk in chunks)
+    assert chunks[-1]["finish_reason"] == "tool_calls"
 
 
 @pytest.mark.parametrize("echo", [False, True], ids=["output", "echo"])

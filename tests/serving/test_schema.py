@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -33,6 +34,8 @@ VALUES: dict[str, Any] = {
     "presence_penalty": 0.25,
     "frequency_penalty": 0.75,
     "verification": "ratio",
+    "bad_words": ("a", "b c"),
+    "allowed_token_ids": (3, 5),
     "include_stop_str_in_output": True,
     "skip_special_tokens": False,
 }
@@ -137,7 +140,7 @@ def test_messages_as_templates_know_them() -> None:
     assert request.template_tools() == TOOLS
 
 
-@pytest.mark.parametrize("arguments", ["", "[]", "{", "[" * 1000])
+@pytest.mark.parametrize("arguments", ["[]", "{", "[" * 1000])
 def test_arguments_have_to_be_objects(arguments: str) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
     with pytest.raises(ApiError, match="arguments"):
@@ -170,8 +173,7 @@ def test_forced_tools_are_guides() -> None:
     )
     guide = chat(tools=TOOLS, tool_choice="required").guide(LIMITS)
     assert guide is not None
-    names = [one["properties"]["name"]["const"] for one in json.loads(guide.text)["items"]["anyOf"]]
-    assert names == ["f", "g"]
+    assert re.findall(r'"name\\": \\"(\w+)', guide.text) == ["f", "g"]
     assert (
         chat(tools=TOOLS, tool_choice="auto").guide(LIMITS)
         is chat(tools=TOOLS).guide(LIMITS)

@@ -67,11 +67,21 @@ def test_samples_come_side_by_side(http: httpx.Client, llm: LLM) -> None:
     assert texts == [offline.text, *(sample.text for sample in offline.samples)]
 
 
-def ask(served: Running, body: dict[str, Any]) -> socket.socket:
+OTHERS: dict[str, dict[str, Any]] = {
+    "/v1/responses": {
+        **{"model": "nano", "input": "Tom has 5 pens."},
+        **{"ignore_eos": True, "max_output_tokens": 400},
+    },
+    "/v1/messages": LONG,
+}
+"""Long requests of the other APIs."""
+
+
+def ask(served: Running, body: dict[str, Any], path: str = CHAT) -> socket.socket:
     """A connection with this request sent."""
     content = json.dumps(body).encode()
     head = (
-        f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
         "Content-Type: application/json\r\n"
     )
     connection = socket.create_connection(("127.0.0.1", served.port), timeout=HANG_SECONDS)
@@ -96,6 +106,39 @@ def test_a_client_that_leaves_frees_its_place_at_once(stream: bool, served: Runn
         wait_until(lambda: not served.http.server_state.tasks)
     idle(served)
     assert served.client.stats.tokens - before < 2 * LONG["max_tokens"]
+
+
+@pytest.mark.parametrize("path", OTHERS)
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_of_another_api_that_leaves(path: str, stream: bool, served: Running) -> None:
+    idle(served)
+    before = served.client.stats.tokens
+    with ExitStack() as stack:
+        if not stream:
+            stack.enter_context(held(served.worker))
+        connection = stack.enter_context(ask(served, OTHERS[path] | {"stream": stream}, path))
+        if stream:
+            assert connection.recv(1)
+            stack.enter_context(held(served.worker))
+        wait_until(lambda: served.client.quota.samples == 1)
+        connection.close()
+        wait_until(lambda: not served.http.server_state.tasks)
+    idle(served)
+    assert served.client.stats.tokens - before < 400
+
+
+def test_a_full_queue_is_answered_429_by_every_api(served: Running) -> None:
+    body = LONG | {"n": 4, "max_tokens": 10}
+    with served.open() as http, ThreadPoolExecutor(16) as pool:
+        with held(served.worker):  # so that none is done before the last has come
+            asked = [pool.submit(http.post, CHAT, json=body) for _ in range(16)]
+            wait_until(lambda: served.client.quota.samples == 64)
+            answers = [http.post(path, json=fields) for path, fields in OTHERS.items()]
+        assert all(future.result().status_code == 200 for future in asked)
+    for answer in answers:
+        assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+    idle(served)
 
 
 def test_clients_that_leave_whenever_they_like(served: Running) -> None:

@@ -197,7 +197,9 @@ def test_a_response_continues_the_prompt(kind: str, border: tuple[str, str], idl
     assert strip(decoded) == strip(prompt + response)
 
 
-def test_a_tokenizer_without_an_end_token_adds_none(idlm: Idlm, tmp_path: Path) -> None:
+def test_a_tokenizer_without_an_end_token_leaves_the_model_its_own(
+    idlm: Idlm, tmp_path: Path
+) -> None:
     tokenizer = of_kind("byte_level")
     bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
     assert bare.eos_token_id is None
@@ -205,4 +207,5 @@ def test_a_tokenizer_without_an_end_token_adds_none(idlm: Idlm, tmp_path: Path) 
     file.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
     config = DataConfig(source="jsonl", path=str(file))
     (found,) = jsonl_examples(config, with_tokenizer(idlm, bare))
-    assert found.response == bare("b").input_ids
+    (end,) = with_tokenizer(idlm, bare).eos_ids
+    assert found.response == [*bare("b").input_ids, end]

@@ -1,0 +1,233 @@
+"""Every causal language model of the installed transformers, tried on a tiny random checkpoint.
+
+    python -m benchmarks.families [FAMILY ...] [--out FILE]
+
+For each family: what `inspect` says, whether `load` agrees, and in float64, to the end of the
+context: greedy and seeded ISD against AR, and AR against transformers' own `generate`. MASK is
+banned in all of them. A family that is refused has its reason. Where its usual config is refused
+for a sliding window, it is tried again with one that is not below the context.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from idlm import LLM, Idlm, SamplingParams, load
+from idlm.errors import InputError
+from idlm.evaluation.environment import environment
+from idlm.models.architecture import read_config
+from idlm.models.checkpoint import inspect_checkpoint
+from idlm.models.quiet import quiet
+
+VOCAB, MASK, CONTEXT, WINDOW = 40, 39, 48, 7
+PROMPT = [5, 9, 3]
+MOST_WEIGHTS = 20_000_000
+NOISE = 0.1
+"""Added to all weights, since some start as zeros and would hide what they do."""
+
+SIZES = {
+    "vocab_size": VOCAB,
+    "vocab_size_per_layer_input": VOCAB,
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim"), 32),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "dff"), 48),
+    "shared_expert_intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **{"moe_num_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    "attention_heads": 4,
+    **{"emb_dim": 32, "n_words": VOCAB},
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
+    "head_dim": 8,
+    "rotary_dim": 4,
+    "hidden_size_per_layer_input": 4,
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), CONTEXT),
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "is_decoder": True,
+}
+MLA = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": None,
+}
+OWN: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("youtu", "minicpm3"), MLA),
+    "doge": {"is_moe": False},
+    "falcon": {"head_dim": None},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
+    "lfm2": {"layer_types": ["full_attention", "full_attention"]},
+    "xglm": {"attention_heads": 4},
+}
+"""What a family needs besides; None leaves a size out."""
+
+
+def tiny_config(family: str, window: int) -> PreTrainedConfig:
+    """A config with the keys that the family has; `window` where its usual config has one."""
+    usual = AutoConfig.for_model(family).to_dict()
+    own = OWN.get(family, {})
+    keys = {key: value for key, value in SIZES.items() if key in usual} | own
+    if usual.get("sliding_window") is not None:
+        keys["sliding_window"] = window
+    keys |= {"mask_token_id": MASK, "block_size": 4}
+    return AutoConfig.for_model(family, **{k: v for k, v in keys.items() if v is not None})
+
+
+def write_checkpoint(config: PreTrainedConfig, folder: Path) -> None:
+    """Save a random float64 model without tokenizer.
+
+    Raises:
+        ValueError: it would not be tiny, since the sizes of parts of it have other names.
+    """
+    with torch.device("meta"):
+        weights = AutoModelForCausalLM.from_config(copy.deepcopy(config)).num_parameters()
+    if weights > MOST_WEIGHTS:
+        raise ValueError(f"it would have {weights:,} weights")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight), alpha=NOISE)
+    model.save_pretrained(folder)
+
+
+def tried(family: str) -> dict[str, Any]:
+    """The row of a family."""
+    row: dict[str, Any] = {"family": family, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]}
+    for window in (WINDOW, CONTEXT):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / family
+            try:
+                with quiet():
+                    config = tiny_config(family, window)
+                    write_checkpoint(config, path)
+            except Exception as error:  # a family that no tiny model can be made of
+                return row | {"reason": of_usual_config(family, path) or f"not tried: {error}"}
+            windowed = getattr(config, "sliding_window", None) == window
+            result = loaded(path)
+        if windowed and window == WINDOW and "sliding" in result.get("reason", ""):
+            row["window"] = result["reason"]
+            continue
+        return row | result
+    raise AssertionError
+
+
+def of_usual_config(family: str, path: Path) -> str:
+    """Why the usual config of a family is refused; "" if it is not."""
+    try:
+        with quiet():
+            AutoConfig.for_model(family).save_pretrained(path)
+        read_config(path)
+    except InputError as error:
+        return plain(error, path)
+    except Exception as error:  # not even that
+        return f"not tried: {error}"
+    return ""
+
+
+def plain(error: InputError, path: Path) -> str:
+    """The message without the folder."""
+    return re.sub(rf"^'{re.escape(str(path))}'( \(\w+\))?:? ?", "", str(error))
+
+
+def loaded(path: Path) -> dict[str, Any]:
+    """What `inspect` and `load` say of a checkpoint, and what it decodes."""
+    says = inspect_checkpoint(path)
+    try:
+        idlm = load(path, dtype="float64")
+    except InputError as error:
+        reason = plain(error, path)
+        agrees = says.reason == f"refused: {error}" or says.reason.startswith("refused: ")
+        return {"loads": False, "inspect_agrees": agrees, "reason": reason}
+    agrees = says.can_decode_isd
+    return {"loads": True, "inspect_agrees": agrees} | decoded(idlm, path)
+
+
+def decoded(idlm: Idlm, path: Path) -> dict[str, Any]:
+    """The tokens compared, and whether they are equal."""
+    plans = {"ar": (1, "all"), "all": (3, "all"), "chain": (3, "chain")}
+    llms = {
+        name: LLM(idlm, stride=stride, branches=branches, max_num_seqs=2, record=False)
+        for name, (stride, branches) in plans.items()
+    }
+    length = idlm.context - len(PROMPT)
+    figures: dict[str, Any] = {}
+    for kind, temperature in (("greedy", 0.0), ("seeded", 1.0)):
+        params = SamplingParams(max_tokens=length, temperature=temperature, seed=7, ignore_eos=True)
+        outputs = {n: llm.generate([PROMPT], params)[0].token_ids for n, llm in llms.items()}
+        figures[f"{kind}_isd_is_ar"] = outputs["all"] == outputs["chain"] == outputs["ar"]
+        if kind == "greedy":
+            figures["tokens"] = len(outputs["ar"])
+            figures["ar_is_transformers"] = outputs["ar"] == theirs(path, length)
+    return figures
+
+
+def theirs(path: Path, length: int) -> list[int]:
+    """The tokens of transformers' `generate`."""
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)
+        model.set_experts_implementation("eager")  # the other takes no float64
+        output = model.generate(
+            torch.tensor([PROMPT]),
+            do_sample=False,
+            min_new_tokens=length,
+            max_new_tokens=length,
+            suppress_tokens=[MASK],
+            eos_token_id=None,
+        )
+    return output[0, len(PROMPT) :].tolist()
+
+
+def rows(families: list[str]) -> Iterator[dict[str, Any]]:
+    for family in families:
+        row = tried(family)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        yield row
+
+
+def wrong(row: dict[str, Any]) -> bool:
+    """Whether a row shows a fault."""
+    checks = [value for key, value in row.items() if "_is_" in key or key == "inspect_agrees"]
+    return not all(checks)
+
+
+def main() -> int:
+    """Exit status 1 if tokens differ, or if `inspect` and `load` do."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    known = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="all if none is named")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    table = list(rows(args.families or sorted(known)))
+    report = {"dtype": "float64", "environment": environment(), "families": table}
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    good = sum(bool(row.get("loads")) for row in table)
+    print(f"{good} of {len(table)} load; wrong: {[row['family'] for row in table if wrong(row)]}")
+    return int(any(map(wrong, table)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
