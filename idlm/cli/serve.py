@@ -155,13 +155,14 @@ def serve(
         vllm_metrics,
     )
     _check_port(port)
+    from idlm.serving.server import bind
+    from idlm.serving.server import serve as run
+
+    bind(host, port).close()  # an address that cannot be used is said first
     wanted = drafts.Drafts(None, None) if lora_dir else wanted  # adapters that come later draft
     folders = [*adapters.values()]
     checked, ordinary = drafts.checked(wanted, engine, model, folders, dtype, device)
     config = replace(config, worker=replace(worker, engine=engine if lora_dir else checked))
-
-    from idlm.serving.server import serve as run
-
     run(config, lambda url: _announce(config, url, ordinary))
 
 
