@@ -84,11 +84,12 @@ class CleanHalf:
     """Keys and values of x_0, kept for the MASK rows: the `Cache` of two forwards.
 
     Attributes:
-        visible: what the rows of the current forward see.
+        visible: what the MASK rows see. None in the first forward, which is causal and has no
+            dense mask: padding is on the right, so no token sees it.
     """
 
-    def __init__(self, visible: Visible) -> None:
-        self.visible = visible
+    def __init__(self) -> None:
+        self.visible: Visible | None = None
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def attend(
@@ -104,7 +105,8 @@ class CleanHalf:
             key, value = torch.cat([key, clean_key], dim=2), torch.cat([value, clean_value], dim=2)
         else:
             self.layers[layer] = (key, value)
-        return attend(query, key, value, self.visible.within(scores.window), scores)
+        mask = None if self.visible is None else self.visible.within(scores.window)
+        return attend(query, key, value, mask, scores)
 
 
 def mask_rows(prompt: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,7 +181,7 @@ class Objective(nn.Module):
         width = texts.tokens.shape[1]
         with torch.set_grad_enabled(self.trains_clean and torch.is_grad_enabled()):
             text_positions = torch.arange(width, device=texts.tokens.device).expand_as(texts.tokens)
-            half = CleanHalf(_causal(text_positions))
+            half = CleanHalf()
             hidden = self.idlm.hidden(texts.tokens, text_positions, None, cache=half)
             clean = hidden[clean_rows(texts.prompt, texts.length, width)]
         if not block_size:
@@ -282,13 +284,6 @@ class Objective(nn.Module):
             mask = torch.tensor(self.idlm.mask_id, device=logits.device)
             logits = logits.index_fill(-1, mask, EXCLUDED)
         return logits.log_softmax(-1)
-
-
-def _causal(positions: Tensor) -> Visible:
-    """Causal visibility of [B, L] rows; padding is on the right, so no token sees it."""
-    width = positions.shape[1]
-    rows = torch.ones(width, width, dtype=torch.bool, device=positions.device).tril()
-    return Visible(rows[None, None], positions[:1], positions[:1])
 
 
 def _next(tokens: Tensor, positions: Tensor) -> Tensor:

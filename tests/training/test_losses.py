@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from idlm.models.attention import NAME
+from idlm.models.attention import NAME, attend
 from idlm.models.idlm_model import Idlm
 from idlm.training import losses
 from idlm.training.losses import (
@@ -152,6 +154,50 @@ def test_gradients_do_not_depend_on_the_chunks(
     assert chunked.item() == pytest.approx(reference.item(), rel=1e-12)
     for name, gradient in gradients(idlm, reference).items():
         torch.testing.assert_close(mine[name], gradient, rtol=1e-10, atol=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that an operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for each in tree_leaves(made):
+            if isinstance(each, Tensor):
+                self.elements = max(self.elements, each.numel())
+        return made
+
+
+@pytest.mark.parametrize("depth", ["uniform", "dpace"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_no_tensor_has_rows_times_vocabulary(
+    method: str, depth: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idlm, batch = tiny.model(method), tiny.texts([(4, 40)] * 4, [0, 1, 2, 3])
+    objective = Objective(idlm, trains_clean=method == "full")
+    noisy, clean = objective.hidden(batch, 3)
+    wanted = Wanted(3, method == "full", True, RowWeights(0.3, 0.5, 0.7, depth))
+    monkeypatch.setitem(losses.CHUNK, "cpu", 2 * tiny.VOCAB)
+    monkeypatch.setattr(objective, "hidden", lambda *_: (noisy, clean))
+    with Largest() as largest:
+        terms = objective(batch, wanted)
+        objective.measure(batch, 3)
+    assert terms.noisy > 0
+    hidden_rows, head = clean.numel(), tiny.VOCAB * tiny.KEYS["hidden_size"]
+    assert largest.elements <= max(hidden_rows, head) < len(noisy) * tiny.VOCAB
+
+
+def test_the_clean_half_has_no_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = []
+
+    def keep(*args: Any) -> Tensor:
+        masks.append(args[3])
+        return attend(*args)
+
+    monkeypatch.setattr("idlm.training.objective.attend", keep)
+    Objective(tiny.model(), trains_clean=True).hidden(tiny.texts(SHAPES, PHASES), 3)
+    assert [mask is None for mask in masks] == [True, True, False, False]  # two layers
 
 
 @pytest.mark.parametrize("rows", [1, 4])
