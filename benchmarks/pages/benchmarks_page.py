@@ -148,6 +148,9 @@ SECTIONS = {
                 tables.ablation),
         Section("Ablation, 60 steps", "ablation.json",
                 "python -m benchmarks.ablation --steps 60 --problems 10", "A smaller budget.", tables.ablation),
+        Section("Memory of the loss", "loss_memory.json", "python -m benchmarks.loss_memory --limit 0.1",
+                "The peak of CE + KL + TV with the weights of D-PACE, forward and backward, over 2,048 MASK rows. With "
+                "all weights trained, it has the gradient of the head.", tables.loss_memory),
     ),
 }  # fmt: skip
 """By heading."""

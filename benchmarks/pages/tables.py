@@ -376,6 +376,25 @@ def worst_gap(report: Report) -> Iterator[str]:
     )
 
 
+def loss_memory(report: Report) -> Iterator[str]:
+    chunked = [row for row in report["figures"] if not row["whole"]]
+    pairs = [[row for row in chunked if row["method"] == method] for method in ("lora", "full")]
+    yield from markdown(
+        ("vocabulary", "the logits", "the head", "peak, gated LoRA", "peak, full fine-tune"),
+        [
+            (
+                f"{lora['vocabulary']:,}",
+                *(
+                    f"{size / 2**20:,.0f} MiB"
+                    for size in (lora["logits_bytes"], lora["head_bytes"], lora["peak_bytes"])
+                ),
+                f"{full['peak_bytes'] / 2**20:,.0f} MiB",
+            )
+            for lora, full in zip(*pairs, strict=True)
+        ],
+    )
+
+
 def soak(report: Report) -> Iterator[str]:
     memory = report["memory_mb"]
     yield from markdown(
