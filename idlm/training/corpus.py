@@ -1,17 +1,25 @@
-"""The examples of a config: from a registered source, from a jsonl file, or from the model
-itself."""
+"""The examples of a config: from a registered source, from files, or from the model itself."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import islice, repeat
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from idlm.config import EngineConfig
+from idlm.engine.build import build_engine
+from idlm.engine.engine import Engine
 from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 from idlm.training.config import DataConfig
 from idlm.training.data import SOURCES, Example, chat_examples, fit, jsonl_examples
-from idlm.training.distill import distill
+from idlm.training.distill import Recipe, distill
+from idlm.training.prompts import Encoding, Prompts
+from idlm.training.tables import Named, Tables
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,52 @@ def corpus(config: DataConfig, idlm: Idlm, draws: int, folder: Path) -> Corpus:
 
 
 def _rows(config: DataConfig, idlm: Idlm, folder: Path) -> list[Example]:
-    if config.source == "jsonl":
-        return jsonl_examples(config, idlm)
-    return distill(config, idlm, folder / "responses.jsonl")
+    if config.source == "self":
+        responses = folder / "responses"
+        distill(own_prompts(config, idlm), recipe(config, idlm), responses, lambda: _engine(idlm))
+        config = replace(config, path=str(responses))
+    return jsonl_examples(config, idlm)
+
+
+def own_prompts(config: DataConfig, idlm: Idlm) -> Prompts:
+    """The prompts that `data.prompts` and `data.examples` select."""
+    encoding = Encoding(idlm, limit=config.max_length)
+    return Prompts(lambda: _prompt_rows(config, idlm), encoding, config.examples, dedup=False)
+
+
+def _prompt_rows(config: DataConfig, idlm: Idlm) -> Iterable[Named]:
+    if config.prompts in ("bos", *SOURCES) and config.examples is None:
+        raise InputError(
+            f"data.examples is missing; data.prompts: {config.prompts} "
+            "needs to know how many to generate"
+        )
+    if config.prompts == "bos":
+        bos = idlm.model.config.bos_token_id
+        if bos is None:
+            raise InputError(
+                f"the model {idlm.name!r} has no BOS token; "
+                "give data.prompts a jsonl file of prompts"
+            )
+        return repeat(("the BOS prompt", {"prompt": [bos]}))
+    if config.prompts in SOURCES:
+        return (
+            (f"problem {at}", {"messages": [{"role": "user", "content": question}]})
+            for at, (question, _) in enumerate(SOURCES[config.prompts].training(config.seed))
+        )
+    return Tables((config.prompts,)).rows()
+
+
+def recipe(config: DataConfig, idlm: Idlm) -> Recipe:
+    """The settings of the responses: as the model decodes without a request's own, but for the
+    temperature if the config has one. All are kept: `data.max_tokens` cuts training texts too."""
+    given: dict[str, Any] = {"max_tokens": config.max_tokens}
+    if config.temperature is not None:
+        given["temperature"] = config.temperature
+    params = idlm.sampling(given)
+    return Recipe(params, seed=config.seed, keep_truncated=True, keep_repetitive=True)
+
+
+def _engine(idlm: Idlm) -> Engine:
+    """Its threads are those of the training. A model that was never trained to draft runs AR."""
+    stride = 1 if idlm.block_size is None else EngineConfig.stride
+    return build_engine(idlm, EngineConfig(stride, threads=torch.get_num_threads()))

@@ -21,7 +21,8 @@ from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 from idlm.training.config import DataConfig
 from idlm.training.objective import Texts
-from idlm.training.rows import Row, read_jsonl, read_row
+from idlm.training.rows import Row, read_row
+from idlm.training.tables import Tables
 
 WINDOW = 16
 """Batches in which texts are sorted by length: enough to save padding, few enough to stay shuffled.
@@ -95,34 +96,21 @@ def chat_examples(pairs: Iterable[tuple[str, str]], idlm: Idlm) -> list[Example]
     return [Example(p, a + end, f"problem {i}") for i, (p, a) in enumerate(rows)]
 
 
-def prompt_ids(fields: dict[str, Any], name: str, idlm: Idlm) -> list[int]:
-    """Token ids of a row's prompt. Messages go through the chat template; an answer at their end is
-    left out.
-
-    Raises:
-        InputError: the row has no prompt, or it cannot be encoded.
-    """
-    row = read_row(fields, name)
-    if row.text is not None:
-        raise InputError(f'{name} is a text without a prompt; give it a "prompt" or "messages"')
-    with _named(name):
-        return _prompt(row, idlm)
-
-
 def _prompt(row: Row, idlm: Idlm) -> list[int]:
     if row.messages is not None:
         return idlm.encoder.chat(row.question or [], row.tools)
-    return _ids(row.prompt or "", "prompt", idlm)
+    return ids_of(row.prompt or "", "prompt", idlm)
 
 
-def _ids(value: str | list[Any], what: str, idlm: Idlm) -> list[int]:
+def ids_of(value: str | list[Any], what: str, idlm: Idlm) -> list[int]:
+    """The ids of a text, or ids that are checked against the vocabulary; `what` names them."""
     if isinstance(value, str):
         return idlm.encoder.text(value, trusted=True) if value else []
     return check_tokens(value, idlm.vocab_size, what)
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def named(name: str) -> Iterator[None]:
     """Begins the message of an InputError with the name of its row."""
     try:
         yield
@@ -136,9 +124,9 @@ def row_example(row: Row, idlm: Idlm) -> Example:
     Raises:
         InputError: the row has no response, or it cannot be encoded.
     """
-    with _named(row.name):
+    with named(row.name):
         if row.text is not None:
-            ids = _ids(row.text, "text", idlm)
+            ids = ids_of(row.text, "text", idlm)
             return Example(ids[:1], ids[1:] + _end_of(row.text, idlm, False), row.name)
         if not row.response and not row.answered:
             raise InputError('it has no response; give it a non-empty "response"')
@@ -174,9 +162,10 @@ def _end(idlm: Idlm, chat: bool) -> list[int]:
 
 
 def jsonl_examples(config: DataConfig, idlm: Idlm) -> list[Example]:
-    """The examples of a jsonl file, whose forms are those of `idlm.training.rows`."""
-    rows = islice(read_jsonl(str(config.path)), config.examples)
-    return [row_example(read_row(fields, name), idlm) for name, fields in rows]
+    """The examples of `data.path`: rows in the forms of `idlm.training.rows`."""
+    paths = (config.path,) if isinstance(config.path, str) else config.path or ()
+    rows = islice(Tables(paths).rows(), config.examples)
+    return [row_example(read_row(row, name), idlm) for name, row in rows]
 
 
 def draw_order(lengths: Sequence[int], draws: int, batch: int, seed: int) -> list[int]:

@@ -12,7 +12,8 @@ from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import load
 from idlm.training.config import DataConfig
-from idlm.training.data import Example, jsonl_examples, prompt_ids, row_example
+from idlm.training.data import Example, jsonl_examples, row_example
+from idlm.training.prompts import Encoding
 from idlm.training.rows import read_row
 from tests.engine.kinds import KINDS, of_kind
 
@@ -63,7 +64,7 @@ def test_forms_of_a_conversation(form: str, idlm: Idlm) -> None:
     found = example(CHATS[form], idlm)
     assert found.prompt == idlm.encoder.chat([OPENING, QUESTION])
     assert found.response == [*idlm.encoder.inner("2"), *sorted(idlm.eos_ids)]
-    assert prompt_ids(CHATS[form], "row", idlm) == found.prompt  # without the answer
+    assert Encoding(idlm).prompt(CHATS[form], "row").ids == found.prompt  # without the answer
 
 
 def test_only_the_last_answer_is_the_response(idlm: Idlm) -> None:
@@ -171,7 +172,7 @@ def test_refused_with_the_name_of_the_row(form: str, idlm: Idlm) -> None:
 
 def test_a_text_is_no_prompt_to_answer(idlm: Idlm) -> None:
     with pytest.raises(InputError, match="row is a text without a prompt"):
-        prompt_ids({"text": "x"}, "row", idlm)
+        Encoding(idlm).prompt({"text": "x"}, "row")
 
 
 def with_tokenizer(idlm: Idlm, tokenizer: PreTrainedTokenizerBase) -> Idlm:
