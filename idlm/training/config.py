@@ -55,7 +55,8 @@ class DataConfig:
     as `nano`, the project's own problems. The prompts of `self` are `prompts`: `bos` (the empty
     prompt), a registered source, or {prompt | messages} of what `path` may be. They are sampled
     with the defaults of the model's generation config; `temperature` replaces its own. `examples`
-    limits the rows. Of `jsonl` and `self` the last `held_out` rows are held out.
+    limits the rows; `skip_bad_rows` counts broken ones of `jsonl` instead of stopping at the first.
+    Of `jsonl` and `self` the last `held_out` rows are held out.
     """
 
     source: str = "nano"
@@ -67,6 +68,7 @@ class DataConfig:
     temperature: float | None = None
     max_tokens: int = 256
     max_length: int | None = None
+    skip_bad_rows: bool = False
 
 
 @dataclass(frozen=True)

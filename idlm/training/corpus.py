@@ -25,11 +25,12 @@ from idlm.training.tables import Named, Tables
 @dataclass(frozen=True)
 class Corpus:
     """Training and held-out examples; `cut` counts the training responses cut at the length
-    limit."""
+    limit, `bad` the rows left out."""
 
     training: list[Example]
     held_out: list[Example]
     cut: int
+    bad: int = 0
 
 
 def check_source(config: DataConfig) -> None:
@@ -47,17 +48,18 @@ def corpus(config: DataConfig, idlm: Idlm, draws: int, folder: Path) -> Corpus:
         folder: for generated responses.
 
     Raises:
-        InputError: a row is broken (the message names it), or there are too few rows.
+        InputError: a row is broken (the message names it) and `data.skip_bad_rows` is not set, or
+            there are too few rows.
     """
     check_source(config)
-    limit = min(config.max_length or idlm.context, idlm.context)
+    limit, bad = min(config.max_length or idlm.context, idlm.context), 0
     if config.source in SOURCES:
         source = SOURCES[config.source]
         pairs = islice(source.training(config.seed), config.examples or draws)
         training = chat_examples(pairs, idlm)
         held_out = chat_examples(source.held_out(config.held_out), idlm)
     else:
-        rows = _rows(config, idlm, folder)
+        rows, bad = _rows(config, idlm, limit, folder)
         if len(rows) <= config.held_out:
             raise InputError(
                 f"data.held_out is {config.held_out} but there are {len(rows)} rows; "
@@ -65,15 +67,16 @@ def corpus(config: DataConfig, idlm: Idlm, draws: int, folder: Path) -> Corpus:
             )
         training, held_out = rows[: -config.held_out], rows[-config.held_out :]
     cut = sum(e.length > limit for e in training)
-    return Corpus([fit(e, limit) for e in training], [fit(e, limit) for e in held_out], cut)
+    return Corpus([fit(e, limit) for e in training], [fit(e, limit) for e in held_out], cut, bad)
 
 
-def _rows(config: DataConfig, idlm: Idlm, folder: Path) -> list[Example]:
+def _rows(config: DataConfig, idlm: Idlm, limit: int, folder: Path) -> tuple[list[Example], int]:
     if config.source == "self":
         responses = folder / "responses"
-        distill(own_prompts(config, idlm), recipe(config, idlm), responses, lambda: _engine(idlm))
+        texts, how = own_prompts(config, idlm), recipe(config, idlm)
+        distill(texts, how, responses, lambda: _engine(idlm), wait=True)  # for other ranks
         config = replace(config, path=str(responses))
-    return jsonl_examples(config, idlm)
+    return jsonl_examples(config, idlm, limit)
 
 
 def own_prompts(config: DataConfig, idlm: Idlm) -> Prompts:

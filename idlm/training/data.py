@@ -161,11 +161,26 @@ def _end(idlm: Idlm, chat: bool) -> list[int]:
     return [] if end is None else [end]
 
 
-def jsonl_examples(config: DataConfig, idlm: Idlm) -> list[Example]:
-    """The examples of `data.path`: rows in the forms of `idlm.training.rows`."""
+def jsonl_examples(config: DataConfig, idlm: Idlm, limit: int) -> tuple[list[Example], int]:
+    """The examples of `data.path`, rows in the forms of `idlm.training.rows`; and how many rows
+    `data.skip_bad_rows` left out.
+
+    Args:
+        limit: the most tokens of an example, which a prompt must leave room in.
+    """
     paths = (config.path,) if isinstance(config.path, str) else config.path or ()
-    rows = islice(Tables(paths).rows(), config.examples)
-    return [row_example(read_row(row, name), idlm) for name, row in rows]
+    examples, bad = list[Example](), 0
+    for name, row in islice(Tables(paths).rows(), config.examples):
+        try:
+            example = row_example(read_row(row, name), idlm)
+            fit(example, limit)
+        except InputError:
+            if not config.skip_bad_rows:
+                raise
+            bad += 1
+        else:
+            examples.append(example)
+    return examples, bad
 
 
 def draw_order(lengths: Sequence[int], draws: int, batch: int, seed: int) -> list[int]:

@@ -102,7 +102,11 @@ def repeats(tokens: list[int]) -> float:
 
 
 def distill(
-    prompts: Prompts, recipe: Recipe, folder: Path, engine: Callable[[], Engine]
+    prompts: Prompts,
+    recipe: Recipe,
+    folder: Path,
+    engine: Callable[[], Engine],
+    wait: bool = False,
 ) -> dict[str, Any]:
     """Write a row for each sample of each prompt to `folder`, but for those that are there.
 
@@ -110,6 +114,7 @@ def distill(
 
     Args:
         engine: makes the engine, if a response is missing.
+        wait: for another run that writes to the folder, instead of an error.
 
     Returns:
         the object of `idlm distill --json`: counts, and the speed of this call.
@@ -129,7 +134,7 @@ def distill(
     }
     made = {"tokens": 0, "tokens_per_second": 0.0, "tpf": 0.0}
     limit, total = prompts.encoding.length, number * recipe.samples
-    with Shards(folder, about | recipe.shown | {"max_length": limit}) as shards:
+    with Shards(folder, about | recipe.shown | {"max_length": limit}, wait) as shards:
         jobs = _jobs(prompts, recipe)
         _skip(jobs, shards)
         resumed = shards.rows + shards.dropped.total()

@@ -33,20 +33,22 @@ class Shards:
     Args:
         settings: what the rows depend on; a folder continues only with the same. `shard_rows`
             among them is the number of rows of a shard.
+        wait: until another run does not write any more.
 
     Attributes:
         rows: how many are kept.
         dropped: how many are not, by reason.
 
     Raises:
-        InputError: the folder cannot be written, holds something else, or another run writes.
+        InputError: the folder cannot be written, holds something else, or another run writes
+            and this one does not wait.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], wait: bool = False) -> None:
         self.folder, self.shard_rows = folder, int(settings["shard_rows"])
         self.rows, self.dropped = 0, Counter[str]()
         self._settings = json.loads(json.dumps(settings))
-        self._lock = FileLock(folder / ".lock", timeout=0)
+        self._lock = FileLock(folder / ".lock", timeout=-1 if wait else 0)
 
     def __enter__(self) -> Shards:
         try:

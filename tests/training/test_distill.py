@@ -213,7 +213,7 @@ def test_a_chat_row_is_trained_on_as_it_was_decoded(checkpoint: Path, tmp_path: 
         assert first["messages"] == [user, answer]
         assert first["prompt"] == idlm.encoder.chat([user])
         config = DataConfig(source="jsonl", path=str(tmp_path / f"{name}.out"))
-        (example, *_) = jsonl_examples(config, idlm)
+        example = jsonl_examples(config, idlm, idlm.context)[0][0]
         assert (example.prompt, example.response) == (first["prompt"], first["response"])
     lines = rows(tmp_path / "c.txt.out")
     assert [row["messages"][0]["content"] for row in lines] == ["Tom", "Ben"]
@@ -359,10 +359,29 @@ def test_tables_of_parquet(whole: Path, tmp_path: Path) -> None:
         list(Tables((str(tmp_path / "b.parquet"),)).rows())
 
 
-def test_a_dataset_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A folder that is laid out as a dataset is loaded by the same code as one of the hub."""
+def test_a_dataset_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub cannot be there; what it gives is a streamed dataset."""
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+    asked = []
+
+    def load_dataset(*names: object, **options: object) -> Any:
+        asked.append((names, options))
+        rows = datasets.Dataset.from_list([{"question": "a"}, {"question": "b"}])
+        return rows.to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    found = list(Tables(("some/name",), "main", "test").rows())
+    assert found == [
+        ("dataset some/name row 1", {"question": "a"}),
+        ("dataset some/name row 2", {"question": "b"}),
+    ]
+    assert asked == [(("some/name", "main"), {"split": "test", "streaming": True})]
+
+
+def test_a_dataset_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="no file 'no/such', and the dataset of that name"):
         list(Tables(("no/such",)).rows())
 

@@ -207,6 +207,6 @@ def test_a_tokenizer_without_an_end_token_leaves_the_model_its_own(
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
     config = DataConfig(source="jsonl", path=str(file))
-    (found,) = jsonl_examples(config, with_tokenizer(idlm, bare))
+    ((found,), _) = jsonl_examples(config, with_tokenizer(idlm, bare), idlm.context)
     (end,) = with_tokenizer(idlm, bare).eos_ids
     assert found.response == [*bare("b").input_ids, end]
