@@ -140,7 +140,21 @@ def row_example(row: Row, idlm: Idlm) -> Example:
             answer = idlm.encoder.inner(response)
         else:
             answer = check_tokens(response, idlm.vocab_size, "response")
+            _check_written(row, answer, idlm)
         return Example(prompt, answer + _end_of(response, idlm, False), row.name)
+
+
+def _check_written(row: Row, answer: list[int], idlm: Idlm) -> None:
+    """Refuse ids of another model's tokenizer, which the text beside them gives away. A stop string
+    is not in the text."""
+    if row.written is None or idlm.tokenizer is None:
+        return
+    text = str(idlm.encoder.tokenizer.decode(answer, skip_special_tokens=True))
+    if not text.startswith(row.written):
+        raise InputError(
+            f"the response's ids are {text[:40]!r}, and the text beside them is "
+            f"{row.written[:40]!r}: they are of another tokenizer; distill with this model"
+        )
 
 
 def _end_of(value: object, idlm: Idlm, chat: bool) -> list[int]:

@@ -53,6 +53,7 @@ class Row:
         prompt, response, text: a text or token ids.
         messages: with the answer at the end, if the row has one and it is no ids.
         tools: JSON schemas for the chat template.
+        written: the text of a response that is ids.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Row:
     text: str | list[Any] | None = None
     messages: list[dict[str, Any]] | None = None
     tools: list[Any] | None = None
+    written: str | None = None
 
     @property
     def question(self) -> list[dict[str, Any]] | None:
@@ -119,7 +121,7 @@ def _row(fields: dict[str, Any], name: str) -> Row:
     prompt, response = fields.get("prompt"), fields.get("response", fields.get("completion"))
     messages = fields.get("messages")
     if _is_ids(prompt) and _is_ids(response):
-        return Row(name, prompt=prompt, response=response)
+        return Row(name, prompt=prompt, response=response, written=_written(fields))
     if messages is None and "conversations" in fields:
         messages = _sharegpt(fields["conversations"], fields.get("system"))
     if messages is None and _is_messages(prompt):
@@ -156,6 +158,14 @@ def _tools(tools: object) -> list[Any] | None:
     if tools is not None and not isinstance(tools, list):
         raise InputError("tools is no list; give a list of JSON schemas")
     return tools
+
+
+def _written(fields: dict[str, Any]) -> str | None:
+    """The text that stands beside a response of ids, as `distill` writes it."""
+    messages: Any = fields.get("messages")
+    answer = messages[-1].get("content") if _is_messages(messages) else None
+    text = fields.get("response_text", answer)
+    return text if isinstance(text, str) else None
 
 
 def _is_ids(value: object) -> bool:

@@ -26,6 +26,7 @@ from idlm.engine.engine import Engine
 from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import load
+from idlm.nano.tokenizer import train_tokenizer
 from idlm.params import SamplingParams
 from idlm.training.config import DataConfig
 from idlm.training.corpus import corpus
@@ -222,6 +223,22 @@ def test_a_chat_row_is_trained_on_as_it_was_decoded(checkpoint: Path, tmp_path: 
     first = rows(tmp_path / "raw")[0]
     assert first["prompt_text"] == "Tom" and first["response_text"] and "messages" not in first
     assert first["prompt"] == idlm.encoder.text("Tom", trusted=True)
+
+
+def test_ids_of_another_tokenizer_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    idlm = load(str(checkpoint / "base"))
+    (tmp_path / "in.txt").write_text("Tom\n")
+    words = SamplingParams(max_tokens=8, allowed_token_ids=tuple(range(300, 380)))
+    recipe = Recipe(words, keep_truncated=True, keep_repetitive=True)
+    other = replace(idlm, tokenizer=train_tokenizer(vocab_size=300, problems=50))
+    for chat in (True, False):
+        encoding, out = Encoding(idlm, chat=chat), tmp_path / f"out-{chat}"
+        given = Prompts(Tables((str(tmp_path / "in.txt"),)).rows, encoding)
+        distill(given, recipe, out, engine_of(idlm))
+        config = DataConfig(source="jsonl", path=str(out))
+        assert len(jsonl_examples(config, idlm, idlm.context)[0]) == 1
+        with pytest.raises(InputError, match="line 1: the response's ids are .* another tokenizer"):
+            jsonl_examples(config, other, idlm.context)
 
 
 def test_drafts_change_no_row(checkpoint: Path, tmp_path: Path) -> None:
