@@ -56,7 +56,8 @@ class DataConfig:
     prompt), a registered source, or {prompt | messages} of what `path` may be. They are sampled
     with the defaults of the model's generation config; `temperature` replaces its own. `examples`
     limits the rows; `skip_bad_rows` counts broken ones of `jsonl` instead of stopping at the first.
-    Of `jsonl` and `self` the last `held_out` rows are held out.
+    Of `jsonl` and `self` the last `held_out` rows are held out. Of messages the last answer is
+    trained on, or each of them if `answers` is `all`.
     """
 
     source: str = "nano"
@@ -69,6 +70,7 @@ class DataConfig:
     max_tokens: int = 256
     max_length: int | None = None
     skip_bad_rows: bool = False
+    answers: Literal["last", "all"] = "last"
 
 
 @dataclass(frozen=True)

@@ -60,12 +60,15 @@ def corpus(config: DataConfig, idlm: Idlm, draws: int, folder: Path) -> Corpus:
         held_out = chat_examples(source.held_out(config.held_out), idlm)
     else:
         rows, bad = _rows(config, idlm, limit, folder)
-        if len(rows) <= config.held_out:
+        names = list(dict.fromkeys(example.row for example in rows))
+        if len(names) <= config.held_out:
             raise InputError(
-                f"data.held_out is {config.held_out} but there are {len(rows)} rows; "
+                f"data.held_out is {config.held_out} but there are {len(names)} rows; "
                 "lower it or add rows"
             )
-        training, held_out = rows[: -config.held_out], rows[-config.held_out :]
+        last = set(names[-config.held_out :])  # all answers of a row are held out, or none
+        training = [example for example in rows if example.row not in last]
+        held_out = [example for example in rows if example.row in last]
     cut = sum(e.length > limit for e in training)
     return Corpus([fit(e, limit) for e in training], [fit(e, limit) for e in held_out], cut, bad)
 

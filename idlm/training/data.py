@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -144,6 +144,22 @@ def row_example(row: Row, idlm: Idlm) -> Example:
         return Example(prompt, answer + _end_of(response, idlm, False), row.name)
 
 
+def row_examples(row: Row, idlm: Idlm, every: bool) -> list[Example]:
+    """The example of a row's answer; with `every`, one for each answer in its messages.
+
+    Each answer comes after what the template writes before it, as when the model decodes. So a
+    template may change earlier turns, and it needs no marks of what the assistant wrote.
+
+    Raises:
+        InputError: as `row_example`.
+    """
+    messages = row.messages or []
+    answers = [at for at, one in enumerate(messages) if at and one["role"] == "assistant"]
+    if not every or row.response or not answers:
+        return [row_example(row, idlm)]
+    return [row_example(replace(row, messages=messages[: at + 1]), idlm) for at in answers]
+
+
 def _check_written(row: Row, answer: list[int], idlm: Idlm) -> None:
     """Refuse ids of another model's tokenizer, which the text beside them gives away. A stop string
     is not in the text."""
@@ -186,14 +202,15 @@ def jsonl_examples(config: DataConfig, idlm: Idlm, limit: int) -> tuple[list[Exa
     examples, bad = list[Example](), 0
     for name, row in islice(Tables(paths).rows(), config.examples):
         try:
-            example = row_example(read_row(row, name), idlm)
-            fit(example, limit)
+            of_row = row_examples(read_row(row, name), idlm, config.answers == "all")
+            for example in of_row:
+                fit(example, limit)
         except InputError:
             if not config.skip_bad_rows:
                 raise
             bad += 1
         else:
-            examples.append(example)
+            examples += of_row
     return examples, bad
 
 

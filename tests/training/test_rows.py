@@ -1,5 +1,6 @@
 """Forms of training rows, and the border between prompt and response."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import load
 from idlm.training.config import DataConfig
-from idlm.training.data import Example, jsonl_examples, row_example
+from idlm.training.corpus import corpus
+from idlm.training.data import Example, jsonl_examples, row_example, row_examples
 from idlm.training.prompts import Encoding
 from idlm.training.rows import read_row
 from tests.engine.kinds import KINDS, of_kind
@@ -72,6 +74,42 @@ def test_only_the_last_answer_is_the_response(idlm: Idlm) -> None:
     found = example({"messages": messages}, idlm)
     assert found.prompt == idlm.encoder.chat(messages[:-1])
     assert found.response == [*idlm.encoder.inner("4"), *sorted(idlm.eos_ids)]
+
+
+def test_every_answer_is_a_response_to_what_is_before_it(idlm: Idlm, tmp_path: Path) -> None:
+    """Also with a template that leaves out what earlier answers thought."""
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' }}{{ m.content.split('|')[-1] if not loop.last "
+        "else m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    thinks = with_tokenizer(idlm, copy.deepcopy(idlm.tokenizer))
+    thinks.tokenizer.chat_template = template
+    messages = [
+        {"role": "assistant", "content": "hi"},  # an opening: nothing is before it
+        {"role": "user", "content": "1?"},
+        {"role": "assistant", "content": "hm|2"},
+        {"role": "tool", "content": "5"},
+        {"role": "assistant", "content": "so|3"},
+        {"role": "user", "content": "more?"},
+    ]
+    for model in (idlm, thinks):
+        found = row_examples(read_row({"messages": messages}, "row"), model, every=True)
+        parts = [row_example(read_row({"messages": messages[:n]}, "row"), model) for n in (3, 5)]
+        assert found == parts
+        for example, end in zip(found, (2, 4), strict=True):
+            assert example.prompt == model.encoder.chat(messages[:end])
+            text = model.tokenizer.decode(example.response, skip_special_tokens=True)
+            assert text.strip() == messages[end]["content"]
+    with pytest.raises(InputError, match="row: it has no response"):
+        row_examples(read_row({"messages": messages[:2]}, "row"), idlm, every=True)
+    given = [{"messages": messages}, {"messages": [QUESTION, ANSWER]}, {"messages": messages}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    config = DataConfig(
+        source="jsonl", path=str(tmp_path / "rows.jsonl"), held_out=1, answers="all"
+    )
+    data = corpus(config, idlm, 10, tmp_path)
+    assert [len(data.training), len(data.held_out)] == [3, 2]
+    assert {e.row for e in data.held_out} == {f"{path} line 3"}
 
 
 def test_forms_of_a_text(idlm: Idlm) -> None:
