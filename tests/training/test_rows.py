@@ -103,10 +103,9 @@ def test_every_answer_is_a_response_to_what_is_before_it(idlm: Idlm, tmp_path: P
     with pytest.raises(InputError, match="row: it has no response"):
         row_examples(read_row({"messages": messages[:2]}, "row"), idlm, every=True)
     given = [{"messages": messages}, {"messages": [QUESTION, ANSWER]}, {"messages": messages}]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
-    config = DataConfig(
-        source="jsonl", path=str(tmp_path / "rows.jsonl"), held_out=1, answers="all"
-    )
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    config = DataConfig(source="jsonl", path=str(path), held_out=1, answers="all")
     data = corpus(config, idlm, 10, tmp_path)
     assert [len(data.training), len(data.held_out)] == [3, 2]
     assert {e.row for e in data.held_out} == {f"{path} line 3"}
