@@ -29,6 +29,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"ffn_dim": 24, "word_embed_proj_dim": 16},
         {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
     ),
+    "bert": ({"is_decoder": True}, {"query", "key", "value", "dense"}),  # its head has a "dense"
     "phi": ({}, {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}),
     "phi3": ({"sliding_window": None}, {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
     "gpt_neox": ({}, {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
@@ -91,10 +92,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A random model of each family after two steps of training."""
     place = tmp_path_factory.mktemp(request.param)
     folder = write(request.param, place)
-    model = {"path": str(folder), "dtype": "float64"}
-    stages = [{"steps": 2, "block_size": 2}]
-    train(tiny.config(place, method="lora", lora={"rank": 2}, model=model, stages=stages))
-    adapter = place / "run" / "final"
+    adapter = tiny.trained_adapter(folder, place)
     base = load(folder, dtype="float64")
     adapted = load(folder, adapter=adapter, dtype="float64")
     return Trained(request.param, folder, adapter, base, adapted)
