@@ -39,7 +39,7 @@ def build_engine(
     plans = _plans(idlm, config)
     idlm.model.requires_grad_(False)
     depth = max(plan.drafts for plan in plans)
-    shapes = attention_shapes(idlm)
+    shapes, window = attention_shapes(idlm)
     # before the kernels copy the weights: the cache's share is of the memory that is free now
     pages = cache_pages(idlm, config, shapes, max(plans, key=lambda plan: plan.width))
     products = products_for(idlm, config, shapes, drafting=depth > 0)
@@ -54,7 +54,7 @@ def build_engine(
     if take_weights and products.linears is not None:
         free_weights(idlm, products.linears)  # before recording: a recording keeps them alive
     costs = measured_costs(runner, plans, config.max_num_seqs) if len(plans) > 1 else None
-    return Engine(runner, Planner(plans, costs), config, adapters)
+    return Engine(runner, Planner(plans, costs), config, adapters, window)
 
 
 def _plans(idlm: Idlm, config: EngineConfig) -> list[Plan]:

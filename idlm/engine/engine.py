@@ -75,17 +75,24 @@ class Engine:
         runner: runs steps on the device.
         planner: chooses the plan of each step.
         adapters: the names of the adapters, by index.
+        window: the largest sliding window if all layers have one; see `Scheduler`.
     """
 
     def __init__(
-        self, runner: Runner, planner: Planner, config: EngineConfig, adapters: Sequence[str] = ()
+        self,
+        runner: Runner,
+        planner: Planner,
+        config: EngineConfig,
+        adapters: Sequence[str] = (),
+        window: int | None = None,
     ) -> None:
         cache, idlm = runner.model_step.cache, runner.idlm
         late = int(idlm.device.type == "cuda")
         self.runner, self.planner, self.config = runner, planner, config
         self.lookahead = late if config.lookahead is None else config.lookahead
         pool = PagePool(len(cache.pages[0][0]), cache.page_size)
-        self.scheduler = Scheduler(config.max_num_seqs, pool, f"{idlm.name} {idlm.dtype}".encode())
+        root = f"{idlm.name} {idlm.dtype}".encode()
+        self.scheduler = Scheduler(config.max_num_seqs, pool, root, window)
         self.metrics = Metrics()
         self.budget = PrefillBudget(config.prefill_tokens, clocked=not self.lookahead)
         self._raw = config.logprobs_mode == "raw_logprobs"
@@ -259,9 +266,10 @@ class Engine:
         return sum(step.tokens for step in self._in_flight) + plan.drafts
 
     def _grow(self, plan: Plan) -> None:
-        """Give decoding requests the pages for the next step. If pages run out, pre-empt the last
-        request in the order."""
-        scheduler, ahead, entries = self.scheduler, self._ahead(plan), []
+        """Free the pages that no later step reads, and give decoding requests those for the next
+        step. If pages run out, pre-empt the last request in the order."""
+        scheduler, ahead = self.scheduler, self._ahead(plan)
+        entries = [entry for request in scheduler.running for entry in scheduler.trim(request)]
         lacking = [
             request
             for request in scheduler.decoding

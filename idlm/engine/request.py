@@ -125,7 +125,8 @@ class Request:
         order: (priority, number of arrival); requests with lower orders run first.
         deadline: in seconds of `time.perf_counter`; None: no deadline.
         slot: the request's slot; None while it waits.
-        pages: the pages of its page table, in order.
+        pages: the pages of its page table, in order; the trash page in place of the first
+            `trimmed`, which are before every layer's sliding window.
         computed: tokens of its text that are cached or whose prefill has been launched.
         page_keys: the hashes of its first full pages, as many as the scheduler has needed.
         matcher: follows the output if the request has a guide or a budget of thoughts.
@@ -146,6 +147,7 @@ class Request:
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
     computed: int = 0
+    trimmed: int = 0
     page_keys: list[bytes] = field(default_factory=list)
     matcher: Constraint | None = None
 
