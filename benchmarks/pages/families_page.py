@@ -19,6 +19,7 @@ checkpoint: {loads} of {all} families load. What decides is what a model needs, 
 
 * its layers ask transformers' attention interface for their attention, or compute it in a way that can be routed there;
 * each layer writes its keys once, in order, and all layers have the same heads;
+* a layer says its own sliding window, soft cap and sinks to the interface, and the window is that of the config;
 * in float64 its logits are those of transformers' own attention, whatever its head does to them;
 * up to the end of the context, what was computed once stays as it is: rotary embeddings that change with the length
   (`longrope`) need `--max-model-len`.

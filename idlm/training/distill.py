@@ -63,7 +63,7 @@ def prompts_of(config: DataConfig, idlm: Idlm) -> list[tuple[list[int], str]]:
             "needs to know how many to generate"
         )
     if config.prompts == "bos":
-        bos = idlm.model.config.bos_token_id
+        bos = getattr(idlm.model.config, "bos_token_id", None)
         if bos is None:
             raise InputError(
                 f"the model {idlm.name!r} has no BOS token; "
