@@ -24,14 +24,20 @@ log = logging.getLogger("idlm")
 
 
 def build_engine(
-    idlm: Idlm, config: EngineConfig, adapters: Sequence[str] = (), take_weights: bool = False
+    idlm: Idlm,
+    config: EngineConfig,
+    adapters: Sequence[str | None] = (),
+    take_weights: bool = False,
+    changing: bool = False,
 ) -> Engine:
     """An engine for the model. The log gives the reason for each automatic choice.
 
     Args:
-        adapters: the names of the adapters, by index.
+        adapters: the names of the adapters, by index; None: an index without adapter.
         take_weights: the engine owns the model. It frees the weights of linear layers that its
             kernels have a copy of.
+        changing: adapters can be loaded and unloaded later. Then MASK rows have no weights of
+            their own, which would hold all adapters.
 
     Raises:
         InputError: an option cannot be used with this model or on this machine.
@@ -42,7 +48,7 @@ def build_engine(
     shapes, window = attention_shapes(idlm)
     # before the kernels copy the weights: the cache's share is of the memory that is free now
     pages = cache_pages(idlm, config, shapes, max(plans, key=lambda plan: plan.width))
-    products = products_for(idlm, config, shapes, drafting=depth > 0)
+    products = products_for(idlm, config, shapes, drafting=depth > 0 and not changing)
     cache = KVCache(
         shapes,
         pages,

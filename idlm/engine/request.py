@@ -63,6 +63,7 @@ class Result:
         logprobs: for each token, `Logprob` by token id, its own id first; None unless requested.
         prompt_logprobs: the same for prompt tokens; the first entry is None.
         cached_tokens: prompt tokens that were found in the prefix cache.
+        drafted: drafts that were verified, also those after one that was rejected.
         samples: if n > 1, the other samples of the prompt.
     """
 
@@ -80,6 +81,7 @@ class Result:
     logprobs: list[dict[int, Logprob]] | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     cached_tokens: int = 0
+    drafted: int = 0
     samples: list[Result] = field(default_factory=list)
 
     @property
@@ -192,6 +194,7 @@ class Request:
         result.sources += (
             ["first"] * len(kept) if before == 0 else _sources(len(kept), drafted, accepted)
         )
+        result.drafted += drafted if len(kept) > accepted else len(kept)
         for depth in range(min(len(kept), drafted)):
             result.reached[depth] += 1
             result.accepted[depth] += depth < accepted

@@ -140,8 +140,10 @@ def _stock_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def check_adapter(idlm: Idlm) -> None:
-    """Run four rows with the last adapter's gate open for two of them, and once with it shut.
+def check_adapter(idlm: Idlm, index: int | None = None) -> None:
+    """Run four rows with an adapter's gate open for two of them, and once with it shut.
+
+    `index` is that of the adapter; None: the last.
 
     Raises:
         InputError: the model fails, the adapter changes the rows before its gate, or those in it
@@ -149,7 +151,8 @@ def check_adapter(idlm: Idlm) -> None:
     """
     gate, shut, open_ = idlm.gate, slice(0, 0), slice(2, 4)
     assert gate is not None  # noqa: S101
-    gate.adapter = torch.full((2,), gate.adapters - 1, device=idlm.device)
+    last = gate.adapters - 1 if index is None else index
+    gate.adapter = torch.full((2,), last, device=idlm.device)
     tokens = torch.tensor([[1, 0, idlm.mask_id, idlm.mask_id]], device=idlm.device)
     positions = torch.arange(4, device=idlm.device)[None]
     visible = torch.ones(4, 4, dtype=torch.bool, device=idlm.device).tril()
