@@ -47,7 +47,7 @@ def test_isd_is_ar_is_transformers(family: str, window: int) -> None:
     idlm = model(family, window)
     expected = [[by_reference(idlm, prompt, one) for prompt in PROMPTS] for one in (GREEDY, SEEDED)]
     assert [by_transformers(idlm, prompt) for prompt in PROMPTS] == expected[0]
-    for stride, branches in PLANS:
+    for stride, branches in PLANS if family == "mistral" else PLANS[-2:]:
         options = {"page_size": 4, "max_num_seqs": 2, "record": stride == 4}
         llm = LLM(idlm, stride=stride, branches=branches, **options)
         for params, tokens in zip((GREEDY, SEEDED), expected, strict=True):
