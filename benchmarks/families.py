@@ -108,6 +108,10 @@ OWN: dict[str, dict[str, Any]] = {
         ("lfm2", "lfm2_moe"),  # as published
         {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
     ),
+    "minimax_m3_vl_text": {  # as published
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+    },
     "reformer": {"axial_pos_embds": False},
     "xglm": {"attention_heads": 4},
     "xmod": {"default_language": "en_XX"},
