@@ -318,11 +318,7 @@ def _checked(model: PreTrainedModel, folder: Path) -> AdapterInfo:
 
 def _check_modules(model: PreTrainedModel, info: AdapterInfo) -> None:
     """Check that each tensor fits a linear layer, and that each layer that `attach` will wrap has
-    both tensors.
-
-    Those are in the backbone. BERT's head has a layer besides the output whose name is that of
-    layers in the backbone.
-    """
+    both tensors: those of the backbone, since BERT's head has a layer of the same name as theirs."""
     named, backbone = model.named_modules(), set(model.base_model.modules())
     linear = {
         name.removesuffix(".base"): module
