@@ -318,7 +318,7 @@ def _checked(model: PreTrainedModel, folder: Path) -> AdapterInfo:
 
 def _check_modules(model: PreTrainedModel, info: AdapterInfo) -> None:
     """Check that each tensor fits a linear layer, and that each layer that `attach` will wrap has
-    both tensors: those of the backbone, since BERT's head has a layer of the same name as theirs."""
+    both tensors: those of the backbone, since BERT's head has a layer of the same name."""
     named, backbone = model.named_modules(), set(model.base_model.modules())
     linear = {
         name.removesuffix(".base"): module
