@@ -3,9 +3,11 @@
     python -m benchmarks.families [FAMILY ...] [--out FILE]
 
 For each family: what `inspect` says, whether `load` agrees, and in float64, to the end of the
-context: greedy and seeded ISD against AR, and AR against transformers' own `generate`. MASK is
-banned in all of them. A family that is refused has its reason. Where its usual config is refused
-for a sliding window, it is tried again with one that is not below the context.
+context: greedy and seeded ISD against AR, and AR against transformers' own `generate`. Then a gated
+LoRA on all linear layers is trained for two steps and loaded from its PEFT folder: ISD and AR with
+it against the base. MASK is banned in all of them. A family that is refused has its reason. Where
+its usual config is refused for a sliding window, it is tried again with one that is not below the
+context.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -30,6 +33,8 @@ from idlm.evaluation.environment import environment
 from idlm.models.architecture import read_config
 from idlm.models.checkpoint import inspect_checkpoint
 from idlm.models.quiet import quiet
+from idlm.models.sources import first_line
+from tests.training.tiny import trained_adapter
 
 VOCAB, MASK, CONTEXT, WINDOW = 40, 39, 48, 7
 PROMPT = [5, 9, 3]
@@ -45,7 +50,7 @@ SIZES = {
     "shared_expert_intermediate_size": 48,
     "moe_intermediate_size": 16,
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
-    **{"moe_num_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    **{"moe_num_experts": 4, "num_experts_per_tok": 2, "moe_k": 2, "n_group": 1, "topk_group": 1},
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     "attention_heads": 4,
@@ -61,7 +66,7 @@ SIZES = {
     "pad_token_id": 0,
     "is_decoder": True,
 }
-MLA = {
+LATENT = {
     "num_key_value_heads": 4,
     "q_lora_rank": 8,
     "kv_lora_rank": 8,
@@ -70,26 +75,65 @@ MLA = {
     "v_head_dim": 8,
     "head_dim": None,
 }
+"""The sizes of multi-head latent attention."""
+LAYERS = ["sliding_attention", "full_attention"]
 OWN: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("youtu", "minicpm3"), MLA),
+    "cohere_compass_text": {
+        "num_hidden_layers": 2,
+        "layer_types": LAYERS,
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in LAYERS},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "doge": {"is_moe": False},
+    "dots1": {"n_shared_experts": 1},
     "falcon": {"head_dim": None},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
-    "lfm2": {"layer_types": ["full_attention", "full_attention"]},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": LAYERS * 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gemma4_assistant": {
+        "text_config": {
+            "model_type": "gemma4_text",
+            **dict.fromkeys(("hidden_size_per_layer_input", "vocab_size_per_layer_input"), 0),
+        },
+    },
+    "gpt_neo": {
+        "num_layers": 2,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": WINDOW,
+    },
+    **dict.fromkeys(
+        ("lfm2", "lfm2_moe"),  # as published
+        {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    ),
+    "minimax_m3_vl_text": {  # as published
+        "num_hidden_layers": 2,
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+    },
+    "reformer": {"axial_pos_embds": False},
     "xglm": {"attention_heads": 4},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
 }
 """What a family needs besides; None leaves a size out."""
 
 
+def config_of(family: str, sizes: dict[str, Any]) -> PreTrainedConfig:
+    """A config with these sizes, what the family needs, and transformers' defaults."""
+    keys = sizes | OWN.get(family, {})
+    return AutoConfig.for_model(family, **{k: v for k, v in keys.items() if v is not None})
+
+
 def tiny_config(family: str, window: int) -> PreTrainedConfig:
     """A config with the keys that the family has; `window` where its usual config has one."""
-    usual = AutoConfig.for_model(family).to_dict()
-    own = OWN.get(family, {})
-    keys = {key: value for key, value in SIZES.items() if key in usual} | own
+    usual = config_of(family, {}).to_dict()
+    sizes = SIZES | LATENT if "qk_rope_head_dim" in usual else SIZES
+    keys = {key: value for key, value in sizes.items() if key in usual}
     if usual.get("sliding_window") is not None:
         keys["sliding_window"] = window
-    keys |= {"mask_token_id": MASK, "block_size": 4}
-    return AutoConfig.for_model(family, **{k: v for k, v in keys.items() if v is not None})
+    return config_of(family, keys | {"mask_token_id": MASK, "block_size": 4})
 
 
 def write_checkpoint(config: PreTrainedConfig, folder: Path) -> None:
@@ -123,7 +167,11 @@ def tried(family: str) -> dict[str, Any]:
             except Exception as error:  # a family that no tiny model can be made of
                 return row | {"reason": of_usual_config(family, path) or f"not tried: {error}"}
             windowed = getattr(config, "sliding_window", None) == window
-            result = loaded(path)
+            try:
+                result = loaded(path)
+            except Exception as error:  # the table goes on, and shows it
+                wrong = f"{type(error).__name__}: {first_line(error)}"
+                result = {"loads": False, "inspect_agrees": False, "reason": wrong}
         if windowed and window == WINDOW and "sliding" in result.get("reason", ""):
             row["window"] = result["reason"]
             continue
@@ -135,7 +183,7 @@ def of_usual_config(family: str, path: Path) -> str:
     """Why the usual config of a family is refused; "" if it is not."""
     try:
         with quiet():
-            AutoConfig.for_model(family).save_pretrained(path)
+            config_of(family, {}).save_pretrained(path)
         read_config(path)
     except InputError as error:
         return plain(error, path)
@@ -159,26 +207,54 @@ def loaded(path: Path) -> dict[str, Any]:
         agrees = says.reason == f"refused: {error}" or says.reason.startswith("refused: ")
         return {"loads": False, "inspect_agrees": agrees, "reason": reason}
     agrees = says.can_decode_isd
-    return {"loads": True, "inspect_agrees": agrees} | decoded(idlm, path)
+    figures: dict[str, Any] = {}
+    base = decoded(idlm)
+    for kind, outputs in base.items():
+        figures[f"{kind}_isd_is_ar"] = all(tokens == outputs["ar"] for tokens in outputs.values())
+    length = len(base["greedy"]["ar"])
+    figures["tokens"] = length
+    figures["ar_is_transformers"] = base["greedy"]["ar"] == theirs(path, length)
+    return {"loads": True, "inspect_agrees": agrees} | figures | adapted(path, base)
 
 
-def decoded(idlm: Idlm, path: Path) -> dict[str, Any]:
-    """The tokens compared, and whether they are equal."""
+def adapted(path: Path, base: dict[str, dict[str, list[int]]]) -> dict[str, Any]:
+    """The layers of a gated LoRA that is trained on the checkpoint, and whether decoding with it
+    gives the tokens of the base."""
+    with quiet(), tempfile.TemporaryDirectory() as place:
+        try:
+            adapter = trained_adapter(path, Path(place))
+            with_it = decoded(load(path, adapter=adapter, dtype="float64"))
+        except Exception as error:  # the table goes on, and shows it
+            return {"lora_reason": f"{type(error).__name__}: {first_line(error)}"}
+        updates = load_file(adapter / "adapter_model.safetensors").values()
+        return {
+            "lora_targets": inspect_checkpoint(adapter).adapter_targets,
+            "lora_is_trained": all(bool(update.any()) for update in updates),
+            "lora_isd_is_ar_is_base": all(
+                tokens == base[kind]["ar"]
+                for kind, outputs in with_it.items()
+                for tokens in outputs.values()
+            ),
+        }
+
+
+def decoded(idlm: Idlm) -> dict[str, dict[str, list[int]]]:
+    """The tokens up to the end of the context, greedy and seeded, by AR and two plans of ISD."""
     plans = {"ar": (1, "all"), "all": (3, "all"), "chain": (3, "chain")}
     llms = {
         name: LLM(idlm, stride=stride, branches=branches, max_num_seqs=2, record=False)
         for name, (stride, branches) in plans.items()
     }
-    length = idlm.context - len(PROMPT)
-    figures: dict[str, Any] = {}
-    for kind, temperature in (("greedy", 0.0), ("seeded", 1.0)):
-        params = SamplingParams(max_tokens=length, temperature=temperature, seed=7, ignore_eos=True)
-        outputs = {n: llm.generate([PROMPT], params)[0].token_ids for n, llm in llms.items()}
-        figures[f"{kind}_isd_is_ar"] = outputs["all"] == outputs["chain"] == outputs["ar"]
-        if kind == "greedy":
-            figures["tokens"] = len(outputs["ar"])
-            figures["ar_is_transformers"] = outputs["ar"] == theirs(path, length)
-    return figures
+    kinds = {
+        kind: SamplingParams(
+            max_tokens=idlm.context - len(PROMPT), temperature=temperature, seed=7, ignore_eos=True
+        )
+        for kind, temperature in (("greedy", 0.0), ("seeded", 1.0))
+    }
+    return {
+        kind: {name: llm.generate([PROMPT], params)[0].token_ids for name, llm in llms.items()}
+        for kind, params in kinds.items()
+    }
 
 
 def theirs(path: Path, length: int) -> list[int]:
@@ -207,7 +283,7 @@ def rows(families: list[str]) -> Iterator[dict[str, Any]]:
 def wrong(row: dict[str, Any]) -> bool:
     """Whether a row shows a fault."""
     checks = [value for key, value in row.items() if "_is_" in key or key == "inspect_agrees"]
-    return not all(checks)
+    return not all(checks) or "lora_reason" in row
 
 
 def main() -> int:

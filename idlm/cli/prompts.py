@@ -111,4 +111,4 @@ def defaults(idlm: Idlm) -> list[Prompt]:
         return [Prompt(problem.question) for problem in held_out_problems(HELD_OUT)]
     if idlm.tokenizer is not None:
         return [Prompt(text) for text in BUILT_IN]
-    return [Prompt(token_ids=[idlm.model.config.bos_token_id or 0])]
+    return [Prompt(token_ids=[getattr(idlm.model.config, "bos_token_id", None) or 0])]

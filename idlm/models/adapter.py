@@ -33,7 +33,7 @@ from idlm.models.peft_config import refuse_features
 from idlm.models.sources import first_line, read_json
 from idlm.models.tensor_info import TensorInfo
 from idlm.models.transposed import has_transposed
-from idlm.models.weights import embedding_rows, file_tensors, fingerprint, output_head
+from idlm.models.weights import embedding_rows, file_tensors, fingerprint
 
 __all__ = ["AdapterInfo", "fingerprint", "load_into", "read", "refill", "save"]
 
@@ -318,8 +318,8 @@ def _checked(model: PreTrainedModel, folder: Path) -> AdapterInfo:
 
 def _check_modules(model: PreTrainedModel, info: AdapterInfo) -> None:
     """Check that each tensor fits a linear layer, and that each layer that `attach` will wrap has
-    both tensors."""
-    named = model.named_modules()
+    both tensors: those of the backbone, since BERT's head has a layer of the same name."""
+    named, backbone = model.named_modules(), set(model.base_model.modules())
     linear = {
         name.removesuffix(".base"): module
         for name, module in named
@@ -332,9 +332,9 @@ def _check_modules(model: PreTrainedModel, info: AdapterInfo) -> None:
                 f"{where} targets {module!r}, no linear layer of {model.name_or_path!r}; "
                 "give its own base"
             )
-        if linear[module] is output_head(model):
+        if linear[module] not in backbone:
             raise InputError(
-                f"{where} targets the output head {module!r}, which is not supported; "
+                f"{where} targets {module!r} of the output head, which is not supported; "
                 "train it without"
             )
         layer = linear[module]
@@ -346,9 +346,9 @@ def _check_modules(model: PreTrainedModel, info: AdapterInfo) -> None:
             )
     wanted = {
         (m, kind)
-        for m in linear
+        for m, layer in linear.items()
         for kind in ("lora_A", "lora_B")
-        if m.rpartition(".")[2] in info.spec.targets
+        if m.rpartition(".")[2] in info.spec.targets and layer in backbone
     }
     if missing := sorted(wanted - set(tensors)):
         raise InputError(

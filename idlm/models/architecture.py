@@ -167,7 +167,8 @@ def _heads(config: PreTrainedConfig) -> str | None:
 def _layers(config: PreTrainedConfig) -> str | None:
     """The reason to refuse layers without full attention, else None."""
     window = getattr(config, "sliding_window", None)
-    if window is not None and (not isinstance(window, int) or window < 1):
+    slides = window is not None and getattr(config, "use_sliding_window", True)
+    if slides and (not isinstance(window, int) or window < 1):
         return f"has sliding_window {window}, which hides every token; correct the config"
     allowed = FULL_ATTENTION if window is None else FULL_ATTENTION | {SLIDING}
     for key in LAYER_KEYS:

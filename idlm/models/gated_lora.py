@@ -24,8 +24,8 @@ from idlm.errors import InputError
 
 NO_ROWS = slice(0, 0)
 ALL_LINEAR = "all-linear"
-ROUTERS = {"router", "gate", "shared_expert_gate"}
-"""Names of modules that weigh experts."""
+ROUTERS = {"router", "gate", "shared_expert_gate", "altup"}
+"""Names of modules that weigh experts, or Gemma 3n's streams."""
 
 
 @dataclass(frozen=True)
@@ -228,12 +228,16 @@ def attach(model: PreTrainedModel, spec: LoraSpec | None, mask_id: int) -> Gate:
 
 def all_linear(model: PreTrainedModel) -> tuple[str, ...]:
     """The names of all linear layers in the backbone but the routers of experts: PEFT's
-    `all-linear`."""
+    `all-linear`.
+
+    A layer of a list has a number for a name, which would be that of whole blocks too.
+    """
     backbone: nn.Module = model.base_model
     paths = [
         name.split(".") for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear)
     ]
-    return tuple(dict.fromkeys(path[-1] for path in paths if ROUTERS.isdisjoint(path)))
+    names = (path[-1] for path in paths if ROUTERS.isdisjoint(path))
+    return tuple(dict.fromkeys(name for name in names if not name.isdigit()))
 
 
 def _find_layers(model: PreTrainedModel, target: str) -> list[tuple[nn.Module, str, nn.Linear]]:

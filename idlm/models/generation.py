@@ -89,7 +89,8 @@ def _named_ends(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[Any, str]:
     """Each end that the checkpoint names, and the first place that names it."""
-    config, generation = model.config.eos_token_id, getattr(model, "generation_config", None)
+    config = getattr(model.config, "eos_token_id", None)  # RoCBERT's config has none
+    generation = getattr(model, "generation_config", None)
     named = getattr(generation, "eos_token_id", None)
     found: dict[Any, str] = {}
     for token in _as_list(config if named is None else named):

@@ -95,7 +95,7 @@ def _prompt_rows(config: DataConfig, idlm: Idlm) -> Iterable[Named]:
             "needs to know how many to generate"
         )
     if config.prompts == "bos":
-        bos = idlm.model.config.bos_token_id
+        bos = getattr(idlm.model.config, "bos_token_id", None)
         if bos is None:
             raise InputError(
                 f"the model {idlm.name!r} has no BOS token; "

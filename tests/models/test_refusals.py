@@ -323,7 +323,7 @@ ADAPTERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: retensor(
             f, lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 32)})
         ),
-        "targets the output head 'lm_head'",
+        "targets 'lm_head' of the output head",
     ),
     "no tensors": (lambda f: retensor(f, lambda t: t.clear()), "holds no tensors"),
     "tensors that are not finite": (

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from idlm import LLM, SamplingParams, load
 from idlm.models.checkpoint import inspect_checkpoint
+from idlm.models.gated_lora import all_linear
 from idlm.models.idlm_model import Idlm
 from idlm.training.run import train
 from tests.training import tiny
@@ -28,6 +29,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "opt": (
         {"ffn_dim": 24, "word_embed_proj_dim": 16},
         {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
+    ),
+    "roc_bert": (  # its head has a "dense" too, its config no end token
+        {"is_decoder": True, "shape_vocab_size": tiny.VOCAB, "pronunciation_vocab_size": 23},
+        {"query", "key", "value", "dense", "map_inputs_layer"},
     ),
     "phi": ({}, {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}),
     "phi3": ({"sliding_window": None}, {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}),
@@ -62,7 +67,11 @@ def write(family: str, folder: Path) -> Path:
     """A random model, and texts beside it."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **(SIZES | FAMILIES[family][0]))
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for weight in model.parameters():  # some start as zeros, and would hide what they do
+            weight.add_(torch.randn_like(weight), alpha=0.1)
+    model.save_pretrained(folder / "model")
     tiny.write_jsonl(folder / "data.jsonl", tiny.examples())
     return folder / "model"
 
@@ -91,10 +100,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A random model of each family after two steps of training."""
     place = tmp_path_factory.mktemp(request.param)
     folder = write(request.param, place)
-    model = {"path": str(folder), "dtype": "float64"}
-    stages = [{"steps": 2, "block_size": 2}]
-    train(tiny.config(place, method="lora", lora={"rank": 2}, model=model, stages=stages))
-    adapter = place / "run" / "final"
+    adapter = tiny.trained_adapter(folder, place)
     base = load(folder, dtype="float64")
     adapted = load(folder, adapter=adapter, dtype="float64")
     return Trained(request.param, folder, adapter, base, adapted)
@@ -119,6 +125,16 @@ def test_default_targets_are_all_linear_layers_but_head_and_routers(trained: Tra
     assert found == FAMILIES[trained.family][1]
     tensors = load_file(trained.adapter / "adapter_model.safetensors")
     assert all(bool(tensor.any()) for tensor in tensors.values()), "each layer was trained"
+
+
+def test_layers_with_numbers_for_names_and_mixers_of_streams_are_no_targets() -> None:
+    keys = {"layer_types": ["full_attention"] * 2, "activation_sparsity_pattern": [0.0] * 2}
+    keys |= {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": tiny.VOCAB}
+    config = AutoConfig.for_model("gemma3n_text", **(SIZES | keys))
+    with torch.device("meta"):
+        found = set(all_linear(AutoModelForCausalLM.from_config(config)))
+    layer = {"linear_left", "linear_right", "per_layer_input_gate", "per_layer_projection"}
+    assert found == ATTENTION | SWIGLU | layer | {"per_layer_model_projection"}
 
 
 def test_isd_is_ar_is_the_base_is_transformers(trained: Trained) -> None:

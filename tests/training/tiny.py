@@ -16,6 +16,7 @@ from idlm.models.idlm_model import Idlm
 from idlm.training.config import TrainConfig, parse_config
 from idlm.training.data import Example
 from idlm.training.objective import Texts
+from idlm.training.run import train
 
 VOCAB, CONTEXT, MASK = 23, 48, 22
 SPEC = LoraSpec(rank=2, alpha=4.0, targets=("q_proj", "v_proj", "c_proj"))
@@ -103,3 +104,13 @@ def config(folder: Path, **changes: Any) -> TrainConfig:
         "optimizer": {"lr": 1e-2, "warmup": 0},
     }
     return parse_config({**tree, **changes})
+
+
+def trained_adapter(model: Path, place: Path) -> Path:
+    """The folder of a gated LoRA on all linear layers of a model folder, after two steps in
+    float64. `place` gets the run."""
+    write_jsonl(place / "data.jsonl", examples())
+    what = {"path": str(model), "dtype": "float64"}
+    stages = [{"steps": 2, "block_size": 2}]
+    train(config(place, method="lora", lora={"rank": 2}, model=what, stages=stages))
+    return place / "run" / "final"
