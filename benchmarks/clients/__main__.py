@@ -104,6 +104,7 @@ def ask(script: str, host: str, seconds: float) -> list[dict[str, str]]:
     """The rows that a script prints; one more if it did not come to its end."""
     program = command(script)
     settings = {"SERVER": host, "MODEL": NAME, "FOLDER": str((BUILD / "model").absolute())}
+    settings |= {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "HF_HUB_OFFLINE": "1"}
     outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     log = (BUILD / f"{script}.log").open("w+")
     output = (BUILD / f"{script}.jsonl").open("w+")

@@ -1,20 +1,11 @@
 """dspy."""
 
-from typing import Literal
-
 import dspy
-from features import KEY, MODEL, QUESTION, URL, check, feature
+from features import KEY, MODEL, QUESTION, URL, Trip, check, feature
 
 lm = dspy.LM(
     f"openai/{MODEL}", api_base=URL, api_key=KEY, max_tokens=96, cache=False, num_retries=0
 )
-
-
-class Answer(dspy.Signature):
-    """Answer the question."""
-
-    question: str = dspy.InputField()
-    answer: Literal["yes", "no"] = dspy.OutputField()
 
 
 @feature("chat, n, text mode")
@@ -40,10 +31,9 @@ def responses() -> None:
     assert via(QUESTION)
 
 
-@feature("Predict with JSONAdapter (json_schema)")
-def predict() -> None:
-    with dspy.context(lm=lm, adapter=dspy.JSONAdapter()):
-        assert dspy.Predict(Answer)(question="Is it?").answer in ("yes", "no")
+@feature("a response_format with a nested model")
+def structured() -> None:
+    Trip.model_validate_json(lm(QUESTION, response_format=Trip)[0])
 
 
 check("dspy")

@@ -1,6 +1,7 @@
 """LiteLLM's proxy in front of the server, asked by OpenAI's and Anthropic's clients."""
 
 import json
+import secrets
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ entry = {
     "litellm_params": {"model": f"openai/{MODEL}", "api_base": URL, "api_key": KEY},
 }
 config = Path(tempfile.mkdtemp()) / "config.yaml"
-config.write_text(json.dumps({"model_list": [entry]}))
+LOCAL = f"sk-{secrets.token_urlsafe(32)}"  # the proxy's own key; it does not start without one
+settings = {"model_list": [entry], "general_settings": {"master_key": LOCAL}}
+config.write_text(json.dumps(settings))
 port = front(["litellm", "--config", str(config), "--telemetry", "False"], "/health/liveliness")
 host = f"http://127.0.0.1:{port}"
-client = OpenAI(base_url=f"{host}/v1", api_key=KEY, max_retries=0, timeout=300)
-claude = Anthropic(base_url=host, api_key=KEY, max_retries=0, timeout=300)
+client = OpenAI(base_url=f"{host}/v1", api_key=LOCAL, max_retries=0, timeout=300)
+claude = Anthropic(base_url=host, api_key=LOCAL, max_retries=0, timeout=300)
 USER: Any = {"role": "user", "content": QUESTION}
 
 
