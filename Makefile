@@ -37,7 +37,7 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt \
 		"$$(grep '^torch==' constraints-lowest.txt)" setuptools
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt \
-		--no-build-isolation -e '.[serve,train,chat]' httpx2 hypothesis jsonschema peft pytest pytest-timeout pytest-xdist
+		--no-build-isolation -e '.[serve,train,data,chat]' httpx2 hypothesis jsonschema peft pytest pytest-timeout pytest-xdist
 	@touch $@
 
 # every build of the C kernels that this processor runs, as in `make test`, and ARM64's

@@ -22,7 +22,7 @@ import torch
 from idlm import LLM, Idlm, SamplingParams, load
 from idlm.evaluation.environment import environment
 from idlm.evaluation.parity import first_difference, margin, token_scores
-from tests.engine.tiny import CLASSES, tiny_idlm
+from tests.engine.tiny import CLASSES, SLIDING, sliding_idlm, tiny_idlm
 
 PLANS = [
     (n, branches) for n in (1, 2, 3, 4, 8) for branches in (("all", "chain") if n > 1 else ("all",))
@@ -71,10 +71,14 @@ def real_tokens(idlm: Idlm) -> list[int]:
 
 def named(name: str, dtype: str) -> Idlm:
     """A checkpoint, `FOLDER+ADAPTER` with an adapter, or a new random model such as `random-
-    qwen3`."""
+    qwen3`, or `sliding-gemma2-5` with the sliding window 5."""
     family = name.removeprefix("random-")
     if family in CLASSES and family != name:
         return tiny_idlm(family)
+    kind, _, family = name.partition("-")
+    family, _, window = family.rpartition("-")
+    if kind == "sliding" and family in SLIDING:
+        return sliding_idlm(family, int(window))
     folder, _, adapter = name.partition("+")
     return load(folder, adapter=adapter or None, dtype=dtype)
 
@@ -118,7 +122,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "models", nargs="+", help="folder, FOLDER+ADAPTER, bundled name, random-FAMILY"
+        "models",
+        nargs="+",
+        help="folder, FOLDER+ADAPTER, bundled name, random-FAMILY, sliding-FAMILY-WINDOW",
     )
     parser.add_argument("--dtype", default="float64")
     parser.add_argument("--prompts", type=int, default=4)

@@ -12,6 +12,7 @@ MODULES = {
         *("msgspec", "prometheus_client"),
     ),
     "train": ("accelerate", "yaml"),
+    "data": ("datasets", "pyarrow"),
     "chat": ("openai",),
     "gguf": ("gguf", "accelerate"),
 }

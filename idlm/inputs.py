@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ HIGH, LOW = r"\\u[dD][89abAB]..", r"\\u[dD][c-fC-F].."
 HALF = re.compile(rf"{HIGH}(?!{LOW})|(?<!{HIGH}){LOW}")
 
 
-def read_lines(path: str | Path) -> list[str]:
-    r"""The lines of a UTF-8 file, with or without a byte order mark.
+def read_lines(path: str | Path) -> Iterator[str]:
+    r"""The lines of a UTF-8 file, with or without a byte order mark, read as they are needed.
 
     Lines end with "\n" or "\r\n" and nothing else: `str.splitlines` also splits at U+2028, U+0085
     and others, which JSON allows inside a string.
@@ -22,13 +23,15 @@ def read_lines(path: str | Path) -> list[str]:
         InputError: the file cannot be read, or is not UTF-8.
     """
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        with open(path, "rb") as file:
+            for at, line in enumerate(file):
+                text = line.decode("utf-8" if at else "utf-8-sig")
+                yield text.removesuffix("\n").removesuffix("\r")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise InputError(
             f"cannot read {str(path)!r} ({reason}); give a readable UTF-8 file"
         ) from None
-    return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 def check_text(text: str, what: str) -> None:

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "attention": {"decoding", "kernels"},
     "engine": {"config", "decoding", "models", "kernels", "attention"},
     "nano": {"decoding", "models", "engine", "evaluation", "training"},
-    "training": {"decoding", "models"},
+    "training": {"config", "decoding", "models", "engine"},
     "evaluation": {"config", "decoding", "models", "engine", "nano"},
     "serving": {"config", "decoding", "models", "engine"},
     "ui": {"decoding", "models", "engine"},

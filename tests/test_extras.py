@@ -51,9 +51,10 @@ def test_all_is_all_of_them() -> None:
     [
         (["serve", "nano"], "serve"),
         (["train", "configs/nano-lora.yaml"], "train"),
+        (["distill", "nano", "prompts.jsonl", "-o", "rows"], "train"),
         (["chat", "--url", "http://127.0.0.1:1/v1"], "chat"),
     ],
-    ids=["serve", "train", "chat"],
+    ids=["serve", "train", "distill", "chat"],
 )
 def test_a_missing_extra_is_one_line(words: list[str], extra: str) -> None:
     for module in MODULES[extra]:
@@ -65,6 +66,21 @@ def test_a_missing_extra_is_one_line(words: list[str], extra: str) -> None:
             f"error: {command} needs the package {module}; "
             f"install it with pip install 'idlm[{extra}]'\n"
         )
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "owner/dataset"])
+def test_tables_say_which_package_they_need(name: str) -> None:
+    code = (
+        "from idlm.training.tables import Tables\n"
+        f"try: list(Tables(({name!r},)).rows())\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    (module,) = run(code, ["datasets", "pyarrow"]).stdout.splitlines()
+    assert re.fullmatch(
+        f"InputError .*{name}.* needs the package datasets; "
+        r"install it with pip install 'idlm\[data\]'",
+        module,
+    )
 
 
 def test_the_library_and_its_commands_need_none() -> None:

@@ -8,7 +8,7 @@ from idlm.cli.prompts import read
 from idlm.errors import InputError
 from idlm.inputs import check_text, read_lines
 from idlm.training.config import load_config
-from idlm.training.rows import read_jsonl
+from idlm.training.rows import read_fields, read_jsonl
 
 NOT_LINES = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"
 BOM = "\ufeff"
@@ -20,7 +20,7 @@ def test_lines_end_with_line_feeds_only(tmp_path: Path, bom: str, end: str) -> N
     file = tmp_path / "prompts.txt"
     text = f"a{NOT_LINES}b"
     file.write_bytes((bom + text + end + "c" + end).encode())
-    assert read_lines(file) == [text, "c", ""]
+    assert list(read_lines(file)) == [text, "c"]
     assert [prompt.text for prompt in read(file)] == [text, "c"]
 
 
@@ -30,7 +30,7 @@ def test_rows_may_hold_separators(tmp_path: Path, bom: str) -> None:
     text = "".join(one for one in text if one not in "\x1c\x1d\x1e")  # JSON escapes these
     file = tmp_path / "rows.jsonl"
     file.write_text(bom + f'{{"prompt": "{text}", "response": "c"}}\n\n', encoding="utf-8")
-    assert [row["prompt"] for _, row in read_jsonl(file)] == [text]
+    assert [read_fields(row, name)["prompt"] for name, row in read_jsonl(file)] == [text]
     assert [prompt.text for prompt in read(file)] == [text]
 
 
@@ -47,9 +47,9 @@ def test_other_encodings_are_refused(tmp_path: Path, data: bytes) -> None:
     file.write_bytes(data)
     for reader in (read_lines, read):
         with pytest.raises(InputError, match=r"rows.txt' \(it is not UTF-8\)"):
-            reader(file)
+            list(reader(file))
     with pytest.raises(InputError, match="none.txt"):
-        read_lines(tmp_path / "none.txt")
+        list(read_lines(tmp_path / "none.txt"))
 
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udc80", "\udbff\ud800"])

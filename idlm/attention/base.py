@@ -23,6 +23,8 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from idlm.decoding.scores import Scores
+
 Metadata = TypeVar("Metadata")
 
 
@@ -105,12 +107,17 @@ class Backend(Protocol[Metadata]):
 
     takes_pieces: bool
 
-    def prepare(self, segment: Segment) -> Metadata:
-        """Compute, once per step, what all layers share."""
+    def prepare(self, segment: Segment, window: int | None = None) -> Metadata:
+        """Compute, once per step, what all layers with this sliding window share.
+
+        A row sees the last `window` keys of those that it would see without one, in the order of
+        prefix and window rows; None: all. Pages that no row's window reaches are never read.
+        """
         ...
 
-    def attend(self, metadata: Metadata, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
-        """Write one layer's real rows to its pages, then attend: [T, H, E].
+    def attend(self, metadata: Metadata, pages: Tensor, qkv: QKV, scores: Scores) -> Tensor:
+        """Write one layer's real rows to its pages, then attend: [T, H, E]. The window of `scores`
+        is that of `prepare`.
 
         `qkv` is flat, finite and dense along E. The result is 0 for a row that sees nothing. Cache
         rows past a prefix have no influence, even if they hold NaN.
@@ -149,8 +156,20 @@ def prefix_rows(segment: Segment, page: int) -> tuple[Tensor, Tensor]:
 
 
 def visible_rows(segment: Segment) -> Tensor:
-    """The visibility as bool [B, W, W]: entry [b, r, s] is whether row r sees row s."""
-    window = torch.arange(segment.width, device=segment.lengths.device)
+    """The visibility as bool [B, W, W]: entry [b, r, s] is whether row r sees row s, in a layer
+    without a sliding window."""
+    rows = torch.arange(segment.width, device=segment.lengths.device)
     if segment.visible is None:
-        return (window[:, None] >= window).expand(segment.lengths.shape[0], -1, -1)
-    return (segment.visible[..., None] >> window & 1).bool()
+        return (rows[:, None] >= rows).expand(segment.lengths.shape[0], -1, -1)
+    return (segment.visible[..., None] >> rows & 1).bool()
+
+
+def last_rows(seen: Tensor, window: int) -> Tensor:
+    """Of the window rows that each row sees, bool [B, W, W], the last `window`."""
+    return seen & (seen.flip(-1).cumsum(-1).flip(-1) <= window)
+
+
+def first_keys(segment: Segment, seen: Tensor, window: int) -> Tensor:
+    """The first prefix token, int64 [B, W], that a sliding window leaves to each row; `seen` is
+    `visible_rows`. It is past the prefix if the window is full of window rows."""
+    return (segment.lengths[:, None] + seen.sum(-1) - window).clamp(min=0)

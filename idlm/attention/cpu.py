@@ -11,10 +11,12 @@ from torch import Tensor
 
 from idlm.attention.base import QKV, Backend, Segment
 from idlm.attention.torch import TorchAttention
+from idlm.decoding.scores import Scores
 from idlm.kernels import native
 from idlm.kernels.choice import Call, faster
 
 TYPES = (torch.float32, torch.float64)
+NO_SINKS = torch.empty(0)
 TIMED_ROWS, TIMED_TOKENS = 4, 256
 """The timed case: rows of a window, and cached tokens of its prefix."""
 
@@ -24,19 +26,23 @@ class CpuAttention:
 
     takes_pieces = True
 
-    def prepare(self, segment: Segment) -> Segment:
-        """The segment itself, with a dense page table."""
+    def prepare(self, segment: Segment, window: int | None = None) -> Segment:
+        """The segment itself, with a dense page table: the kernel finds each row's window."""
         return replace(segment, table=segment.table.contiguous())
 
-    def attend(self, metadata: Segment, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
+    def attend(self, metadata: Segment, pages: Tensor, qkv: QKV, scores: Scores) -> Tensor:
         """See `Backend`. The kernel writes the pages too."""
-        segment, ops = metadata, torch.ops.idlm
+        segment, ops, sinks = metadata, torch.ops.idlm, NO_SINKS
+        if scores.sinks is not None:
+            sinks = scores.sinks.to(pages.dtype).contiguous()
         inputs = *qkv, pages, segment.cache_rows, segment.table, segment.lengths
+        numbers = scores.scale, scores.window or 0, scores.softcap or 0.0
         mixed: Tensor
         if segment.ends is not None:
-            mixed = ops.prefill_attention(*inputs, segment.ends, scale)
+            mixed = ops.prefill_attention(*inputs, segment.ends, sinks, *numbers)
         else:
-            mixed = ops.window_attention(*inputs, segment.visible, segment.num_masks, scale)
+            masks = segment.num_masks
+            mixed = ops.window_attention(*inputs, segment.visible, sinks, masks, *numbers)
         return mixed
 
 
@@ -59,7 +65,7 @@ def faster_here(pages: Tensor, heads: int) -> bool:
     )
 
     def call(backend: Backend[Any]) -> Call:
-        return partial(backend.attend, backend.prepare(segment), trial, qkv, 1.0)
+        return partial(backend.attend, backend.prepare(segment), trial, qkv, Scores(1.0))
 
     return faster(
         f"window attention {heads}x{size}", call(CpuAttention()), call(TorchAttention(trial, heads))

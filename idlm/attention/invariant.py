@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from idlm.attention.base import QKV, Segment, prefix_rows, visible_rows, write_by_slot
+from idlm.decoding.scores import Scores
 from idlm.kernels.batch_invariant import BLOCK, TILE
 
 
@@ -33,8 +34,21 @@ def seen_in_order(segment: Segment) -> tuple[Tensor, Tensor]:
     return order, segment.lengths[:, None] + seen.sum(-1)
 
 
-Seen = tuple[Segment, Tensor, Tensor]
-"""A segment and its `seen_in_order`."""
+class Seen(NamedTuple):
+    """A segment, its `seen_in_order`, and the sliding window; see `Scores`."""
+
+    segment: Segment
+    order: Tensor
+    counts: Tensor
+    window: int | None
+
+
+class Keys(NamedTuple):
+    """`sources`, `firsts` and `counts` of `InvariantMetadata`, of one tile."""
+
+    sources: Tensor
+    firsts: Tensor
+    counts: Tensor
 
 
 class InvariantMetadata(NamedTuple):
@@ -44,12 +58,15 @@ class InvariantMetadata(NamedTuple):
         rows: int64 [B * L], the cache row of each local row; 0 for those that are not cached.
         sources: int64 [B * W padded to TILE, K], the key k of each row: an index into the B * L
             local rows of all slots.
-        counts: int64 [B * W padded to TILE], the number of keys that each row sees.
+        firsts: int64 [B * W padded to TILE], the first key that a sliding window leaves to each
+            row; 0 without one.
+        counts: int64 [B * W padded to TILE], the number of keys up to the last of each row.
     """
 
     segment: Segment
     rows: Tensor
     sources: Tensor
+    firsts: Tensor
     counts: Tensor
 
 
@@ -61,18 +78,23 @@ class InvariantAttention:
     def __init__(self, pages: Tensor) -> None:
         self._page = pages.shape[2]
 
-    def prepare(self, segment: Segment) -> InvariantMetadata:
-        """Where the keys of each row lie, and how many it sees."""
+    def prepare(self, segment: Segment, window: int | None = None) -> InvariantMetadata:
+        """Where the keys of each row lie, and which it sees."""
         rows, _ = prefix_rows(segment, self._page)
         order, counts = seen_in_order(segment)
+        firsts = torch.zeros_like(counts) if window is None else (counts - window).clamp(min=0)
+        padding = (0, -counts.numel() % TILE)
         return InvariantMetadata(
             segment,
             rows=F.pad(rows, (0, segment.width + 1)).flatten(),
-            sources=_sources(segment, order, counts, rows.shape[1]),
-            counts=F.pad(counts.flatten(), (0, -counts.numel() % TILE)),
+            sources=_sources(segment, order, (firsts, counts), rows.shape[1]),
+            firsts=F.pad(firsts.flatten(), padding),
+            counts=F.pad(counts.flatten(), padding),
         )
 
-    def attend(self, metadata: InvariantMetadata, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
+    def attend(
+        self, metadata: InvariantMetadata, pages: Tensor, qkv: QKV, scores: Scores
+    ) -> Tensor:
         query, key, value = write_by_slot(metadata.segment, pages, qkv)
         batch, width, heads, size = query.shape
         groups = key.shape[2]
@@ -81,18 +103,17 @@ class InvariantAttention:
         local = local.view(2, batch, -1, groups, size)  # keys and values [B, L, G, E]
         local[0, :, -width - 1 : -1] = key  # the window rows; the last local row stays zero
         local[1, :, -width - 1 : -1] = value
-        queries = (query * scale).reshape(batch * width, groups, -1, size)  # [B * W, G, F, E]
+        queries = (query * scores.scale).reshape(
+            batch * width, groups, -1, size
+        )  # [B * W, G, F, E]
         queries = F.pad(queries, (0, 0, 0, 0, 0, 0, 0, -batch * width % TILE))
         tiles = zip(
             queries.split(TILE),
-            metadata.sources.split(TILE),
-            metadata.counts.split(TILE),
+            *(rows.split(TILE) for rows in (metadata.sources, metadata.firsts, metadata.counts)),
             strict=True,
         )
         keys_values = local.view(2, -1, size)  # [2, B * L * G, E]
-        mixed = torch.cat(
-            [_tile(tile, keys_values, sources, counts) for tile, sources, counts in tiles]
-        )
+        mixed = torch.cat([_tile(tile, keys_values, Keys(*keys), scores) for tile, *keys in tiles])
         return metadata.segment.flat(mixed[: batch * width].view(batch, width, heads, size))
 
 
@@ -101,44 +122,47 @@ class InvariantTritonAttention:
 
     takes_pieces = False
 
-    def prepare(self, segment: Segment) -> Seen:
+    def prepare(self, segment: Segment, window: int | None = None) -> Seen:
         """Which window rows each row sees, in order."""
-        return segment, *seen_in_order(segment)
+        return Seen(segment, *seen_in_order(segment), window)
 
-    def attend(self, metadata: Seen, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
+    def attend(self, metadata: Seen, pages: Tensor, qkv: QKV, scores: Scores) -> Tensor:
         from idlm.kernels.batch_invariant_triton import attend  # Triton is optional
 
-        segment, order, counts = metadata
+        segment, order, counts, _ = metadata
         query, key, value = write_by_slot(segment, pages, qkv)
         mixed = attend(
-            query, key, value, pages, segment.table, segment.lengths, order, counts, scale
+            query, key, value, pages, segment.table, segment.lengths, order, counts, scores
         )
         return segment.flat(mixed)
 
 
-def _sources(segment: Segment, order: Tensor, counts: Tensor, prefix: int) -> Tensor:
+def _sources(segment: Segment, order: Tensor, seen: tuple[Tensor, Tensor], prefix: int) -> Tensor:
     """`InvariantMetadata.sources`: a row's keys are the prefix, then the window rows that it sees,
-    then the zero row. `prefix` is S."""
-    batch, width = counts.shape
+    with the zero row before its first and after its last. `prefix` is S; `seen` are the firsts and
+    counts [B, W]."""
+    firsts, counts = (of_rows[..., None] for of_rows in seen)
+    batch, width = seen[1].shape
     local = prefix + width + 1  # L
     keys = torch.arange((local + BLOCK - 1) // BLOCK * BLOCK, device=order.device)  # 0 .. K - 1
     # key k past the prefix is number k - length of the window rows that the row sees
     in_window = (keys - segment.lengths[:, None]).clamp(0, width - 1)  # [B, K]
     window = prefix + order.gather(2, in_window[:, None].expand(-1, width, -1))  # [B, W, K]
     source = torch.where(keys < segment.lengths[:, None, None], keys, window)
-    source = torch.where(keys < counts[..., None], source, local - 1)  # past them the zero row
+    source = torch.where((keys >= firsts) & (keys < counts), source, local - 1)
     source = source + local * torch.arange(batch, device=source.device)[:, None, None]
     return F.pad(source.flatten(0, 1), (0, 0, 0, -batch * width % TILE), value=local - 1)
 
 
-def _tile(query: Tensor, local: Tensor, sources: Tensor, counts: Tensor) -> Tensor:
+def _tile(query: Tensor, local: Tensor, seen: Keys, constants: Scores) -> Tensor:
     """Attention of one tile of rows: [TILE, H * E].
 
     `query` is [TILE, G, F, E], `local` the keys and values [2, B * L * G, E], `sources` [TILE, K].
     Every product is [F, E] x [E, BLOCK] or [F, BLOCK] x [BLOCK, E], whatever the batch is. Blocks
-    are added in order; those past a row's last key add zeros at the end, which changes no bit.
+    are added in order; those without a key of the row add zeros, which changes no bit.
     """
     tile, groups, fold, size = query.shape
+    sources = seen.sources
     # [TILE, G, K]: the row of each key/value head of each key
     index = sources[:, None] * groups + torch.arange(groups, device=sources.device)[:, None]
     keys, values = local.index_select(1, index.flatten()).view(2, -1, BLOCK, size)
@@ -146,13 +170,23 @@ def _tile(query: Tensor, local: Tensor, sources: Tensor, counts: Tensor) -> Tens
     queries = query[:, :, None].expand(-1, -1, blocks, -1, -1).reshape(-1, fold, size)
     # [TILE, G, blocks, F, BLOCK]
     scores = torch.bmm(queries, keys.transpose(1, 2)).view(tile, groups, -1, fold, BLOCK)
-    unseen = torch.arange(sources.shape[1], device=sources.device) >= counts[:, None]
+    if constants.softcap is not None:
+        scores = constants.softcap * (scores / constants.softcap).tanh()
+    key = torch.arange(sources.shape[1], device=sources.device)
+    unseen = (key < seen.firsts[:, None]) | (key >= seen.counts[:, None])
     scores = scores.masked_fill(unseen.view(tile, 1, -1, 1, BLOCK), -torch.inf)
     top = scores.amax((2, 4), keepdim=True)
+    sinks = constants.sinks
+    if sinks is not None:
+        sinks = sinks.to(scores.dtype).view(groups, 1, fold, 1)
+        top = torch.maximum(top, sinks)
     top = top.clamp(min=torch.finfo(scores.dtype).min)  # -inf for a row that sees nothing
     weights = (scores - top).exp()
     # cumsum, unlike sum, adds the blocks in order; the total is >= 1 unless the row sees nothing
-    total = weights.sum(-1).cumsum(2)[:, :, -1].clamp(min=1)
+    total = weights.sum(-1).cumsum(2)[:, :, -1]
+    if sinks is not None:
+        total = total + (sinks - top)[:, :, 0, :, 0].exp()
+    total = total.clamp(min=1)
     mixed = torch.bmm(weights.view(-1, fold, BLOCK), values)
     mixed = mixed.view(tile, groups, -1, fold, size).cumsum(2)[:, :, -1]
     return (mixed / total[..., None]).flatten(1)

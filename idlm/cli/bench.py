@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from idlm.cli import common, prompts
+from idlm.cli import common, drafts, prompts
+from idlm.config import EngineConfig
 from idlm.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,8 +24,13 @@ MODES = ("ar", "chain", "all", "planner")
 def bench(
     model: common.Model,
     modes: Annotated[
-        str, typer.Option(metavar="A,B", help="What to compare, and in which order.")
-    ] = ",".join(MODES),
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="What to compare, and in which order.",
+            show_default=",".join(MODES) + "; ar for a model that was not trained to draft",
+        ),
+    ] = None,
     concurrency: Annotated[str, typer.Option(metavar="C,D", help="Requests in flight.")] = "1,8,32",
     requests: Annotated[
         int, typer.Option(help="Requests a run; at least twice those in flight are made.")
@@ -68,7 +74,7 @@ def bench(
     FILE, held-out problems for the bundled models, or random tokens (then acceptance means nothing:
     simulate it).
     """
-    chosen = _modes(modes)
+    chosen = _modes(",".join(MODES) if modes is None else modes)
     in_flight = [_count("concurrency", text, 1024) for text in _split("concurrency", concurrency)]
     shares = None if simulate_acceptance is None else _shares(simulate_acceptance)
     _check(stride, chosen, requests=requests, repeats=repeats, threads=threads)
@@ -76,6 +82,7 @@ def bench(
 
     import torch
 
+    from idlm.engine.preflight import Wanted, preflight
     from idlm.evaluation.closed_loop import bench_engines
     from idlm.evaluation.environment import environment
     from idlm.evaluation.serving_bench import bench as run
@@ -83,9 +90,23 @@ def bench(
     from idlm.models.loading import load
 
     torch.set_num_threads(threads)
+    largest = 1 if chosen == ["ar"] else stride
+    engine = EngineConfig(
+        largest, max_num_seqs=max(in_flight), weights=weights, max_model_len=max_model_len
+    )
+    adapters = [] if adapter is None else [adapter]
+    found = preflight(Wanted(model, adapters, dtype, device), engine)
+    if not found.trained and chosen != ["ar"]:
+        if modes is None and shares is None:
+            chosen = ["ar"]
+        elif not found.possible:
+            asked = "--simulate-acceptance" if modes is None else f"--modes {modes}"
+            drafts.refuse(model, asked, "--modes ar")
     idlm = load(model, adapter, dtype, device, max_model_len)
     draw = workload(idlm, [prompt.encode(idlm, chat=True) for prompt in given])
     engines = bench_engines(idlm, chosen, stride, max(in_flight), shares, weights=weights)
+    if chosen == ["ar"] and modes is None:
+        drafts.say_ar(model)
     common.keep_what_is_loaded()
     runs = len(in_flight) * (repeats + 1) * len(engines)
     with common.progress("measuring in turn", runs) as advance:

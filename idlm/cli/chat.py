@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from idlm.cli import common
+from idlm.cli import common, drafts
 from idlm.cli.sampling import Sampling, with_sampling
-from idlm.config import EngineConfig
 from idlm.errors import InputError
 from idlm.extras import need
 
@@ -30,8 +29,8 @@ def chat(
     ] = None,
     *,
     adapter: common.Adapter = None,
-    stride: common.Stride = 4,
-    branches: common.BranchesOption = "planner",
+    stride: drafts.Stride = None,
+    branches: drafts.Branches = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
     max_model_len: common.MaxModelLen = None,
@@ -83,16 +82,20 @@ def chat(
         from idlm.models.loading import load
         from idlm.ui.chat_local import LocalBackend
 
-        config = EngineConfig(  # before the model is loaded, which can take minutes
-            stride,
-            branches,
+        wanted = drafts.Drafts(stride, branches)
+        config = wanted.config(
+            max_model_len=max_model_len,
             max_num_seqs=1,
             weights=weights,
             threads=threads,
             generation_config=sampling.generation_config,
         )
+        folders = [] if adapter is None else [adapter]
+        config, ordinary = drafts.checked(wanted, config, str(model), folders, dtype, device)
         idlm = load(str(model), adapter, dtype, device, max_model_len)
         backend = LocalBackend(LLM(idlm, config=config), sampling.of(idlm))
+        if ordinary:
+            drafts.say_ar(str(model))
     Chat(backend, colors).run(reader())
 
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from idlm.cli import common, prompts
+from idlm.cli import common, drafts, prompts
 from idlm.cli.sampling import Sampling, with_sampling
-from idlm.config import EngineConfig
 from idlm.errors import InputError
 
 if TYPE_CHECKING:
+    from idlm.config import EngineConfig
     from idlm.engine.llm import Result
 
 
@@ -29,8 +29,8 @@ def generate(
         typer.Option("--prompts", metavar="FILE", help="Prompts: .txt one a line, or .jsonl."),
     ] = None,
     adapter: common.Adapter = None,
-    stride: common.Stride = 4,
-    branches: common.BranchesOption = "planner",
+    stride: drafts.Stride = None,
+    branches: drafts.Branches = None,
     chat: Annotated[
         bool, typer.Option("--chat/--raw", help="Use the model's chat template, if it has one.")
     ] = True,
@@ -53,13 +53,15 @@ def generate(
     from idlm.models.loading import load
 
     # before the model is loaded, which can take minutes
-    config = EngineConfig(
-        stride,
-        branches,
+    wanted = drafts.Drafts(stride, branches)
+    config = wanted.config(
+        max_model_len=max_model_len,
         weights=weights,
         threads=threads,
         generation_config=sampling.generation_config,
     )
+    folders = [] if adapter is None else [adapter]
+    config, ordinary = drafts.checked(wanted, config, model, folders, dtype, device)
     idlm = load(model, adapter, dtype, device, max_model_len)
     params = sampling.of(idlm)
     llm = LLM(idlm, config=config)
@@ -67,12 +69,14 @@ def generate(
     ids = [each.encode(llm.idlm, chat) for each in given]
     started = perf_counter()
     first = llm.generate(ids, params, progress=True)
+    if ordinary:
+        drafts.say_ar(model)
     results = [sample for result in first for sample in (result, *result.samples)]
-    report(model, stride, branches, results, perf_counter() - started, as_json)
+    report(model, config, results, perf_counter() - started, as_json)
 
 
 def report(
-    model: str, stride: int, branches: str, results: list[Result], seconds: float, as_json: bool
+    model: str, config: EngineConfig, results: list[Result], seconds: float, as_json: bool
 ) -> None:
     """Print texts on stdout and a summary on stderr, or everything as one JSON object."""
     from idlm.evaluation.metrics import summary
@@ -95,6 +99,5 @@ def report(
         }
         for result in results
     ]
-    common.print_json(
-        {"model": model, "stride": stride, "branches": branches, **totals, "results": answers}
-    )
+    plan = {"stride": config.stride, "branches": config.branches}
+    common.print_json({"model": model, **plan, **totals, "results": answers})

@@ -160,10 +160,13 @@ def _bias(entry: str) -> tuple[int, float]:
         ) from None
 
 
-def with_sampling(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace the parameter `sampling` of a command by the sampling options."""
+def with_sampling(
+    command: Callable[..., None], without: tuple[str, ...] = ()
+) -> Callable[..., None]:
+    """Replace the parameter `sampling` of a command by the sampling options, `without` some."""
     signature = inspect.signature(command, eval_str=True)
-    options = inspect.signature(sampling_options, eval_str=True).parameters
+    every = inspect.signature(sampling_options, eval_str=True).parameters
+    options = {name: option for name, option in every.items() if name not in without}
 
     def run(**values: Any) -> None:
         chosen = {name: values.pop(name) for name in options}

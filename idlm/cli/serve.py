@@ -5,13 +5,14 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import typer
 
-from idlm.cli import common
-from idlm.config import EngineConfig
+from idlm.cli import common, drafts
 from idlm.errors import InputError
 from idlm.extras import need
 from idlm.serving.config import AR_SUFFIX, WAITING_ROOM, Limits, ServeConfig, WorkerConfig
@@ -30,6 +31,14 @@ def serve(
     adapter: Annotated[
         list[str] | None,
         _option("Model", "A gated LoRA and its name; can be repeated.", metavar="NAME=PATH"),
+    ] = None,
+    lora_dir: Annotated[
+        list[str] | None,
+        _option(
+            "Model",
+            "Adapters may be loaded from here while the server runs; can be repeated.",
+            metavar="FOLDER",
+        ),
     ] = None,
     host: Annotated[str, _option("Network", "The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, _option("Network", "The port; 0 takes a free one.")] = 8000,
@@ -53,8 +62,8 @@ def serve(
         str,
         _option("Model", "How thoughts are told from the answer: auto, none, qwen3, deepseek_r1."),
     ] = "auto",
-    stride: common.Stride = 4,
-    branches: common.BranchesOption = "planner",
+    stride: drafts.Stride = None,
+    branches: drafts.Branches = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
     max_model_len: common.MaxModelLen = None,
@@ -82,6 +91,9 @@ def serve(
     ] = False,
     log_prompts: Annotated[
         bool, _option("Network", "Write prompts and outputs to the log.")
+    ] = False,
+    vllm_metrics: Annotated[
+        bool, _option("Network", "Give /metrics under vLLM's names too, for its boards and tools.")
     ] = False,
     parse_special: Annotated[
         bool, _option("Network", "Special strings in a completions prompt are special tokens.")
@@ -113,9 +125,8 @@ def serve(
     _check(limits)
     _at_least("--max-num-seqs", max_num_seqs, 1)
     _at_least("--threads", 1 if threads is None else threads, 1)
-    engine = EngineConfig(
-        stride=stride,
-        branches=branches,
+    wanted = drafts.Drafts(stride, branches)
+    engine = wanted.config(
         max_num_seqs=max_num_seqs,
         kv_memory=kv_memory,
         deterministic=deterministic,
@@ -126,7 +137,7 @@ def serve(
         generation_config=generation_config,
     )
     adapters = _adapters(adapter or [])
-    worker = WorkerConfig(model, adapters, dtype, device, engine)
+    worker = WorkerConfig(model, adapters, dtype, device, engine, _directories(lora_dir or []))
     keys = _keys(api_key or [])
     name = _name(name or model, adapters)
     config = ServeConfig(
@@ -141,16 +152,25 @@ def serve(
         limits,
         _origins(allowed_origins or []),
         reasoning_parser,
+        vllm_metrics,
     )
     _check_port(port)
-
+    from idlm.serving.server import bind
     from idlm.serving.server import serve as run
 
-    run(config, lambda url: _announce(config, url))
+    bind(host, port).close()  # an address that cannot be used is said first
+    wanted = drafts.Drafts(None, None) if lora_dir else wanted  # adapters that come later draft
+    folders = [*adapters.values()]
+    checked, ordinary = drafts.checked(wanted, engine, model, folders, dtype, device)
+    config = replace(config, worker=replace(worker, engine=engine if lora_dir else checked))
+    run(config, lambda url: _announce(config, url, ordinary))
 
 
-def _announce(config: ServeConfig, url: str) -> None:
-    """Print the URL, and a warning if others can reach a server without a key."""
+def _announce(config: ServeConfig, url: str, ordinary: bool) -> None:
+    """Print the URL, and a warning if others can reach a server without a key. `ordinary`: the
+    model was not trained to draft."""
+    if ordinary:
+        drafts.say_ar(config.worker.model)
     if not config.api_keys and not _is_loopback(config.host):
         typer.echo(
             f"warning: {config.host} can be reached by others, and there is no key; give --api-key",
@@ -201,6 +221,13 @@ def _adapters(entries: list[str]) -> dict[str, str]:
             raise InputError(f"--adapter {name!r} is given twice; use two names")
         adapters[name] = path
     return adapters
+
+
+def _directories(folders: list[str]) -> tuple[str, ...]:
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise InputError(f"--lora-dir {folder!r} is no folder; name one that holds adapters")
+    return tuple(str(Path(folder).resolve()) for folder in folders)
 
 
 def _name(name: str, adapters: dict[str, str]) -> str:

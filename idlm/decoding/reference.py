@@ -3,7 +3,8 @@
 It shares no function with the fast path (`law`, `noise`, `verify`), which the tests compare with
 it. Each step recomputes everything, row by row, in float64; the noise uses Python's integers.
 `forward(tokens [T], positions [T], visible [T, T])` returns logits [T, V]; a row whose token is
-`mask_id` is a MASK row.
+`mask_id` is a MASK row. Of what is visible, a layer with a sliding window w sees the rows less than
+w positions back.
 
 Shapes: T rows of a forward, V logit columns.
 """

@@ -11,6 +11,9 @@ Each row sees the cache, itself, and
     d_k       pending, d_1 .. d_{k-1}
     m_{g,k}   pending, d_1 .. d_j, m_{g,1} .. m_{g,k-1}
 
+So a row sees each position up to its own once, in order. A sliding window of w leaves it the last w
+of these rows and tokens.
+
 N = 3 with all outcomes, for example (x: the row sees the column):
 
                        p  d1 d2 | m0 m0 | m1 m1 | m2 m2

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
+from idlm.engine.adapters import Adapters
 from idlm.engine.guide import Constraint, Guides
 from idlm.engine.pages import PagePool
 from idlm.engine.request import Request, Result, Timing
@@ -23,12 +24,10 @@ class Admission:
     Args:
         depth: K, the most drafts of any plan.
         pool: the pages of the KV cache; a request must fit into it.
-        adapters: the names of the adapters, by index.
     """
 
-    def __init__(self, idlm: Idlm, depth: int, pool: PagePool, adapters: Sequence[str]) -> None:
-        self.idlm, self.depth, self.pool = idlm, depth, pool
-        self.adapters = list(adapters)
+    def __init__(self, idlm: Idlm, depth: int, pool: PagePool, adapters: Adapters) -> None:
+        self.idlm, self.depth, self.pool, self.adapters = idlm, depth, pool, adapters
         self._guides = Guides(idlm)
         self._numbers = itertools.count()
 
@@ -59,6 +58,7 @@ class Admission:
         """
         self.check_size(prompt, params)
         params = self._with_ids(params)
+        index = self.adapters.index(adapter)
         number, now = next(self._numbers), perf_counter()
         result = Result(list(prompt), seed, [0] * self.depth, [0] * self.depth, Timing(now))
         if params.logprobs is not None:
@@ -72,8 +72,8 @@ class Admission:
             result=result,
             limit=self._limit(prompt, params),
             stop_ids=self._stop_ids(params),
-            adapter=self._adapter(adapter),
-            drafting=drafting,
+            adapter=index,
+            drafting=drafting and self.adapters.drafts(index),
             order=(priority, number),
             deadline=None if timeout is None else now + timeout,
             stream=self._stream(params),
@@ -133,15 +133,6 @@ class Admission:
         with a guide stops at it even if `ignore_eos` is set."""
         own = frozenset(params.stop_token_ids)
         return own if params.ignore_eos and params.guide is None else own | self.idlm.eos_ids
-
-    def _adapter(self, name: str | None) -> int:
-        if name is None:
-            return 0
-        if name not in self.adapters:
-            raise InputError(
-                f"adapter {name!r} is not loaded; use one of {', '.join(self.adapters) or '(none)'}"
-            )
-        return self.adapters.index(name)
 
     def _stream(self, params: SamplingParams) -> TextStream | None:
         if not params.detokenize:

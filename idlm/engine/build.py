@@ -24,14 +24,20 @@ log = logging.getLogger("idlm")
 
 
 def build_engine(
-    idlm: Idlm, config: EngineConfig, adapters: Sequence[str] = (), take_weights: bool = False
+    idlm: Idlm,
+    config: EngineConfig,
+    adapters: Sequence[str | None] = (),
+    take_weights: bool = False,
+    changing: bool = False,
 ) -> Engine:
     """An engine for the model. The log gives the reason for each automatic choice.
 
     Args:
-        adapters: the names of the adapters, by index.
+        adapters: the names of the adapters, by index; None: an index without adapter.
         take_weights: the engine owns the model. It frees the weights of linear layers that its
             kernels have a copy of.
+        changing: adapters can be loaded and unloaded later. Then MASK rows have no weights of
+            their own, which would hold all adapters.
 
     Raises:
         InputError: an option cannot be used with this model or on this machine.
@@ -39,10 +45,10 @@ def build_engine(
     plans = _plans(idlm, config)
     idlm.model.requires_grad_(False)
     depth = max(plan.drafts for plan in plans)
-    shapes = attention_shapes(idlm)
+    shapes, window = attention_shapes(idlm)
     # before the kernels copy the weights: the cache's share is of the memory that is free now
     pages = cache_pages(idlm, config, shapes, max(plans, key=lambda plan: plan.width))
-    products = products_for(idlm, config, shapes, drafting=depth > 0)
+    products = products_for(idlm, config, shapes, drafting=depth > 0 and not changing)
     cache = KVCache(
         shapes,
         pages,
@@ -54,7 +60,7 @@ def build_engine(
     if take_weights and products.linears is not None:
         free_weights(idlm, products.linears)  # before recording: a recording keeps them alive
     costs = measured_costs(runner, plans, config.max_num_seqs) if len(plans) > 1 else None
-    return Engine(runner, Planner(plans, costs), config, adapters)
+    return Engine(runner, Planner(plans, costs), config, adapters, window)
 
 
 def _plans(idlm: Idlm, config: EngineConfig) -> list[Plan]:

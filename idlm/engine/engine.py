@@ -29,6 +29,7 @@ import torch
 
 from idlm.config import EngineConfig
 from idlm.decoding.plan import AR, Plan
+from idlm.engine.adapters import Adapters
 from idlm.engine.admission import Admission
 from idlm.engine.budget import PrefillBudget
 from idlm.engine.guide import Constraint
@@ -41,9 +42,12 @@ from idlm.engine.request import Logprob, Request, Result, Update
 from idlm.engine.runner import PendingStep, Runner
 from idlm.engine.scheduler import Scheduler, longest
 from idlm.engine.step import SlotResult, StepKey
+from idlm.models.adapter import Loaded
 from idlm.params import SamplingParams
 
 WARM_UP_SECONDS = 5.0
+RECORD_SECONDS = 0.5
+"""For steps that are recorded again because an adapter came or went: all requests wait for it."""
 
 
 @dataclass
@@ -74,22 +78,30 @@ class Engine:
     Args:
         runner: runs steps on the device.
         planner: chooses the plan of each step.
-        adapters: the names of the adapters, by index.
+        adapters: the names of the adapters, by index; None: an index without adapter.
+        window: the largest sliding window if all layers have one; see `Scheduler`.
     """
 
     def __init__(
-        self, runner: Runner, planner: Planner, config: EngineConfig, adapters: Sequence[str] = ()
+        self,
+        runner: Runner,
+        planner: Planner,
+        config: EngineConfig,
+        adapters: Sequence[str | None] = (),
+        window: int | None = None,
     ) -> None:
         cache, idlm = runner.model_step.cache, runner.idlm
         late = int(idlm.device.type == "cuda")
         self.runner, self.planner, self.config = runner, planner, config
         self.lookahead = late if config.lookahead is None else config.lookahead
         pool = PagePool(len(cache.pages[0][0]), cache.page_size)
-        self.scheduler = Scheduler(config.max_num_seqs, pool, f"{idlm.name} {idlm.dtype}".encode())
+        root = f"{idlm.name} {idlm.dtype}".encode()
+        self.scheduler = Scheduler(config.max_num_seqs, pool, root, window)
         self.metrics = Metrics()
         self.budget = PrefillBudget(config.prefill_tokens, clocked=not self.lookahead)
         self._raw = config.logprobs_mode == "raw_logprobs"
-        self.admission = Admission(idlm, runner.depth, pool, adapters)
+        self.adapters = Adapters(idlm, adapters)
+        self.admission = Admission(idlm, runner.depth, pool, self.adapters)
         self._requests: dict[str, Request] = {}
         self._in_flight: deque[InFlight] = deque()
         self._last = AR  # the plan of the last step
@@ -152,6 +164,8 @@ class Engine:
         """
         started = perf_counter()
         self._expire()
+        if self.adapters.retired:
+            self._release()
         self._admit()
         before = len(self._in_flight)
         worked = self._launch()
@@ -173,6 +187,39 @@ class Engine:
         """Record the steps that most requests need, within about `seconds`. A server does so before
         it reports that it is ready."""
         self.runner.warm_up(self.planner.likely(self.config.max_num_seqs), seconds)
+
+    def load_adapter(self, name: str, adapter: Loaded) -> None:
+        """Attach an adapter that requests can then name. Running requests go on, and cached pages
+        stay, since they are the base's. The engine must have been built with `changing`.
+
+        Raises:
+            InputError: it cannot be attached; nothing has changed.
+        """
+        self.drain()
+        self.adapters.add(name, adapter, self.runner.model_step.products)
+        self._model_changed()
+
+    def unload_adapter(self, name: str) -> None:
+        """Take an adapter's name away. Requests that run or wait with it go on.
+
+        Raises:
+            InputError: there is no such adapter.
+        """
+        self.adapters.remove(name)
+        self._release()
+
+    def _release(self) -> None:
+        """Detach the adapters without a name that no request uses any more."""
+        unused = self.adapters.retired - {one.adapter for one in self._requests.values()}
+        if unused:
+            self.drain()
+            for index in unused:
+                self.adapters.release(index)
+            self._model_changed()
+
+    def _model_changed(self) -> None:
+        self.runner.forget()
+        self.warm_up(RECORD_SECONDS)
 
     @torch.inference_mode()
     def drain(self) -> None:
@@ -259,9 +306,10 @@ class Engine:
         return sum(step.tokens for step in self._in_flight) + plan.drafts
 
     def _grow(self, plan: Plan) -> None:
-        """Give decoding requests the pages for the next step. If pages run out, pre-empt the last
-        request in the order."""
-        scheduler, ahead, entries = self.scheduler, self._ahead(plan), []
+        """Free the pages that no later step reads, and give decoding requests those for the next
+        step. If pages run out, pre-empt the last request in the order."""
+        scheduler, ahead = self.scheduler, self._ahead(plan)
+        entries = [entry for request in scheduler.running for entry in scheduler.trim(request)]
         lacking = [
             request
             for request in scheduler.decoding

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from idlm.attention.base import QKV, Segment, cache_rows
 from idlm.attention.choice import choose
+from idlm.decoding.scores import Scores
 from idlm.engine.prefill import PrefillBatch
 from idlm.errors import InputError
 
@@ -53,7 +54,9 @@ class KVCache:
         self.page_size = page_size
         self.pages = [like.new_zeros(2, pages, page_size, groups, size) for _ in shapes]
         self.backend = choose(self.pages[0], heads, deterministic)
-        self._prepared: list[tuple[int, Any]] = []  # flat rows and metadata, by segment
+        self._segments: list[Segment] = []
+        self._prepared: dict[int | None, list[tuple[int, Any]]] = {}
+        """By sliding window: flat rows and metadata of each segment."""
 
     def columns(self, tokens: int) -> int:
         """The number of page-table columns that `tokens` tokens need."""
@@ -84,20 +87,31 @@ class KVCache:
         """Set the segments of the next forward, in the order of its rows."""
         if not self.backend.takes_pieces:
             segments = [window for segment in segments for window in segment.windows()]
-        self._prepared = [(segment.size, self.backend.prepare(segment)) for segment in segments]
+        self._segments, self._prepared = list(segments), {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
+    ) -> Tensor:
         """Attention of a layer's rows, as `idlm.models.attention.Cache` defines it. Writes the keys
         and values of real rows to the pages."""
         pages, qkv = (
             self.pages[layer],
             QKV(*(rows[0].transpose(0, 1) for rows in (query, key, value))),
         )
-        if len(self._prepared) == 1:
-            return self.backend.attend(self._prepared[0][1], pages, qkv, scale)[None]
+        prepared = self._prepared.get(scores.window) or self._prepare(scores.window)
+        if len(prepared) == 1:
+            return self.backend.attend(prepared[0][1], pages, qkv, scores)[None]
         mixed, start = [], 0
-        for size, metadata in self._prepared:
+        for size, metadata in prepared:
             part = QKV(*(rows[start : start + size] for rows in qkv))
-            mixed.append(self.backend.attend(metadata, pages, part, scale))
+            mixed.append(self.backend.attend(metadata, pages, part, scores))
             start = start + size
         return torch.cat(mixed)[None]
+
+    def _prepare(self, window: int | None) -> list[tuple[int, Any]]:
+        """What all layers with this sliding window share."""
+        prepared = [
+            (segment.size, self.backend.prepare(segment, window)) for segment in self._segments
+        ]
+        self._prepared[window] = prepared
+        return prepared

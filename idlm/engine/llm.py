@@ -16,10 +16,11 @@ from idlm.chat_template import Message, Messages, check_ids
 from idlm.config import EngineConfig
 from idlm.engine.build import build_engine
 from idlm.engine.engine import Engine
+from idlm.engine.preflight import Wanted, preflight
 from idlm.engine.request import Result, Update
 from idlm.errors import InputError
 from idlm.inputs import plain
-from idlm.models.adapter import load_more
+from idlm.models.adapter import attach_place, load_more
 from idlm.models.check import check_adapter
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import load
@@ -42,6 +43,8 @@ class LLM:
         adapter: the folder of a gated LoRA.
         adapters: more gated LoRAs of the same base, by the name that requests give: `generate(...,
             adapter=name)`. The first adapter is the default; `adapter` has the name "default".
+        changing: adapters can be loaded and unloaded later: `engine.load_adapter`. Without a
+            first adapter, requests that name none decode AR.
         dtype: "auto" (the checkpoint's), or a torch dtype or its name.
         device: for example "cpu", "cuda" or "cuda:1".
         config: the engine's options.
@@ -62,6 +65,7 @@ class LLM:
         adapter: str | PathLike[str] | None = None,
         *,
         adapters: Mapping[str, str | PathLike[str]] | None = None,
+        changing: bool = False,
         dtype: str | torch.dtype = "auto",
         device: str = "cpu",
         config: EngineConfig | None = None,
@@ -77,13 +81,19 @@ class LLM:
         if isinstance(model, Idlm):
             self.idlm = model if limit is None else model.limited(limit)
         else:
+            folders = [fspath(folder) for folder in named.values()]
+            preflight(Wanted(fspath(model), folders, dtype, device), self.config)
             self.idlm = load(fspath(model), dtype=dtype, device=device, max_model_len=limit)
-        names = ["default", *named] if self.idlm.gate is not None else list(named)
+        names: list[str | None] = ["default"] if self.idlm.gate is not None else []
+        names += named
         for folder in named.values():
             load_more(self.idlm, resolve(fspath(folder))[0])
             check_adapter(self.idlm)
         self.get_default_sampling_params()  # refused and warned about before the engine is built
-        self.engine: Engine = build_engine(self.idlm, self.config, names, take_weights=ours)
+        if changing and self.idlm.gate is None:
+            attach_place(self.idlm)
+            names = [None] if self.idlm.block_size is None else []
+        self.engine: Engine = build_engine(self.idlm, self.config, names, ours, changing)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The settings of requests that give none: those of the checkpoint's generation config,

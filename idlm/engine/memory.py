@@ -33,8 +33,7 @@ def cache_pages(idlm: Idlm, config: EngineConfig, shapes: Sequence[Shape], wides
         InputError: `config.kv_memory` is too small for two pages.
     """
     page_size, slots = config.page_size, config.max_num_seqs
-    page_bytes = sum(2 * page_size * groups * size for _, groups, size in shapes)
-    page_bytes *= idlm.dtype.itemsize
+    page_bytes = _page_bytes(config, shapes, idlm.dtype)
     per_request = math.ceil(idlm.context / page_size)
     enough = 2 * slots * per_request + 1  # all slots at full length, and as many cached pages
     if config.kv_memory is None:
@@ -43,11 +42,7 @@ def cache_pages(idlm: Idlm, config: EngineConfig, shapes: Sequence[Shape], wides
     else:
         budget = parse_memory(config.kv_memory)
         pages = budget // page_bytes
-    if pages < 2:
-        raise InputError(
-            f"kv_memory={config.kv_memory!r} holds {pages} pages of {page_bytes} bytes; "
-            "give at least two"
-        )
+    _two_at_least(config, pages, page_bytes)
     held = f"what {budget / 2**20:.0f} MiB hold"
     log.info(
         "KV cache: %d pages of %d tokens (%s), %.0f MiB, %.1f requests of full length",
@@ -58,6 +53,30 @@ def cache_pages(idlm: Idlm, config: EngineConfig, shapes: Sequence[Shape], wides
         (pages - 1) / per_request,
     )
     return int(pages)
+
+
+def check_kv_memory(config: EngineConfig, shapes: Sequence[Shape], dtype: torch.dtype) -> None:
+    """Check `config.kv_memory` for a model that is not loaded yet.
+
+    Raises:
+        InputError: as `cache_pages`.
+    """
+    if config.kv_memory is not None:
+        page_bytes = _page_bytes(config, shapes, dtype)
+        _two_at_least(config, parse_memory(config.kv_memory) // page_bytes, page_bytes)
+
+
+def _page_bytes(config: EngineConfig, shapes: Sequence[Shape], dtype: torch.dtype) -> int:
+    numbers = sum(2 * config.page_size * groups * size for _, groups, size in shapes)
+    return numbers * dtype.itemsize
+
+
+def _two_at_least(config: EngineConfig, pages: int, page_bytes: int) -> None:
+    if pages < 2:
+        raise InputError(
+            f"kv_memory={config.kv_memory!r} holds {pages} pages of {page_bytes} bytes; "
+            "give at least two"
+        )
 
 
 def _share(idlm: Idlm, slots: int, widest: Plan) -> int:

@@ -47,6 +47,8 @@ def products_for(
     """Choose the fastest kernels by measurement, and set the number of threads. The log gives the
     reasons.
 
+    `drafting`: MASK rows may have weights of their own, and adapters kernels.
+
     Raises:
         InputError: `config.weights` cannot be used with this model or on this machine.
     """
@@ -71,10 +73,8 @@ def free_weights(idlm: Idlm, linears: Linears) -> None:
 
 def _linears(idlm: Idlm, weights: str, deterministic: bool) -> Linears | None:
     """The linear layers as C kernels, if they can be used and their copy of the weights fits."""
-    reason = _no_kernels(idlm, deterministic)
-    if reason is not None:
-        if weights != "auto":
-            raise InputError(f"weights={weights!r} {reason}; leave it out")
+    check_weights(weights, idlm.device, idlm.dtype, deterministic)
+    if _no_kernels(idlm.device, idlm.dtype, deterministic) is not None:
         return None
     format = weights
     if weights == "auto":
@@ -95,14 +95,27 @@ def _multiplied(idlm: Idlm) -> int:
     return sum(weight.numel() for group in idlm.linear_groups() for weight in group)
 
 
-def _no_kernels(idlm: Idlm, deterministic: bool) -> str | None:
+def check_weights(
+    weights: str, device: torch.device, dtype: torch.dtype, deterministic: bool
+) -> None:
+    """Check that the C kernels can be used if `weights` asks for them.
+
+    Raises:
+        InputError: they cannot.
+    """
+    reason = _no_kernels(device, dtype, deterministic)
+    if reason is not None and weights != "auto":
+        raise InputError(f"weights={weights!r} {reason}; leave it out")
+
+
+def _no_kernels(device: torch.device, dtype: torch.dtype, deterministic: bool) -> str | None:
     """Why this engine cannot use the C kernels; None if it can."""
-    if idlm.device.type != "cpu":
-        return f"is for a CPU, and the model is on {idlm.device}"
+    if device.type != "cpu":
+        return f"is for a CPU, and the model is on {device}"
     if deterministic:
         return "does not go with deterministic=True, which has kernels of its own"
-    if idlm.dtype != torch.float32:
-        kind = str(idlm.dtype).removeprefix("torch.")
+    if dtype != torch.float32:
+        kind = str(dtype).removeprefix("torch.")
         return f"needs float32 activations, and the model is {kind} (dtype='float32' makes it that)"
     return (
         None if native.loaded() else "needs the C kernels, which are not there (the log says why)"

@@ -63,6 +63,7 @@ class Result:
         logprobs: for each token, `Logprob` by token id, its own id first; None unless requested.
         prompt_logprobs: the same for prompt tokens; the first entry is None.
         cached_tokens: prompt tokens that were found in the prefix cache.
+        drafted: drafts that were verified, also those after one that was rejected.
         samples: if n > 1, the other samples of the prompt.
     """
 
@@ -80,6 +81,7 @@ class Result:
     logprobs: list[dict[int, Logprob]] | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     cached_tokens: int = 0
+    drafted: int = 0
     samples: list[Result] = field(default_factory=list)
 
     @property
@@ -125,7 +127,8 @@ class Request:
         order: (priority, number of arrival); requests with lower orders run first.
         deadline: in seconds of `time.perf_counter`; None: no deadline.
         slot: the request's slot; None while it waits.
-        pages: the pages of its page table, in order.
+        pages: the pages of its page table, in order; the trash page in place of the first
+            `trimmed`, which are before every layer's sliding window.
         computed: tokens of its text that are cached or whose prefill has been launched.
         page_keys: the hashes of its first full pages, as many as the scheduler has needed.
         matcher: follows the output if the request has a guide or a budget of thoughts.
@@ -146,6 +149,7 @@ class Request:
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
     computed: int = 0
+    trimmed: int = 0
     page_keys: list[bytes] = field(default_factory=list)
     matcher: Constraint | None = None
 
@@ -190,6 +194,7 @@ class Request:
         result.sources += (
             ["first"] * len(kept) if before == 0 else _sources(len(kept), drafted, accepted)
         )
+        result.drafted += drafted if len(kept) > accepted else len(kept)
         for depth in range(min(len(kept), drafted)):
             result.reached[depth] += 1
             result.accepted[depth] += depth < accepted

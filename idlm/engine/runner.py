@@ -106,6 +106,10 @@ class Runner:
     def replace_verify(self, verify: Verify) -> None:
         """Change the rule that accepts drafts. Benches use this to simulate acceptance."""
         self.model_step.verify = verify
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all recordings: the steps have changed."""
         self._steps.forget()
 
     def clear(self, slot: int) -> None:

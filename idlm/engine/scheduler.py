@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from idlm.engine.pages import PagePool, chain
+from idlm.engine.pages import TRASH, PagePool, chain
 from idlm.engine.prefill import Chunk
 from idlm.engine.request import Request
 
@@ -28,14 +28,16 @@ class Scheduler:
         slots: the most running requests.
         pool: the pages of the KV cache.
         root: the start of all prefix-cache keys; it identifies the weights.
+        window: if every layer has a sliding window the largest of them: pages before it are freed.
 
     Attributes:
         prefilling, decoding: the running requests, in the order in which they came to the list.
     """
 
-    def __init__(self, slots: int, pool: PagePool, root: bytes) -> None:
+    def __init__(self, slots: int, pool: PagePool, root: bytes, window: int | None = None) -> None:
         self.pool = pool
         self.root = root
+        self.window = window
         self.prefilling: list[Request] = []
         self.decoding: list[Request] = []
         self._free_slots = list(range(slots - 1, -1, -1))
@@ -105,6 +107,23 @@ class Scheduler:
         request.pages += fresh
         return [(request.slot, held + index, page) for index, page in enumerate(fresh)]
 
+    def trim(self, request: Request) -> list[tuple[int, int, int]]:
+        """Release a request's pages that are wholly before every layer's sliding window at the
+        lowest position still to be computed. Returns their entries of the page table, which now
+        have the trash page; see `grow`."""
+        if self.window is None:
+            return []
+        assert request.slot is not None  # noqa: S101
+        position = request.length - 1 if request in self.decoding else request.computed
+        first = max(request.trimmed, (position + 1 - self.window) // self.pool.page_size)
+        gone = range(request.trimmed, first)
+        if gone:
+            self.publish(request, position)
+            self.pool.release([request.pages[column] for column in gone])
+            request.pages[gone.start : gone.stop] = [TRASH] * len(gone)
+            request.trimmed = first
+        return [(request.slot, column, TRASH) for column in gone]
+
     def victim(self) -> Request:
         """The request to pre-empt: the last running request in the order."""
         return max(self.running, key=lambda request: request.order)
@@ -129,8 +148,10 @@ class Scheduler:
         return work
 
     def publish(self, request: Request, tokens: int) -> None:
-        """Publish the full pages of the request's first `tokens` tokens, which must be computed."""
-        for page, key in zip(request.pages, self._keys(request, tokens), strict=False):
+        """Publish the full pages that the request holds of its first `tokens` tokens, which must
+        be computed."""
+        keys = self._keys(request, tokens)[request.trimmed :]
+        for page, key in zip(request.pages[request.trimmed :], keys, strict=False):
             self.pool.publish(page, key)
 
     def _keys(self, request: Request, tokens: int) -> list[bytes]:
@@ -153,8 +174,9 @@ class Scheduler:
         (self.decoding if decoding else self.prefilling).remove(request)
         # the last token is pending: its keys and values are not in the cache
         self.publish(request, request.length - 1 if decoding else request.computed)
-        self.pool.release(request.pages)
-        slot, request.slot, request.pages, request.computed = request.slot, None, [], 0
+        self.pool.release(request.pages[request.trimmed :])
+        slot, request.slot, request.pages = request.slot, None, []
+        request.computed = request.trimmed = 0
         self._free_slots.append(slot)
         return slot
 
@@ -175,7 +197,7 @@ class Scheduler:
         seated = [request.slot for request in self.running]
         if len(set(seated)) != len(seated) or set(seated) & set(self._free_slots):
             raise RuntimeError(f"slots {seated} are taken and {self._free_slots} free")
-        held = {page for request in self.running for page in request.pages}
+        held = {page for request in self.running for page in request.pages[request.trimmed :]}
         if len(held) != self.pool.live:
             raise RuntimeError(f"{self.pool.live} pages are live and requests hold {len(held)}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from idlm.decoding.scores import Scores
 from idlm.models.idlm_model import Idlm
 
 Shape = tuple[int, int, int]
@@ -12,13 +13,17 @@ Shape = tuple[int, int, int]
 
 
 class _Shapes:
-    """A cache that stores no keys and records the shapes of each layer."""
+    """A cache that stores no keys and records the shape and sliding window of each layer."""
 
     def __init__(self) -> None:
         self.found: list[Shape] = []
+        self.windows: list[int | None] = []
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
+    ) -> Tensor:
         self.found.append((query.shape[1], key.shape[1], key.shape[3]))
+        self.windows.append(scores.window)
         return query.transpose(1, 2)
 
 
@@ -37,9 +42,11 @@ def working_memory(idlm: Idlm, rows: int, logits: int) -> int:
 
 
 @torch.inference_mode()
-def attention_shapes(idlm: Idlm) -> list[Shape]:
-    """The shape of each layer, found by a forward of one row."""
+def attention_shapes(idlm: Idlm) -> tuple[list[Shape], int | None]:
+    """The shape of each layer, and the largest sliding window if all layers have one, else None;
+    found by a forward of one row."""
     cache = _Shapes()
     one = torch.zeros(1, 1, dtype=torch.int64, device=idlm.device)
     idlm.hidden(one, one, None, cache=cache)
-    return cache.found
+    windows = [window for window in cache.windows if window is not None]
+    return cache.found, max(windows) if len(windows) == len(cache.windows) else None

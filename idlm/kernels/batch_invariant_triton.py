@@ -3,14 +3,13 @@ on the number of rows."""
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from idlm.kernels.window_attention_triton import absorb
+from idlm.decoding.scores import Scores
+from idlm.kernels.window_attention_triton import absorb, base_2, begun
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -61,13 +60,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
-    query, key, value, pages, table, lengths, order, counts, out, scale, half, columns, width,
+    query, key, value, pages, table, lengths, order, counts, sinks, out, scale, cap, half, columns,
+    width, window, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
     PAGE: tl.constexpr, G: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
     HEADS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """One row's F query heads of a key/value head, over all keys of the row in order of position.
 
-    `half` is the offset of the values in `pages`.
+    `half` is the offset of the values in `pages`; `window` is the sliding window if the layer is
+    WINDOWED. Blocks begin at multiples of KEYS, whatever the window hides of them.
     """
     slot = (tl.program_id(0) // G).to(tl.int64)
     group = tl.program_id(0) % G
@@ -77,16 +78,19 @@ def _attend(  # type: ignore[no-untyped-def]
     offset = ((row * G + group) * F + head)[:, None] * E + size  # in query and out [B, W, H, E]
     alive = (head < F)[:, None] & (size < E)
     q = tl.load(query + offset, mask=alive, other=0.0)
-    top = tl.full([HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
+    top, total = begun(sinks, group * F + tl.minimum(head, F - 1), group >= 0, HEADS, SINKS)
     mixed = tl.zeros([HEADS, SIZE], tl.float32)
     length = tl.load(lengths + slot)
     count = tl.load(counts + row)
-    for start in range(0, count, KEYS):
+    first = count * 0
+    if WINDOWED:
+        first = tl.maximum(count - window, 0)
+    for start in range(first // KEYS * KEYS, count, KEYS):
         # keys 0 .. length - 1 are in the pages; the others are window rows, in the order `order`
         token = start + tl.arange(0, KEYS)
-        cached = token < length
-        in_window = (token >= length) & (token < count)
+        seen = (token >= first) & (token < count)
+        cached = (token < length) & seen
+        in_window = (token >= length) & seen
         page = tl.load(table + slot * columns + token // PAGE, mask=cached, other=0)
         window_row = tl.load(order + row * width + token - length, mask=in_window, other=0)
         cached_at = ((page * PAGE + token % PAGE) * G + group)[:, None] * E + size
@@ -100,7 +104,7 @@ def _attend(  # type: ignore[no-untyped-def]
         )
         v = tl.load(pages + half + cached_at, mask=from_pages, other=0.0)
         v = tl.where(from_pages, v, tl.load(value + window_at, mask=from_window, other=0.0))
-        top, total, mixed = absorb(q, k, v, (token < count)[None, :], top, total, mixed, scale)
+        top, total, mixed = absorb(q, k, v, seen[None, :], top, total, mixed, scale, cap, CAPPED)
     # a row that sees nothing has total 0
     tl.store(out + offset, mixed / tl.where(total > 0, total, 1.0)[:, None], mask=alive)
 
@@ -114,7 +118,7 @@ def attend(
     lengths: Tensor,
     order: Tensor,
     counts: Tensor,
-    scale: float,
+    scores: Scores,
 ) -> Tensor:
     """Attention [B, W, H, E] in float16, bfloat16 or float32.
 
@@ -126,9 +130,10 @@ def attend(
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     _attend[batch * groups, width](
         query.contiguous(), key.contiguous(), value.contiguous(),
-        pages, table, lengths, order, counts, out,
-        scale * math.log2(math.e), pages.stride(0), table.shape[1], width,
-        PAGE=pages.shape[2], G=groups, F=fold, E=size,
+        pages, table, lengths, order, counts, query if scores.sinks is None else scores.sinks, out,
+        *base_2(scores), pages.stride(0), table.shape[1], width, scores.window or 0,
+        WINDOWED=scores.window is not None, CAPPED=scores.softcap is not None,
+        SINKS=scores.sinks is not None, PAGE=pages.shape[2], G=groups, F=fold, E=size,
         HEADS=max(16, triton.next_power_of_2(fold)), KEYS=keys,
         SIZE=max(16, triton.next_power_of_2(size)), num_warps=4, num_stages=2,
     )  # fmt: skip

@@ -20,15 +20,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from idlm.decoding.scores import Scores
+
+MOST_TOKENS = 2**62
+"""More than any page table holds."""
+
 
 @triton.jit
-def absorb(query, keys, values, seen, top, total, mixed, scale):  # type: ignore[no-untyped-def]
+def begun(sinks, head, here, ROWS: tl.constexpr, SINKS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`top` and `total` of `absorb` before any key: those of the sinks, if the layer has SINKS and
+    they are counted `here`."""
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    if SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634  # log2(e)
+        top = tl.where(here, sink, top)
+        total = tl.where(here, total + 1.0, total)
+    return top, total
+
+
+@triton.jit
+def absorb(  # type: ignore[no-untyped-def]
+    query, keys, values, seen, top, total, mixed, scale, cap, CAPPED: tl.constexpr
+):
     """Add a block of keys to the online softmax.
 
     `top` [rows] is the largest score so far, `total` [rows] the sum of the weights relative to it,
-    `mixed` [rows, SIZE] the weighted sum of values. Scores are base 2: `scale` includes log2(e).
+    `mixed` [rows, SIZE] the weighted sum of values. Scores are base 2: `scale`, and `cap` if they
+    are CAPPED, include log2(e).
     """
     scores = tl.dot(query, tl.trans(keys), input_precision="tf32x3") * scale
+    if CAPPED:  # cap * tanh(scores / cap); 2.885390082 is 2 log2(e)
+        shrunk = tl.exp2(tl.abs(scores) * (-2.885390082 / cap))
+        capped = cap * (1.0 - shrunk) / (1.0 + shrunk)
+        scores = tl.where(scores < 0, -capped, capped)
     scores = tl.where(seen, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     # a row that has seen nothing yet: exp2(-inf - -inf) would be NaN
@@ -44,18 +69,21 @@ def absorb(query, keys, values, seen, top, total, mixed, scale):  # type: ignore
 
 # Without these lists Triton compiles again for arguments that are 1 or multiples of 16.
 @triton.jit(
-    do_not_specialize=["columns", "width", "splits"],
-    do_not_specialize_on_alignment=["table", "lengths", "visible"],
+    do_not_specialize=["columns", "width", "splits", "window"],
+    do_not_specialize_on_alignment=["table", "lengths", "visible", "firsts"],
 )
 def _attend(  # type: ignore[no-untyped-def]
-    query, key, value, pages, table, lengths, visible, partial, weights, scale,
-    half, columns, width, splits,
-    CAUSAL: tl.constexpr, PAGE: tl.constexpr, G: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
+    query, key, value, pages, table, lengths, visible, firsts, sinks, partial, weights, scale, cap,
+    half, columns, width, splits, window,
+    CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
+    PAGE: tl.constexpr, G: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """A tile of query rows over a share of the keys; `half` is the offset of the values in `pages`.
 
-    It stores the normalised result in `partial`, and in `weights` log2 of the softmax's sum.
+    `firsts` [B, W] is the first prefix token that the sliding window leaves to each row, if the
+    layer is WINDOWED; then `visible` has the window in it. The result is stored normalised in
+    `partial`, and log2 of the softmax's sum in `weights`.
     """
     slot = (tl.program_id(0) // G).to(tl.int64)
     group = tl.program_id(0) % G
@@ -66,13 +94,16 @@ def _attend(  # type: ignore[no-untyped-def]
     size = tl.arange(0, SIZE)
     query_row = ((slot * width + window_row) * G + group) * F + row % F  # of [B, W, H]
     q = tl.load(query + query_row[:, None] * E + size, mask=alive[:, None] & (size < E), other=0.0)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    top, total = begun(sinks, group * F + row % F, split == splits - 1, ROWS, SINKS)
     mixed = tl.zeros([ROWS, SIZE], tl.float32)
-
     length = tl.load(lengths + slot)
-    share = tl.cdiv(tl.cdiv(length, splits), KEYS) * KEYS
-    for start in range(split * share, tl.minimum(length, (split + 1) * share), KEYS):
+    oldest = length * 0
+    if WINDOWED:
+        first = tl.load(firsts + slot * width + window_row, mask=alive, other=length)
+        oldest = tl.minimum(tl.min(first, 0), length)
+    share = tl.cdiv(tl.cdiv(length - oldest, splits), KEYS) * KEYS
+    from_token = oldest + split * share
+    for start in range(from_token, tl.minimum(length, from_token + share), KEYS):
         token = start + tl.arange(0, KEYS)
         cached = token < length
         page = tl.load(table + slot * columns + token // PAGE, mask=cached, other=0)
@@ -80,8 +111,10 @@ def _attend(  # type: ignore[no-untyped-def]
         loaded = cached[:, None] & (size < E)
         k = tl.load(pages + source, mask=loaded, other=0.0)
         v = tl.load(pages + half + source, mask=loaded, other=0.0)
-        top, total, mixed = absorb(q, k, v, cached[None, :], top, total, mixed, scale)
-
+        seen = cached[None, :]
+        if WINDOWED:
+            seen = seen & (token[None, :] >= first[:, None])
+        top, total, mixed = absorb(q, k, v, seen, top, total, mixed, scale, cap, CAPPED)
     if split == splits - 1:  # the window rows
         end = width
         if CAUSAL:  # the tile's last row sees no row after itself
@@ -94,12 +127,13 @@ def _attend(  # type: ignore[no-untyped-def]
             v = tl.load(value + source, mask=loaded, other=0.0)
             if CAUSAL:
                 seen = key_row[None, :] <= window_row[:, None]
+                if WINDOWED:
+                    seen = seen & (key_row[None, :] > window_row[:, None] - window)
             else:
                 words = tl.load(visible + slot * width + window_row, mask=alive, other=0)
                 seen = ((words[:, None] >> key_row[None, :]) & 1) != 0
-            top, total, mixed = absorb(
-                q, k, v, seen & (key_row < width)[None, :], top, total, mixed, scale
-            )
+            seen = seen & (key_row < width)[None, :]
+            top, total, mixed = absorb(q, k, v, seen, top, total, mixed, scale, cap, CAPPED)
 
     # `partial` is [splits, B, W, H, E], `weights` [splits, B, W, H]
     query_row += split * (tl.num_programs(0) // G).to(tl.int64) * width * G * F
@@ -154,35 +188,43 @@ def attend(
     table: Tensor,
     lengths: Tensor,
     visible: Tensor | None,
-    scale: float,
+    firsts: Tensor | None,
+    scores: Scores,
     splits: int | None = None,
 ) -> Tensor:
     """Attention [B, W, H, E] in float16, bfloat16 or float32.
 
-    `splits` is the number of programs per prefix; by default as many as fill the device.
+    `firsts` int64 [B, W] is needed if there is a sliding window: the first prefix token that each
+    row sees. `splits` is the number of programs per prefix; by default as many as fill the device.
     """
     batch, width, heads, size = query.shape
     groups, rows = key.shape[2], batch * width * heads
     tile, keys = tile_sizes(width * heads // groups, size, query.dtype)
     tiles = triton.cdiv(width * heads // groups, tile)
     if splits is None:
-        splits = split_number(
-            batch * groups * tiles, table.shape[1] * pages.shape[2], keys, processors(query.device)
-        )
+        prefix = min(table.shape[1] * pages.shape[2], scores.window or MOST_TOKENS)
+        splits = split_number(batch * groups * tiles, prefix, keys, processors(query.device))
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     partial = out if splits == 1 else query.new_empty(splits, rows, size, dtype=torch.float32)
     weights = query.new_empty(splits, rows, dtype=torch.float32)
     padded = max(16, triton.next_power_of_2(size))
     _attend[batch * groups, tiles, splits](
         query.contiguous(), key.contiguous(), value.contiguous(), pages, table, lengths,
-        lengths if visible is None else visible, partial, weights, scale * math.log2(math.e),
-        pages.stride(0), table.shape[1], width, splits,
-        CAUSAL=visible is None, PAGE=pages.shape[2], G=groups, F=heads // groups, E=size,
+        lengths if visible is None else visible, lengths if firsts is None else firsts,
+        query if scores.sinks is None else scores.sinks, partial, weights, *base_2(scores),
+        pages.stride(0), table.shape[1], width, splits, scores.window or 0,
+        CAUSAL=visible is None, WINDOWED=firsts is not None, CAPPED=scores.softcap is not None,
+        SINKS=scores.sinks is not None, PAGE=pages.shape[2], G=groups, F=heads // groups, E=size,
         ROWS=tile, KEYS=keys, SIZE=padded, num_warps=4, num_stages=2,
     )  # fmt: skip
     if splits > 1:
         _join[(rows,)](partial, weights, out, rows, splits, E=size, SPLITS=16, SIZE=padded)
     return out
+
+
+def base_2(scores: Scores) -> tuple[float, float]:
+    """Scale and soft cap of scores in base 2; without a soft cap the latter is 1 and not used."""
+    return scores.scale * math.log2(math.e), (scores.softcap or math.log(2)) * math.log2(math.e)
 
 
 def tile_sizes(rows: int, size: int, dtype: torch.dtype) -> tuple[int, int]:

@@ -18,9 +18,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -29,7 +30,7 @@ from idlm.errors import InputError
 from idlm.models.gated_lora import Gate, LoraSpec, adapter_parameters, attach, attach_more
 from idlm.models.idlm_model import Idlm
 from idlm.models.peft_config import refuse_features
-from idlm.models.sources import read_json
+from idlm.models.sources import first_line, read_json
 from idlm.models.tensor_info import TensorInfo
 from idlm.models.transposed import has_transposed
 from idlm.models.weights import embedding_rows, file_tensors, fingerprint, output_head
@@ -224,6 +225,15 @@ def refill(model: PreTrainedModel, folder: Path) -> None:
     _fill(model, load_file(folder / TENSORS), row)
 
 
+class Loaded(NamedTuple):
+    """A further adapter on the model's device, which fits the model. `tensors` maps (module,
+    "lora_A" or "lora_B") to the tensor."""
+
+    spec: LoraSpec
+    tensors: dict[tuple[str, str], Tensor]
+    mask_row: Tensor
+
+
 def load_more(idlm: Idlm, folder: Path) -> int:
     """Load a further adapter, which requests select by name; returns its index, from 0.
 
@@ -234,6 +244,15 @@ def load_more(idlm: Idlm, folder: Path) -> int:
         base_mask = idlm.mask_id if idlm.mask_id < idlm.vocab_size else None
         idlm.gate, idlm.mask_id, idlm.block_size = load_into(idlm.model, folder, base_mask)
         return 0
+    return attach_more(idlm.model, idlm.gate, *read_more(idlm, folder))
+
+
+def read_more(idlm: Idlm, folder: Path) -> Loaded:
+    """Read a further adapter for a model that has one, and do not change the model.
+
+    Raises:
+        InputError: as `load_more`; or there is no memory for it.
+    """
     info = _checked(idlm.model, folder)
     mask, row = _mask_row(idlm.model, info, idlm.mask_id)
     if mask != idlm.mask_id:
@@ -241,12 +260,47 @@ def load_more(idlm: Idlm, folder: Path) -> int:
             f"adapter {str(folder)!r} has mask_token_id {mask}, the first one {idlm.mask_id}; "
             "serve it apart"
         )
-    stored = load_file(folder / TENSORS)
-    tensors = {
-        (module, kind): stored[f"{PREFIX}{module}.{kind}.weight"]
-        for module, kind in _modules(folder)
-    }
-    return attach_more(idlm.model, idlm.gate, info.spec, tensors, row)
+    try:
+        stored = load_file(folder / TENSORS)
+        # copies: a file that is mapped must not change
+        tensors = {
+            (module, kind): stored[f"{PREFIX}{module}.{kind}.weight"].to(
+                idlm.device, idlm.dtype, copy=True
+            )
+            for module, kind in _modules(folder)
+        }
+    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        raise InputError(
+            f"adapter {str(folder)!r} cannot be read ({first_line(error)}); save it again"
+        ) from error
+    row = row.to(idlm.device, idlm.dtype, copy=True)
+    for name, tensor in [("mask_row", row), *((".".join(key), t) for key, t in tensors.items())]:
+        if not bool(tensor.isfinite().all()):
+            raise InputError(f"adapter {str(folder)!r}: {name} is not finite; train it again")
+    return Loaded(info.spec, tensors, row)
+
+
+def attach_place(idlm: Idlm) -> None:
+    """Attach adapter 0 without an update to a model without adapter, so that adapters can be
+    attached beside it. Its MASK row is the base's own, if there is one."""
+    weight = embedding_rows(idlm.model)
+    own = idlm.mask_id < idlm.vocab_size
+    idlm.gate = attach(idlm.model, None, idlm.mask_id)
+    if own:
+        with torch.no_grad():
+            for parameter in adapter_parameters(idlm.model).values():
+                parameter.copy_(weight[idlm.mask_id])
+    idlm.model.requires_grad_(False)
+
+
+def check_fit(model: PreTrainedModel, info: AdapterInfo, base_mask: int | None) -> None:
+    """Check an adapter's tensors against a model, whose own weights need not be loaded.
+
+    Raises:
+        InputError: a tensor fits no layer of the model, or there is no MASK row.
+    """
+    _check_modules(model, info)
+    _mask_row(model, info, base_mask)
 
 
 def _checked(model: PreTrainedModel, folder: Path) -> AdapterInfo:

@@ -26,10 +26,10 @@ SDAR = "sdar"
 """The model_type of published I-DLM checkpoints. It is Qwen3 under another name, so the code in the
 checkpoints is not needed."""
 
+SLIDING = "sliding_attention"
 FULL_ATTENTION = {"full_attention", "attention", "global", "local"}
-"""GPT-Neo's local layers have a window, which their attention asks for itself."""
+"""GPT-Neo's local layers have a window under a name of their own."""
 LAYER_KEYS = ("layer_types", "layers_block_type", "block_types", "attention_layers")
-SOFTCAPS = ("attn_logit_softcapping",)
 OTHER_TASK = re.compile(r"For(?!CausalLM)[A-Z]\w*$")
 """Class names of models with another head, such as LlamaForSequenceClassification."""
 EXPERTS = re.compile(r"num_(\w+_)?experts|n_routed_experts|moe_num_experts")
@@ -167,18 +167,9 @@ def _heads(config: PreTrainedConfig) -> str | None:
 def _layers(config: PreTrainedConfig) -> str | None:
     """The reason to refuse layers without full attention, else None."""
     window = getattr(config, "sliding_window", None)
-    # a sliding window at least as long as the context never hides a token
-    slides = (
-        window is not None
-        and getattr(config, "use_sliding_window", True)
-        and window < _context(config)
-    )
-    if slides:
-        return (
-            f"has sliding_window {window}, which is not supported yet; "
-            "use a model with full attention"
-        )
-    allowed = FULL_ATTENTION if window is None else FULL_ATTENTION | {"sliding_attention"}
+    if window is not None and (not isinstance(window, int) or window < 1):
+        return f"has sliding_window {window}, which hides every token; correct the config"
+    allowed = FULL_ATTENTION if window is None else FULL_ATTENTION | {SLIDING}
     for key in LAYER_KEYS:
         for kind in getattr(config, key, None) or []:
             if kind == "sliding_attention" and window is None:
@@ -194,13 +185,19 @@ def _layers(config: PreTrainedConfig) -> str | None:
     return None
 
 
+def layer_windows(config: PreTrainedConfig) -> list[int | None]:
+    """The sliding window of each layer by its config; None if it hides no token of the context."""
+    local = getattr(config, "attention_layers", None)  # GPT-Neo's names
+    window = getattr(config, "window_size" if local else "sliding_window", None)
+    if not window or not getattr(config, "use_sliding_window", True):
+        return [None] * config.num_hidden_layers
+    kinds = local or getattr(config, "layer_types", None) or [SLIDING] * config.num_hidden_layers
+    hides = window < _context(config)
+    return [window if kind in (SLIDING, "local") and hides else None for kind in kinds]
+
+
 def _attention(config: PreTrainedConfig) -> str | None:
     """The reason to refuse the kind of attention or weights, else None."""
-    for key in SOFTCAPS:
-        if getattr(config, key, None) is not None:
-            return (
-                f"has {key} {getattr(config, key)}, which is not supported; use a model without it"
-            )
     if getattr(config, "alibi", False):
         return "adds ALiBi biases to attention, which is not supported; use a model without them"
     if getattr(config, "quantization_config", None) is not None:

@@ -3,6 +3,7 @@
 Training and the reference decoder say with `visible` what a row sees, the engine with `cache`;
 `idlm.models.routes` brings both here. So windows, training layouts and causal text differ only in
 them.
+What a layer does with the scores, the model says itself: sliding window, soft cap, sinks.
 
 Shapes: B batch, H query heads, G key/value heads, Q query rows, S key rows, E head size.
 """
@@ -11,8 +12,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from idlm.decoding.scores import Scores
 
 NAME = "idlm"
 """The `attn_implementation` of the function in transformers."""
@@ -21,13 +25,35 @@ NAME = "idlm"
 class Cache(Protocol):
     """A KV cache that computes attention itself."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
+    ) -> Tensor:
         """Store a layer's keys and values, then attend to all rows that each query sees.
 
         Those include rows of earlier forwards. query [B, H, Q, E], key and value [B, G, Q, E] ->
         [B, Q, H, E].
         """
         ...
+
+
+class Visible:
+    """Which key rows each query row sees.
+
+    Args:
+        rows: bool, broadcastable to [B, H, Q, S]: what is seen by a layer without a window.
+        queries, keys: the positions [B, Q] and [B, S] of the rows.
+    """
+
+    def __init__(self, rows: Tensor, queries: Tensor, keys: Tensor) -> None:
+        self.queries, self.keys = queries, keys
+        self._by_window: dict[int | None, Tensor] = {None: rows}
+
+    def within(self, window: int | None) -> Tensor:
+        """What a layer with this sliding window sees: broadcastable to [B, H, Q, S]."""
+        if window is not None and window not in self._by_window:
+            distance = self.queries[:, None, :, None] - self.keys[:, None, None]
+            self._by_window[window] = self._by_window[None] & (distance < window)
+        return self._by_window[window]
 
 
 def attention(
@@ -38,28 +64,32 @@ def attention(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    visible: Tensor | None = None,
+    visible: Visible | None = None,
     cache: Cache | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention under `visible`; causal attention without it.
+    """Dot-product attention under `visible`; causal attention without it.
 
     Args:
         module: the layer's attention module; its `layer_idx` is the cache layer.
         query, key, value: [B, H, Q, E], [B, G, Q, E], [B, G, Q, E], after the rotary embedding.
         attention_mask: transformers' own argument, used only without `visible` (by `generate`).
         scaling, dropout: as in transformers.
-        visible: bool, broadcastable to [B, H, Q, S]; True if a query row sees a key row.
+        visible: which key rows each query row sees.
         cache: stores the keys and values and decides what each row sees; `visible` is ignored.
+        sliding_window, softcap, s_aux: transformers' names for the constants of `Scores`.
 
     Returns:
         the output [B, Q, H, E], and None in place of the attention weights.
     """
+    scores = Scores(scaling, _hiding(module, sliding_window), softcap, s_aux)
     if cache is not None:
-        return cache.attend(module.layer_idx, query, key, value, scaling), None  # type: ignore[arg-type]
-    return attend(
-        query, key, value, attention_mask if visible is None else visible, scaling, dropout
-    ), None
+        return cache.attend(module.layer_idx, query, key, value, scores), None  # type: ignore[arg-type]
+    mask = attention_mask if visible is None else visible.within(scores.window)
+    return attend(query, key, value, mask, scores, dropout), None
 
 
 def attend(
@@ -67,18 +97,42 @@ def attend(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    scaling: float,
+    scores: Scores,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention under a boolean mask; causal without a mask. Shapes as in `attention`."""
-    mixed = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=mask is None and query.shape[2] > 1,
-        scale=scaling,
-        enable_gqa=key.shape[1] != query.shape[1],
-    )
-    return mixed.transpose(1, 2)
+    """Attention under a boolean mask, which has the window in it; without a mask causal, with the
+    last key row at the position of the last query row. Shapes as in `attention`."""
+    if mask is None and not (scores.plain and scores.window is None):
+        mask = _causal(query.shape[2], key.shape[2], query.device).within(scores.window)
+    grouped = key.shape[1] != query.shape[1]
+    if scores.plain:
+        mixed = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None and query.shape[2] > 1,
+            scale=scores.scale,
+            enable_gqa=grouped,
+        )
+        return mixed.transpose(1, 2)
+    assert mask is not None  # noqa: S101
+    if grouped:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+    sinks = None if scores.sinks is None else scores.sinks[:, None, None]
+    weights = scores.weights(query @ key.transpose(2, 3), bias, sinks).to(value.dtype)
+    return (F.dropout(weights, dropout) @ value).transpose(1, 2)
+
+
+def _causal(queries: int, keys: int, device: torch.device) -> Visible:
+    positions = torch.arange(keys, device=device)[None]
+    last = positions[:, keys - queries :]
+    return Visible((positions <= last.mT)[None, None], last, positions)
+
+
+def _hiding(module: nn.Module, window: int | None) -> int | None:
+    """The window, or None if it is as long as the context and so never hides a token."""
+    context = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+    return None if window is None or (context and window >= context) else window

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from idlm.decoding.scores import Scores
 from idlm.errors import InputError
 from idlm.models import experts
-from idlm.models.attention import attend
+from idlm.models.architecture import layer_windows
+from idlm.models.attention import Visible, attend
 from idlm.models.idlm_model import Idlm
 from idlm.models.quiet import quiet
 from idlm.models.rope import fix
@@ -38,17 +40,21 @@ def prepare(model: PreTrainedModel) -> None:
 
 
 class _Probe:
-    """A cache that stores nothing and records the layers that call it and their shapes."""
+    """A cache that stores nothing and records the layers that call it, their shapes and windows."""
 
-    def __init__(self, visible: Tensor) -> None:
+    def __init__(self, visible: Visible) -> None:
         self.visible = visible
         self.layers: list[int] = []
+        self.windows: list[int | None] = []
         self.shapes: set[tuple[int, int, int]] = set()
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
+    ) -> Tensor:
         self.layers.append(layer)
+        self.windows.append(scores.window)
         self.shapes.add((query.shape[1], key.shape[1], key.shape[3]))
-        return attend(query, key, value, self.visible, scale)
+        return attend(query, key, value, self.visible.within(scores.window), scores)
 
 
 def check_architecture(idlm: Idlm) -> None:
@@ -65,7 +71,7 @@ def check_architecture(idlm: Idlm) -> None:
     tokens = torch.tensor([k * step % idlm.vocab_size for k in range(1, 5)], device=idlm.device)
     positions = torch.tensor(PROBE_POSITIONS, device=idlm.device)
     visible = torch.tensor(PROBE_VISIBLE, dtype=torch.bool, device=idlm.device)
-    cache = _Probe(visible[None, None])
+    cache = _Probe(Visible(visible[None, None], positions[None], positions[None]))
     what = f"{idlm.name!r}: the architecture {type(idlm.model).__name__} cannot be expressed"
     if not has_route(idlm.model.config):
         raise InputError(f"{what}: {NO_ROUTE}")
@@ -78,7 +84,7 @@ def check_architecture(idlm: Idlm) -> None:
     except Exception as error:  # a model's forward may raise anything
         raise InputError(f"{what}: {doing} ({_kind(error)}); use another model") from error
     difference, size = float((ours - stock).norm()), float(stock.norm())
-    wrong = _options(idlm, unknown) or _layers(idlm, cache)
+    wrong = _options(unknown) or _layers(idlm, cache)
     if wrong is None and not difference <= PROBE_TOLERANCE[idlm.dtype] * size:  # also if NaN
         wrong = f"its logits differ from transformers' own by {difference:.2g} of {size:.2g}"
     if wrong is not None:
@@ -89,12 +95,9 @@ def _kind(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _options(idlm: Idlm, unknown: dict[str, object]) -> str | None:
+def _options(unknown: dict[str, object]) -> str | None:
     """What is wrong with the options of its attention."""
     for name, value in unknown.items():
-        # a window at least as long as the context hides nothing
-        if name == "sliding_window" and isinstance(value, int) and value >= idlm.context:
-            continue
         shown = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
         return f"its attention has the option {name} {shown}, which is not supported"
     return None
@@ -104,6 +107,9 @@ def _layers(idlm: Idlm, cache: _Probe) -> str | None:
     """What is wrong with the layers' calls of the cache."""
     if cache.layers != list(range(idlm.model.config.num_hidden_layers)):
         return f"its layers write keys in the order {cache.layers}"
+    # they are longer than the probe, so each layer has to say what its config gives it
+    if cache.windows != (wanted := layer_windows(idlm.model.config)):
+        return f"its sliding windows are {cache.windows}, not {wanted}"
     if len(cache.shapes) > 1:
         shapes = sorted(cache.shapes)
         return f"its layers differ in heads, key/value heads or head size: {shapes}"
@@ -134,8 +140,10 @@ def _stock_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def check_adapter(idlm: Idlm) -> None:
-    """Run four rows with the last adapter's gate open for two of them, and once with it shut.
+def check_adapter(idlm: Idlm, index: int | None = None) -> None:
+    """Run four rows with an adapter's gate open for two of them, and once with it shut.
+
+    `index` is that of the adapter; None: the last.
 
     Raises:
         InputError: the model fails, the adapter changes the rows before its gate, or those in it
@@ -143,7 +151,8 @@ def check_adapter(idlm: Idlm) -> None:
     """
     gate, shut, open_ = idlm.gate, slice(0, 0), slice(2, 4)
     assert gate is not None  # noqa: S101
-    gate.adapter = torch.full((2,), gate.adapters - 1, device=idlm.device)
+    last = gate.adapters - 1 if index is None else index
+    gate.adapter = torch.full((2,), last, device=idlm.device)
     tokens = torch.tensor([[1, 0, idlm.mask_id, idlm.mask_id]], device=idlm.device)
     positions = torch.arange(4, device=idlm.device)[None]
     visible = torch.ones(4, 4, dtype=torch.bool, device=idlm.device).tril()

@@ -67,6 +67,7 @@ class Gate:
         adapters: the number of adapters of the model.
         adapter: int64 [MASK rows], the adapter of each MASK row; used if there are several.
         merged: whether the linear layers' products include the update already.
+        free: indexes below `adapters` whose adapter was detached.
     """
 
     def __init__(self) -> None:
@@ -75,6 +76,7 @@ class Gate:
         self.adapters = 1
         self.adapter: Tensor | None = None
         self.merged = False
+        self.free: set[int] = set()
 
     @contextmanager
     def open(self, rows: slice, shape: tuple[int, ...] = (1, -1)) -> Iterator[None]:
@@ -196,8 +198,10 @@ class MaskEmbedding(nn.Module):
         return torch.cat([rows[:, : masks.start], mask_rows[None], rows[:, masks.stop :]], dim=1)
 
 
-def attach(model: PreTrainedModel, spec: LoraSpec, mask_id: int) -> Gate:
+def attach(model: PreTrainedModel, spec: LoraSpec | None, mask_id: int) -> Gate:
     """Freeze `model` and attach a new gated LoRA, in place. After an error it is unchanged.
+
+    Without `spec`, adapter 0 changes no layer; others can be attached beside it.
 
     Raises:
         InputError: a target names no linear layer of the model, or the MASK id is not in 0 to the
@@ -211,10 +215,12 @@ def attach(model: PreTrainedModel, spec: LoraSpec, mask_id: int) -> Gate:
         raise InputError(
             f"mask_token_id {mask_id} is outside 0..{rows}, the embedding's rows and one more"
         )
-    layers = [found for target in spec.targets for found in _find_layers(model, target)]
+    targets = () if spec is None else spec.targets
+    layers = [found for target in targets for found in _find_layers(model, target)]
     model.requires_grad_(False)
     gate = Gate()
     for parent, name, layer in layers:
+        assert spec is not None  # noqa: S101
         setattr(parent, name, GatedLinear(layer, spec, gate))
     model.set_input_embeddings(MaskEmbedding(embedding, mask_id, gate))
     return gate
@@ -264,7 +270,7 @@ def attach_more(
     `tensors` maps (module, "lora_A" or "lora_B") to the tensor. A layer that only the new adapter
     changes becomes a gated layer whose other updates are 0.
     """
-    index = gate.adapters
+    index = min(gate.free, default=gate.adapters)
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, MaskEmbedding)  # noqa: S101
     for module in sorted({module for module, _ in tensors}):
@@ -276,9 +282,23 @@ def attach_more(
         assert isinstance(layer, GatedLinear)  # noqa: S101
         a, b = (tensors[module, kind].to(layer.base.weight) for kind in ("lora_A", "lora_B"))
         layer.more.append(LowRank(index, a, b, spec.scale))
-    embedding.more.append(mask_row.to(embedding.weight))
-    gate.adapters += 1
+    embedding.more[index - 1 : index] = [mask_row.to(embedding.weight)]
+    gate.adapters = max(gate.adapters, index + 1)
+    gate.free.discard(index)
     return index
+
+
+@torch.no_grad()
+def detach(model: PreTrainedModel, gate: Gate, index: int) -> None:
+    """Detach an adapter. The indexes of the others stay; `attach_more` gives the index away again,
+    but not index 0."""
+    for layer in gated_layers(model):
+        layer.more = [more for more in layer.more if more.number != index]
+        if index == 0:
+            layer.lora_A = nn.Parameter(layer.lora_A.new_zeros(1, layer.lora_A.shape[1]), False)
+            layer.lora_B = nn.Parameter(layer.lora_B.new_zeros(layer.lora_B.shape[0], 1), False)
+    if index > 0:
+        gate.free.add(index)
 
 
 def gated_layers(model: PreTrainedModel) -> list[GatedLinear]:

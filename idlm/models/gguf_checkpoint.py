@@ -30,6 +30,8 @@ SAME: dict[str, tuple[str, ...]] = {
     "attention.value_length": ("head_dim",),
     "rope.dimension_count": ("head_dim",),
     "rope.freq_base": ("rope_theta",),
+    "attention.sliding_window": ("sliding_window",),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps"),
     "attention.layer_norm_epsilon": (
         "layer_norm_epsilon",

@@ -19,7 +19,7 @@ from idlm.chat_template import PromptEncoder
 from idlm.errors import InputError
 from idlm.models import generation
 from idlm.models.architecture import context_length
-from idlm.models.attention import Cache
+from idlm.models.attention import Cache, Visible
 from idlm.models.gated_lora import NO_ROWS, Gate, gated_layers
 from idlm.models.head import head_of
 from idlm.models.routes import routed
@@ -144,12 +144,14 @@ class Idlm:
     ) -> Tensor:
         """Hidden states [B, Q, D] of the rows `tokens` [B, Q] at `positions` [B, Q].
 
-        `visible` is bool, broadcastable to [B, 1, Q, S]; None if the cache decides what is seen.
+        `visible` is bool, broadcastable to [B, 1, Q, Q]: what is seen where no sliding window
+        hides it; None if the cache decides what is seen.
         Positions past the context are clamped, since learned position embeddings would fail on
         them. Only MASK rows and drafts that are never committed have such positions.
         """
         gate = self.gate or Gate()
-        with gate.open(mask_rows, tokens.shape), routed(self.model, visible, cache):
+        seen = None if visible is None else Visible(visible, positions, positions)
+        with gate.open(mask_rows, tokens.shape), routed(self.model, seen, cache):
             output = self.model.base_model(
                 input_ids=tokens,
                 position_ids=positions.clamp(max=self.context - 1),

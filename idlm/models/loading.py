@@ -20,20 +20,13 @@ from idlm.models.generation import check_generation_config
 from idlm.models.gguf_checkpoint import auto_dtype, dequantised, origin
 from idlm.models.gguf_header import is_gguf
 from idlm.models.idlm_model import Idlm
+from idlm.models.placement import device_of, named_dtype
 from idlm.models.quiet import quiet
 from idlm.models.routes import implementation
 from idlm.models.sources import first_line, resolve
 from idlm.models.tensor_info import TensorInfo
 from idlm.models.transposed import stored_state
 from idlm.models.weights import embedding_rows, model_tensors, output_head
-
-FLOATS = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-
 
 BUFFER = re.compile(
     r"(^|\.)(inv_freq|cos_cached|sin_cached|masked_bias|position_ids|freqs_cis|rope\.freqs)$"
@@ -70,7 +63,7 @@ def load(
     Raises:
         InputError: the model cannot be loaded; the message says why and what to do.
     """
-    wanted, target = _dtype(dtype), _device(device)
+    wanted, target = named_dtype(dtype), device_of(device)
     folder, bundled = resolve(path_or_hub_id)
     if bundled is not None and adapter is not None:
         raise InputError(
@@ -106,24 +99,6 @@ def load(
         idlm.gate, idlm.mask_id, idlm.block_size = adapters.load_into(model, extra, base_mask)
         check_adapter(idlm)
     return idlm
-
-
-def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    if dtype == "auto" or dtype in FLOATS.values():
-        return dtype
-    if dtype not in FLOATS:
-        raise InputError(f"dtype {str(dtype)!r} is unknown; use auto, {', '.join(FLOATS)}")
-    return FLOATS[str(dtype)]
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device  # with its index: "cuda" becomes "cuda:0"
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(
-            f"device {str(device)!r} cannot be used ({first_line(error)}); "
-            "use cpu, or cuda where there is one"
-        ) from None
 
 
 def _read_model(

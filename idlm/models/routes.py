@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from idlm.models.attention import NAME, Cache, attention
+from idlm.models.attention import NAME, Cache, Visible, attention
 
 _seen: ContextVar[Mapping[str, Any]] = ContextVar("_seen")
 """`visible` and `cache` of the forward that runs; nothing outside of `Idlm.hidden`."""
@@ -73,7 +73,7 @@ def route_methods(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def routed(model: PreTrainedModel, visible: Tensor | None, cache: Cache | None) -> Iterator[None]:
+def routed(model: PreTrainedModel, visible: Visible | None, cache: Cache | None) -> Iterator[None]:
     """Run a forward of `model` whose rows see what `visible` or `cache` of `attention` says."""
     token = _seen.set({"visible": visible, "cache": cache})
     calls: AbstractContextManager[object] = nullcontext()
@@ -126,7 +126,7 @@ def _method(
     scale = getattr(layer, "scale_attn", getattr(layer, "norm_factor", 1.0))
     local = getattr(layer, "attention_type", None) == "local"
     options = {"sliding_window": layer.config.window_size} if local else {}
-    at = SimpleNamespace(layer_idx=index)
+    at = SimpleNamespace(layer_idx=index, config=getattr(layer, "config", None))
     mixed, _ = _interface(at, query, key, value, None, 1 / scale, **options)  # type: ignore[arg-type]
     return mixed.transpose(1, 2), None
 

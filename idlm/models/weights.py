@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +118,11 @@ def _info(path: Path, entry: dict[str, list[int]], data: int) -> TensorInfo:
     return TensorInfo(path, str(entry["dtype"]), tuple(entry["shape"]), data + start, data + stop)
 
 
+_known: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
+"""The fingerprints of models that came from files: a server that loads adapters while it runs must
+not hash its base again."""
+
+
 def fingerprint(model: PreTrainedModel) -> str:
     """sha256 of a model's base weights. It does not depend on an adapter or on the loaded dtype.
 
@@ -126,8 +132,11 @@ def fingerprint(model: PreTrainedModel) -> str:
     cores.
     """
     folder = Path(model.name_or_path or "")
+    if model in _known:
+        return _known[model]
     if model.name_or_path and (is_gguf(folder) or any(folder.glob("*.safetensors"))):
-        return folder_fingerprint(folder)
+        _known[model] = folder_fingerprint(folder)
+        return _known[model]
     return _digest(
         (name, _dtype_name(t), tuple(t.shape), _hash_tensor(t))
         for name, t in _base_parameters(model).items()

@@ -143,6 +143,7 @@ class ChatAnswer(Answer):
             usage=usage,
             prompt_token_ids=self.prompt_ids(0),
             prompt_logprobs=self.prompt_logprobs(0, self._body.prompt_logprobs),
+            metrics=self.job.metrics(),
         )
 
     def _choice(self, index: int, deltas: Sequence[Delta]) -> ChatChoice:
@@ -199,7 +200,8 @@ class ChatAnswer(Answer):
         return UNSET if self._body.include_reasoning is False else part.thoughts or UNSET
 
     def chunk(self, choices: list[ChunkChoice], usage: Usage | None = None) -> ChatChunk:
-        return ChatChunk(**self.job.head, choices=choices, usage=self.shown(usage))
+        metrics = UNSET if usage is None else self.job.metrics()
+        return ChatChunk(**self.job.head, choices=choices, usage=self.shown(usage), metrics=metrics)
 
     def _logprobs(self, entries: Sequence[Entry]) -> ChatLogprobs | None:
         return (
@@ -259,7 +261,8 @@ class CompletionAnswer(Answer):
             samples = [() for _ in samples]
             usage.total_tokens, usage.completion_tokens = usage.prompt_tokens, 0
         choices = [self._choice(index, deltas) for index, deltas in enumerate(samples)]
-        return Completion(**self.job.head, choices=choices, usage=usage)
+        metrics = self.job.metrics()
+        return Completion(**self.job.head, choices=choices, usage=usage, metrics=metrics)
 
     def _choice(self, index: int, deltas: Sequence[Delta]) -> CompletionChoice:
         end = self.job.ends[index]
@@ -315,7 +318,10 @@ class CompletionAnswer(Answer):
         return [self.chunk([choice])] if has_content or self._with_ids else []
 
     def chunk(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
-        return Completion(**self.job.head, choices=choices, usage=self.shown(usage))
+        metrics = UNSET if usage is None else self.job.metrics()
+        return Completion(
+            **self.job.head, choices=choices, usage=self.shown(usage), metrics=metrics
+        )
 
     def _show(
         self,

@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
 
 from idlm import __version__
-from idlm.serving import apis, info, responses
+from idlm.serving import adapters, apis, info, responses
 from idlm.serving.answers import CompletionAnswer
 from idlm.serving.chat import chat_answer
 from idlm.serving.client import EngineClient
@@ -202,11 +202,13 @@ def create_app(config: ServeConfig, client: EngineClient, prompts: Prompts) -> F
     app = App(
         title="idlm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
-    meters = Meters(client)
+    meters = Meters(client, config.name if config.vllm_metrics else None)
     reasoner = find_reasoner(config.reasoning_parser, prompts)
     app.state.server = Server(config, client, prompts, meters, reasoner)
     for routes in (router, apis.router, info.router):
         app.include_router(routes)
+    if config.worker.lora_dirs:
+        app.include_router(adapters.router)
     app.add_middleware(AuthAndLimits, api_keys=config.api_keys, limits=config.limits)
     if config.allowed_origins:  # before the keys: a browser's preflight has none
         app.add_middleware(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace as replace_config
 
 from msgspec.structs import replace
 
@@ -19,14 +20,18 @@ from idlm.serving.limits import Quota
 from idlm.serving.supervisor import Supervisor
 from idlm.serving.wire import (
     Abort,
+    Changed,
     Delta,
     Finished,
     FrameError,
     FromEngine,
+    LoadAdapter,
+    Message,
     Ready,
     Refused,
     Stats,
     Submit,
+    UnloadAdapter,
     frame,
 )
 
@@ -87,6 +92,7 @@ class EngineClient:
         stats: the engine's counters; they restart at zero with each process.
         restarts: how many processes were lost; changes together with `stats`.
         quota: the samples in the engine, running or waiting.
+        adapters: the engine's adapters, by name.
     """
 
     def __init__(self, config: WorkerConfig, limits: Limits) -> None:
@@ -95,6 +101,8 @@ class EngineClient:
         self.stats = Stats()
         self.restarts = 0
         self.quota = Quota(limits)
+        self.adapters: dict[str, str] = dict(config.adapters)
+        self._changes: dict[str, asyncio.Future[str | None]] = {}
         self._supervisor = Supervisor(config, self._receive, self._lose)
         self._supervising: asyncio.Task[None] | None = None
         self._up = asyncio.Event()
@@ -172,6 +180,40 @@ class EngineClient:
         self._supervisor.send(b"".join(frames))
         return tickets
 
+    async def change(self, message: LoadAdapter | UnloadAdapter) -> str | None:
+        """Load or unload an adapter; returns why the engine refused it, None if it is done.
+
+        Raises:
+            EngineDown: there is no engine, or it ended before its answer.
+        """
+        if not self.ready:
+            raise self._down()
+        done = self._changes[message.id] = asyncio.get_running_loop().create_future()
+        self._supervisor.send(_frame(message))
+        return await done
+
+    def _changed(self, message: Changed) -> None:
+        """Note the engine's adapters, also for the process that may take its place."""
+        started = {
+            name: folder
+            for name, folder in self.config.adapters.items()
+            if message.adapters.get(name) == folder
+        }
+        loaded = {name: folder for name, folder in message.adapters.items() if name not in started}
+        self.adapters = message.adapters
+        config = replace_config(self._supervisor.config, adapters=started, loaded=loaded)
+        self._supervisor.config = config
+        self._answer(message.id, message.error)
+
+    def _answer(self, id: str, answer: str | None | EngineDown) -> None:
+        done = self._changes.pop(id, None)
+        if done is None or done.done():  # the client has left
+            return
+        if isinstance(answer, EngineDown):
+            done.set_exception(answer)
+        else:
+            done.set_result(answer)
+
     def _checked(self, submit: Submit, model: Ready) -> Submit:
         """The sample with its timeout, after its checks."""
         check_ids(submit.prompt, model)
@@ -208,8 +250,10 @@ class EngineClient:
             self._settle(message.id, InputError(message.reason, message.param, message.code))
         elif isinstance(message, Stats):
             self.stats = message
+        elif isinstance(message, Changed):
+            self._changed(message)
         elif isinstance(message, Ready):
-            self.info = message
+            self.info, self.adapters = message, message.adapters
             self._up.set()
 
     def _settle(self, id: str, end: Finished | Exception) -> None:
@@ -227,6 +271,8 @@ class EngineClient:
         self.restarts += not self._draining
         for id in list(self._tickets):
             self._settle(id, self._down())
+        for id in list(self._changes):
+            self._answer(id, self._down())
 
     def _down(self) -> EngineDown:
         if self._draining:
@@ -239,8 +285,8 @@ def _tokens(submit: Submit, context: int) -> int:
     return min(len(submit.prompt) + submit.params.max_tokens, context)
 
 
-def _frame(submit: Submit) -> bytes:
+def _frame(message: Message) -> bytes:
     try:
-        return frame([submit])
+        return frame([message])
     except FrameError as error:
         raise InputError(f"the request {error}") from None

@@ -15,13 +15,20 @@ AR_SUFFIX = ":ar"
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """What the engine's process is started with; the names are those of `LLM`."""
+    """What the engine's process is started with; the names are those of `LLM`.
+
+    Attributes:
+        lora_dirs: the directories from which adapters can be loaded at run time; none: they cannot.
+        loaded: adapters that were loaded at run time, for a process that takes another's place.
+    """
 
     model: str
     adapters: Mapping[str, str] = field(default_factory=dict)
     dtype: str = "auto"
     device: str = "cpu"
     engine: EngineConfig = field(default_factory=EngineConfig)
+    lora_dirs: tuple[str, ...] = ()
+    loaded: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,7 @@ class ServeConfig:
             request says otherwise.
         allowed_origins: of web pages that may use the server, or "*"; none by default.
         reasoning_parser: how thoughts are told from the answer; one of `reasoning.PARSERS`.
+        vllm_metrics: give the metrics under vLLM's names too.
     """
 
     worker: WorkerConfig
@@ -86,3 +94,4 @@ class ServeConfig:
     limits: Limits = field(default_factory=Limits)
     allowed_origins: tuple[str, ...] = ()
     reasoning_parser: str = "auto"
+    vllm_metrics: bool = False

@@ -15,6 +15,7 @@ JSON, EVENTS = "application/json", "text/event-stream"
 ERRORS = {
     400: "The request cannot be understood or run; the message names the field.",
     401: "No valid API key.",
+    403: "The path is outside the directories that were named at the start.",
     404: "No such model or path.",
     405: "Not with this method.",
     408: "The body took too long, or the request longer than its timeout.",

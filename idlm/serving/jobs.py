@@ -11,6 +11,7 @@ from time import perf_counter, time
 from typing import Any
 
 from fastapi import Request
+from msgspec import UNSET, UnsetType
 
 from idlm import __version__
 from idlm.errors import InputError
@@ -24,6 +25,7 @@ from idlm.serving.reasoning import Reasoner
 from idlm.serving.responses import CompletionDetails, PromptDetails, Usage
 from idlm.serving.schema import CompletionRequest
 from idlm.serving.schema_chat import ChatRequest
+from idlm.serving.vllm_metrics import RequestMetrics, SpeculativeDecoding
 from idlm.serving.wire import Delta, Finished, Ready, Submit
 
 Body = ChatRequest | CompletionRequest
@@ -60,7 +62,7 @@ class Server:
     def targets(self) -> dict[str, Target]:
         """The model itself, its AR variant and the adapters, by name."""
         name = self.config.name
-        adapters = {adapter: Target(adapter) for adapter in self.config.worker.adapters}
+        adapters = {adapter: Target(adapter) for adapter in self.client.adapters}
         return {name: Target(), name + AR_SUFFIX: Target(drafting=False)} | adapters
 
     @property
@@ -228,6 +230,12 @@ class Job:
             PromptDetails(sum(end.cached_tokens for end in prompts)),
             CompletionDetails(accepted, drafted - accepted, self.reasoning_tokens),
         )
+
+    def metrics(self) -> RequestMetrics | UnsetType:
+        """The acceptance of drafts, if there is a single sample; call it when it has finished."""
+        if len(self.tickets) > 1 or not self.ends[0].accepted_at:
+            return UNSET
+        return RequestMetrics(SpeculativeDecoding.of(self.ends[0]))
 
 
 async def _merged(tickets: Sequence[Ticket]) -> AsyncIterator[Event]:

@@ -31,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from idlm.serving.client import EngineClient
 from idlm.serving.errors import ApiError
+from idlm.serving.vllm_metrics import VllmCollector, VllmMeters
 from idlm.serving.wire import Delta, Finished, Stats
 
 disable_created_metrics()
@@ -65,6 +66,7 @@ COUNTERS = {
     "evictions": ("idlm_evictions", "Cached pages given to a new owner."),
 }
 """Name and help text of the metric of each field of `Stats`."""
+TOTALS = (*COUNTERS, "drafted", "prompt_tokens")
 
 
 class JsonLines(logging.Formatter):
@@ -184,11 +186,19 @@ class _Watched:
 
 
 class Meters:
-    """The metrics of one server, in a registry of their own."""
+    """The metrics of one server, in a registry of their own.
 
-    def __init__(self, client: EngineClient) -> None:
+    With `vllm_name`, the name of the model, they are also there under vLLM's names.
+    """
+
+    def __init__(self, client: EngineClient, vllm_name: str | None = None) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(EngineCollector(client))
+        engine = EngineCollector(client)
+        self._registry.register(engine)
+        self.vllm: VllmMeters | None = None
+        if vllm_name is not None:
+            self.vllm = VllmMeters(self._registry, vllm_name)
+            self._registry.register(VllmCollector(engine.stats, vllm_name))
         self.requests = Counter(
             "idlm_http_requests",
             "Requests by route and status.",
@@ -234,22 +244,38 @@ class Timing:
     def __init__(self, meters: Meters, started: float) -> None:
         self._meters, self._started = meters, started
         self._first: float | None = None
+        self._last = started
 
     def see(self, event: Delta | Finished) -> None:
         """Observe an event at the time at which it comes."""
         if isinstance(event, Finished):
             self._end(event)
-        elif self._first is None and event.tokens:
-            self._first = perf_counter()
-            self._meters.first_token_seconds.observe(self._first - self._started)
+        elif event.tokens and (self._first is None or self._meters.vllm is not None):
+            self._step(perf_counter())
+
+    def _step(self, now: float) -> None:
+        """Observe tokens: the first ones, and under vLLM's names all."""
+        meters, vllm = self._meters, self._meters.vllm
+        if self._first is None:
+            self._first = now
+            meters.first_token_seconds.observe(now - self._started)
+            if vllm is not None:
+                vllm.first_token.observe(now - self._started)
+        elif vllm is not None:
+            vllm.between.observe(now - self._last)
+        self._last = now
 
     def _end(self, event: Finished) -> None:
-        self._meters.prompt_tokens.observe(event.prompt_tokens)
-        self._meters.completion_tokens.observe(event.completion_tokens)
+        meters, now = self._meters, perf_counter()
+        meters.prompt_tokens.observe(event.prompt_tokens)
+        meters.completion_tokens.observe(event.completion_tokens)
+        if meters.vllm is not None:
+            meters.vllm.end(event, now - self._started)
         if self._first is not None and event.completion_tokens > 1:
-            self._meters.token_seconds.observe(
-                (perf_counter() - self._first) / (event.completion_tokens - 1)
-            )
+            seconds = (now - self._first) / (event.completion_tokens - 1)
+            meters.token_seconds.observe(seconds)
+            if meters.vllm is not None:
+                meters.vllm.each_token.observe(seconds)
 
 
 class EngineCollector(Collector):
@@ -264,7 +290,7 @@ class EngineCollector(Collector):
         self._restarts = client.restarts
         self._before, self._last = Stats(), Stats()
 
-    def _stats(self) -> Stats:
+    def stats(self) -> Stats:
         """Gauges of the running process, totals of all processes."""
         now = self._client.stats
         if self._client.restarts != self._restarts:
@@ -274,7 +300,7 @@ class EngineCollector(Collector):
         return add_totals(self._before, now)
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
+        stats = self.stats()
         yield GaugeMetricFamily(
             "idlm_engine_ready", "Whether the engine takes samples.", float(self._client.ready)
         )
@@ -291,6 +317,9 @@ class EngineCollector(Collector):
             "idlm_tokens_per_forward",
             "TPF since the server's start.",
             stats.tokens / max(1, stats.forwards),
+        )
+        yield GaugeMetricFamily(
+            "idlm_kv_usage", "The share of the KV cache's pages in use, 0 to 1.", stats.kv_usage
         )
         for field, (name, text) in GAUGES.items():
             yield GaugeMetricFamily(name, text, getattr(stats, field))
@@ -315,7 +344,7 @@ def _labelled(
 
 def add_totals(before: Stats, now: Stats) -> Stats:
     """`now` with the totals of `before` added; gauges are those of `now`."""
-    totals = {field: getattr(before, field) + getattr(now, field) for field in COUNTERS}
+    totals = {field: getattr(before, field) + getattr(now, field) for field in TOTALS}
     plans = {
         plan: before.plans.get(plan, 0) + now.plans.get(plan, 0)
         for plan in dict.fromkeys([*before.plans, *now.plans])

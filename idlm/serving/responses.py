@@ -10,6 +10,8 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from idlm.serving.vllm_metrics import RequestMetrics
+
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
@@ -148,6 +150,7 @@ class ChatCompletion(Head):
     usage: Usage
     prompt_token_ids: list[int] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
+    metrics: RequestMetrics | UnsetType = UNSET
     object: Literal["chat.completion"] = "chat.completion"
 
 
@@ -178,6 +181,7 @@ class ChatChunk(Head):
     choices: list[ChunkChoice]
     usage: Usage | None | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    metrics: RequestMetrics | UnsetType = UNSET
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
 
@@ -208,6 +212,7 @@ class Completion(Head):
 
     choices: list[CompletionChoice]
     usage: Usage | None | UnsetType = UNSET
+    metrics: RequestMetrics | UnsetType = UNSET
     object: Literal["text_completion"] = "text_completion"
 
 

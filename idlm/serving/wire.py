@@ -56,6 +56,29 @@ class Abort(Message):
     id: str
 
 
+class LoadAdapter(Message):
+    """Load an adapter from a folder under a new name; the answer is a `Changed`."""
+
+    id: str
+    name: str
+    folder: str
+
+
+class UnloadAdapter(Message):
+    """Take an adapter's name away; the answer is a `Changed`."""
+
+    id: str
+    name: str
+
+
+class Changed(Message):
+    """The adapters by name and folder after a change; or why it was refused, in `error`."""
+
+    id: str
+    adapters: dict[str, str]
+    error: str | None = None
+
+
 class Delta(Message):
     """What one step adds to a sample; with tokens it counts as one forward.
 
@@ -77,6 +100,8 @@ class Finished(Message):
     Attributes:
         reason, stop: `finish_reason` and `stop_reason` of `Result`.
         drafted, accepted: drafts reached and accepted, over all depths.
+        windows: forwards that verified drafts; verified: the drafts of these forwards.
+        accepted_at: accepted drafts by depth; empty if the engine makes no drafts.
         prompt_logprobs: if the request asks for them; None for the first prompt token.
     """
 
@@ -89,6 +114,9 @@ class Finished(Message):
     forwards: int
     drafted: int
     accepted: int
+    windows: int = 0
+    verified: int = 0
+    accepted_at: list[int] = []
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
 
@@ -106,12 +134,14 @@ class Ready(Message):
 
     Attributes:
         sampling: the model's defaults, fields of `SamplingParams`.
+        adapters: their folders, by name.
     """
 
     vocab_size: int
     mask_id: int
     context: int
     sampling: dict[str, Any] = {}
+    adapters: dict[str, str] = {}
 
 
 class Failed(Message):
@@ -128,6 +158,8 @@ class Stats(Message):
         pages_total, pages_live, pages_cached: pages now.
         plans: steps by plan.
         reached, accepted: drafts by depth.
+        drafted: drafts verified, also those that were not reached.
+        prompt_tokens: of the samples that have begun their output.
     """
 
     running: int = 0
@@ -141,14 +173,21 @@ class Stats(Message):
     cached_tokens: int = 0
     forwards: int = 0
     preemptions: int = 0
+    drafted: int = 0
+    prompt_tokens: int = 0
     evictions: int = 0
     plans: dict[str, int] = {}
     reached: list[int] = []
     accepted: list[int] = []
 
+    @property
+    def kv_usage(self) -> float:
+        """The share of the pages that samples hold, 0 to 1."""
+        return self.pages_live / max(1, self.pages_total)
 
-ToEngine = Submit | Abort
-FromEngine = Ready | Failed | Delta | Finished | Refused | Stats
+
+ToEngine = Submit | Abort | LoadAdapter | UnloadAdapter
+FromEngine = Ready | Failed | Delta | Finished | Refused | Changed | Stats
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[list[ToEngine]] = msgspec.msgpack.Decoder(list[ToEngine])

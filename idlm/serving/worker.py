@@ -38,19 +38,23 @@ from idlm.serving.config import WorkerConfig
 from idlm.serving.observe import add_totals
 from idlm.serving.wire import (
     Abort,
+    Changed,
     Delta,
     Failed,
     Finished,
     FrameError,
+    LoadAdapter,
     Message,
     Ready,
     Refused,
     Stats,
     Submit,
     ToEngine,
+    UnloadAdapter,
     frame,
     receive,
 )
+from idlm.serving.worker_adapters import AdapterRead, WorkerAdapters
 
 log = logging.getLogger("idlm.serving")
 
@@ -68,6 +72,10 @@ class Compiled:
     error: Exception | None = None
 
 
+FromServer = ToEngine | Compiled | AdapterRead
+"""What the loop acts on: the server's messages, and what threads have prepared."""
+
+
 class Link:
     """The worker's end of the socket. A thread reads it; the process ends when the server closes
     it."""
@@ -75,7 +83,7 @@ class Link:
     def __init__(self, file_descriptor: int) -> None:
         self._socket = socket.socket(fileno=file_descriptor)
         self._socket.set_inheritable(False)
-        self.inbox: SimpleQueue[Sequence[ToEngine | Compiled]] = SimpleQueue()
+        self.inbox: SimpleQueue[Sequence[FromServer]] = SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
 
     def send(self, messages: Sequence[Message]) -> None:
@@ -177,6 +185,9 @@ class Reports:
             forwards=result.forwards,
             drafted=sum(result.reached),
             accepted=sum(result.accepted),
+            windows=result.reached[0] if result.reached else 0,
+            verified=result.drafted,
+            accepted_at=result.accepted,
             prompt_logprobs=result.prompt_logprobs,
         )
 
@@ -188,14 +199,17 @@ def _counted(result: Result) -> Stats:
         forwards=result.forwards,
         reached=result.reached,
         accepted=result.accepted,
+        drafted=result.drafted,
+        prompt_tokens=len(result.prompt_token_ids) if result.token_ids else 0,
     )
 
 
 class Worker:
     """Runs the samples that come over a link on the engine of an LLM."""
 
-    def __init__(self, llm: LLM, link: Link) -> None:
+    def __init__(self, llm: LLM, link: Link, adapters: WorkerAdapters | None = None) -> None:
         self.llm, self.engine, self.link = llm, llm.engine, link
+        self._adapters = adapters
         self._reports = Reports(llm.engine)
         self._sent_stats = 0.0
         self._next_stats = 0.0
@@ -225,7 +239,10 @@ class Worker:
         except Empty:
             return refused
 
-    def _act(self, message: ToEngine | Compiled) -> list[Refused]:
+    def _act(self, message: FromServer) -> Sequence[Refused | Changed]:
+        if isinstance(message, LoadAdapter | UnloadAdapter | AdapterRead):
+            assert self._adapters is not None  # noqa: S101
+            return self._adapters.act(message)
         if isinstance(message, Abort):
             if message.id in self._compiling:
                 self._compiling[message.id] = True
@@ -309,14 +326,17 @@ def main(file_descriptor: int, config: WorkerConfig) -> int:
             dtype=config.dtype,
             device=config.device,
             config=config.engine,
+            changing=bool(config.lora_dirs),
         )
+        adapters = WorkerAdapters(llm, config.adapters, lambda read: link.inbox.put([read]))
+        adapters.restore(config.loaded)
         llm.engine.warm_up()
         gc.collect()
         gc.freeze()  # these objects stay; a collection that visits them would delay all requests
         defaults = llm.idlm.sampling_defaults if config.engine.generation_config == "auto" else {}
-        ready = Ready(llm.idlm.vocab_size, llm.idlm.mask_id, llm.idlm.context, defaults)
-        link.send([ready])
-        Worker(llm, link).run()
+        sizes = llm.idlm.vocab_size, llm.idlm.mask_id, llm.idlm.context
+        link.send([Ready(*sizes, defaults, adapters.folders)])
+        Worker(llm, link, adapters).run()
     except InputError as error:
         link.send([Failed(str(error))])
         return 2

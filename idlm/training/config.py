@@ -49,24 +49,28 @@ class LoraConfig:
 class DataConfig:
     """The texts to train on.
 
-    `source` is `jsonl`: rows {prompt | messages, response} of the file `path`; or `self`: responses
-    that the model generates before the training; or the name of a registered source, such as
-    `nano`, the project's own problems. The prompts of `self` are `prompts`: `bos` (the empty
-    prompt), a registered source, or a jsonl file of {prompt | messages}. They are sampled with the
-    defaults of the model's generation config; `temperature` replaces its own. `examples` limits the
-    rows. Of `jsonl` and `self` the last `held_out` rows are held out.
+    `source` is `jsonl`: rows {prompt | messages, response} of `path`, a file (.jsonl or .parquet),
+    a folder of files as `idlm distill` writes, a dataset's name, or a list of them; or `self`:
+    responses that the model generates before the training; or the name of a registered source, such
+    as `nano`, the project's own problems. The prompts of `self` are `prompts`: `bos` (the empty
+    prompt), a registered source, or {prompt | messages} of what `path` may be. They are sampled
+    with the defaults of the model's generation config; `temperature` replaces its own. `examples`
+    limits the rows; `skip_bad_rows` counts broken ones of `jsonl` instead of stopping at the first.
+    Of `jsonl` and `self` the last `held_out` rows are held out. Of messages the last answer is
+    trained on, or each of them if `answers` is `all`.
     """
 
     source: str = "nano"
-    path: str | None = None
+    path: str | tuple[str, ...] | None = None
     prompts: str = "bos"
     examples: int | None = None
     held_out: int = 64
     seed: int = 0
     temperature: float | None = None
     max_tokens: int = 256
-    generate_batch: int = 64
     max_length: int | None = None
+    skip_bad_rows: bool = False
+    answers: Literal["last", "all"] = "last"
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,6 @@ def _check(config: TrainConfig) -> None:
         else config.model.max_model_len,
         "data.held_out": config.data.held_out,
         "data.max_tokens": config.data.max_tokens,
-        "data.generate_batch": config.data.generate_batch,
         "threads": 1 if config.threads is None else config.threads,
         "data.examples": 1 if config.data.examples is None else config.data.examples,
         "data.max_length": 2 if config.data.max_length is None else config.data.max_length - 1,
@@ -223,7 +226,7 @@ def _check(config: TrainConfig) -> None:
         )
     if (config.model.path is None) == (config.model.architecture is None):
         raise InputError("model.path and model.architecture: give exactly one of the two")
-    if config.data.source == "jsonl" and config.data.path is None:
+    if config.data.source == "jsonl" and not config.data.path:
         raise InputError("data.path is missing; data.source: jsonl needs the file's path")
     if config.data.temperature is not None and config.data.temperature < 0:
         raise InputError(f"data.temperature is {config.data.temperature}; it must be 0 or more")

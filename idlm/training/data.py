@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -21,7 +21,8 @@ from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 from idlm.training.config import DataConfig
 from idlm.training.objective import Texts
-from idlm.training.rows import Row, read_jsonl, read_row
+from idlm.training.rows import Row, read_row
+from idlm.training.tables import Tables
 
 WINDOW = 16
 """Batches in which texts are sorted by length: enough to save padding, few enough to stay shuffled.
@@ -95,34 +96,21 @@ def chat_examples(pairs: Iterable[tuple[str, str]], idlm: Idlm) -> list[Example]
     return [Example(p, a + end, f"problem {i}") for i, (p, a) in enumerate(rows)]
 
 
-def prompt_ids(fields: dict[str, Any], name: str, idlm: Idlm) -> list[int]:
-    """Token ids of a row's prompt. Messages go through the chat template; an answer at their end is
-    left out.
-
-    Raises:
-        InputError: the row has no prompt, or it cannot be encoded.
-    """
-    row = read_row(fields, name)
-    if row.text is not None:
-        raise InputError(f'{name} is a text without a prompt; give it a "prompt" or "messages"')
-    with _named(name):
-        return _prompt(row, idlm)
-
-
 def _prompt(row: Row, idlm: Idlm) -> list[int]:
     if row.messages is not None:
         return idlm.encoder.chat(row.question or [], row.tools)
-    return _ids(row.prompt or "", "prompt", idlm)
+    return ids_of(row.prompt or "", "prompt", idlm)
 
 
-def _ids(value: str | list[Any], what: str, idlm: Idlm) -> list[int]:
+def ids_of(value: str | list[Any], what: str, idlm: Idlm) -> list[int]:
+    """The ids of a text, or ids that are checked against the vocabulary; `what` names them."""
     if isinstance(value, str):
         return idlm.encoder.text(value, trusted=True) if value else []
     return check_tokens(value, idlm.vocab_size, what)
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def named(name: str) -> Iterator[None]:
     """Begins the message of an InputError with the name of its row."""
     try:
         yield
@@ -136,9 +124,9 @@ def row_example(row: Row, idlm: Idlm) -> Example:
     Raises:
         InputError: the row has no response, or it cannot be encoded.
     """
-    with _named(row.name):
+    with named(row.name):
         if row.text is not None:
-            ids = _ids(row.text, "text", idlm)
+            ids = ids_of(row.text, "text", idlm)
             return Example(ids[:1], ids[1:] + _end_of(row.text, idlm, False), row.name)
         if not row.response and not row.answered:
             raise InputError('it has no response; give it a non-empty "response"')
@@ -152,7 +140,37 @@ def row_example(row: Row, idlm: Idlm) -> Example:
             answer = idlm.encoder.inner(response)
         else:
             answer = check_tokens(response, idlm.vocab_size, "response")
+            _check_written(row, answer, idlm)
         return Example(prompt, answer + _end_of(response, idlm, False), row.name)
+
+
+def row_examples(row: Row, idlm: Idlm, every: bool) -> list[Example]:
+    """The example of a row's answer; with `every`, one for each answer in its messages.
+
+    Each answer comes after what the template writes before it, as when the model decodes. So a
+    template may change earlier turns, and it needs no marks of what the assistant wrote.
+
+    Raises:
+        InputError: as `row_example`.
+    """
+    messages = row.messages or []
+    answers = [at for at, one in enumerate(messages) if at and one["role"] == "assistant"]
+    if not every or row.response or not answers:
+        return [row_example(row, idlm)]
+    return [row_example(replace(row, messages=messages[: at + 1]), idlm) for at in answers]
+
+
+def _check_written(row: Row, answer: list[int], idlm: Idlm) -> None:
+    """Refuse ids of another model's tokenizer, which the text beside them gives away. A stop string
+    is not in the text."""
+    if row.written is None or idlm.tokenizer is None:
+        return
+    text = str(idlm.encoder.tokenizer.decode(answer, skip_special_tokens=True))
+    if not text.startswith(row.written):
+        raise InputError(
+            f"the response's ids are {text[:40]!r}, and the text beside them is "
+            f"{row.written[:40]!r}: they are of another tokenizer; distill with this model"
+        )
 
 
 def _end_of(value: object, idlm: Idlm, chat: bool) -> list[int]:
@@ -173,10 +191,27 @@ def _end(idlm: Idlm, chat: bool) -> list[int]:
     return [] if end is None else [end]
 
 
-def jsonl_examples(config: DataConfig, idlm: Idlm) -> list[Example]:
-    """The examples of a jsonl file, whose forms are those of `idlm.training.rows`."""
-    rows = islice(read_jsonl(str(config.path)), config.examples)
-    return [row_example(read_row(fields, name), idlm) for name, fields in rows]
+def jsonl_examples(config: DataConfig, idlm: Idlm, limit: int) -> tuple[list[Example], int]:
+    """The examples of `data.path`, rows in the forms of `idlm.training.rows`; and how many rows
+    `data.skip_bad_rows` left out.
+
+    Args:
+        limit: the most tokens of an example, which a prompt must leave room in.
+    """
+    paths = (config.path,) if isinstance(config.path, str) else config.path or ()
+    examples, bad = list[Example](), 0
+    for name, row in islice(Tables(paths).rows(), config.examples):
+        try:
+            of_row = row_examples(read_row(row, name), idlm, config.answers == "all")
+            for example in of_row:
+                fit(example, limit)
+        except InputError:
+            if not config.skip_bad_rows:
+                raise
+            bad += 1
+        else:
+            examples += of_row
+    return examples, bad
 
 
 def draw_order(lengths: Sequence[int], draws: int, batch: int, seed: int) -> list[int]:

@@ -1,188 +1,269 @@
 """Self-distillation: the model that is converted writes the responses, so a run needs only prompts.
 
-transformers' own `generate` samples them in batches with equal settings. Batch i is a function of
-(seed, i), so an interrupted generation continues to the same file.
+The engine decodes several prompts at once. A response is a function of its prompt and of a seed of
+its own, and rows are written in the order of the prompts. So a run that was killed goes on to the
+same files, byte for byte where the arithmetic does not depend on the batch (float64).
 """
 
 from __future__ import annotations
 
 import json
-from itertools import islice
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from time import perf_counter
+from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console
-from rich.progress import track
-from torch import Tensor
-from transformers import GenerationConfig
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from idlm.engine.engine import Engine
+from idlm.engine.request import Result
 from idlm.errors import InputError
-from idlm.inputs import read_lines
-from idlm.models.idlm_model import Idlm
+from idlm.models.adapter import fingerprint
 from idlm.params import SamplingParams
-from idlm.training.config import DataConfig
-from idlm.training.data import SOURCES, Example, fit, prompt_ids
-from idlm.training.rows import read_jsonl
+from idlm.training.prompts import Prompt, Prompts
+from idlm.training.shards import Place, Shards
+
+AHEAD = 4
+"""Samples for each slot of the engine that run or wait for an earlier one to be written."""
+NGRAM, REPEATED = 8, 0.5
+"""A response is repetitive if more than this share of its runs of so many tokens were there
+before."""
 
 
-def distill(config: DataConfig, idlm: Idlm, file: Path) -> list[Example]:
-    """The examples of `data.source: self`: read from `file`, after the missing ones are written
-    there.
+@dataclass(frozen=True)
+class Recipe:
+    """How responses are made and which are kept.
 
-    The first line of the file holds the settings, each other line {"prompt": ids, "response": ids}.
+    Attributes:
+        params: of each response; its seed follows from `seed` and its place.
+        samples: of each prompt.
+        keep_truncated: also keep responses that end at `max_tokens` or the context.
+        keep_repetitive: also keep responses that repeat themselves.
+        shard_rows: rows of a file.
+    """
+
+    params: SamplingParams
+    samples: int = 1
+    seed: int = 0
+    keep_truncated: bool = False
+    keep_repetitive: bool = False
+    shard_rows: int = 1000
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The settings of sampling that differ from the defaults, with the temperature and the
+        limit."""
+        plain, given = SamplingParams(), self.params
+        shown = {
+            f.name: getattr(given, f.name)
+            for f in fields(given)
+            if f.name in ("temperature", "max_tokens")
+            or getattr(given, f.name) != getattr(plain, f.name)
+        }
+        return dict(json.loads(json.dumps(shown)))
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The other settings that the rows depend on."""
+        keys = ("samples", "seed", "keep_truncated", "keep_repetitive", "shard_rows")
+        return {key: getattr(self, key) for key in keys}
+
+    def seed_of(self, place: Place) -> int:
+        """The seed of a response."""
+        return random.Random(f"{self.seed}/{place[0]}/{place[1]}").getrandbits(62)
+
+    def fault(self, result: Result) -> str | None:
+        """Why a response is not for training; None if it is."""
+        if result.finish_reason == "error":
+            return "failed"
+        if result.finish_reason == "length" and not self.keep_truncated:
+            return "truncated"
+        if not self.keep_repetitive and repeats(result.token_ids) > REPEATED:
+            return "repetitive"
+        return None
+
+
+class Job(NamedTuple):
+    """A response to make."""
+
+    place: Place
+    prompt: Prompt
+
+
+def repeats(tokens: list[int]) -> float:
+    """The share of the runs of `NGRAM` tokens that were there before."""
+    runs = [tuple(tokens[at : at + NGRAM]) for at in range(len(tokens) - NGRAM + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def distill(
+    prompts: Prompts,
+    recipe: Recipe,
+    folder: Path,
+    engine: Callable[[], Engine],
+    wait: bool = False,
+) -> dict[str, Any]:
+    """Write a row for each sample of each prompt to `folder`, but for those that are there.
+
+    All prompts are checked before any of them runs.
+
+    Args:
+        engine: makes the engine, if a response is missing.
+        wait: for another run that writes to the folder, instead of an error.
+
+    Returns:
+        the object of `idlm distill --json`: counts, and the speed of this call.
 
     Raises:
-        InputError: a prompt is broken or leaves no room, or the file was made with other settings.
+        InputError: a prompt is broken or leaves no room; the folder was made with other settings or
+            prompts, or cannot be written.
     """
-    prompts = [_checked(prompt, row, config, idlm) for prompt, row in prompts_of(config, idlm)]
-    settings = _settings(config, idlm)
-    rows = _read(file, settings)
-    size = config.generate_batch
-    rows = rows[: len(prompts)] if len(rows) >= len(prompts) else rows[: len(rows) // size * size]
-    starts = range(len(rows), len(prompts), size)
-    if starts:
-        _write(file, [settings, *rows], "w")
-        for at in track(starts, "generating responses", console=Console(stderr=True)):
-            batch = prompts[at : at + size]
-            responses = generate(idlm, batch, config, seed=config.seed * 1_000_003 + at // size)
-            new = [{"prompt": p, "response": r} for p, r in zip(batch, responses, strict=True)]
-            _write(file, new, "a")
-            rows += new
-    return [
-        Example(row["prompt"], row["response"], f"{file} row {i}")
-        for i, row in enumerate(rows, start=1)
-    ]
-
-
-def prompts_of(config: DataConfig, idlm: Idlm) -> list[tuple[list[int], str]]:
-    """Token ids and name of each prompt that `data.prompts` and `data.examples` select."""
-    if config.prompts in ("bos", *SOURCES) and config.examples is None:
-        raise InputError(
-            f"data.examples is missing; data.prompts: {config.prompts} "
-            "needs to know how many to generate"
-        )
-    if config.prompts == "bos":
-        bos = idlm.model.config.bos_token_id
-        if bos is None:
-            raise InputError(
-                f"the model {idlm.name!r} has no BOS token; "
-                "give data.prompts a jsonl file of prompts"
-            )
-        return [([bos], "the BOS prompt")] * int(config.examples or 0)
-    if config.prompts in SOURCES:
-        pairs = islice(SOURCES[config.prompts].training(config.seed), config.examples)
-        chats = [[{"role": "user", "content": question}] for question, _ in pairs]
-        return [(ids, f"problem {i}") for i, ids in enumerate(idlm.encoder.chats(chats))]
-    rows = islice(read_jsonl(config.prompts), config.examples)
-    return [(prompt_ids(row, name, idlm), name) for name, row in rows]
-
-
-def _checked(prompt: list[int], row: str, config: DataConfig, idlm: Idlm) -> list[int]:
-    """The prompt, if it is not empty and leaves room for a response."""
-    return fit(
-        Example(prompt, [0], row), min(config.max_length or idlm.context, idlm.context)
-    ).prompt
-
-
-@torch.no_grad()
-def generate(
-    idlm: Idlm, prompts: list[list[int]], config: DataConfig, seed: int
-) -> list[list[int]]:
-    """A sampled response (greedy at temperature 0) to each prompt, with its end token."""
-    limit = min(config.max_length or idlm.context, idlm.context)
-    longest = max(len(p) for p in prompts)
-    rows = [[0] * (longest - len(p)) + p for p in prompts]
-    attended = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-    params = _params(config, idlm)
-    settings = GenerationConfig(
-        max_length=longest + max(min(config.max_tokens, limit - longest), 1),
-        min_new_tokens=params.min_tokens,
-        eos_token_id=sorted(idlm.eos_ids) or None,
-        pad_token_id=0,
-        repetition_penalty=params.repetition_penalty,
-        suppress_tokens=[*params.banned_tokens, idlm.mask_id],
-        do_sample=not params.greedy,
-        **({} if params.greedy else _filters(params)),
-    )
-    model, own = idlm.model, idlm.model.generation_config
-    ours = model.config._attn_implementation
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-        model.generation_config = GenerationConfig()  # it would fill what is not set
-        try:
-            output = model.eval().generate(
-                torch.tensor(rows, device=model.device),
-                attention_mask=torch.tensor(attended, device=model.device),
-                generation_config=settings,
-            )
-        finally:
-            model.generation_config = own
-            model.set_attn_implementation(ours)
-    return [_until_end(response, idlm.eos_ids) for response in output[:, longest:]]
-
-
-def _params(config: DataConfig, idlm: Idlm) -> SamplingParams:
-    """The settings of the responses: as the model decodes without a request's own, but for the
-    temperature if the config has one."""
-    given: dict[str, Any] = {"max_tokens": config.max_tokens}
-    if config.temperature is not None:
-        given["temperature"] = config.temperature
-    return idlm.sampling(given)
-
-
-def _filters(params: SamplingParams) -> dict[str, Any]:
+    idlm, began = prompts.encoding.idlm, perf_counter()
+    recipe.params.check_vocabulary(idlm.vocab_size)
+    number = sum(1 for _ in prompts)
+    left_out = {"duplicates": prompts.duplicates, "bad_rows": prompts.bad}
+    about = {
+        "model": idlm.name,
+        "fingerprint": fingerprint(idlm.model),
+        "sampling": recipe.sampling,
+    }
+    made = {"tokens": 0, "tokens_per_second": 0.0, "tpf": 0.0}
+    limit, total = prompts.encoding.length, number * recipe.samples
+    with Shards(folder, about | recipe.shown | {"max_length": limit}, wait) as shards:
+        jobs = _jobs(prompts, recipe)
+        _skip(jobs, shards)
+        resumed = shards.rows + shards.dropped.total()
+        if resumed < total:
+            made = _run(jobs, recipe, shards, engine(), about, limit, total)
+        dropped = dict(sorted(shards.dropped.items()))
+        rows = shards.rows
     return {
-        "temperature": params.temperature,
-        "top_k": max(params.top_k, 0),
-        "top_p": params.top_p,
-        "min_p": params.min_p or None,
+        "output": str(folder),
+        "prompts": number,
+        "rows": rows,
+        "dropped": dropped,
+        **left_out,
+        "resumed": resumed,
+        **made,
+        "seconds": round(perf_counter() - began, 3),
     }
 
 
-def _until_end(response: Tensor, ends: frozenset[int]) -> list[int]:
-    """The tokens up to and including the first end token."""
-    tokens: list[int] = response.tolist()
-    end = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[:end]
+def _jobs(prompts: Prompts, recipe: Recipe) -> Iterator[Job]:
+    for index, prompt in enumerate(prompts):
+        for sample in range(recipe.samples):
+            yield Job((index, sample), prompt)
 
 
-def _settings(config: DataConfig, idlm: Idlm) -> dict[str, Any]:
-    """What the responses depend on besides the weights."""
-    keys = ("prompts", "seed", "max_tokens", "generate_batch", "max_length")
-    params, plain = _params(config, idlm), SamplingParams(max_tokens=config.max_tokens)
-    names = ("min_tokens", "top_k", "top_p", "min_p", "repetition_penalty", "banned_tokens")
-    of_model = {
-        name: getattr(params, name)
-        for name in names
-        if getattr(params, name) != getattr(plain, name)
-    }
-    sampling = {"temperature": params.temperature} | json.loads(json.dumps(of_model))
-    return {"model": idlm.name, **{key: getattr(config, key) for key in keys}, **sampling}
-
-
-def _read(file: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows that are already in the file; a line cut off by a kill is dropped."""
-    if not file.exists():
-        return []
-    rows = []
-    for line in read_lines(file):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    for key in rows[0] | settings if rows else ():
-        if rows[0].get(key) != settings.get(key):
+def _skip(jobs: Iterator[Job], shards: Shards) -> None:
+    """Pass over the jobs whose rows are there. Rows of more prompts than there are now stay."""
+    for place, ids in shards.present():
+        job = next(jobs, None)
+        if job is not None and (job.place, job.prompt.ids) != (place, ids):
             raise InputError(
-                f"{file} was generated with {key} {rows[0].get(key)!r}, "
-                f"now it is {settings.get(key)!r}; delete the file or restore the setting"
+                f"{shards.folder} has sample {place[1]} of prompt {place[0]} where now is sample "
+                f"{job.place[1]} of prompt {job.place[0]}, or another prompt; give the same "
+                "prompts in the same order, or name another folder"
             )
-    return rows[1:]
 
 
-def _write(file: Path, rows: list[dict[str, Any]], mode: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open(mode, encoding="utf-8") as out:
-        out.writelines(json.dumps(row) + "\n" for row in rows)
+def _run(
+    jobs: Iterator[Job],
+    recipe: Recipe,
+    shards: Shards,
+    engine: Engine,
+    about: dict[str, Any],
+    limit: int,
+    total: int,
+) -> dict[str, Any]:
+    """Run the jobs and write their rows, which also say what is `about` all of them; returns
+    tokens, their rate and TPF."""
+    began, tokens, forwards = perf_counter(), 0, 0
+    with _bar(engine, shards.rows + shards.dropped.total(), total) as show:
+        for job, result in in_order(engine, jobs, recipe, limit, show):
+            tokens, forwards = tokens + len(result.token_ids), forwards + result.forwards
+            shards.append(_row(job, result) | about, recipe.fault(result))
+    seconds = perf_counter() - began
+    return {
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / seconds, 1),
+        "tpf": round(tokens / max(forwards, 1), 3),
+    }
+
+
+def in_order(
+    engine: Engine, jobs: Iterator[Job], recipe: Recipe, limit: int, show: Callable[[int], None]
+) -> Iterator[tuple[Job, Result]]:
+    """The result of each job, in the order of the jobs; the engine runs as many as it has slots.
+
+    Args:
+        limit: the most tokens of a prompt and its response.
+        show: called after each step, with the number of results that it brought.
+    """
+    waiting: deque[tuple[Job, str]] = deque()
+    done: dict[str, Result] = {}
+    more = True
+    while more or waiting:
+        while more and len(waiting) < AHEAD * engine.config.max_num_seqs:
+            job = next(jobs, None)
+            more = job is not None
+            if job is not None:
+                waiting.append((job, _add(engine, job, recipe, limit)))
+        ended = [update for update in engine.step() if update.result is not None]
+        done |= {update.request_id: update.result for update in ended if update.result}
+        show(len(ended))
+        while waiting and waiting[0][1] in done:
+            job, request = waiting.popleft()
+            yield job, done.pop(request)
+
+
+def _add(engine: Engine, job: Job, recipe: Recipe, limit: int) -> str:
+    most = min(recipe.params.max_tokens, limit - len(job.prompt.ids))
+    least, seed = min(recipe.params.min_tokens, most), recipe.seed_of(job.place)
+    params = replace(recipe.params, max_tokens=most, min_tokens=least, seed=seed)
+    return engine.add(job.prompt.ids, params, seed)
+
+
+def _row(job: Job, result: Result) -> dict[str, Any]:
+    """What training needs of a response, and what a reader wants to know."""
+    shown = job.prompt.shown
+    if "messages" in shown:
+        answer = {"role": "assistant", "content": result.text}
+        shown = shown | {"messages": [*shown["messages"], answer]}
+    elif result.text:
+        shown = shown | {"response_text": result.text}
+    return {
+        "index": job.place[0],
+        "sample": job.place[1],
+        **shown,
+        "prompt": result.prompt_token_ids,
+        "response": result.token_ids,
+        "finish_reason": result.finish_reason,
+        "seed": result.seed,
+    }
+
+
+@contextmanager
+def _bar(engine: Engine, done: int, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, if that is a terminal, with tokens/s and the time left."""
+    console, began = Console(stderr=True), perf_counter()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.0f} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("responses", total=total, completed=done, rate=0.0)
+
+        def show(ended: int) -> None:
+            rate = engine.metrics.tokens / (perf_counter() - began)
+            bar.update(task, advance=ended, rate=rate)
+
+        yield show

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from idlm.models.attention import attend
+from idlm.decoding.scores import Scores
+from idlm.models.attention import Visible, attend
 from idlm.models.idlm_model import Idlm
 
 EXCLUDED = -1e30
@@ -70,11 +71,13 @@ class CleanHalf:
         visible: what the rows of the current forward see.
     """
 
-    def __init__(self, visible: Tensor) -> None:
+    def __init__(self, visible: Visible) -> None:
         self.visible = visible
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
+    ) -> Tensor:
         """Keep x_0's keys and values in the first forward; in the second append them to those of
         the MASK rows.
 
@@ -85,7 +88,7 @@ class CleanHalf:
             key, value = torch.cat([key, clean_key], dim=2), torch.cat([value, clean_value], dim=2)
         else:
             self.layers[layer] = (key, value)
-        return attend(query, key, value, self.visible, scale)
+        return attend(query, key, value, self.visible.within(scores.window), scores)
 
 
 def mask_rows(prompt: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,17 +107,16 @@ def clean_rows(prompt: Tensor, length: Tensor, width: int) -> Tensor:
 
 def visible(
     positions: Tensor, prompt: Tensor, phase: Tensor, block_size: int, width: int
-) -> Tensor:
-    """What the MASK rows at `positions` [B, R] see of `[x_t | x_0]`: bool [B, 1, R, R + width]."""
+) -> Visible:
+    """What the MASK rows at `positions` [B, R] see of `[x_t | x_0]`, whose x_0 has `width` rows."""
     start = (positions + phase[:, None]) // block_size * block_size - phase[:, None]
     block = (start[:, :, None] == start[:, None, :]) & (
         positions[:, :, None] >= positions[:, None, :]
     )
-    text = (
-        torch.arange(width, device=positions.device)
-        < torch.maximum(start, prompt[:, None])[:, :, None]
-    )
-    return torch.cat([block, text], dim=2)[:, None]
+    clean = torch.arange(width, device=positions.device).expand(len(positions), -1)
+    text = clean[:, None] < torch.maximum(start, prompt[:, None])[:, :, None]
+    rows = torch.cat([block, text], dim=2)[:, None]
+    return Visible(rows, positions, torch.cat([positions, clean], dim=1))
 
 
 def soft_term(noisy: Tensor, clean: Tensor, kind: str) -> Tensor:
@@ -225,10 +227,11 @@ class Objective(nn.Module):
         return logits
 
 
-def _causal(positions: Tensor) -> Tensor:
-    """Plain causal visibility [1, 1, L, L]; padding is on the right, so no token sees it."""
+def _causal(positions: Tensor) -> Visible:
+    """Causal visibility of [B, L] rows; padding is on the right, so no token sees it."""
     width = positions.shape[1]
-    return torch.ones(width, width, dtype=torch.bool, device=positions.device).tril()[None, None]
+    rows = torch.ones(width, width, dtype=torch.bool, device=positions.device).tril()
+    return Visible(rows[None, None], positions[:1], positions[:1])
 
 
 def _next(tokens: Tensor, positions: Tensor) -> Tensor:

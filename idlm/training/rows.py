@@ -9,7 +9,8 @@
     {"conversations": [{"from": ..., "value": ...}]}        messages (ShareGPT)
     {"text": ...}                                           a response to the beginning of a text
 
-`tools` beside messages go to the chat template.
+`tools` beside messages go to the chat template. Where prompt and response are both ids, they are
+what is trained on, whatever is beside them: messages would be encoded anew.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Row:
         prompt, response, text: a text or token ids.
         messages: with the answer at the end, if the row has one and it is no ids.
         tools: JSON schemas for the chat template.
+        written: the text of a response that is ids.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Row:
     text: str | list[Any] | None = None
     messages: list[dict[str, Any]] | None = None
     tools: list[Any] | None = None
+    written: str | None = None
 
     @property
     def question(self) -> list[dict[str, Any]] | None:
@@ -73,32 +76,41 @@ class Row:
         return bool(self.messages) and (self.messages or [])[-1]["role"] == "assistant"
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a jsonl file, each with its name for error messages.
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, str]]:
+    """The rows of a jsonl file as text, each with its name for error messages.
 
     Raises:
-        InputError: the file cannot be read, or a line is not a JSON object.
+        InputError: the file cannot be read.
     """
     for at, line in enumerate(read_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{path} line {at} is not JSON ({error}); write one object per line"
-            ) from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path} line {at} is not an object; {FORMS}")
-        yield f"{path} line {at}", row
+        if line.strip():
+            yield f"{path} line {at}", line
 
 
-def read_row(fields: dict[str, Any], name: str) -> Row:
+def read_fields(row: str | dict[str, Any], name: str) -> dict[str, Any]:
+    """The fields of a row, which may be JSON text.
+
+    Raises:
+        InputError: it is not a JSON object.
+    """
+    if isinstance(row, dict):
+        return row
+    try:
+        fields = json.loads(row)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name} is not JSON ({error}); write one object per line") from None
+    if not isinstance(fields, dict):
+        raise InputError(f"{name} is not an object; {FORMS}")
+    return fields
+
+
+def read_row(row: str | dict[str, Any], name: str) -> Row:
     """A row in one form.
 
     Raises:
-        InputError: it has no prompt, or a part of it is of the wrong type.
+        InputError: it is not JSON, has no prompt, or a part of it is of the wrong type.
     """
+    fields = read_fields(row, name)
     try:
         return _row({key: value for key, value in fields.items() if value is not None}, name)
     except InputError as error:
@@ -108,6 +120,8 @@ def read_row(fields: dict[str, Any], name: str) -> Row:
 def _row(fields: dict[str, Any], name: str) -> Row:
     prompt, response = fields.get("prompt"), fields.get("response", fields.get("completion"))
     messages = fields.get("messages")
+    if _is_ids(prompt) and _is_ids(response):
+        return Row(name, prompt=prompt, response=response, written=_written(fields))
     if messages is None and "conversations" in fields:
         messages = _sharegpt(fields["conversations"], fields.get("system"))
     if messages is None and _is_messages(prompt):
@@ -144,6 +158,18 @@ def _tools(tools: object) -> list[Any] | None:
     if tools is not None and not isinstance(tools, list):
         raise InputError("tools is no list; give a list of JSON schemas")
     return tools
+
+
+def _written(fields: dict[str, Any]) -> str | None:
+    """The text that stands beside a response of ids, as `distill` writes it."""
+    messages: Any = fields.get("messages")
+    answer = messages[-1].get("content") if _is_messages(messages) else None
+    text = fields.get("response_text", answer)
+    return text if isinstance(text, str) else None
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and not isinstance(value[0], dict)
 
 
 def _is_messages(value: object) -> bool:

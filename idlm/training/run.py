@@ -60,6 +60,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     if data.cut:
         cut = f"{data.cut} of {len(data.training)} responses were cut at the length limit"
         trainer.log.message(cut)
+    if data.bad:
+        trainer.log.message(f"{data.bad} bad rows were left out")
     measured = trainer.run(resume)
     if accelerator.is_main_process:
         with written_whole(folder / "final") as final:

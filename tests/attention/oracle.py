@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from idlm.attention.base import QKV, Backend, Segment
+from idlm.decoding.scores import Scores
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 RATIOS = [(1, 1), (2, 1), (6, 2), (4, 1), (8, 1), (3, 3)]
 """Query heads and key/value heads."""
+CONSTANTS: list[dict[str, Any]] = [
+    {},
+    {"window": 1},
+    {"window": 3, "sinks": True},
+    {"window": 20, "softcap": 0.8},
+    {"softcap": 2.0, "sinks": True},
+]
+"""Arguments of `Case.scored`."""
 SHAPES = [
     # lengths, width, heads, groups, size, page
     ([0], 1, 1, 1, 32, 4),
@@ -40,13 +49,29 @@ class Case:
     table: Tensor
     lengths: Tensor
     visible: Tensor | None
-    scale: float
+    scores: Scores
 
     def to(self, dtype: torch.dtype) -> Case:
         rows = (self.query, self.key, self.value, self.pages)
-        return Case(
-            *(rows_.to(dtype) for rows_ in rows), self.table, self.lengths, self.visible, self.scale
-        )  # type: ignore[call-arg]
+        others = self.table, self.lengths, self.visible, self.scores
+        return Case(*(rows_.to(dtype) for rows_ in rows), *others)  # type: ignore[call-arg]
+
+    def scored(
+        self, window: int | None = None, softcap: float | None = None, sinks: bool = False
+    ) -> Case:
+        """The same rows with another sliding window and soft cap, and with sinks."""
+        heads = self.query.shape[-2]
+        sink = torch.linspace(-2, 3, heads, dtype=torch.float64, device=DEVICE) if sinks else None
+        return replace(self, scores=Scores(self.scores.scale, window, softcap, sink))
+
+    def without_hidden_pages(self) -> Case:
+        """The same with table entries of the trash page where no row's sliding window reaches, as
+        in an engine that frees such pages."""
+        table, page = self.table.clone(), self.pages.shape[2]
+        for slot, length in enumerate(self.lengths.tolist()):
+            if self.scores.window is not None:
+                table[slot, : max(0, length + 1 - self.scores.window) // page] = 0
+        return replace(self, table=table)
 
 
 def case(
@@ -82,7 +107,7 @@ def case(
         table=table.to(DEVICE),
         lengths=torch.tensor(lengths).to(DEVICE),
         visible=None if causal else random_visible(batch, width).to(DEVICE),
-        scale=size**-0.5,
+        scores=Scores(size**-0.5),
     )
 
 
@@ -97,9 +122,8 @@ def attend(backend: Backend[Any], case: Case) -> Tensor:
     """As an engine step calls a back-end: [B, W, H, E]. The real rows go to the trash page."""
     segment = Segment(case.table, case.lengths, trash(case), case.visible)
     qkv = QKV(*(rows.flatten(0, 1) for rows in (case.query, case.key, case.value)))
-    return backend.attend(backend.prepare(segment), case.pages, qkv, case.scale).view(
-        case.query.shape
-    )
+    prepared = backend.prepare(segment, case.scores.window)
+    return backend.attend(prepared, case.pages, qkv, case.scores).view(case.query.shape)
 
 
 def trash(case: Case) -> Tensor:
@@ -116,13 +140,18 @@ def slow_attention(case: Case) -> Tensor:
         for r in range(width):
             keys, values = seen_rows(case, b, r)
             for h in range(heads) if len(keys) else ():
-                scores = keys[:, h // fold] @ case.query[b, r, h] * case.scale
-                out[b, r, h] = scores.softmax(0) @ values[:, h // fold]
+                scores = keys[:, h // fold] @ case.query[b, r, h] * case.scores.scale
+                if (cap := case.scores.softcap) is not None:
+                    scores = cap * torch.tanh(scores / cap)
+                if case.scores.sinks is not None:
+                    scores = torch.cat([scores, case.scores.sinks[h : h + 1]])
+                out[b, r, h] = scores.softmax(0)[: len(keys)] @ values[:, h // fold]
     return out
 
 
 def seen_rows(case: Case, slot: int, row: int) -> tuple[Tensor, Tensor]:
-    """The keys and values that one window row sees, in their order: each [seen, G, E]."""
+    """The keys and values that one window row sees, in their order: each [seen, G, E]. A sliding
+    window leaves the last of them."""
     page = case.pages.shape[2]
     prefix = [
         case.pages[:, case.table[slot, t // page], t % page] for t in range(int(case.lengths[slot]))
@@ -137,4 +166,4 @@ def seen_rows(case: Case, slot: int, row: int) -> tuple[Tensor, Tensor]:
         if prefix or window
         else case.pages.new_zeros(2, 0, *case.key.shape[2:])
     )
-    return rows[0], rows[1]
+    return rows[0, -(case.scores.window or 0) :], rows[1, -(case.scores.window or 0) :]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 import idlm
 from idlm.attention.base import QKV, Segment, cache_rows
 from idlm.attention.invariant import InvariantAttention, InvariantTritonAttention
+from idlm.decoding.scores import Scores
 from idlm.kernels.batch_invariant import batch_invariant
 from idlm.models.idlm_model import Idlm
-from tests.attention.oracle import Case, case, slow_attention
+from tests.attention.oracle import CONSTANTS, Case, case, slow_attention
 from tests.attention.oracle import attend as run
 
 
@@ -37,11 +39,18 @@ def triton_attend(case: Case) -> Tensor:
     heads=st.sampled_from([(1, 1), (6, 2), (8, 1)]),
     page=st.sampled_from([1, 4]),
     causal=st.booleans(),
+    constants=st.sampled_from(CONSTANTS),
 )
 def test_attention_is_the_double_loop(
-    lengths: list[int], width: int, heads: tuple[int, int], page: int, causal: bool
+    lengths: list[int],
+    width: int,
+    heads: tuple[int, int],
+    page: int,
+    causal: bool,
+    constants: dict[str, Any],
 ) -> None:
     example = case(lengths, width, *heads, size=8, page=page, causal=causal)
+    example = example.scored(**constants).without_hidden_pages()
     torch.testing.assert_close(attend(example), slow_attention(example))
 
 
@@ -49,10 +58,11 @@ def test_attention_is_the_double_loop(
 @pytest.mark.parametrize(
     "shape", [([0, 3], 1, 1, 1, 32, 4), ([40, 31], 3, 6, 2, 80, 16), ([9], 5, 8, 1, 128, 8)]
 )
+@pytest.mark.parametrize("constants", CONSTANTS, ids=str)
 def test_triton_attention_is_the_twin(
-    shape: tuple[list[int], int, int, int, int, int], causal: bool
+    shape: tuple[list[int], int, int, int, int, int], causal: bool, constants: dict[str, Any]
 ) -> None:
-    example = case(*shape, causal=causal)
+    example = case(*shape, causal=causal).scored(**constants).without_hidden_pages()
     torch.testing.assert_close(
         triton_attend(example.to(torch.float32)), attend(example).float(), atol=2e-5, rtol=1e-4
     )
@@ -65,15 +75,16 @@ def test_a_row_that_sees_nothing_gets_zeros() -> None:
     assert triton_attend(blind.to(torch.float32))[0].eq(0).all()
 
 
+@pytest.mark.parametrize("constants", CONSTANTS, ids=str)
 @pytest.mark.parametrize(
     ("kernel", "length"), [(attend, 0), (attend, 60), (attend, 70), (triton_attend, 30)]
 )
 def test_attention_of_a_row_is_the_same_in_every_window(
-    kernel: Callable[[Case], Tensor], length: int
+    kernel: Callable[[Case], Tensor], length: int, constants: dict[str, Any]
 ) -> None:
     """A text is cached up to `length`; its next rows come in windows of different widths, alone or
     beside other texts."""
-    text = case([length], 9, 6, 2, 32, 4, causal=True).to(torch.float32)
+    text = case([length], 9, 6, 2, 32, 4, causal=True).to(torch.float32).scored(**constants)
     expected = kernel(text)
     for width in (1, 4):
         others = case([40, 3], width, 6, 2, 32, 4, causal=True, seed=1).to(torch.float32)
@@ -112,7 +123,7 @@ def beside(example: Case, others: Case, slot: int) -> Case:
         table=mixed(*tables),
         lengths=mixed(example.lengths, others.lengths),
         visible=None,
-        scale=example.scale,
+        scores=example.scores,
     )
 
 
@@ -127,7 +138,9 @@ class InvariantCache:
         self.table = 1 + torch.arange(8 * slots).view(slots, 8)
         self.lengths = torch.zeros(slots, dtype=torch.int64)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
+    ) -> Tensor:
         batch, _, width, _ = query.shape
         rows = cache_rows(self.table, self.lengths[:, None] + torch.arange(width), 16)
         backend, segment = (
@@ -135,7 +148,7 @@ class InvariantCache:
             Segment(self.table, self.lengths, rows),
         )
         qkv = QKV(*(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)))
-        return backend.attend(backend.prepare(segment), self.pages[layer], qkv, scale).unflatten(
+        return backend.attend(backend.prepare(segment), self.pages[layer], qkv, scores).unflatten(
             0, (batch, width)
         )
 

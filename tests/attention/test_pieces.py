@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from idlm.attention.base import QKV, Segment
 from idlm.attention.torch import TorchAttention
 from idlm.attention.triton import TritonAttention
+from idlm.decoding.scores import Scores
 from idlm.engine.kv_cache import KVCache
 from idlm.engine.prefill import Chunk, PrefillBatch
-from tests.attention.oracle import DEVICE, RATIOS
+from tests.attention.oracle import CONSTANTS, DEVICE, RATIOS
 
 kernel = pytest.importorskip(
     "idlm.kernels.prefill_attention_triton", reason="triton is not installed"
@@ -34,9 +35,11 @@ class Pieces:
     segment: Segment
     qkv: QKV
     pages: Tensor
+    scores: Scores = Scores(0.3)
 
     def to(self, dtype: torch.dtype) -> Pieces:
-        return Pieces(self.segment, QKV(*(x.to(dtype) for x in self.qkv)), self.pages.to(dtype))
+        qkv = QKV(*(x.to(dtype) for x in self.qkv))
+        return Pieces(self.segment, qkv, self.pages.to(dtype), self.scores)
 
 
 def pieces(
@@ -73,7 +76,9 @@ def twin(one: Pieces) -> tuple[Tensor, Tensor]:
     backend = TorchAttention(pages, one.qkv.query.shape[1])
     for window in one.segment.windows():
         part = QKV(*(rows[first : first + window.size] for rows in one.qkv))
-        mixed.append(backend.attend(backend.prepare(window), pages, part, 0.3))
+        mixed.append(
+            backend.attend(backend.prepare(window, one.scores.window), pages, part, one.scores)
+        )
         first += window.size
     return torch.cat(mixed), pages
 
@@ -81,12 +86,15 @@ def twin(one: Pieces) -> tuple[Tensor, Tensor]:
 def check(one: Pieces, dtype: torch.dtype, **tolerance: float) -> None:
     one = one.to(dtype)
     backend, pages = TritonAttention(), one.pages.clone()
-    found = backend.attend(backend.prepare(one.segment), pages, one.qkv, 0.3)
+    found = backend.attend(
+        backend.prepare(one.segment, one.scores.window), pages, one.qkv, one.scores
+    )
     expected, left = twin(one.to(torch.float64))
     torch.testing.assert_close(found.double(), expected, **tolerance)
     torch.testing.assert_close(pages[:, 1:].double(), left[:, 1:], rtol=0, atol=0, equal_nan=True)
 
 
+PIECES_CONSTANTS = [CONSTANTS[0], *CONSTANTS[2:4]]
 CASES: list[list[Piece]] = [
     [(0, 0, 1)],
     [(0, 5, 1), (1, 0, 1), (2, 31, 1)],
@@ -96,12 +104,16 @@ CASES: list[list[Piece]] = [
 ]
 
 
+@pytest.mark.parametrize("constants", PIECES_CONSTANTS, ids=str)
 @pytest.mark.parametrize("of", CASES, ids=str)
 @pytest.mark.parametrize("heads, groups, size, page", [(4, 1, 32, 16), (3, 3, 40, 3), (7, 1, 8, 1)])
 def test_pieces_are_the_twins(
-    of: list[Piece], heads: int, groups: int, size: int, page: int
+    of: list[Piece], heads: int, groups: int, size: int, page: int, constants: dict[str, Any]
 ) -> None:
-    check(pieces(of, heads, groups, size, page), torch.float32, atol=2e-5, rtol=1e-4)
+    sinks = torch.linspace(-2, 3, heads, device=DEVICE) if constants.get("sinks") else None
+    one = pieces(of, heads, groups, size, page)
+    one.scores = Scores(0.3, constants.get("window"), constants.get("softcap"), sinks)
+    check(one, torch.float32, atol=2e-5, rtol=1e-4)
 
 
 @settings(max_examples=25 if DEVICE.type == "cpu" else 8)  # a GPU's are compiled first
@@ -165,6 +177,6 @@ def test_launches_do_not_grow_with_the_number_of_pieces(monkeypatch: pytest.Monk
         with calls:
             cache.prepare([cache.pieces(table, batch)])
             for layer in range(2):
-                cache.attend(layer, *rows, 0.3)
+                cache.attend(layer, *rows, Scores(0.3))
         counted.append((launches.number, calls.number))
     assert counted == [(2, calls.number)] * 3

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from idlm.attention.base import cache_rows, write_pages
 from idlm.attention.torch import TorchAttention
-from tests.attention.oracle import DEVICE, RATIOS, Case, case, slow_attention, trash
+from idlm.decoding.scores import Scores
+from tests.attention.oracle import CONSTANTS, DEVICE, RATIOS, Case, case, slow_attention, trash
 from tests.attention.oracle import attend as run
 
 
@@ -31,12 +33,20 @@ def test_a_row_that_sees_nothing_gets_zeros() -> None:
     heads=st.sampled_from(RATIOS),
     page=st.sampled_from([1, 3, 4]),
     causal=st.booleans(),
+    constants=st.sampled_from(CONSTANTS),
     seed=st.integers(0, 2**20),
 )
 def test_the_twin_is_the_double_loop(
-    lengths: list[int], width: int, heads: tuple[int, int], page: int, causal: bool, seed: int
+    lengths: list[int],
+    width: int,
+    heads: tuple[int, int],
+    page: int,
+    causal: bool,
+    constants: dict[str, Any],
+    seed: int,
 ) -> None:
     example = case(lengths, width, *heads, size=8, page=page, causal=causal, seed=seed)
+    example = example.scored(**constants).without_hidden_pages()
     torch.testing.assert_close(attend(example), slow_attention(example))
 
 
@@ -47,13 +57,15 @@ def test_the_twin_takes_64_rows_and_more(causal: bool) -> None:
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="steps are traced on a CPU only")
-def test_a_trace_follows_the_width_of_the_table() -> None:
+@pytest.mark.parametrize("constants", CONSTANTS, ids=str)
+def test_a_trace_follows_the_width_of_the_table(constants: dict[str, Any]) -> None:
     """A recording must be right for longer prefixes, whose page tables have more columns."""
 
     def step(
         query: Tensor, key: Tensor, value: Tensor, pages: Tensor, table: Tensor, lengths: Tensor
     ) -> Tensor:
-        return attend(Case(query, key, value, pages, table, lengths, None, 0.5))
+        case = Case(query, key, value, pages, table, lengths, None, Scores(0.5))
+        return attend(case.scored(**constants))
 
     def arguments(example: Case) -> tuple[Tensor, ...]:
         return (
@@ -92,7 +104,7 @@ def test_what_is_written_is_read_as_prefix(page: int, start: int, rows: int, see
     positions = start + torch.arange(rows, device=DEVICE).expand(2, -1)
     write_pages(pages, both.key[:, :rows], both.value[:, :rows], cache_rows(table, positions, page))
     brought = (of[:, rows:] for of in (both.query, both.key, both.value))
-    late = attend(Case(*brought, pages, table, both.lengths + rows, None, both.scale))
+    late = attend(Case(*brought, pages, table, both.lengths + rows, None, both.scores))
     torch.testing.assert_close(late, slow_attention(both)[:, rows:])
 
 

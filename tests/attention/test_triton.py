@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from idlm.attention.base import Segment
 from idlm.attention.torch import TorchAttention
 from idlm.attention.triton import TritonAttention
-from tests.attention.oracle import SHAPES, Case, attend, case
+from tests.attention.oracle import CONSTANTS, SHAPES, Case, attend, case, trash
 
 kernel = pytest.importorskip(
     "idlm.kernels.window_attention_triton", reason="triton is not installed"
@@ -20,20 +22,31 @@ def twin(case: Case) -> Tensor:
 
 
 def triton_attend(case: Case, splits: int) -> Tensor:
-    c = case
-    found: Tensor = kernel.attend(
-        c.query, c.key, c.value, c.pages, c.table, c.lengths, c.visible, c.scale, splits
+    c, backend = case, TritonAttention()
+    segment, firsts = backend.prepare(
+        Segment(c.table, c.lengths, trash(c), c.visible), c.scores.window
     )
+    where = c.table, c.lengths, segment.visible, firsts
+    found: Tensor = kernel.attend(c.query, c.key, c.value, c.pages, *where, c.scores, splits)
     return found
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES[:4], SHAPES[-1]], ids=str)
+@pytest.mark.parametrize(
+    ("constants", "splits", "causal"),
+    [
+        *(({}, splits, causal) for splits in (1, 3) for causal in (True, False)),
+        *((constants, 1 + 2 * (i % 2), False) for i, constants in enumerate(CONSTANTS[1:])),
+    ],
+    ids=str,
+)
 def test_triton_is_the_twin(
-    shape: tuple[list[int], int, int, int, int, int], splits: int, causal: bool
+    shape: tuple[list[int], int, int, int, int, int],
+    splits: int,
+    causal: bool,
+    constants: dict[str, Any],
 ) -> None:
-    example = case(*shape, causal=causal)
+    example = case(*shape, causal=causal).scored(**constants).without_hidden_pages()
     torch.testing.assert_close(
         triton_attend(example.to(torch.float32), splits),
         twin(example).float(),

@@ -49,7 +49,10 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
         "repetition_penalty=0",
     ),
     "generate, no tokens": (["generate", "{base}", "hi", "--max-tokens", "0"], "max_tokens=0"),
-    "generate, negative seed": (["generate", "{base}", "hi", "--seed", "-5"], "seed=-5"),
+    "generate, a seed of 65 bits": (
+        ["generate", "{base}", "hi", "--seed", str(2**64)],
+        f"seed={2**64}",
+    ),
     "generate, bias without a value": (["generate", "{base}", "hi", "--logit-bias", "7"], "'7'"),
     "generate, bias outside the vocabulary": (
         ["generate", "{base}", "hi", "--logit-bias", "99999=1"],

@@ -172,6 +172,37 @@ def test_train(checkpoint: Path, tmp_path: Path) -> None:
     assert run("inspect", report["output"])["max_stride"] == 2
 
 
+def test_distill_and_train_on_what_it_wrote(checkpoint: Path, tmp_path: Path) -> None:
+    names = ("Mia", "Tom", "Mia", "Ben", "Lily", "Sam")
+    (tmp_path / "prompts.txt").write_text("".join(f"{name} has 3.\n" for name in names))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{\n")
+    given = (checkpoint / "base", tmp_path / "prompts.txt", bad, "-o", tmp_path / "rows")
+    options = ("--max-tokens", 12, "--num-samples", 2, "--keep-truncated", "--keep-repetitive")
+    command = ("distill", *given, *options, "--threads", 1)
+    refused = CliRunner().invoke(app, list(map(str, command)))
+    assert refused.exit_code == 2 and "bad.jsonl line 1 is not JSON" in refused.stderr
+    assert not (tmp_path / "rows").exists()  # all prompts are read before one is answered
+    report = run(*command, "--skip-bad-rows")
+    found = {key: report[key] for key in ("prompts", "rows", "duplicates", "bad_rows", "dropped")}
+    assert found == {"prompts": 5, "rows": 10, "duplicates": 1, "bad_rows": 1, "dropped": {}}
+    assert report["tokens"] > 10 and report["resumed"] == 0
+    words = CliRunner().invoke(app, [*map(str, command), "--skip-bad-rows"])
+    assert words.exit_code == 0 and words.stderr == ""
+    assert "10 rows of 5 prompts in" in words.stdout
+    assert "left out: 1 duplicate prompts, 1 bad rows" in words.stdout
+    config = {
+        "output_dir": str(tmp_path / "run"),
+        "stages": [{"steps": 1}],
+        "batch_size": 2,
+        "model": {"path": str(checkpoint / "base")},
+        "data": {"source": "jsonl", "path": str(tmp_path / "rows"), "held_out": 2},
+        "lora": {"rank": 2, "alpha": 2, "targets": ["q_proj"]},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    assert run("train", tmp_path / "run.yaml")["steps"] == 1
+
+
 def test_version_and_help_come_without_torch() -> None:
     """They must answer before torch could be imported."""
     code = (

@@ -9,7 +9,7 @@ import pytest
 
 from idlm.config import EngineConfig
 from idlm.params import MOST_LOGPROBS
-from idlm.serving import apis, info, limits, schema, server, strict, supervisor, wire
+from idlm.serving import adapters, apis, info, limits, schema, server, strict, supervisor, wire
 from idlm.serving.app import router
 from idlm.serving.client import EngineClient
 from idlm.serving.config import Limits, WorkerConfig
@@ -47,7 +47,8 @@ def test_the_table_of_fields_is_complete(
 
 def test_the_table_of_routes_is_complete() -> None:
     documented = {name.split()[1] for row in table("Routes") for name in names(row[0])}
-    routes = [*router.routes, *apis.router.routes, *info.router.routes]
+    routers = router, apis.router, info.router, adapters.router
+    routes = [route for one in routers for route in one.routes]
     there = {getattr(route, "path", "").replace(":path", "") for route in routes}
     assert documented == there | {"/openapi.json"}
 

@@ -27,7 +27,7 @@ from idlm.engine.build import build_engine
 from idlm.engine.engine import Engine
 from idlm.engine.request import Result
 from idlm.models.idlm_model import Idlm
-from tests.engine.tiny import DTYPE, VOCAB, tiny_idlm, with_second_adapter
+from tests.engine.tiny import DTYPE, VOCAB, sliding_idlm, tiny_idlm, with_second_adapter
 
 STEPS = int(os.environ.get("IDLM_SCHEDULE_STEPS", "5000"))
 """Engine steps of each of the two machines below, at least. `make soak` runs more."""
@@ -39,14 +39,17 @@ PROMPTS = [
 
 
 @lru_cache
-def model() -> Idlm:
-    return with_second_adapter(tiny_idlm("qwen3"))
+def model(window: int | None = None) -> Idlm:
+    idlm = tiny_idlm("qwen3") if window is None else sliding_idlm("mistral", window)
+    return with_second_adapter(idlm)
 
 
 @lru_cache(maxsize=4096)
-def alone(prompt: tuple[int, ...], params: SamplingParams, seed: int) -> tuple[int, ...]:
+def alone(
+    window: int | None, prompt: tuple[int, ...], params: SamplingParams, seed: int
+) -> tuple[int, ...]:
     """AR by the oracle; at most as many tokens as the context holds."""
-    idlm = model()
+    idlm = model(window)
     params = replace(params, max_tokens=min(params.max_tokens, idlm.context - len(prompt)))
     stops = {*params.stop_token_ids, *(() if params.ignore_eos else idlm.eos_ids)}
     return tuple(reference.ar(idlm.forward, list(prompt), params, idlm.mask_id, stops, seed).tokens)
@@ -85,6 +88,8 @@ class Schedules(RuleBasedStateMachine):
     """Requests come, go, are aborted and pre-empted while the engine steps."""
 
     record = False
+    window: int | None = None
+    """The sliding window of all layers: pages before it are freed."""
     steps = 0
 
     def __init__(self) -> None:
@@ -102,7 +107,7 @@ class Schedules(RuleBasedStateMachine):
     def build(self, plan: tuple[int, str], late: bool, pages: int, prefill: int | None) -> None:
         page_bytes = 2 * 2 * 4 * 2 * 8 * DTYPE.itemsize
         self.engine: Engine = build_engine(
-            model(),
+            model(self.window),
             EngineConfig(
                 *plan,
                 max_num_seqs=4,
@@ -180,7 +185,7 @@ class Schedules(RuleBasedStateMachine):
         assert self.engine.scheduler.pool.live == 0 and not self.engine.scheduler.running
         assert set(self.done) == set(self.wanted)
         for name, result in self.done.items():
-            expected = alone(*self.wanted[name])
+            expected = alone(self.window, *self.wanted[name])
             if name in self.aborted:
                 assert result.finish_reason == "abort"
                 assert tuple(result.token_ids) == expected[: len(result.token_ids)]
@@ -207,14 +212,32 @@ class EagerSchedules(Schedules):
     record = False
 
 
+class SlidingSchedules(Schedules):
+    """With layers that see less than a page and less than a window, or a little more."""
+
+    window = 3
+
+
+class WiderSlidingSchedules(Schedules):
+    window = 10
+
+
 LIMITS = settings(
     max_examples=10, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("machine", [RecordedSchedules, EagerSchedules])
-def test_any_schedule(machine: type[Schedules]) -> None:
+@pytest.mark.parametrize(
+    ("machine", "steps"),
+    [
+        (RecordedSchedules, STEPS),
+        (EagerSchedules, STEPS),
+        (SlidingSchedules, STEPS // 5),
+        (WiderSlidingSchedules, STEPS // 5),
+    ],
+)
+def test_any_schedule(machine: type[Schedules], steps: int) -> None:
     machine.steps = 0
-    while machine.steps < STEPS:
+    while machine.steps < steps:
         run_state_machine_as_test(machine, settings=LIMITS)

@@ -7,9 +7,12 @@ float32 and below.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -37,6 +40,44 @@ CLASSES = {
         Qwen3MoeConfig,
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     ),
+}
+SLIDING: dict[str, dict[str, Any]] = {
+    "mistral": {},
+    "phi3": {},
+    "starcoder2": {},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+    "gemma2": {
+        "final_logit_softcapping": None,
+        "attn_logit_softcapping": 1.5,
+        "query_pre_attn_scalar": 8,
+    },
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "cohere2": {
+        "logit_scale": 1.0,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "olmo3": {"layer_types": ["full_attention", "sliding_attention"]},
+    "exaone4": {"layer_types": ["sliding_attention", "full_attention"]},
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+}
+"""Families with sliding windows, soft caps and sinks, and more keys of their configs."""
+SIZES = {
+    "vocab_size": 24,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 48,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
 }
 VOCAB = 24
 DEVICE = os.environ.get("IDLM_TEST_DEVICE", "cpu")
@@ -79,6 +120,27 @@ def tiny_idlm(family: str, adapter: bool = True) -> Idlm:
     for parameter in adapter_parameters(model).values():
         torch.nn.init.normal_(parameter, std=0.3)
     return Idlm(model, None, VOCAB, gate, block_size=3, name=family)
+
+
+def sliding_idlm(family: str, window: int) -> Idlm:
+    """A random model of `SLIDING` with a random gated LoRA on its attention."""
+    config = AutoConfig.for_model(family, **SIZES, **SLIDING[family], sliding_window=window)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        config,
+        attn_implementation=attention.NAME,
+        experts_implementation=experts.NAME,
+        dtype=DTYPE,
+    )
+    model = model.to(DEVICE).eval()
+    for name, sinks in model.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(sinks)
+    targets = ("qkv_proj", "o_proj") if family == "phi3" else ("q_proj", "v_proj", "o_proj")
+    gate = attach(model, LoraSpec(4, 8.0, targets), VOCAB)
+    for parameter in adapter_parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return Idlm(model, None, VOCAB, gate, block_size=7, name=f"{family} {window}")
 
 
 def with_second_adapter(idlm: Idlm) -> Idlm:

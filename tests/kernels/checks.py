@@ -14,7 +14,7 @@ from torch import Tensor
 from idlm.attention.base import write_pages
 from idlm.attention.torch import TorchAttention
 from idlm.kernels.panels import GROUP, SIDE, Panels
-from tests.attention.oracle import Case, case
+from tests.attention.oracle import CONSTANTS, Case, case
 from tests.attention.oracle import attend as run
 from tests.kernels.everywhere import Kernels, flat
 
@@ -159,12 +159,13 @@ def check_pieces(
 
 def check_threads(kernels: Kernels) -> None:
     """Attention is bit-equal on any number of threads."""
-    example, results = case([40, 7, 90], 40, 6, 2, 32, 16, causal=True), []
-    for num_threads in (1, 2):
-        with threads(num_threads):
-            rows = torch.zeros(3, 40, dtype=torch.int64)
-            results.append(attend(kernels, example, example.pages.clone(), rows, 40))
-    assert torch.equal(*results)
+    for window in (None, 30):
+        example, results = case([40, 7, 90], 40, 6, 2, 32, 16, causal=True).scored(window), []
+        for num_threads in (1, 2):
+            with threads(num_threads):
+                rows = torch.zeros(3, 40, dtype=torch.int64)
+                results.append(attend(kernels, example, example.pages.clone(), rows, 40))
+        assert torch.equal(*results)
 
 
 def check_alone(kernels: Kernels, dtype: torch.dtype) -> None:
@@ -176,11 +177,13 @@ def check_alone(kernels: Kernels, dtype: torch.dtype) -> None:
     table[:, 5:] = torch.arange(both.pages.shape[1], both.pages.shape[1] + table.shape[1] - 5)
     places = (table[0, torch.arange(20, 27) // 4] * 4 + torch.arange(20, 27) % 4)[None]
     ends, rows = torch.tensor([7]), replace(flattened(both), table=table)
-    together = kernels.attend_pieces(rows, pages, places[0], ends)
-    last = replace(
-        rows, query=rows.query[6:], key=rows.key[6:], value=rows.value[6:], lengths=rows.lengths + 6
-    )
-    assert torch.equal(kernels.attend_pieces(last, pages, places[0, 6:], ends - 6)[0], together[6])
+    for constants in CONSTANTS:
+        rows = rows.scored(**constants)
+        together = kernels.attend_pieces(rows, pages, places[0], ends)
+        brought = (of[6:] for of in (rows.query, rows.key, rows.value))
+        last = Case(*brought, pages, table, rows.lengths + 6, None, rows.scores)
+        alone = kernels.attend_pieces(last, pages, places[0, 6:], ends - 6)
+        assert torch.equal(alone[0], together[6])
 
 
 def check_blind(kernels: Kernels) -> None:

@@ -96,8 +96,8 @@ static void groups(Request *request) {
                     size);
 }
 
-/* numbers: as below; arrays: query, key, value, pages, rows, table, lengths, visible, ends, where
-   `visible` or `ends` is empty; results: the output and the pages */
+/* numbers: as below; arrays: query, key, value, pages, rows, table, lengths, visible, ends, sinks,
+   where `visible` or `ends` is empty, and `sinks` may be; results: the output and the pages */
 static void attention(Request *request) {
     const int64_t *n = request->number;
     const Array *a = request->array;
@@ -111,6 +111,7 @@ static void attention(Request *request) {
         .lengths = a[6].bytes,
         .visible = a[7].length ? a[7].bytes : NULL,
         .ends = a[8].length ? a[8].bytes : NULL,
+        .sinks = a[9].length ? a[9].bytes : NULL,
         .batch = n[0],
         .total = n[1],
         .real = n[2],
@@ -127,7 +128,9 @@ static void attention(Request *request) {
         .key_group = n[6],
         .value_row = n[5] * n[6],
         .value_group = n[6],
-        .scale = real(n[10]),
+        .window = n[10],
+        .scale = real(n[11]),
+        .softcap = real(n[12]),
     };
     job.out = add_result(request, a[0].length);
     memset(job.out, 0xff, (size_t)a[0].length); /* NaN */

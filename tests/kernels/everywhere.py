@@ -23,6 +23,7 @@ from torch import Tensor
 
 from idlm.attention.base import QKV, Segment
 from idlm.attention.cpu import CpuAttention
+from idlm.decoding.scores import Scores
 from idlm.kernels import compiling, native
 from idlm.kernels.instruction_sets import INSTRUCTION_SETS, InstructionSet, runs_here
 from idlm.kernels.linears import ALWAYS
@@ -76,18 +77,13 @@ class Ops:
     def attend(self, example: Case, pages: Tensor, rows: Tensor, real: int) -> Tensor:
         qkv = QKV(*(flat(tensor, real) for tensor in (example.query, example.key, example.value)))
         masks = example.query.shape[1] - real
-        return _attend(
-            Segment(example.table, example.lengths, rows, example.visible, masks),
-            pages,
-            qkv,
-            example.scale,
-        )
+        segment = Segment(example.table, example.lengths, rows, example.visible, masks)
+        return _attend(segment, pages, qkv, example.scores)
 
     def attend_pieces(self, example: Case, pages: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
         segment = Segment(example.table, example.lengths, rows, ends=ends)
-        return _attend(
-            segment, pages, QKV(example.query, example.key, example.value), example.scale
-        )
+        qkv = QKV(example.query, example.key, example.value)
+        return _attend(segment, pages, qkv, example.scores)
 
     def rms_norm(self, rows: Tensor, weight: Tensor, eps: float) -> Tensor:
         result: Tensor = torch.ops.idlm.rms_norm(rows, weight, eps)
@@ -104,9 +100,9 @@ class Ops:
         return result
 
 
-def _attend(segment: Segment, pages: Tensor, qkv: QKV, scale: float) -> Tensor:
+def _attend(segment: Segment, pages: Tensor, qkv: QKV, scores: Scores) -> Tensor:
     backend = CpuAttention()
-    return backend.attend(backend.prepare(segment), pages, qkv, scale)
+    return backend.attend(backend.prepare(segment, scores.window), pages, qkv, scores)
 
 
 class Driver:
@@ -159,7 +155,7 @@ class Driver:
             example.visible,
             None,
         )
-        return self._attend(tensors, real, masks, example.scale)
+        return self._attend(tensors, real, masks, example.scores)
 
     def attend_pieces(self, example: Case, pages: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
         tensors = (
@@ -173,10 +169,10 @@ class Driver:
             None,
             ends,
         )
-        return self._attend(tensors, 0, 0, example.scale)
+        return self._attend(tensors, 0, 0, example.scores)
 
     def _attend(
-        self, tensors: Sequence[Tensor | None], real: int, masks: int, scale: float
+        self, tensors: Sequence[Tensor | None], real: int, masks: int, scores: Scores
     ) -> Tensor:
         query, key, _, pages, rows, table, lengths, *_ = tensors
         assert query is not None and key is not None and pages is not None
@@ -184,10 +180,12 @@ class Driver:
         numbers = (
             *(len(lengths), rows.numel(), real, masks),
             *(query.shape[1], key.shape[1], query.shape[2]),
-            *(pages.shape[2], table.shape[1], pages.stride(0)),
+            *(pages.shape[2], table.shape[1], pages.stride(0), scores.window or 0),
         )
+        sinks = None if scores.sinks is None else scores.sinks.to(query.dtype)
+        constants = scores.scale, scores.softcap or 0.0
         operation = ATTENTION_FLOAT if query.dtype == torch.float32 else ATTENTION_DOUBLE
-        mixed, left = self._ask(operation, numbers, tensors, scale)
+        mixed, left = self._ask(operation, numbers, (*tensors, sinks), *constants)
         pages.copy_(_tensor(left, pages.dtype).view(pages.shape))
         return _tensor(mixed, query.dtype).view(query.shape)
 
@@ -206,9 +204,9 @@ class Driver:
         operation: int,
         numbers: Sequence[int],
         arrays: Sequence[Tensor],
-        real: float | None = None,
+        *reals: float,
     ) -> Tensor:
-        (result,) = self._ask(operation, numbers, arrays, real)
+        (result,) = self._ask(operation, numbers, arrays, *reals)
         return _tensor(result, torch.float32).view(x.shape)
 
     def _ask(
@@ -216,10 +214,10 @@ class Driver:
         operation: int,
         numbers: Sequence[int],
         arrays: Sequence[Tensor | None],
-        real: float | None = None,
+        *reals: float,
     ) -> list[bytes]:
-        """One request, see driver.c; `real` follows the numbers."""
-        tail = b"" if real is None else struct.pack("d", real)
+        """One request, see driver.c; `reals` follow the numbers."""
+        tail = struct.pack(f"{len(reals)}d", *reals)
         head = (operation, torch.get_num_threads(), len(numbers) + len(tail) // 8, len(arrays))
         request = [struct.pack(f"{4 + len(numbers)}q", *head, *numbers), tail]
         for array in arrays:

@@ -11,6 +11,7 @@ import pytest
 
 SCRIPT = """
 import sys
+from itertools import product
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -19,15 +20,19 @@ from triton.compiler import ASTSource
 from idlm.kernels import batch_invariant_triton, choose_triton
 from idlm.kernels import prefill_attention_triton, window_attention_triton
 
-INT64 = ("lengths", "table", "visible", "order", "counts")
+INT64 = ("lengths", "table", "visible", "firsts", "order", "counts")
 INT64 += ("keys", "positions", "ids", "starts", "ends")
-BFLOAT16 = ("query", "key", "value", "pages", "x", "weight", "bias", "out")
+BFLOAT16 = ("query", "key", "value", "pages", "x", "weight", "bias", "out", "sinks")
 POINTERS = {name: "*i64" for name in INT64}
 POINTERS |= {name: "*fp32" for name in ("partial", "weights")}
 POINTERS |= {name: "*bf16" for name in BFLOAT16}
 POINTERS |= {name: "*fp64" for name in ("temperatures", "bests")}
-POINTERS["scale"] = "fp32"
+POINTERS |= {"scale": "fp32", "cap": "fp32"}
 HEAD = {"PAGE": 16, "G": 8, "F": 4, "E": 80, "SIZE": 128}
+
+
+PLAIN = {"WINDOWED": False, "CAPPED": False, "SINKS": False}
+KINDS = (PLAIN, {"WINDOWED": True, "CAPPED": True, "SINKS": True})
 
 
 def compiles(kernel, processor=80, **constants):
@@ -39,18 +44,21 @@ def compiles(kernel, processor=80, **constants):
 
 
 if sys.argv[1] == "window":
-    for causal in (True, False):
-        compiles(window_attention_triton._attend, CAUSAL=causal, ROWS=16, KEYS=64, **HEAD)
+    for kind, causal in product(KINDS, (True, False)):
+        tile = {"CAUSAL": causal, "ROWS": 16, "KEYS": 64}
+        compiles(window_attention_triton._attend, **tile, **kind, **HEAD)
     compiles(window_attention_triton._join, E=80, SPLITS=16, SIZE=128)
 elif sys.argv[1] == "prefill":
-    for processor in (80, 90):
-        compiles(prefill_attention_triton._attend, processor, ROWS=64, KEYS=64, **HEAD)
+    for kind, processor in product(KINDS, (80, 90)):
+        tile = {"ROWS": 64, "KEYS": 64}
+        compiles(prefill_attention_triton._attend, processor, **tile, **kind, **HEAD)
 elif sys.argv[1] == "choose":
     for POINTERS["scores"] in ("*bf16", "*fp64"):
         for sampled in (True, False):
             compiles(choose_triton._choose, SAMPLED=sampled, BLOCK=choose_triton.BLOCK)
 else:
-    compiles(batch_invariant_triton._attend, HEADS=16, KEYS=32, **HEAD)
+    for kind in KINDS:
+        compiles(batch_invariant_triton._attend, HEADS=16, KEYS=32, **kind, **HEAD)
     compiles(batch_invariant_triton._linear, BIASED=True, ROWS=16, COLUMNS=64, DEPTH=64)
 """
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from idlm.errors import InputError
 from idlm.kernels import compiling, instruction_sets, native
 from idlm.kernels.instruction_sets import INSTRUCTION_SETS, InstructionSet
 from idlm.kernels.panels import SIDE, draft_format
-from tests.attention.oracle import RATIOS, SHAPES, case
+from tests.attention.oracle import CONSTANTS, RATIOS, SHAPES, case
 from tests.kernels import checks
 from tests.kernels.everywhere import Driver, available, driver
 
@@ -105,6 +106,7 @@ def test_activations_as_pieces(kernels: Driver, size: int, seed: int) -> None:
     causal=st.booleans(),
     real=st.integers(1, 24),
     single=st.booleans(),
+    constants=st.sampled_from(CONSTANTS),
     seed=st.integers(0, 2**20),
 )
 def test_attention(
@@ -117,9 +119,11 @@ def test_attention(
     causal: bool,
     real: int,
     single: bool,
+    constants: dict[str, Any],
     seed: int,
 ) -> None:
     example = case(lengths, width, *heads, size=size, page=page, causal=causal, seed=seed)
+    example = example.scored(**constants).without_hidden_pages()
     if single:
         checks.check_attention(
             kernels, example.to(torch.float32), min(real, width), **checks.SINGLE
@@ -138,16 +142,18 @@ def test_attention_of_real_shapes(
     dtype: torch.dtype,
 ) -> None:
     tolerance = {} if dtype == torch.float64 else checks.SINGLE
-    checks.check_attention(
-        kernels, case(*shape, causal=causal).to(dtype), max(1, shape[1] // 2), **tolerance
-    )
+    for constants in CONSTANTS:
+        example = case(*shape, causal=causal).to(dtype).scored(**constants).without_hidden_pages()
+        checks.check_attention(kernels, example, max(1, shape[1] // 2), **tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_pieces(kernels: Driver, dtype: torch.dtype) -> None:
     example = case([0, 33, 7], 50, 6, 2, size=20, page=3, causal=True).to(dtype)
     tolerance = {} if dtype == torch.float64 else checks.SINGLE
-    checks.check_pieces(kernels, example, [50, 1, 17], 2, **tolerance)
+    for constants in CONSTANTS:
+        scored = example.scored(**constants).without_hidden_pages()
+        checks.check_pieces(kernels, scored, [50, 1, 17], 2, **tolerance)
 
 
 CHECKS = (

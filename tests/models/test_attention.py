@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from idlm.decoding.scores import Scores
 from idlm.decoding.window import Window
 from idlm.models import attention
 from idlm.models.gated_lora import LoraSpec, adapter_parameters, attach
@@ -23,7 +24,7 @@ def model_of(family: str) -> PreTrainedModel:
 
 
 def slow_attention(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, scaling: float
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, constants: Scores
 ) -> Tensor:
     """Row by row: softmax over the visible keys of the query's group; [B, Q, H, E]."""
     batch, heads, rows, size = query.shape
@@ -33,8 +34,12 @@ def slow_attention(
         for h in range(heads):
             for i in range(rows):
                 seen = visible[i].nonzero().flatten()
-                scores = key[b, h // group, seen] @ query[b, h, i] * scaling
-                out[b, i, h] = scores.softmax(0) @ value[b, h // group, seen]
+                scores = key[b, h // group, seen] @ query[b, h, i] * constants.scale
+                if (cap := constants.softcap) is not None:
+                    scores = cap * torch.tanh(scores / cap)
+                if constants.sinks is not None:
+                    scores = torch.cat([scores, constants.sinks[h : h + 1]])
+                out[b, i, h] = scores.softmax(0)[: len(seen)] @ value[b, h // group, seen]
     return out
 
 
@@ -43,28 +48,51 @@ def slow_attention(
     heads=st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]),
     rows=st.integers(1, 5),
     before=st.integers(0, 4),
+    window=st.sampled_from([None, 1, 2]),
+    softcap=st.sampled_from([None, 0.7]),
+    sinks=st.booleans(),
     seed=st.integers(0, 2**20),
 )
 def test_attention_is_softmax_over_what_is_visible(
-    heads: tuple[int, int], rows: int, before: int, seed: int
+    heads: tuple[int, int],
+    rows: int,
+    before: int,
+    window: int | None,
+    softcap: float | None,
+    sinks: bool,
+    seed: int,
 ) -> None:
     torch.manual_seed(seed)
     query = torch.randn(2, heads[0], rows, 8, dtype=torch.float64)
     key, value = torch.randn(2, 2, heads[1], before + rows, 8, dtype=torch.float64)
     visible = torch.rand(rows, before + rows) < 0.5
     visible[torch.arange(rows), before + torch.arange(rows)] = True
+    keys = torch.randint(4, (before + rows,))
+    given = attention.Visible(visible[None, None], keys[None, before:], keys[None])
     mixed, _ = attention.attention(
-        nn.Module(), query, key, value, None, 0.3, visible=visible[None, None]
+        *(nn.Module(), query, key, value, None, 0.3),
+        visible=given,
+        sliding_window=window,
+        softcap=softcap,
+        s_aux=torch.linspace(-1, 2, heads[0], dtype=torch.float64) if sinks else None,
     )
-    torch.testing.assert_close(mixed, slow_attention(query, key, value, visible, 0.3))
+    if window is not None:
+        visible &= keys[before:, None] - keys < window
+    scores = Scores(0.3, None, softcap, torch.linspace(-1, 2, heads[0]).double() if sinks else None)
+    torch.testing.assert_close(mixed, slow_attention(query, key, value, visible, scores))
 
 
-def test_no_mask_is_causal() -> None:
+@pytest.mark.parametrize(("rows", "window"), [(5, None), (5, 1), (5, 3), (2, 3), (1, 2)])
+def test_no_mask_is_causal(rows: int, window: int | None) -> None:
+    """The last rows of a text, as after a cache that transformers holds."""
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 5, 8, dtype=torch.float64)
-    mixed, _ = attention.attention(nn.Module(), query, key, value, None, 0.3)
-    causal = torch.ones(5, 5, dtype=torch.bool).tril()
-    torch.testing.assert_close(mixed, slow_attention(query, key, value, causal, 0.3))
+    mixed, _ = attention.attention(
+        nn.Module(), query[:, :, 5 - rows :], key, value, None, 0.3, sliding_window=window
+    )
+    causal = torch.ones(5, 5, dtype=torch.bool).tril().triu(1 - (window or 5))[5 - rows :]
+    slow = slow_attention(query[:, :, 5 - rows :], key, value, causal, Scores(0.3))
+    torch.testing.assert_close(mixed, slow)
 
 
 def window_rows(stride: int, branches: str, prefix: int) -> tuple[Tensor, Tensor, Tensor, range]:

@@ -136,10 +136,13 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
         config(transformers_weights="other.safetensors"),
         "no other.safetensors",
     ),
-    "sliding window": (other("mistral", sliding_window=16), "sliding_window 16"),
-    "sliding layers": (
-        other("qwen3", use_sliding_window=True, sliding_window=16, max_window_layers=1),
-        "sliding_window 16",
+    "no sliding window": (
+        other("mistral", sliding_window=0),
+        "sliding_window 0, which hides every token",
+    ),
+    "a sliding window that attention is not told": (
+        other("doge", sliding_window=16),
+        r"sliding windows are \[None, None\], not \[16, 16\]; use another model",
     ),
     "linear layers": (
         config(layer_types=["full_attention", "linear_attention"]),
@@ -150,7 +153,6 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
         other("jetmoe", num_local_experts=2),
         r"mixture of experts \(num_local_experts 2\)",
     ),
-    "soft caps": (other("gemma2"), "attn_logit_softcapping 50.0"),
     "ALiBi": (
         other("bloom", n_layer=2, n_head=4),
         "max_position_embeddings|BloomForCausalLM cannot be expressed",
@@ -204,7 +206,7 @@ def test_model_is_refused(case: str, llama: Path, capfd: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    "case", ["sliding window", "experts", "remote code", "truncated weights", "pickle weights"]
+    "case", ["no sliding window", "experts", "remote code", "truncated weights", "pickle weights"]
 )
 def test_inspect_reports_a_refusal_instead(case: str, llama: Path) -> None:
     MODELS[case][0](llama)

@@ -47,6 +47,7 @@ CONFIG = ServeConfig(
         n=4,
         prompts=4,
     ),
+    vllm_metrics=True,
 )
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from idlm.serving.errors import ApiError
-from idlm.serving.schema import decode
+from idlm.serving.strict import decode
 
 
 @pytest.mark.parametrize(

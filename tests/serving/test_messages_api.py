@@ -216,6 +216,7 @@ def scripted(tokenizer: PreTrainedTokenizerBase, end: Finished) -> MessagesAnswe
     job: Any = SimpleNamespace(
         **{"head": head, "tickets": [None], "ends": {0: end}, "samples": 1, "prompts": [[5] * 9]},
         usage=lambda: USAGE,
+        thinking=None,
     )
     return MessagesAnswer(ChatAnswer(job, body.to_chat(), Prompts(tokenizer, "m", 160), FORM))
 

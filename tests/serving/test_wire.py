@@ -122,8 +122,8 @@ def test_parameters_are_checked_where_they_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "params"), [([2**64], SamplingParams()), ([1], SamplingParams(stop="\ud800"))]
+    "submit", [Submit("a", [2**64], SamplingParams()), Submit("\ud800", [1], SamplingParams())]
 )
-def test_what_has_no_form_is_not_sent(prompt: list[int], params: SamplingParams) -> None:
+def test_what_has_no_form_is_not_sent(submit: Submit) -> None:
     with pytest.raises(FrameError):
-        frame([Submit("a", prompt, params)])
+        frame([submit])

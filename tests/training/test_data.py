@@ -130,6 +130,27 @@ def test_bad_rows_are_named(tmp_path: Path, line: str, words: list[str]) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_bad_rows_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    good = json.dumps({"prompt": [1], "response": [2, 3]})
+    long = json.dumps({"prompt": [1] * tiny.CONTEXT, "response": [2]})
+    lines = [
+        good,
+        "{",
+        '{"prompt": [99], "response": [1]}',
+        good,
+        long,
+        "[]",
+        '{"prompt": 3}',
+        good,
+    ]
+    path.write_text("\n".join(lines))
+    config = DataConfig(source="jsonl", path=str(path), held_out=1, skip_bad_rows=True)
+    data = corpus(config, tiny.model(), 10, tmp_path)
+    assert (len(data.training), len(data.held_out), data.bad) == (2, 1, 5)
+    assert [e.row for e in data.training + data.held_out] == [f"{path} line {n}" for n in (1, 4, 8)]
+
+
 def test_last_rows_are_held_out(tmp_path: Path) -> None:
     path = tiny.write_jsonl(tmp_path / "data.jsonl", tiny.examples(10))
     data = corpus(
@@ -206,7 +227,7 @@ def test_a_response_ends_with_what_ends_it_when_the_model_decodes(
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    examples = jsonl_examples(DataConfig(source="jsonl", path=str(path)), idlm)
+    examples, _ = jsonl_examples(DataConfig(source="jsonl", path=str(path)), idlm, idlm.context)
     assert [e.response[-1] for e in examples] == [plain, chat, 6]
     assert {plain, chat} <= idlm.eos_ids
     (example,) = chat_examples([("\n", "\n")], idlm)
@@ -220,5 +241,5 @@ def test_a_model_without_an_end_trains_without_one(tmp_path: Path) -> None:
     idlm.model.generation_config.eos_token_id = idlm.model.config.eos_token_id = None
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": [5], "response": "abc"}))
-    (example,) = jsonl_examples(DataConfig(source="jsonl", path=str(path)), idlm)
+    ((example,), _) = jsonl_examples(DataConfig(source="jsonl", path=str(path)), idlm, 48)
     assert example.response == idlm.tokenizer("abc").input_ids

@@ -23,7 +23,9 @@ from tests.training import tiny
 SHAPES, PHASES = [(1, 7), (5, 9), (3, 1), (4, 12), (2, 2)], [0, 2, 1, 4, 3]
 
 
-def full_layout_mask(prompt: int, length: int, block_size: int, phase: int) -> Tensor:
+def full_layout_mask(
+    prompt: int, length: int, block_size: int, phase: int, window: int | None = None
+) -> Tensor:
     """Visibility in the layout [x_t | x_0], [2 length, 2 length], rule by rule."""
 
     def block(i: int) -> int:
@@ -35,6 +37,8 @@ def full_layout_mask(prompt: int, length: int, block_size: int, phase: int) -> T
             seen[i, j] = block(j) == block(i) and j <= i
             seen[i, length + j] = block(j) < block(i)
             seen[length + i, length + j] = j <= i
+            if window is not None and i - j >= window:
+                seen[i, j] = seen[i, length + j] = seen[length + i, length + j] = False
     return seen
 
 
@@ -46,7 +50,8 @@ def slow_logits(
     noisy = [token if i < prompt else idlm.mask_id for i, token in enumerate(text)]
     tokens = torch.tensor([noisy + text])
     positions = torch.arange(length).repeat(2)[None]
-    seen = full_layout_mask(prompt, length, block_size, phase)[None, None]
+    window = idlm.model.config.sliding_window
+    seen = full_layout_mask(prompt, length, block_size, phase, window)[None, None]
     logits = idlm.head(idlm.hidden(tokens, positions, seen, slice(prompt, length)))[0]
     if idlm.mask_id < idlm.vocab_size:
         logits = logits.index_fill(-1, torch.tensor(idlm.mask_id), EXCLUDED)
@@ -88,11 +93,14 @@ def gradients(idlm: Idlm, loss: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("method", "mask_id"), [("full", tiny.MASK), ("lora", tiny.MASK), ("lora", tiny.VOCAB)]
 )
-@pytest.mark.parametrize(("block_size", "soft"), [(1, "tv"), (3, "kl"), (5, "tv")])
+@pytest.mark.parametrize(
+    ("block_size", "soft", "window"),
+    [(1, "tv", None), (3, "kl", None), (5, "tv", None), (5, "kl", 2), (3, "tv", 4)],
+)
 def test_loss_and_gradient_equal_the_full_layout(
-    method: str, mask_id: int, block_size: int, soft: str
+    method: str, mask_id: int, block_size: int, soft: str, window: int | None
 ) -> None:
-    idlm = tiny.model(method, mask_id=mask_id)
+    idlm = tiny.model(method, mask_id=mask_id, window=window)
     batch = tiny.texts(SHAPES, PHASES)
     fast = Objective(idlm, trains_clean=method == "full")(
         batch, Wanted(block_size, clean=True, soft=soft)
@@ -130,9 +138,10 @@ def test_clean_rows_of_a_gated_lora_have_no_gradient_and_are_the_base() -> None:
     block_size=st.integers(1, 8),
     phase=st.integers(0, 7),
     padding=st.integers(0, 3),
+    window=st.sampled_from([None, 1, 2, 3, 7]),
 )
 def test_mask_equals_the_double_loop(
-    prompt: int, response: int, block_size: int, phase: int, padding: int
+    prompt: int, response: int, block_size: int, phase: int, padding: int, window: int | None
 ) -> None:
     length, phase = prompt + response, phase % block_size
     positions, is_row = mask_rows(
@@ -141,8 +150,8 @@ def test_mask_equals_the_double_loop(
     width = max(length, 1 + response + padding)
     mine = visible(
         positions, torch.tensor([prompt, 1]), torch.tensor([phase, 0]), block_size, width
-    )[0, 0]
-    full = full_layout_mask(prompt, length, block_size, phase)
+    ).within(window)[0, 0]
+    full = full_layout_mask(prompt, length, block_size, phase, window)
     rows = int(is_row[0].sum())
     assert rows == response - 1
     for r in range(rows):

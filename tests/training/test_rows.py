@@ -1,5 +1,6 @@
 """Forms of training rows, and the border between prompt and response."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import load
 from idlm.training.config import DataConfig
-from idlm.training.data import Example, jsonl_examples, prompt_ids, row_example
+from idlm.training.corpus import corpus
+from idlm.training.data import Example, jsonl_examples, row_example, row_examples
+from idlm.training.prompts import Encoding
 from idlm.training.rows import read_row
 from tests.engine.kinds import KINDS, of_kind
 
@@ -63,7 +66,7 @@ def test_forms_of_a_conversation(form: str, idlm: Idlm) -> None:
     found = example(CHATS[form], idlm)
     assert found.prompt == idlm.encoder.chat([OPENING, QUESTION])
     assert found.response == [*idlm.encoder.inner("2"), *sorted(idlm.eos_ids)]
-    assert prompt_ids(CHATS[form], "row", idlm) == found.prompt  # without the answer
+    assert Encoding(idlm).prompt(CHATS[form], "row").ids == found.prompt  # without the answer
 
 
 def test_only_the_last_answer_is_the_response(idlm: Idlm) -> None:
@@ -71,6 +74,41 @@ def test_only_the_last_answer_is_the_response(idlm: Idlm) -> None:
     found = example({"messages": messages}, idlm)
     assert found.prompt == idlm.encoder.chat(messages[:-1])
     assert found.response == [*idlm.encoder.inner("4"), *sorted(idlm.eos_ids)]
+
+
+def test_every_answer_is_a_response_to_what_is_before_it(idlm: Idlm, tmp_path: Path) -> None:
+    """Also with a template that leaves out what earlier answers thought."""
+    template = (
+        "{% for m in messages %}{{ m.role + ': ' }}{{ m.content.split('|')[-1] if not loop.last "
+        "else m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    thinks = with_tokenizer(idlm, copy.deepcopy(idlm.tokenizer))
+    thinks.tokenizer.chat_template = template
+    messages = [
+        {"role": "assistant", "content": "hi"},  # an opening: nothing is before it
+        {"role": "user", "content": "1?"},
+        {"role": "assistant", "content": "hm|2"},
+        {"role": "tool", "content": "5"},
+        {"role": "assistant", "content": "so|3"},
+        {"role": "user", "content": "more?"},
+    ]
+    for model in (idlm, thinks):
+        found = row_examples(read_row({"messages": messages}, "row"), model, every=True)
+        parts = [row_example(read_row({"messages": messages[:n]}, "row"), model) for n in (3, 5)]
+        assert found == parts
+        for example, end in zip(found, (2, 4), strict=True):
+            assert example.prompt == model.encoder.chat(messages[:end])
+            text = model.tokenizer.decode(example.response, skip_special_tokens=True)
+            assert text.strip() == messages[end]["content"]
+    with pytest.raises(InputError, match="row: it has no response"):
+        row_examples(read_row({"messages": messages[:2]}, "row"), idlm, every=True)
+    given = [{"messages": messages}, {"messages": [QUESTION, ANSWER]}, {"messages": messages}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    config = DataConfig(source="jsonl", path=str(path), held_out=1, answers="all")
+    data = corpus(config, idlm, 10, tmp_path)
+    assert [len(data.training), len(data.held_out)] == [3, 2]
+    assert {e.row for e in data.held_out} == {f"{path} line 3"}
 
 
 def test_forms_of_a_text(idlm: Idlm) -> None:
@@ -171,7 +209,7 @@ def test_refused_with_the_name_of_the_row(form: str, idlm: Idlm) -> None:
 
 def test_a_text_is_no_prompt_to_answer(idlm: Idlm) -> None:
     with pytest.raises(InputError, match="row is a text without a prompt"):
-        prompt_ids({"text": "x"}, "row", idlm)
+        Encoding(idlm).prompt({"text": "x"}, "row")
 
 
 def with_tokenizer(idlm: Idlm, tokenizer: PreTrainedTokenizerBase) -> Idlm:
@@ -206,6 +244,6 @@ def test_a_tokenizer_without_an_end_token_leaves_the_model_its_own(
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
     config = DataConfig(source="jsonl", path=str(file))
-    (found,) = jsonl_examples(config, with_tokenizer(idlm, bare))
+    ((found,), _) = jsonl_examples(config, with_tokenizer(idlm, bare), idlm.context)
     (end,) = with_tokenizer(idlm, bare).eos_ids
     assert found.response == [*bare("b").input_ids, end]

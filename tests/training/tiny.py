@@ -35,7 +35,11 @@ KEYS: dict[str, Any] = {
 
 
 def model(
-    method: str = "full", dtype: torch.dtype = torch.float64, mask_id: int = MASK, tied: bool = True
+    method: str = "full",
+    dtype: torch.dtype = torch.float64,
+    mask_id: int = MASK,
+    tied: bool = True,
+    window: int | None = None,
 ) -> Idlm:
     """A random model; "lora" attaches a gated LoRA whose B is not zero, so that every trained value
     has a gradient.
@@ -44,9 +48,8 @@ def model(
     would hide errors.
     """
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "starcoder2", **{**KEYS, "tie_word_embeddings": tied}, initializer_range=0.5
-    )
+    keys = {**KEYS, "tie_word_embeddings": tied, "sliding_window": window}
+    config = AutoConfig.for_model("starcoder2", **keys, initializer_range=0.5)
     stock = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=dtype)
     idlm = Idlm(stock, None, mask_id, name="tiny")
     if method == "lora":

@@ -7,14 +7,16 @@
 #define JOINED(a, b) JOIN(a, b)
 #define NAME(f) JOINED(f, REAL)
 
-/* The arguments of window attention; see window_attention.c. Strides are in elements. */
+/* The arguments of window attention; see window_attention.c. Strides are in elements. A row sees the
+   last `window` of its keys, or all if `window` is 0. Scores are capped if `softcap` is not 0. */
 typedef struct {
-    const void *query, *key, *value;
+    const void *query, *key, *value, *sinks; /* sinks: [heads], or NULL */
     void *pages, *out; /* pages: the keys; the values are `half` elements after them */
     const int64_t *table, *lengths, *visible, *rows, *ends;
     int64_t batch, total, real, masks, heads, groups, size, page, columns, half;
     int64_t query_row, query_head, key_row, key_group, value_row, value_group;
-    double scale;
+    int64_t window;
+    double scale, softcap;
 } Attention;
 
 int attend_float(const Attention *job, int threads);

@@ -98,9 +98,9 @@ static void finish(Value *stack, int tensors, Tensor result) {
 }
 
 /* Attention. Inputs 0 to 6 are query, key, value, pages, rows, table, lengths; input 7 is `visible`
-   or `ends`. */
+   or `ends`, 8 the sinks (empty: none). `numbers` are scale, window and softcap (0: none). */
 static void attend(Value *stack, const int64_t *visible, const int64_t *ends, int64_t masks,
-                   Value scale) {
+                   const Value *numbers) {
     int64_t *query = strides(stack[0]), *key = strides(stack[1]), *value = strides(stack[2]),
             *rows = sizes(stack[4]);
     Tensor out = dense(stack[0], sizes(stack[0])[2]);
@@ -108,6 +108,7 @@ static void attend(Value *stack, const int64_t *visible, const int64_t *ends, in
         .query = data(stack[0]),
         .key = data(stack[1]),
         .value = data(stack[2]),
+        .sinks = sizes(stack[8])[0] ? data(stack[8]) : NULL,
         .pages = data(stack[3]),
         .out = data((Value)out),
         .rows = data(stack[4]),
@@ -131,22 +132,26 @@ static void attend(Value *stack, const int64_t *visible, const int64_t *ends, in
         .key_group = key[1],
         .value_row = value[0],
         .value_group = value[1],
+        .window = (int64_t)numbers[1],
     };
-    memcpy(&job.scale, &scale, sizeof(double));
+    memcpy(&job.scale, &numbers[0], sizeof(double));
+    memcpy(&job.softcap, &numbers[2], sizeof(double));
     must((type(stack[0]) == FLOAT ? attend_float : attend_double)(&job, omp_get_max_threads()));
-    finish(stack, 8, out);
+    finish(stack, 9, out);
 }
 
-/* (query, key, value, pages, rows [B, R], table, lengths, visible [B, W], masks, scale) */
+/* (query, key, value, pages, rows [B, R], table, lengths, visible [B, W], sinks, masks, scale,
+   window, softcap) */
 static void window_attention(Value *stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
-    attend(stack, data(stack[7]), NULL, (int64_t)stack[8], stack[9]);
+    attend(stack, data(stack[7]), NULL, (int64_t)stack[9], stack + 10);
 }
 
-/* (query, key, value, pages, rows [T], table, lengths, ends [B], scale): causal chunks */
+/* (query, key, value, pages, rows [T], table, lengths, ends [B], sinks, scale, window, softcap):
+   causal chunks */
 static void prefill_attention(Value *stack, uint64_t inputs, uint64_t outputs) {
     (void)inputs, (void)outputs;
-    attend(stack, NULL, data(stack[7]), 0, stack[8]);
+    attend(stack, NULL, data(stack[7]), 0, stack + 9);
 }
 
 /* Weights from panels [P, steps, PANEL, 1, 2 or 4] and scales [P, groups, PANEL]; the type of the
@@ -318,12 +323,14 @@ int idlm_register(void) {
         {"window_attention",
          "window_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) pages, Tensor rows, "
          "Tensor table, "
-         "Tensor lengths, Tensor visible, int masks, float scale) -> Tensor",
+         "Tensor lengths, Tensor visible, Tensor sinks, int masks, float scale, int window, "
+         "float softcap) -> Tensor",
          window_attention},
         {"prefill_attention",
          "prefill_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) pages, Tensor rows, "
          "Tensor table, "
-         "Tensor lengths, Tensor ends, float scale) -> Tensor",
+         "Tensor lengths, Tensor ends, Tensor sinks, float scale, int window, float softcap) -> "
+         "Tensor",
          prefill_attention},
         {"linear",
          "linear(Tensor x, Tensor weight, Tensor panels, Tensor scales, int out, int choice) -> "

@@ -9,7 +9,8 @@
 
    The scores of a row are dense: the prefix, then the window rows that it sees, in the order of
    their positions. Rows that it does not see leave no gap, so the result depends on the keys alone,
-   not on the window that they are in. */
+   not on the window that they are in. A sliding window leaves a row the last of its scores: those
+   from `first` on. */
 
 #include <math.h>
 #include <stdlib.h>
@@ -45,12 +46,15 @@ typedef struct {
     int64_t item;
     int64_t *next_offsets; /* the same of `next_item` */
     int64_t next_item;
-    int64_t to_prefetch;   /* prefix tokens of `next_item` to prefetch during this tile */
+    int64_t to_prefetch;   /* prefix tokens of `next_item` to prefetch during this tile, */
+    int64_t prefetch_from; /* and the first of them */
     REAL *query;           /* [TILE, E] times scale */
     REAL *scores;          /* [TILE, room] */
     REAL *mixed;           /* [TILE, E] weighted sums of the values */
     int32_t *seen;         /* [TILE, W] the window rows that each row sees */
-    int64_t count[TILE];   /* the keys that each row sees, with the prefix */
+    int64_t count[TILE];   /* the keys up to the last that each row sees, with the prefix */
+    int64_t first[TILE];   /* the first of them that it sees */
+    int64_t from;          /* the first prefix token that any row of the tile sees */
     int64_t room;          /* scores that a row can hold: longest prefix and widest window */
 } Tile;
 
@@ -79,9 +83,17 @@ static void write_pages(const Attention *job) {
         }
 }
 
+/* The first prefix token that a row of the slot may see. A row has as many keys as the prefix, or
+   more. */
+static inline int64_t oldest(const Attention *job, int64_t slot) {
+    int64_t length = job->lengths[slot];
+    return job->window && job->window < length ? length - job->window : 0;
+}
+
 static void find_offsets(const Attention *job, int64_t *offsets, int64_t slot, int64_t group) {
     int64_t step = job->groups * job->size, length = job->lengths[slot];
-    for (int64_t start = 0, column = slot * job->columns; start < length;
+    int64_t page = oldest(job, slot) / job->page;
+    for (int64_t start = page * job->page, column = slot * job->columns + page; start < length;
          start += job->page, column++) {
         int64_t offset = job->table[column] * job->page * step + group * job->size;
         int64_t end = start + job->page < length ? start + job->page : length;
@@ -152,9 +164,10 @@ INLINE void load_keys(Tile *tile, const REAL *const *keys, int count, int size) 
 static inline void prefetch_next(const Attention *job, const Tile *tile, const void *base,
                                  int64_t part, int64_t parts) {
     int64_t end = tile->to_prefetch * (part + 1) / parts;
+    const int64_t *offsets = tile->next_offsets + tile->prefetch_from;
     for (int64_t token = tile->to_prefetch * part / parts; token < end; token++)
         for (int64_t e = 0; e < job->size; e += 64 / sizeof(REAL))
-            __builtin_prefetch((const REAL *)base + tile->next_offsets[token] + e, 0, 2);
+            __builtin_prefetch((const REAL *)base + offsets[token] + e, 0, 2);
 }
 
 /* Scores [ABREAST, BLOCK] of the query rows from `query_row` on against the keys of the block. */
@@ -171,12 +184,14 @@ INLINE void score(const Tile *tile, int query_row, int size, REAL *to) {
 }
 
 INLINE void score_prefix(const Attention *job, Tile *tile, int64_t length, int rows, int size) {
-    for (int64_t start = 0; start < length; start += BLOCK) {
+    int64_t blocks = (length - tile->from + BLOCK - 1) / BLOCK;
+    for (int64_t block = 0; block < blocks; block++) {
+        int64_t start = tile->from + block * BLOCK;
         int count = length - start < BLOCK ? (int)(length - start) : BLOCK;
         const REAL *keys[BLOCK];
         for (int i = 0; i < count; i++)
             keys[i] = (const REAL *)job->pages + tile->offsets[start + i];
-        prefetch_next(job, tile, job->pages, start / BLOCK, (length + BLOCK - 1) / BLOCK);
+        prefetch_next(job, tile, job->pages, block, blocks);
         load_keys(tile, keys, count, size);
         for (int query_row = 0; query_row < rows; query_row += ABREAST) {
             REAL block_scores[ABREAST * BLOCK];
@@ -223,13 +238,23 @@ INLINE void score_window(const Attention *job, Tile *tile, int64_t slot, int64_t
     }
 }
 
-/* Replace scores by exp(score - largest); returns the sum of these weights. */
-static REAL softmax_weights(REAL *scores, int64_t count) {
-    REAL largest = scores[0], total = 0;
-    for (int64_t at = 1; at < count; at++) largest = scores[at] > largest ? scores[at] : largest;
+/* Replace scores by cap * tanh(score / cap). */
+static void cap_scores(REAL *scores, int64_t count, REAL cap) {
+    for (int64_t at = 0; at < count; at++) {
+        REAL size = (scores[at] < 0 ? -scores[at] : scores[at]) / cap;
+        REAL shrunk = EXP(-2 * size), capped = cap * ((1 - shrunk) / (1 + shrunk));
+        scores[at] = scores[at] < 0 ? -capped : capped;
+    }
+}
+
+/* Replace scores by exp(score - largest); returns the sum of these weights, and of the sink's if
+   there is one. */
+static REAL softmax_weights(REAL *scores, int64_t count, const REAL *sink) {
+    REAL largest = sink ? *sink : scores[0], total = 0;
+    for (int64_t at = 0; at < count; at++) largest = scores[at] > largest ? scores[at] : largest;
     for (int64_t at = 0; at < count; at++) scores[at] = EXP(scores[at] - largest);
     for (int64_t at = 0; at < count; at++) total += scores[at];
-    return total;
+    return sink ? total + EXP(*sink - largest) : total;
 }
 
 /* Add the weighted values of the prefix tokens `start` to `end` to elements e .. of ABREAST query
@@ -254,10 +279,12 @@ INLINE void mix(const Tile *tile, const REAL *values, int64_t start, int64_t end
 /* Mix the values of the prefix, in strips of tokens that stay in the cache. */
 INLINE void mix_prefix(const Attention *job, Tile *tile, int64_t length, int rows, int size) {
     const REAL *values = (const REAL *)job->pages + job->half;
+    int64_t strips = (length - tile->from + STRIP - 1) / STRIP;
     memset(tile->mixed, 0, sizeof(REAL) * TILE * size);
-    for (int64_t start = 0; start < length; start += STRIP) {
+    for (int64_t strip = 0; strip < strips; strip++) {
+        int64_t start = tile->from + strip * STRIP;
         int64_t end = start + STRIP < length ? start + STRIP : length;
-        prefetch_next(job, tile, values, start / STRIP, (length + STRIP - 1) / STRIP);
+        prefetch_next(job, tile, values, strip, strips);
         for (int query_row = 0; query_row < rows; query_row += ABREAST) {
             int e = 0;
             for (; size - e >= BLOCK; e += BLOCK)
@@ -278,11 +305,27 @@ INLINE void mix_window(const Attention *job, Tile *tile, int64_t slot, int64_t g
         for (int e = 0; e < size; e += LANES) {
             int part = size - e < LANES ? size - e : LANES;
             vector sum = part_of(tile->mixed + q * size + e, part);
-            for (int64_t at = length; at < tile->count[q]; at++)
+            for (int64_t at = tile->first[q] > length ? tile->first[q] : length;
+                 at < tile->count[q]; at++)
                 sum += weights[at] *
                        part_of(window + flat(job, slot, seen[at]) * job->value_row + e, part);
             memcpy(tile->mixed + q * size + e, &sum, sizeof(REAL) * part);
         }
+    }
+}
+
+/* Set the tile's `first` and `from` for the query rows from `top` on. */
+static void find_first(const Attention *job, Tile *tile, int64_t slot, int64_t top, int rows) {
+    int64_t per_group = job->heads / job->groups, length = job->lengths[slot];
+    memset(tile->first, 0, sizeof(tile->first));
+    tile->from = job->window ? length : 0;
+    for (int q = 0; q < rows && job->window; q++) {
+        int64_t row = (top + q) / per_group, keys = length + row + 1;
+        if (job->visible)
+            keys = length + __builtin_popcountll(
+                                (uint64_t)job->visible[slot * width(job, slot) + row]);
+        if (job->window < keys) tile->first[q] = keys - job->window;
+        if (tile->first[q] < tile->from) tile->from = tile->first[q];
     }
 }
 
@@ -298,12 +341,20 @@ INLINE void run(const Attention *job, Tile *tile, int64_t slot, int64_t group, i
         for (int e = 0; e < size; e++) tile->query[q * size + e] = from[e] * (REAL)job->scale;
         tile->count[q] = length;
     }
+    find_first(job, tile, slot, top, rows);
     score_prefix(job, tile, length, rows, size);
     score_window(job, tile, slot, group, top, rows, size);
     REAL total[TILE];
-    for (int q = 0; q < rows; q++)
-        total[q] = tile->count[q] ? softmax_weights(tile->scores + q * tile->room, tile->count[q])
-                                  : 1;
+    for (int q = 0; q < rows; q++) {
+        int64_t first = tile->first[q], count = tile->count[q] - first;
+        REAL *scores = tile->scores + q * tile->room;
+        const REAL *sinks = (const REAL *)job->sinks;
+        if (sinks) sinks += group * per_group + (top + q) % per_group;
+        if (job->softcap != 0) cap_scores(scores + first, count, (REAL)job->softcap);
+        total[q] = count ? softmax_weights(scores + first, count, sinks) : 1;
+        /* other rows of the tile see these tokens of the prefix */
+        for (int64_t at = tile->from; at < first && at < length; at++) scores[at] = 0;
+    }
     mix_prefix(job, tile, length, rows, size);
     mix_window(job, tile, slot, group, length, rows, size);
     for (int q = 0; q < rows; q++) {
@@ -337,7 +388,8 @@ static void select_item(const Attention *job, Tile *tile, int64_t item) {
     tile->item = item++, tile->next_item = item, tile->to_prefetch = 0;
     if (item == job->batch * job->groups) return;
     find_offsets(job, tile->next_offsets, item / job->groups, item % job->groups);
-    tile->to_prefetch = job->lengths[item / job->groups];
+    tile->prefetch_from = oldest(job, item / job->groups);
+    tile->to_prefetch = job->lengths[item / job->groups] - tile->prefetch_from;
 }
 
 static void *aligned(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
