@@ -17,7 +17,7 @@ SMOLLM   := $(MODELS)/SmolLM2-135M-Instruct
 FOREIGN := gcc-aarch64-linux-gnu=/usr/bin/aarch64-linux-gnu-gcc \
 	libc6-dev-arm64-cross=/usr/aarch64-linux-gnu/include/stdio.h qemu-user=/usr/bin/qemu-aarch64
 
-.PHONY: demo test test-lowest kernels-everywhere foreign-packages lint wheel bench cost-curve gpu-check soak server-faults server-bytes server-fuzz server-speed \
+.PHONY: demo test test-lowest kernels-everywhere foreign-packages lint wheel bench cost-curve gpu-check soak server-faults server-bytes server-fuzz server-speed clients \
 	real-model peers vllm llamacpp models families docs clean
 .DELETE_ON_ERROR:
 
@@ -86,6 +86,11 @@ server-fuzz: $(STAMP)
 # against vLLM's server too where `make vllm` has been run: make server-speed ARGS="--vllm build/vllm/bin/python"
 server-speed: $(STAMP)
 	$(BIN)/python -m benchmarks.server_speed $(ARGS)
+
+# clients of the APIs, each with pinned versions, against a small chat model; they have environments of their own, and
+# those in JavaScript need node and npm
+clients: $(STAMP) models
+	$(BIN)/python -m benchmarks.clients $(ARGS)
 
 # against those peers that have an environment: `make peers` builds them all
 real-model: $(STAMP)

@@ -130,6 +130,9 @@ SECTIONS = {
                 "A closed loop of greedy requests; stride up to 4. Two later runs of three rounds, after a fault in "
                 "the prefill budget was fixed, gave 0.89 and 0.99 of the engine alone at 8 and 32 requests (entry 23 "
                 "of the log).", tables.server_speed),
+        Section("Clients", "clients.json", "make clients",
+                "What clients of the APIs do with a small chat model, each with pinned versions. What is refused is a "
+                "400 or 404 with a sentence that says what to use; the file has it.", tables.clients),
         Section("Faults", "server_faults.json", "make server-faults",
                 "Four times the load that the server can take; clients that leave at random points; kill -9 of the "
                 "engine; SIGTERM.", tables.server_faults),

@@ -361,6 +361,24 @@ def server_fuzz(report: Report) -> Iterator[str]:
     )
 
 
+def clients(report: Report) -> Iterator[str]:
+    rows = [row for rows in report["features"].values() for row in rows]
+    names = dict.fromkeys((row["client"], row["version"]) for row in rows)
+
+    def features(client: tuple[str, str], verdict: str) -> str:
+        these = (row for row in rows if (row["client"], row["version"]) == client)
+        found = [row["feature"] for row in these if row["verdict"].startswith(verdict)]
+        return "<br>".join(found).replace("|", "\\|")
+
+    yield from markdown(
+        ("client", "passes", "refused", "fails"),
+        (
+            (" ".join(name), *(features(name, word) for word in ("passes", "refused", "fails")))
+            for name in names
+        ),
+    )
+
+
 def worst_gap(report: Report) -> Iterator[str]:
     rows = [
         (

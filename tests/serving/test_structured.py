@@ -41,6 +41,8 @@ FORMS: list[tuple[dict[str, Any], Guide | None]] = [
     ({"grammar": 'root ::= "a"'}, Guide("grammar", 'root ::= "a"')),
     ({"json_schema": SCHEMA}, OBEYS_SCHEMA),
     ({"json_schema": json.dumps(SCHEMA)}, OBEYS_SCHEMA),
+    # as guidance sends it: the same under vLLM's old and its new name
+    ({"guided_grammar": "x", "structured_outputs": {"grammar": "x"}}, Guide("grammar", "x")),
 ]
 
 
