@@ -52,7 +52,7 @@ class Slot:
 
     def draft(self, logits: Tensor, mask_id: int) -> tuple[list[int], Tensor]:
         drafts, laws = self.oracle(mask_id).draft(self.output, logits)
-        return drafts, torch.stack(laws) if laws else torch.empty(0, V)
+        return drafts, torch.stack(laws) if laws else torch.empty(0, V, dtype=torch.float64)
 
 
 def some_params(draw: st.DrawFn) -> SamplingParams:

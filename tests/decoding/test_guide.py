@@ -14,7 +14,7 @@ from torch import Tensor
 from idlm import Guide, InputError, SamplingParams
 from idlm.decoding import reference
 from idlm.decoding.law import Law, restrict
-from idlm.decoding.verify import Drafts, draft, verify
+from idlm.decoding.verify import NOTHING, Drafts, draft, verify
 from idlm.guides import MOST_GUIDE
 from tests.decoding.laws import BOTH
 from tests.decoding.test_batch import (
@@ -88,9 +88,13 @@ def test_restricted_logits_are_verified_under_the_guided_law(
         count = len(slot.drafts)
         log_p = slot.laws(logits[b, : count + 1], slot.drafts, mask_id)
         committed, accepted = slot.verify(logits[b], log_q[b], mask_id)
+        stuck = bool(log_p[accepted].max() == -torch.inf)  # no token is left
+        committed += [NOTHING] * stuck
         assert (verdicts.accepted[b], verdicts.tokens[b, accepted]) == (accepted, committed[-1])
         if slot.params.verification != "coupled":
-            assert verdicts.log_p is not None and close(verdicts.log_p[b, : count + 1], log_p)
+            rows_read = accepted + 1 - stuck
+            assert verdicts.log_p is not None
+            assert close(verdicts.log_p[b, :rows_read], log_p[:rows_read])
 
 
 @settings(max_examples=100, deadline=None)
@@ -111,10 +115,10 @@ def test_drafts_follow_the_guide_and_the_drafts_before_them(
     free, _ = draft(law, logits, positions(batch))
     for b, slot in enumerate(batch):
         assert slot is not None
-        expected, laws = slot.draft(logits[b], mask_id)
-        assert drafts[b].tolist() == expected
+        expected, laws = slot.draft(logits[b], mask_id)  # they end where no token is left
+        assert drafts[b, : len(expected)].tolist() == expected
         if slot.params.verification == "ratio":
-            assert log_q is not None and close(log_q[b], laws)
+            assert log_q is not None and close(log_q[b, : len(laws)], laws)
         if not isinstance(slot, Guided):
             assert torch.equal(drafts[b], free[b])
 

@@ -38,28 +38,31 @@ PROMPTS = [
 ]
 
 
+ORACLE: dict[str, tuple[int, ...]] = {}
+
+
 @lru_cache
 def model(window: int | None = None) -> Idlm:
     idlm = tiny_idlm("qwen3") if window is None else sliding_idlm("mistral", window)
     return with_second_adapter(idlm)
 
 
-@lru_cache(maxsize=4096)
 def alone(
     window: int | None, prompt: tuple[int, ...], params: SamplingParams, seed: int
 ) -> tuple[int, ...]:
     """AR by the oracle; at most as many tokens as the context holds."""
-    idlm = model(window)
+    key = repr((window, prompt, params, seed))  # a logit_bias cannot be hashed
+    if key not in ORACLE:
+        ORACLE[key] = oracle(model(window), prompt, params, seed)
+    return ORACLE[key]
+
+
+def oracle(
+    idlm: Idlm, prompt: tuple[int, ...], params: SamplingParams, seed: int
+) -> tuple[int, ...]:
     params = replace(params, max_tokens=min(params.max_tokens, idlm.context - len(prompt)))
     stops = {*params.stop_token_ids, *(() if params.ignore_eos else idlm.eos_ids)}
     return tuple(reference.ar(idlm.forward, list(prompt), params, idlm.mask_id, stops, seed).tokens)
-
-
-class HashableDict(dict[int, float]):
-    """So that settings can key the oracle's cache."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(tuple(sorted(self.items())))
 
 
 def wish() -> SamplingParams:
@@ -72,7 +75,7 @@ def wish() -> SamplingParams:
         min_p=CHOICE.choice([0.0, 0.1]),
         repetition_penalty=CHOICE.choice([1.0, 1.3]),
         presence_penalty=CHOICE.choice([0.0, 0.5]),
-        logit_bias=HashableDict(CHOICE.choice([{}, {5: 1.5}])),
+        logit_bias=CHOICE.choice([{}, {5: 1.5}]),
         bad_words=CHOICE.choice([(), ((5, 5), (9, 4, 5), (11,))]),
         allowed_token_ids=CHOICE.choice([None, None, tuple(range(2, 20))]),
         stop_token_ids=CHOICE.choice([(), (7,)]),
@@ -233,8 +236,8 @@ LIMITS = settings(
     [
         (RecordedSchedules, STEPS),
         (EagerSchedules, STEPS),
-        (SlidingSchedules, STEPS // 5),
-        (WiderSlidingSchedules, STEPS // 5),
+        (SlidingSchedules, STEPS // 10),
+        (WiderSlidingSchedules, STEPS // 10),
     ],
 )
 def test_any_schedule(machine: type[Schedules], steps: int) -> None:

@@ -316,3 +316,4 @@ def test_an_instruction_set_that_is_unknown_stops_the_engine(
     finally:
         monkeypatch.undo()
         native.library.cache_clear()
+    assert native.loaded()  # again

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    assert native.loaded()  # from the cache of the kernels, before that has another place
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "idlm" / "choices"
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec import UNSET
 from transformers import PreTrainedTokenizerBase
 
 from idlm.engine.request import Logprob
@@ -43,7 +44,12 @@ def end(reason: str) -> Finished:
 @pytest.fixture
 def answer(tokenizer: PreTrainedTokenizerBase) -> ChatAnswer:
     job: Any = SimpleNamespace(
-        head=HEAD, tickets=[None], ends={0: end("stop")}, samples=1, thinking=None
+        head=HEAD,
+        tickets=[None],
+        ends={0: end("stop")},
+        samples=1,
+        thinking=None,
+        metrics=lambda: UNSET,
     )
     fields: dict[str, Any] = {
         "model": "m",
@@ -139,7 +145,9 @@ def test_offsets_are_places_in_the_text_whole_or_streamed(kind: str, echo: bool)
     finished = end("stop")
     if echo:
         finished.prompt_logprobs = [None, *laws[1 : len(ids)]]
-    job: Any = SimpleNamespace(head=HEAD, tickets=[None], ends={0: finished}, samples=1)
+    job: Any = SimpleNamespace(
+        head=HEAD, tickets=[None], ends={0: finished}, samples=1, metrics=lambda: UNSET
+    )
     body = CompletionRequest.model_validate(
         {"model": "m", "prompt": given, "logprobs": 0, "echo": echo}
     )

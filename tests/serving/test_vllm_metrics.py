@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from itertools import groupby
 from typing import Any
@@ -61,10 +62,14 @@ def expected(trace: list[dict[str, Any]]) -> dict[str, Any]:
 def test_a_request_and_the_counters_say_the_same(http: httpx.Client) -> None:
     before = numbers(http)
     answer = http.post("/v1/chat/completions", json=BODY).json()
-    grown = numbers(http)
-    grown.subtract(before)
-
     spec = answer["metrics"]["speculative_decoding"]
+    grown = Counter[str]()
+    for _ in range(600):  # the engine reports its counters from time to time
+        grown = numbers(http)
+        grown.subtract(before)
+        if grown["spec_decode_num_drafts_total"] >= spec["num_spec_steps"]:
+            break
+        time.sleep(0.1)
     assert spec == expected(answer["choices"][0]["idlm"]["trace"])
     histogram = spec["acceptance_histogram"]
     assert min(histogram[0], histogram[-1]) > 0, "the test needs rejected and accepted drafts"

@@ -52,7 +52,7 @@ FROM_ENGINE: list[Message] = [
     Failed("why"),
     Delta("a", [3], "t", ["bonus"], [ENTRY]),
     Delta("b"),
-    Finished("a", "stop", "END", 1, 2, 3, 4, 5, 6, [None, ENTRY]),
+    Finished("a", "stop", "END", 1, 2, 3, 4, 5, 6, 7, 8, [9, 10], [None, ENTRY]),
     Refused("a", "why"),
     Stats(running=3, plans={"ar": 2}, reached=[4, 5], accepted=[3, 1]),
 ]
