@@ -68,6 +68,9 @@ BranchesOption = Annotated[
         rich_help_panel="Decoding",
     ),
 ]
+Chat = Annotated[
+    bool, typer.Option("--chat/--raw", help="Use the model's chat template, if it has one.")
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")
 ]

@@ -68,9 +68,7 @@ def distill(
     max_num_seqs: Annotated[
         int, typer.Option(help="Responses that run at once.", min=1, rich_help_panel="Decoding")
     ] = EngineConfig.max_num_seqs,
-    chat: Annotated[
-        bool, typer.Option("--chat/--raw", help="Use the model's chat template, if it has one.")
-    ] = True,
+    chat: common.Chat = True,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
     max_model_len: common.MaxModelLen = None,

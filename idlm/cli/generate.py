@@ -31,9 +31,7 @@ def generate(
     adapter: common.Adapter = None,
     stride: drafts.Stride = None,
     branches: drafts.Branches = None,
-    chat: Annotated[
-        bool, typer.Option("--chat/--raw", help="Use the model's chat template, if it has one.")
-    ] = True,
+    chat: common.Chat = True,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
     max_model_len: common.MaxModelLen = None,

@@ -26,9 +26,7 @@ def verify(
     adapter: common.Adapter = None,
     stride: common.Stride = 4,
     branches: common.BranchesOption = "all",
-    chat: Annotated[
-        bool, typer.Option("--chat/--raw", help="Use the model's chat template, if it has one.")
-    ] = True,
+    chat: common.Chat = True,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
     max_model_len: common.MaxModelLen = None,

@@ -112,10 +112,11 @@ class Planner:
     def _change(self, choice: Choice) -> None:
         """Change to the best plan once the time lost without it has reached the price of the
         change. So plans of nearly the same speed do not alternate."""
-        best, now = choice.figures[0], choice.keep(self.current).figures[0]
+        best = choice.figures[0]
+        now = next(figure for figure in choice.figures if figure.plan == self.current)
         # the first choice has nothing to lose: no request has drafts yet
         if self._choice is not None and best.plan != now.plan:
-            self._lost += max(1, self._age) * now.seconds * (1 - now.rate / best.rate)
+            self._lost += self._age * now.seconds * (1 - now.rate / best.rate)
             if self._lost < _price(now, best):
                 self._choice = choice.keep(now.plan)
                 return

@@ -1,7 +1,4 @@
-"""From a chat answer to the blocks and events of /v1/messages.
-
-A stream and a whole response are made by the same steps: the whole one is what the events come to.
-"""
+"""From a chat answer to the blocks and events of /v1/messages."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 from msgspec import UnsetType
 
-from idlm.serving.answers import ChatAnswer, thought
+from idlm.serving.answers import ChatAnswer, TranslatedAnswer, thought
 from idlm.serving.bodies_messages import (
     BlockDelta,
     BlockStart,
@@ -34,15 +31,14 @@ from idlm.serving.bodies_messages import (
 )
 from idlm.serving.errors import ApiError
 from idlm.serving.responses import ChunkChoice, Usage
-from idlm.serving.sending import Streamable, named_event
-from idlm.serving.wire import Delta, Finished
+from idlm.serving.wire import Delta
 
 
-class MessagesAnswer(Streamable):
+class MessagesAnswer(TranslatedAnswer):
     """Builds the response to a request of /v1/messages."""
 
     def __init__(self, chat: ChatAnswer) -> None:
-        self.job, self._chat = chat.job, chat
+        super().__init__(chat)
         head = chat.job.head
         usage = MessagesUsage(sum(map(len, chat.job.prompts)), 0)
         id = f"msg_{head['id'].rpartition('-')[2]}"
@@ -53,24 +49,11 @@ class MessagesAnswer(Streamable):
         self._calls = False
 
     def response(self, samples: Sequence[Sequence[Delta]], usage: Usage) -> MessageObject:
-        events: list[Delta | Finished] = [*samples[0], self.job.ends[0]]
-        for event in events:
-            self.chunks(0, event)
+        self.run(samples)
         message, end = self._message, self._stopped()
         message.usage = _usage(usage)
         message.stop_reason, message.stop_sequence = end.stop_reason, end.stop_sequence
         return message
-
-    def chunks(self, index: int, event: Delta | Finished) -> list[msgspec.Struct]:
-        return [
-            made
-            for chunk in self._chat.chunks(index, event)
-            for choice in chunk.choices
-            for made in self._events(choice)
-        ]
-
-    def encode(self, chunks: Sequence[msgspec.Struct]) -> bytes:
-        return b"".join(map(named_event, chunks))
 
     def last(self) -> bytes:
         usage = _usage(self.job.usage())
@@ -83,8 +66,7 @@ class MessagesAnswer(Streamable):
     def _at(self) -> int:
         return len(self._message.content) - 1
 
-    def _events(self, choice: ChunkChoice) -> Iterator[msgspec.Struct]:
-        """The events of one chunk of chat."""
+    def events(self, choice: ChunkChoice) -> Iterator[msgspec.Struct]:
         delta = choice.delta
         if delta.role:
             # a copy: events are encoded when the whole chunk has been translated

@@ -1,7 +1,4 @@
-"""From a chat answer to the items and events of /v1/responses.
-
-A stream and a whole response are made by the same steps: the whole one is what the events come to.
-"""
+"""From a chat answer to the items and events of /v1/responses."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ import msgspec
 from msgspec import UnsetType
 from msgspec.structs import replace
 
-from idlm.serving.answers import ChatAnswer, thought
+from idlm.serving.answers import ChatAnswer, TranslatedAnswer, thought
 from idlm.serving.bodies_responses import (
     ArgumentsDelta,
     ArgumentsDone,
@@ -49,40 +46,29 @@ from idlm.serving.bodies_responses import (
 from idlm.serving.errors import ApiError
 from idlm.serving.responses import ChatLogprob, ChunkChoice, Usage
 from idlm.serving.schema_responses import ResponsesRequest
-from idlm.serving.sending import Streamable, named_event
-from idlm.serving.wire import Delta, Finished
+from idlm.serving.wire import Delta
 
 
-class ResponsesAnswer(Streamable):
+class ResponsesAnswer(TranslatedAnswer):
     """Builds the response to a request of /v1/responses."""
 
     def __init__(self, chat: ChatAnswer, body: ResponsesRequest) -> None:
-        self.job, self._chat = chat.job, chat
+        super().__init__(chat)
         self._object = _begun(chat, body)
         self._logprobs: list[ChatLogprob] = []  # of text that is held back
         self._call: int | UnsetType | None = None  # the index of the call that is open
         self._numbered = 0
 
     def response(self, samples: Sequence[Sequence[Delta]], usage: Usage) -> ResponseObject:
-        events: list[Delta | Finished] = [*samples[0], self.job.ends[0]]
-        for event in events:
-            self.chunks(0, event)
+        self.run(samples)
         return self._final(usage).response
-
-    def chunks(self, index: int, event: Delta | Finished) -> list[ResponseEvent]:
-        return [
-            made
-            for chunk in self._chat.chunks(index, event)
-            for choice in chunk.choices
-            for made in self._events(choice)
-        ]
 
     def encode(self, chunks: Sequence[msgspec.Struct]) -> bytes:
         for event in chunks:
             assert isinstance(event, ResponseEvent)
             event.sequence_number = self._numbered
             self._numbered += 1
-        return b"".join(map(named_event, chunks))
+        return super().encode(chunks)
 
     def last(self) -> bytes:
         return self.encode([self._final(self.job.usage())])
@@ -104,8 +90,7 @@ class ResponsesAnswer(Streamable):
     def _at(self) -> int:
         return len(self._object.output) - 1
 
-    def _events(self, choice: ChunkChoice) -> Iterator[ResponseEvent]:
-        """The events of one chunk of chat."""
+    def events(self, choice: ChunkChoice) -> Iterator[ResponseEvent]:
         delta = choice.delta
         if delta.role:
             # copies: events are encoded when the whole chunk has been translated

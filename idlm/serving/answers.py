@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -36,7 +36,7 @@ from idlm.serving.responses import (
 )
 from idlm.serving.schema import CompletionRequest
 from idlm.serving.schema_chat import ChatRequest
-from idlm.serving.sending import Streamable
+from idlm.serving.sending import Streamable, named_event
 from idlm.serving.tools import Family
 from idlm.serving.wire import Delta, Finished
 
@@ -232,6 +232,38 @@ def likeliest(entry: Entry, top: int) -> Entry:
         for place, (token, found) in enumerate(entry.items())
         if place == 0 or found.rank <= top
     }
+
+
+class TranslatedAnswer(Streamable):
+    """A response in the form of another API, made of the chunks of chat.
+
+    A stream and a whole response are made by the same steps: the whole one is what the events come
+    to.
+    """
+
+    def __init__(self, chat: ChatAnswer) -> None:
+        self.job, self._chat = chat.job, chat
+
+    @abstractmethod
+    def events(self, choice: ChunkChoice) -> Iterable[msgspec.Struct]:
+        """The events of one chunk of chat."""
+
+    def chunks(self, index: int, event: Delta | Finished) -> list[msgspec.Struct]:
+        return [
+            made
+            for chunk in self._chat.chunks(index, event)
+            for choice in chunk.choices
+            for made in self.events(choice)
+        ]
+
+    def run(self, samples: Sequence[Sequence[Delta]]) -> None:
+        """Make the events of a whole response; there is a single sample."""
+        events: list[Delta | Finished] = [*samples[0], self.job.ends[0]]
+        for event in events:
+            self.chunks(0, event)
+
+    def encode(self, chunks: Sequence[msgspec.Struct]) -> bytes:
+        return b"".join(map(named_event, chunks))
 
 
 def thought(delta: ChoiceDelta) -> str:

@@ -38,15 +38,7 @@ class ErrorBody(msgspec.Struct, frozen=True):
     error: ErrorDetail
 
 
-ANTHROPIC_TYPES = {
-    401: "authentication_error",
-    404: "not_found_error",
-    408: "timeout_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    500: "api_error",
-    503: "overloaded_error",
-}
+ANTHROPIC_TYPES = TYPES | {500: "api_error", 503: "overloaded_error"}
 """Error types of Anthropic's API by status; all others are "invalid_request_error"."""
 MESSAGES_PATH = "/v1/messages"
 
