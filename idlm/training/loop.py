@@ -170,11 +170,10 @@ class Trainer:
         return [send_to_device(batch, self.accelerator.device) for batch in batches]
 
     def count(self, batches: list[Batch]) -> Rows:
-        """Supervised rows of the whole step: n clean rows and n - 1 MASK rows for n response
+        """Supervised rows of the whole step: n clean rows and n - 1 MASK rows for an answer of n
         tokens."""
-        responses = [batch.texts.length - batch.texts.prompt for batch in batches]
-        clean = torch.cat(responses).sum()
-        noisy = torch.cat([length - 1 for length in responses]).sum()
+        noisy = torch.stack([batch.texts.masked.sum() for batch in batches]).sum()
+        clean = torch.stack([batch.texts.supervised.sum() for batch in batches]).sum()
         rows = self.accelerator.reduce(torch.stack([noisy, clean]), reduction="sum")
         return Rows(*rows.tolist())
 

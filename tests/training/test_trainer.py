@@ -139,7 +139,8 @@ def test_nan_stops_before_the_step_and_names_the_batch(
         run.draws[13].example_index,
         tiny.MASK - 1,
     )  # a token that no other example has
-    run.data.training[poisoned].response[0] = broken
+    example = run.data.training[poisoned]
+    example.tokens[example.answers[0][0]] = broken
     with torch.no_grad():
         idlm.model.get_input_embeddings().weight[broken] = torch.nan
     before: list[dict[str, Tensor]] = []
