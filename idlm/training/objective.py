@@ -16,10 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from idlm.decoding.scores import Scores
-from idlm.models.attention import attend
 from idlm.models.idlm_model import Idlm
-from idlm.training.layout import MaskRows, Texts, dense, mask_rows, seen_by_masks, seen_by_text
+from idlm.training.attention import CleanHalf, MaskHalf
+from idlm.training.layout import MaskRows, Texts, mask_rows
 from idlm.training.losses import (
     ChunkLoss,
     RowWeights,
@@ -61,53 +60,6 @@ class Terms(NamedTuple):
     tv: Tensor
 
 
-class CleanHalf:
-    """Keys and values of x_0, kept for the MASK rows: the `Cache` of two forwards.
-
-    Attributes:
-        rows: the MASK rows of the second forward; None in the first.
-    """
-
-    def __init__(self, texts: Texts) -> None:
-        self.texts = texts
-        self.alone = texts.alone
-        self.rows: MaskRows | None = None
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self._masks: dict[tuple[bool, int | None], Tensor] = {}
-
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
-    ) -> Tensor:
-        """Keep x_0's keys and values in the first forward; in the second append them to those of
-        the MASK rows.
-
-        Shapes: keys and values are [B, G, R + L, E] in the second forward.
-        """
-        if self.rows is None:
-            self.layers[layer] = (key, value)
-            # padding is on the right, so a document alone in its row sees none of it
-            mask = None if self.alone else self.mask(scores.window)
-            return attend(query, key, value, mask, scores)
-        clean_key, clean_value = self.layers[layer]
-        key, value = torch.cat([key, clean_key], dim=2), torch.cat([value, clean_value], dim=2)
-        return attend(query, key, value, self.mask(scores.window), scores)
-
-    def mask(self, window: int | None) -> Tensor:
-        """What the rows of the running forward see in a layer with this window: bool [B, 1, L, L]
-        or [B, 1, R, R + L]."""
-        at = (self.rows is None, window)
-        if at not in self._masks:
-            width = self.texts.tokens.shape[1]
-            if self.rows is None:
-                mask = dense(seen_by_text(self.texts).within(window), width)
-            else:
-                own, text = (seen.within(window) for seen in seen_by_masks(self.rows))
-                count = self.rows.column.shape[1]
-                mask = torch.cat([dense(own, count), dense(text, width)], dim=2)
-            self._masks[at] = mask[:, None]
-        return self._masks[at]
-
-
 class Objective(nn.Module):
     """The model with its loss as one module, so that data parallelism wraps both forwards.
 
@@ -146,9 +98,9 @@ class Objective(nn.Module):
             clean = hidden[texts.supervised]
         if rows is None:
             return clean[:0], clean
-        half.rows = rows
         masks = torch.full_like(rows.position, self.idlm.mask_id)
-        hidden = self.idlm.hidden(masks, rows.position, None, slice(0, masks.shape[1]), half)
+        gate, cache = slice(0, masks.shape[1]), MaskHalf(half, rows)
+        hidden = self.idlm.hidden(masks, rows.position, None, gate, cache)
         return hidden[rows.real], clean
 
     def _noisy_loss(

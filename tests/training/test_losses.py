@@ -191,7 +191,7 @@ def test_the_clean_half_has_no_dense_mask(monkeypatch: pytest.MonkeyPatch) -> No
         masks.append(args[3])
         return attend(*args)
 
-    monkeypatch.setattr("idlm.training.objective.attend", keep)
+    monkeypatch.setattr("idlm.training.attention.attend", keep)
     batch = tiny.texts(SHAPES, PHASES)
     Objective(tiny.model(), trains_clean=True).hidden(batch, mask_rows(batch, 3))
     assert [mask is None for mask in masks] == [True, True, False, False]  # two layers

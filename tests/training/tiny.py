@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from idlm.models import experts
 from idlm.models.attention import NAME
+from idlm.models.check import prepare
 from idlm.models.gated_lora import LoraSpec, adapter_parameters, attach
 from idlm.models.idlm_model import Idlm
+from idlm.models.routes import implementation
 from idlm.training.config import TrainConfig, parse_config
 from idlm.training.data import Draw, Example, collate, exchange
 from idlm.training.layout import Texts
@@ -59,6 +62,21 @@ def model(
         for p in adapter_parameters(idlm.model).values():
             torch.nn.init.normal_(p, std=0.3)
     return idlm
+
+
+def family(kind: str, keys: dict[str, Any]) -> Idlm:
+    """A random model of a family in float64, all of it trained."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**KEYS, "initializer_range": 0.5, **keys})
+    attention = implementation(config)
+    stock = AutoModelForCausalLM.from_config(
+        config,
+        attn_implementation=attention,
+        experts_implementation=experts.NAME,
+        dtype=torch.float64,
+    )
+    prepare(stock)
+    return Idlm(stock.eval(), None, MASK, name="tiny")
 
 
 def texts(shapes: list[tuple[int, int]], phases: list[int]) -> Texts:
