@@ -138,8 +138,9 @@ class CleanHalf(Half):
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
     ) -> Tensor:
         """As `Cache.attend`."""
-        self.layers[layer] = Keys(key, value)
-        return self.mix(query, [self.layers[layer]], scores)
+        # a layer that is computed again for its gradient comes here again
+        self.layers.setdefault(layer, Keys(key, value))
+        return self.mix(query, [Keys(key, value)], scores)
 
 
 class MaskHalf(Half):

@@ -22,6 +22,7 @@ from idlm.models.check import check_adapter, check_architecture, prepare
 from idlm.models.gated_lora import ALL_LINEAR, LoraSpec, all_linear, attach
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import ensure_mask_row, load, save_full
+from idlm.models.recomputation import recompute_layers
 from idlm.models.routes import implementation
 from idlm.models.sources import first_line
 from idlm.training.config import ModelConfig, TrainConfig
@@ -82,11 +83,15 @@ def trainee(config: TrainConfig, idlm: Idlm) -> Trainee:
         base = adapter.fingerprint(idlm.model)
         idlm.gate = attach(idlm.model, spec, idlm.mask_id)
         check_adapter(idlm)
-        return Trainee(idlm, spec, base)
-    if config.objective == "idlm":
-        ensure_mask_row(idlm)
-    idlm.model.requires_grad_(True)
-    return Trainee(idlm)
+        student = Trainee(idlm, spec, base)
+    else:
+        if config.objective == "idlm":
+            ensure_mask_row(idlm)
+        idlm.model.requires_grad_(True)
+        student = Trainee(idlm)
+    if config.activation_checkpointing:
+        recompute_layers(idlm)
+    return student
 
 
 def _from_scratch(config: ModelConfig) -> Idlm:
