@@ -151,8 +151,9 @@ class TrainConfig:
 
     `batch_size` counts sequences for each forward, `accumulation` forwards for each step and rank.
     `resume` continues from the newest checkpoint in `output_dir`, or starts from the beginning if
-    there is none. `activation_checkpointing` computes each layer again for its gradient, which
-    takes less memory and a third more time.
+    there is none. The MASK rows of a text are computed in `phases` phases of its blocks, at most b
+    of them, over one clean half. `activation_checkpointing` computes each layer again for its
+    gradient, which takes less memory and a third more time.
     """
 
     output_dir: str
@@ -160,6 +161,7 @@ class TrainConfig:
     objective: Literal["idlm", "ar"] = "idlm"
     method: Literal["lora", "full"] = "lora"
     random_phase: bool = True
+    phases: int = 1
     seed: int = 0
     resume: bool = False
     device: Literal["auto", "cpu"] = "auto"
@@ -249,6 +251,7 @@ def _check(config: TrainConfig) -> None:
         "stages.*.block_size": min((s.block_size for s in config.stages), default=0),
         "batch_size": config.batch_size,
         "accumulation": config.accumulation,
+        "phases": config.phases,
         "log_steps": config.log_steps,
         "eval_steps": config.eval_steps,
         "save_steps": config.save_steps,

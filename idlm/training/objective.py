@@ -36,12 +36,34 @@ EXCLUDED = -1e30
 @dataclass(frozen=True)
 class Wanted:
     """The terms that a step needs: MASK rows in blocks of `block_size` (0: AR only) under
-    `weights`, CE_clean, and KL and TV (`soft`), even where their weights are 0 at this step."""
+    `weights`, CE_clean, and KL and TV (`soft`), even where their weights are 0 at this step.
+
+    MASK rows are computed in several `phases` for each clean half. Phases are modulo b, so there
+    are at most b of them.
+    """
 
     block_size: int
     clean: bool
     soft: bool = False
     weights: RowWeights = RowWeights()
+    phases: int = 1
+
+    @property
+    def shifts(self) -> list[int]:
+        """What is added to the texts' phases: as many numbers below b as there are phases, evenly
+        spaced."""
+        count = min(self.phases, self.block_size)
+        return [number * self.block_size // count for number in range(count)]
+
+
+class NoisyRows(NamedTuple):
+    """Supervised MASK rows: hidden states [n, D], the token that each predicts, its draft depth
+    from 0, and which of the n' supervised clean rows predicts the same token: [n] each."""
+
+    hidden: Tensor
+    target: Tensor
+    depth: Tensor
+    teacher: Tensor
 
 
 class Terms(NamedTuple):
@@ -77,47 +99,58 @@ class Objective(nn.Module):
 
     def forward(self, texts: Texts, wanted: Wanted) -> Terms:
         """The sums of the wanted terms over the batch."""
-        rows = mask_rows(texts, wanted.block_size) if wanted.block_size else None
-        noisy, clean = self.hidden(texts, rows)
-        zero = texts.tokens.new_zeros((), dtype=torch.float32)
-        loss = ce_clean = ce = kl = tv = zero
-        if rows is not None:
-            teacher = clean[teachers(texts, rows)] if wanted.soft else None
-            loss, terms = self._noisy_loss(texts, rows, (noisy, teacher), wanted)
-            ce, kl, tv = terms if wanted.soft else (*terms, zero, zero)
+        half, clean = self.clean_half(texts)
+        loss = ce_clean = ce = kl = tv = texts.tokens.new_zeros((), dtype=torch.float32)
+        if wanted.shifts:
+            rows = self.noisy_rows(half, wanted)
+            loss, terms = self._noisy_loss(rows, clean if wanted.soft else None, wanted)
+            ce, kl, tv = terms if wanted.soft else (*terms, kl, tv)
         if wanted.clean:
             ce_clean = self._clean_loss(texts, clean)
         return Terms(loss, ce_clean, ce, kl, tv)
 
-    def hidden(self, texts: Texts, rows: MaskRows | None) -> tuple[Tensor, Tensor]:
-        """Hidden states of the MASK rows [n, D] (none without `rows`) and of the supervised clean
-        rows [n', D]."""
+    def noisy_rows(self, half: CleanHalf, wanted: Wanted) -> NoisyRows:
+        """The MASK rows of all phases, those of a phase side by side."""
+        found = []
+        for shift in wanted.shifts:
+            texts = half.texts._replace(phase=half.texts.phase + shift)
+            rows = mask_rows(texts, wanted.block_size)
+            target = texts.tokens.gather(1, (rows.column + 1) * rows.real)[rows.real]
+            hidden, depth = self.mask_half(half, rows), rows.depth[rows.real]
+            found.append(NoisyRows(hidden, target, depth, teachers(texts, rows)))
+        return NoisyRows(*(torch.cat(each) for each in zip(*found, strict=True)))
+
+    def clean_half(self, texts: Texts) -> tuple[CleanHalf, Tensor]:
+        """The forward of x_0, and the hidden states of its supervised rows [n', D]."""
+        half = CleanHalf(texts)
         with torch.set_grad_enabled(self.trains_clean and torch.is_grad_enabled()):
-            half = CleanHalf(texts)
             hidden = self.idlm.hidden(texts.tokens, texts.position, None, cache=half)
-            clean = hidden[texts.supervised]
-        if rows is None:
-            return clean[:0], clean
+            return half, hidden[texts.supervised]
+
+    def mask_half(self, half: CleanHalf, rows: MaskRows) -> Tensor:
+        """The hidden states of the MASK rows, [n, D]."""
         masks = torch.full_like(rows.position, self.idlm.mask_id)
         gate, cache = slice(0, masks.shape[1]), MaskHalf(half, rows)
         hidden = self.idlm.hidden(masks, rows.position, None, gate, cache)
-        return hidden[rows.real], clean
+        return hidden[rows.real]
+
+    def hidden(self, texts: Texts, rows: MaskRows | None) -> tuple[Tensor, Tensor]:
+        """Hidden states of the MASK rows [n, D] (none without `rows`) and of the supervised clean
+        rows [n', D]."""
+        half, clean = self.clean_half(texts)
+        return clean[:0] if rows is None else self.mask_half(half, rows), clean
 
     def _noisy_loss(
-        self, texts: Texts, rows: MaskRows, hidden: tuple[Tensor, Tensor | None], wanted: Wanted
+        self, noisy: NoisyRows, clean: Tensor | None, wanted: Wanted
     ) -> tuple[Tensor, Tensor]:
-        """The weighted loss of the MASK rows, and the sums of its terms: [1], or [3] with teachers.
-
-        `hidden` are their hidden states and those of their teachers, [n, D] each.
-        """
-        noisy, teacher = hidden
-        target = texts.tokens.gather(1, (rows.column + 1) * rows.real)[rows.real]
-        weights = wanted.weights
-        of_row = self._weights_of_rows(noisy, target, rows.depth[rows.real], wanted)
+        """The weighted loss of the MASK rows, and the sums of its terms: [1], or [3] with the
+        hidden states `clean` [n', D] of their teachers."""
+        weights, target = wanted.weights, noisy.target
+        of_row = self._weights_of_rows(noisy.hidden, target, noisy.depth, wanted)
 
         def loss(rows: Tensor, part: slice) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
-                log_p = None if teacher is None else self.log_law(teacher[part])
+                log_p = None if clean is None else self.log_law(clean[noisy.teacher[part]])
             terms = row_terms(self.log_law(rows), log_p, target[part])
             weighted = [
                 weight * (of_row[part] * term).sum()
@@ -127,7 +160,7 @@ class Objective(nn.Module):
             sums = torch.stack([term.sum() for term in terms])
             return sum(weighted, 0 * rows.sum()), sums
 
-        return self._summed(loss, noisy)
+        return self._summed(loss, noisy.hidden)
 
     def _weights_of_rows(
         self, hidden: Tensor, target: Tensor, depth: Tensor, wanted: Wanted
@@ -167,15 +200,15 @@ class Objective(nn.Module):
     def measure(self, texts: Texts, block_size: int) -> Tensor:
         """Sums by draft depth 1..b: rows, sum_v min(p, q), and rows whose argmax agrees; float64
         [3, b]."""
-        rows = mask_rows(texts, block_size)
-        noisy, clean = self.hidden(texts, rows)
-        teacher, depth = clean[teachers(texts, rows)], rows.depth[rows.real]
-        sums = torch.zeros(3, block_size, dtype=torch.float64, device=depth.device)
-        for part in self.parts(noisy):
-            p, q = self.log_law(teacher[part]).exp(), self.log_law(noisy[part]).exp()
+        half, clean = self.clean_half(texts)
+        noisy = self.noisy_rows(half, Wanted(block_size, clean=False))
+        sums = torch.zeros(3, block_size, dtype=torch.float64, device=clean.device)
+        for part in self.parts(noisy.hidden):
+            p = self.log_law(clean[noisy.teacher[part]]).exp()
+            q = self.log_law(noisy.hidden[part]).exp()
             accepted, agree = torch.minimum(p, q).sum(-1), p.argmax(-1) == q.argmax(-1)
             found = torch.stack([torch.ones_like(accepted), accepted, agree])
-            sums.index_add_(1, depth[part], found.double())
+            sums.index_add_(1, noisy.depth[part], found.double())
         return sums
 
     def log_law(self, hidden: Tensor) -> Tensor:

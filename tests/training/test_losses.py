@@ -172,10 +172,12 @@ def test_no_tensor_has_rows_times_vocabulary(
 ) -> None:
     idlm, batch = tiny.model(method), tiny.texts([(4, 40)] * 4, [0, 1, 2, 3])
     objective = Objective(idlm, trains_clean=method == "full")
-    noisy, clean = objective.hidden(batch, mask_rows(batch, 3))
+    half, clean = objective.clean_half(batch)
+    noisy = objective.mask_half(half, mask_rows(batch, 3))
     wanted = Wanted(3, method == "full", True, RowWeights(0.3, 0.5, 0.7, depth))
     monkeypatch.setitem(losses.CHUNK, "cpu", 2 * tiny.VOCAB)
-    monkeypatch.setattr(objective, "hidden", lambda *_: (noisy, clean))
+    monkeypatch.setattr(objective, "clean_half", lambda *_: (half, clean))
+    monkeypatch.setattr(objective, "mask_half", lambda *_: noisy)
     with Largest() as largest:
         terms = objective(batch, wanted)
         objective.measure(batch, 3)

@@ -90,7 +90,7 @@ def rows_of_documents(draw: st.DrawFn) -> Texts:
     return tiny.packed(rows, draw(st.lists(st.integers(0, 9), min_size=6, max_size=6)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     texts=rows_of_documents(),
     block_size=st.integers(1, 8),

@@ -1,4 +1,5 @@
-"""A document's loss and gradient do not depend on what is packed beside it."""
+"""A document's loss and gradient do not depend on what is packed beside it, nor those of several
+phases on whether they share a clean half."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from idlm.training.layout import Texts, mask_rows
 from idlm.training.losses import RowWeights
 from idlm.training.objective import Objective, Wanted
 from tests.training import tiny
+from tests.training.reference import gradients
 from tests.training.test_attention import FAMILIES, loss_and_gradients
 
 SHAPES: list[tuple[int, ...]] = [(3, 9), (1, 7), (2, 3, 4, 5, 1), (6, 1), (4, 8, 0, 3), (2, 12)]
@@ -86,3 +88,30 @@ def test_neighbours_change_nothing(method: str, window: Any, document: int) -> N
     others[document - 1] = Draw(0, Example([9] * 20, ((1, 2), (5, 15))), 1)  # other lengths
     for one, other in zip(before, hidden_of(objective, others, document), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(("block_size", "phases"), [(4, 2), (4, 4), (3, 2), (3, 8), (1, 2)])
+def test_several_phases_are_the_sum_of_each(method: str, block_size: int, phases: int) -> None:
+    idlm, texts = tiny.model(method), in_rows(documents(), ROWS)
+    runs: list[int] = []
+    next(idlm.model.base_model.layers[0].children()).register_forward_pre_hook(
+        lambda *_: runs.append(1)
+    )
+    objective = Objective(idlm, trains_clean=method == "full")
+    weights = RowWeights(1.0, 0.3, 0.5, "dpace")
+    several = objective(texts, Wanted(block_size, False, True, weights, phases))
+    count = min(block_size, phases)
+    assert len(runs) == 1 + count
+    single = [
+        objective(
+            texts._replace(phase=texts.phase + shift), Wanted(block_size, False, True, weights)
+        )
+        for shift in {number * block_size // count for number in range(count)}
+    ]
+    assert len(single) == count
+    for mine, parts in zip(several, zip(*single, strict=True), strict=True):
+        assert mine.item() == pytest.approx(sum(float(part) for part in parts), rel=1e-12)
+    reference = gradients(idlm, torch.stack([each.noisy for each in single]).sum())
+    for name, mine in gradients(idlm, several.noisy).items():
+        torch.testing.assert_close(mine, reference[name], rtol=1e-10, atol=1e-10)
