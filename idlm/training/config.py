@@ -28,13 +28,14 @@ class ModelConfig:
     """The model to train: a checkpoint (`path`: folder, hub id or bundled name), or a new model of
     an `architecture`, whose keys are those of a transformers config.
 
-    `max_model_len` limits the context, which models with longrope need.
+    `max_model_len` limits the context, which models with longrope need. `dtype` is that of the
+    weights in memory: `bfloat16` is for a frozen base, whose adapter is trained in float32.
     """
 
     path: str | None = None
     architecture: dict[str, Any] | None = None
     tokenizer: str = "nano"
-    dtype: Literal["float32", "float64"] = "float32"
+    dtype: Literal["bfloat16", "float32", "float64"] = "float32"
     max_model_len: int | None = None
 
 
@@ -286,6 +287,11 @@ def _check(config: TrainConfig) -> None:
         raise InputError(f"data.temperature is {config.data.temperature}; it must be 0 or more")
     if config.objective == "ar" and config.method == "lora":
         raise InputError("method is 'lora'; objective: ar trains all weights, set method: full")
+    if config.method == "full" and config.model.dtype == "bfloat16":
+        raise InputError(
+            "model.dtype is 'bfloat16'; method: full trains the weights, which bfloat16 rounds "
+            "away: set bf16: true, which computes in bfloat16 and keeps them in float32"
+        )
     if config.method == "lora" and any(stage.lambda_ for stage in config.stages):
         raise InputError(
             "lambda has no effect with method: lora, whose clean rows are the frozen base; "
