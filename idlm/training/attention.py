@@ -14,9 +14,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from idlm.decoding.scores import Scores
 from idlm.models.attention import attend
+from idlm.training.blocks import attend_in_blocks, block_mask
 from idlm.training.layout import MaskRows, Seen, Texts, dense, seen_by_masks, seen_by_text
 from idlm.training.tiles import Part, attend_in_tiles
 
@@ -47,6 +49,7 @@ class Half:
         self._documents = documents
         self._cuts: list[list[list[int]]] = []
         self._masks: dict[object, Tensor] = {}
+        self._of_blocks: dict[int | None, BlockMask] = {}
 
     @property
     def causal(self) -> bool:
@@ -59,6 +62,8 @@ class Half:
             # padding is on the right, so a causal row sees none of it
             mask = None if self._plain(scores) else self._mask(None, self.seen, parts, scores)
             return attend(query, *_joined(parts), mask, scores)
+        if query.is_cuda and query.dtype != torch.float64:
+            return attend_in_blocks(query, *_joined(parts), self._blocks(scores.window), scores)
         return torch.cat(
             [self._row(b, *each, scores) for b, each in enumerate(_by_row(query, parts))]
         )
@@ -117,6 +122,13 @@ class Half:
             ]
             self._masks[at] = torch.cat(masks, dim=2)[:, None]
         return self._masks[at]
+
+    def _blocks(self, window: int | None) -> BlockMask:
+        """The mask of blocks for layers with this window."""
+        if window not in self._of_blocks:
+            seen = [each.within(window) for each in self.seen]
+            self._of_blocks[window] = block_mask(seen, self.columns)
+        return self._of_blocks[window]
 
     @property
     def cuts(self) -> list[list[list[int]]]:

@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from idlm.decoding.scores import Scores
 from idlm.models.attention import attend
-from idlm.training import attention, tiles
-from idlm.training.layout import Seen, Texts, dense
+from idlm.training import attention, blocks, tiles
+from idlm.training.blocks import attend_in_blocks
+from idlm.training.layout import Seen, Texts, dense, mask_rows, seen_by_masks, seen_by_text
 from idlm.training.losses import RowWeights
 from idlm.training.objective import Objective, Wanted
 from idlm.training.tiles import Part, attend_in_tiles
@@ -163,3 +164,73 @@ def test_a_long_text_has_no_wide_mask(
         scale = reference[name].abs().max()
         error = (gradient - reference[name]).abs().max() / scale
         assert error < (1e-10 if exact else 1e-4), name
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("half", ["clean", "masks"])
+def test_blocks_are_attention_under_a_mask(
+    kind: str, half: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK", 4)
+    torch.manual_seed(0)
+    texts, scores = BATCHES["packed"], KINDS[kind]
+    rows = mask_rows(texts, 4)
+    seen = [seen_by_text(texts)] if half == "clean" else list(seen_by_masks(rows))
+    seen = [each.within(scores.window) for each in seen]
+    keys = (
+        [texts.tokens.shape[1]] if half == "clean" else [rows.real.shape[1], texts.tokens.shape[1]]
+    )
+    count = seen[0].first.shape[1]
+    query, key, value = (
+        torch.randn(2, h, n, 8, dtype=torch.float64)
+        for h, n in [(4, count), (2, sum(keys)), (2, sum(keys))]
+    )
+    if scores.sinks is not None:
+        scores = scores._replace(sinks=scores.sinks.double())
+    mask = torch.cat([dense(each, n) for each, n in zip(seen, keys, strict=True)], 2)
+    mine = attend_in_blocks(query, key, value, blocks.block_mask(seen, keys), scores)
+    torch.testing.assert_close(
+        mine, attend(query, key, value, mask[:, None], scores), rtol=1e-11, atol=1e-12
+    )
+
+
+def test_blocks_that_are_skipped_are_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention on a CPU does not skip any, so their lists are tested by themselves."""
+    monkeypatch.setattr(blocks, "BLOCK", 4)
+    batch = tiny.packed([[(3, 30), (2, 12, 3, 25)], [(20, 40)]], [1, 2, 3])
+    rows = mask_rows(batch, 4)
+    seen, keys = list(seen_by_masks(rows)), [rows.real.shape[1], batch.tokens.shape[1]]
+    found = blocks.block_mask(seen, keys)
+    mask = torch.cat([dense(each, n) for each, n in zip(seen, keys, strict=True)], 2)
+    pad = [-size % 4 for size in mask.shape[:0:-1]]
+    mask = torch.nn.functional.pad(mask, (0, pad[0], 0, pad[1])).unfold(1, 4, 4).unfold(2, 4, 4)
+    some, every = mask.any(-1).any(-1), mask.all(-1).all(-1)
+    partial, full = (torch.zeros_like(some) for _ in range(2))
+    assert found.full_kv_num_blocks is not None and found.full_kv_indices is not None
+    for listed, count, index in [
+        (partial, found.kv_num_blocks, found.kv_indices),
+        (full, found.full_kv_num_blocks, found.full_kv_indices),
+    ]:
+        for b in range(2):
+            for row in range(some.shape[1]):
+                listed[b, row, index[b, 0, row, : int(count[b, 0, row])].long()] = True
+    assert not (partial & full).any() and not (full & ~every).any() and full.any()
+    assert not (some & ~(partial | full)).any()
+    assert (partial | full).float().mean() < 0.5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("family", ["plain", "window", "softcap and windows", "sinks and windows"])
+def test_a_gpu_learns_what_a_cpu_learns(family: str) -> None:
+    kind, keys = FAMILIES[family]
+    keys = keys | {"max_position_embeddings": 300, "hidden_size": 64, "head_dim": 16}
+    idlm = tiny.family(kind, keys)
+    idlm.model.float()
+    batch = tiny.packed([[(30, 70), (20, 100, 20, 60)], [(1, 250)]], [1, 2, 3])
+    reference = loss_and_gradients(Objective(idlm, trains_clean=True), batch)
+    idlm.model.cuda()
+    on_gpu = Texts(*(each.cuda() for each in batch))
+    for name, mine in loss_and_gradients(Objective(idlm, trains_clean=True), on_gpu).items():
+        error = (mine.cpu() - reference[name]).norm() / reference[name].norm()
+        assert error < 1e-2, name
