@@ -53,22 +53,33 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class WeightedPath:
+    """A source of rows: what a path may be, and its share of the draws among the others'."""
+
+    path: str
+    weight: float
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The texts to train on.
 
     `source` is `jsonl`: rows {prompt | messages, response} of `path`, a file (.jsonl or .parquet),
-    a folder of files as `idlm distill` writes, a dataset's name, or a list of them; or `self`:
+    a folder of files as `idlm distill` writes, a dataset's name, or a list of them. A list of
+    {path, weight} draws from each path by its weight, whatever its size. Or `source` is `self`:
     responses that the model generates before the training; or the name of a registered source, such
     as `nano`, the project's own problems. The prompts of `self` are `prompts`: `bos` (the empty
     prompt), a registered source, or {prompt | messages} of what `path` may be. They are sampled
     with the defaults of the model's generation config; `temperature` replaces its own. `examples`
-    limits the rows; `skip_bad_rows` counts broken ones of `jsonl` instead of stopping at the first.
-    Of `jsonl` and `self` the last `held_out` rows are held out. Of messages the last answer is
-    trained on, or each of them if `answers` is `all`.
+    limits the rows, with weights those of each path; `skip_bad_rows` counts broken ones of `jsonl`
+    instead of stopping at the first. Of `jsonl` and `self` the last `held_out` rows are held out,
+    with weights the last of each path by its share. Of messages the last answer is trained on, or
+    each of them if `answers` is `all`. A document of more than `max_length` tokens is cut; the
+    default is 4096, or the model's context if that is shorter.
     """
 
     source: str = "nano"
-    path: str | tuple[str, ...] | None = None
+    path: str | tuple[str | WeightedPath, ...] | None = None
     prompts: str = "bos"
     examples: int | None = None
     held_out: int = 64
@@ -150,7 +161,10 @@ class OptimizerConfig:
 class TrainConfig:
     """One training run.
 
-    `batch_size` counts sequences for each forward, `accumulation` forwards for each step and rank.
+    `batch_size` is the most rows of a forward, `batch_tokens` the most tokens with padding; where
+    both are given both hold, and where none is it is 16 rows. With `packing` a row holds documents
+    one after the other, up to `data.max_length` tokens; none is cut or sees another. `accumulation`
+    counts forwards for each step and rank.
     `resume` continues from the newest checkpoint in `output_dir`, or starts from the beginning if
     there is none. The MASK rows of a text are computed in `phases` phases of its blocks, at most b
     of them, over one clean half. `activation_checkpointing` computes each layer again for its
@@ -169,7 +183,9 @@ class TrainConfig:
     threads: int | None = None
     bf16: bool = False
     activation_checkpointing: bool = False
-    batch_size: int = 16
+    batch_size: int | None = None
+    batch_tokens: int | None = None
+    packing: bool = False
     accumulation: int = 1
     log_steps: int = 10
     eval_steps: int = 100
@@ -178,6 +194,11 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    @property
+    def batch_rows(self) -> int | None:
+        """The most rows of a forward; None: no limit but that of the tokens."""
+        return 16 if self.batch_size is None and self.batch_tokens is None else self.batch_size
 
     @property
     def steps(self) -> int:
@@ -250,7 +271,8 @@ def _check(config: TrainConfig) -> None:
     positive = {
         "stages.*.steps": min((s.steps for s in config.stages), default=0),
         "stages.*.block_size": min((s.block_size for s in config.stages), default=0),
-        "batch_size": config.batch_size,
+        "batch_size": 1 if config.batch_size is None else config.batch_size,
+        "batch_tokens": 1 if config.batch_tokens is None else config.batch_tokens,
         "accumulation": config.accumulation,
         "phases": config.phases,
         "log_steps": config.log_steps,
@@ -281,10 +303,7 @@ def _check(config: TrainConfig) -> None:
         )
     if (config.model.path is None) == (config.model.architecture is None):
         raise InputError("model.path and model.architecture: give exactly one of the two")
-    if config.data.source == "jsonl" and not config.data.path:
-        raise InputError("data.path is missing; data.source: jsonl needs the file's path")
-    if config.data.temperature is not None and config.data.temperature < 0:
-        raise InputError(f"data.temperature is {config.data.temperature}; it must be 0 or more")
+    _check_data(config.data)
     if config.objective == "ar" and config.method == "lora":
         raise InputError("method is 'lora'; objective: ar trains all weights, set method: full")
     if config.method == "full" and config.model.dtype == "bfloat16":
@@ -297,6 +316,25 @@ def _check(config: TrainConfig) -> None:
             "lambda has no effect with method: lora, whose clean rows are the frozen base; "
             "leave it out"
         )
+
+
+def _check_data(data: DataConfig) -> None:
+    """The paths and settings of a source."""
+    if data.source == "jsonl" and not data.path:
+        raise InputError("data.path is missing; data.source: jsonl needs the file's path")
+    if data.source != "jsonl" and data.path:
+        raise InputError(
+            f"data.path is for data.source: jsonl, and it is {data.source}; leave one of them out"
+        )
+    paths = data.path if isinstance(data.path, tuple) else ()
+    weighted = {at: p.weight for at, p in enumerate(paths) if isinstance(p, WeightedPath)}
+    if weighted and len(weighted) < len(paths):
+        raise InputError("data.path has paths with a weight and without; give each one, or none")
+    for at, weight in weighted.items():
+        if not 0 < weight < math.inf:
+            raise InputError(f"data.path.{at}.weight is {weight}; it must be above 0")
+    if data.temperature is not None and data.temperature < 0:
+        raise InputError(f"data.temperature is {data.temperature}; it must be 0 or more")
 
 
 def _check_loss(stage: StageConfig, where: str) -> None:
