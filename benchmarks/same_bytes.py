@@ -90,7 +90,8 @@ def named(name: str, dtype: str) -> Idlm:
 
 def sweep(idlm: Idlm, count: int, max_tokens: int) -> dict[str, object]:
     """Count the pairs of one model over `count` prompts."""
-    llms = {plan: LLM(idlm, stride=plan[0], branches=plan[1]) for plan in PLANS}
+    # one request runs at a time; the caches of all engines for more would take gigabytes
+    llms = {plan: LLM(idlm, stride=plan[0], branches=plan[1], max_num_seqs=1) for plan in PLANS}
     pairs = equal = tokens = 0
     differences = []
     for prompt, (index, setting) in itertools.product(
@@ -128,7 +129,11 @@ def rows_of_build(build: str, args: argparse.Namespace) -> dict[str, dict[str, o
         options = f"--dtype={args.dtype} --prompts={args.prompts} --max-tokens={args.max_tokens}"
         command = ["-m", "benchmarks.same_bytes", *args.models, *options.split(), f"--out={out}"]
         environment = os.environ | {"IDLM_NATIVE": build}
-        subprocess.run([sys.executable, *command], env=environment, stdout=subprocess.DEVNULL)
+        done = subprocess.run(
+            [sys.executable, *command], env=environment, stdout=subprocess.DEVNULL
+        )
+        if not out.exists():
+            raise SystemExit(f"{build}: the process ended with status {done.returncode}")
         rows: dict[str, dict[str, object]] = json.loads(out.read_text())["models"]
     return {f"{name}, {build}": row for name, row in rows.items()}
 
