@@ -1,11 +1,13 @@
 """Same bytes: ISD against AR over prompts, settings and plans, token by token.
 
     python -m benchmarks.same_bytes MODEL ... [--dtype float64] [--prompts 4] [--max-tokens 40]
-                                    [--out FILE]
+                                    [--builds avx512_vnni avx2 x86_64 0] [--out FILE]
 
-A pair is one prompt under one setting. It is equal if every plan gives AR's tokens. The lengths of
-the prompts run from one token to the context less one. If a pair differs (in float32), the first
-difference is reported with AR's margin: its token's log p + noise less the best other one.
+With --builds each model runs once for each of these values of `IDLM_NATIVE`, in a process of its
+own. A pair is one prompt under one setting. It is equal if every plan gives AR's tokens. The
+lengths of the prompts run from one token to the context less one. If a pair differs (in float32),
+the first difference is reported with AR's margin: its token's log p + noise less the best other
+one.
 """
 
 from __future__ import annotations
@@ -13,7 +15,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -85,7 +90,8 @@ def named(name: str, dtype: str) -> Idlm:
 
 def sweep(idlm: Idlm, count: int, max_tokens: int) -> dict[str, object]:
     """Count the pairs of one model over `count` prompts."""
-    llms = {plan: LLM(idlm, stride=plan[0], branches=plan[1]) for plan in PLANS}
+    # one request runs at a time; the caches of all engines for more would take gigabytes
+    llms = {plan: LLM(idlm, stride=plan[0], branches=plan[1], max_num_seqs=1) for plan in PLANS}
     pairs = equal = tokens = 0
     differences = []
     for prompt, (index, setting) in itertools.product(
@@ -116,6 +122,33 @@ def sweep(idlm: Idlm, count: int, max_tokens: int) -> dict[str, object]:
     }
 
 
+def rows_of_build(build: str, args: argparse.Namespace) -> dict[str, dict[str, object]]:
+    """The rows of another process, whose C kernels are those of `build`."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        options = f"--dtype={args.dtype} --prompts={args.prompts} --max-tokens={args.max_tokens}"
+        command = ["-m", "benchmarks.same_bytes", *args.models, *options.split(), f"--out={out}"]
+        environment = os.environ | {"IDLM_NATIVE": build}
+        done = subprocess.run(
+            [sys.executable, *command], env=environment, stdout=subprocess.DEVNULL
+        )
+        if not out.exists():
+            raise SystemExit(f"{build}: the process ended with status {done.returncode}")
+        rows: dict[str, dict[str, object]] = json.loads(out.read_text())["models"]
+    return {f"{name}, {build}": row for name, row in rows.items()}
+
+
+def rows_here(args: argparse.Namespace) -> dict[str, dict[str, object]]:
+    """A row for each model, by this process."""
+    rows = {}
+    for name in args.models:
+        started = time.perf_counter()
+        row = sweep(named(name, args.dtype), args.prompts, args.max_tokens)
+        rows[name.rpartition("/")[2]] = row
+        print(f"{name}: {row} in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    return rows
+
+
 def main() -> int:
     """Exit status 1 if a float64 pair differs."""
     parser = argparse.ArgumentParser(
@@ -129,17 +162,16 @@ def main() -> int:
     parser.add_argument("--dtype", default="float64")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--max-tokens", type=int, default=40)
+    parser.add_argument("--builds", nargs="+", metavar="IDLM_NATIVE", default=[])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     report: dict[str, object] = {"dtype": args.dtype, "environment": environment()}
     rows: dict[str, dict[str, object]] = {}
-    for name in args.models:
-        started = time.perf_counter()
-        row = rows[name.rpartition("/")[2]] = sweep(
-            named(name, args.dtype), args.prompts, args.max_tokens
-        )
-        print(f"{name}: {row} in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    for build in args.builds:
+        rows |= rows_of_build(build, args)
+    if not args.builds:
+        rows = rows_here(args)
     report["models"] = rows
     report["pairs"], report["equal"] = (
         sum(int(str(row[key])) for row in rows.values()) for key in ("pairs", "equal")

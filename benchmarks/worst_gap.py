@@ -23,6 +23,7 @@ from idlm import SamplingParams, load
 from idlm.config import EngineConfig
 from idlm.engine.build import build_engine
 from idlm.engine.engine import Engine
+from idlm.engine.request import Terms
 from idlm.evaluation.environment import environment
 from idlm.models.idlm_model import Idlm
 
@@ -45,7 +46,7 @@ def measure_round(
     )
     params = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
     names = [
-        engine.add([5 + i, 6, 7, 8], params, 0, salt=str(perf_counter()).encode())
+        engine.add([5 + i, 6, 7, 8], params, 0, Terms(salt=str(perf_counter()).encode()))
         for i in range(running)
     ]
     for _ in range(8):
@@ -54,7 +55,10 @@ def measure_round(
     long = [5 + i % 600 for i in range(idlm.context - 8)]
     names.append(
         engine.add(
-            long, SamplingParams(temperature=0, max_tokens=1), 0, salt=str(perf_counter()).encode()
+            long,
+            SamplingParams(temperature=0, max_tokens=1),
+            0,
+            Terms(salt=str(perf_counter()).encode()),
         )
     )
     during = _gaps(engine, 1)

@@ -122,3 +122,27 @@ def test_files_and_functions_stay_short(file: Path) -> None:
             body = node.body[documented:]  # the options of a command take a line each
             lines = (node.end_lineno or 0) - body[0].lineno if body else 0
             assert lines < 60, f"{file}: {node.name}"
+
+
+MOST_PARAMETERS = 8
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    given = function.args
+    named = [one.arg for one in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    return [*named[named[:1] in (["self"], ["cls"]) :], *(["*"] if given.vararg else [])]
+
+
+def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether it is compiled by Triton, which takes pointers and sizes one by one."""
+    return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_functions_have_few_parameters(file: Path) -> None:
+    """Those of the CLI have one for each option of a command."""
+    if file.is_relative_to(ROOT / "cli"):
+        return
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_kernel(node):
+            assert len(parameters(node)) <= MOST_PARAMETERS, f"{file}: {node.name}"

@@ -127,14 +127,12 @@ class InvariantTritonAttention:
         return Seen(segment, *seen_in_order(segment), window)
 
     def attend(self, metadata: Seen, pages: Tensor, qkv: QKV, scores: Scores) -> Tensor:
-        from idlm.kernels.batch_invariant_triton import attend  # Triton is optional
+        from idlm.kernels.batch_invariant_triton import Prefix, attend  # Triton is optional
 
         segment, order, counts, _ = metadata
         query, key, value = write_by_slot(segment, pages, qkv)
-        mixed = attend(
-            query, key, value, pages, segment.table, segment.lengths, order, counts, scores
-        )
-        return segment.flat(mixed)
+        prefix = Prefix(pages, segment.table, segment.lengths)
+        return segment.flat(attend(query, key, value, prefix, order, counts, scores))
 
 
 def _sources(segment: Segment, order: Tensor, seen: tuple[Tensor, Tensor], prefix: int) -> Tensor:

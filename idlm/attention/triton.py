@@ -49,11 +49,11 @@ class TritonAttention:
         segment, firsts = metadata
         if segment.ends is not None:
             return _attend_chunks(segment, segment.ends, pages, qkv, scores)
-        from idlm.kernels.window_attention_triton import attend  # Triton is optional
+        from idlm.kernels.window_attention_triton import Prefix, attend  # Triton is optional
 
         query, key, value = write_by_slot(segment, pages, qkv)
-        where = segment.table, segment.lengths, segment.visible, firsts
-        return segment.flat(attend(query, key, value, pages, *where, scores))
+        prefix = Prefix(pages, segment.table, segment.lengths)
+        return segment.flat(attend(query, key, value, prefix, segment.visible, firsts, scores))
 
 
 def _attend_chunks(

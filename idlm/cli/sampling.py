@@ -46,7 +46,7 @@ class Sampling:
 
     @property
     def plain(self) -> SamplingParams:
-        """The settings without a model."""
+        """What was given alone, without the defaults of a model's generation config."""
         return SamplingParams(**self.given)
 
 

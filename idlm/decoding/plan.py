@@ -109,7 +109,6 @@ class Choice:
 
     @property
     def plan(self) -> Plan:
-        """The chosen plan."""
         return self.figures[0].plan
 
     def keep(self, plan: Plan) -> Choice:

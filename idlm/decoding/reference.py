@@ -12,7 +12,7 @@ Shapes: T rows of a forward, V logit columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -152,10 +152,10 @@ def residual(log_p: Tensor, log_q: Tensor) -> Tensor:
 class Request:
     """The constants of a request. Its methods take the output so far."""
 
-    prompt: list[int]
+    prompt: Sequence[int]
     params: SamplingParams
     mask_id: int
-    stop_ids: frozenset[int] = frozenset()
+    stop_ids: Collection[int] = ()
     seed: int = 0
     allowed: Allowed | None = None
 
@@ -249,20 +249,11 @@ class Decoded:
     stuck: bool = False
 
 
-def ar(
-    forward: Forward,
-    prompt: Sequence[int],
-    params: SamplingParams,
-    mask_id: int,
-    stop_ids: Iterable[int] = (),
-    seed: int = 0,
-    allowed: Allowed | None = None,
-) -> Decoded:
+def ar(forward: Forward, request: Request) -> Decoded:
     """Autoregressive decoding: one token per forward pass, of the whole text each time."""
-    request = Request(list(prompt), params, mask_id, frozenset(stop_ids), seed, allowed)
     decoded = Decoded()
     while not request.done(decoded.tokens):
-        text = request.prompt + decoded.tokens
+        text = [*request.prompt, *decoded.tokens]
         rows = torch.ones(len(text), len(text)).tril() > 0
         logits = forward(torch.tensor(text), torch.arange(len(text)), rows)
         decoded.forwards += 1
@@ -275,27 +266,18 @@ def ar(
 
 
 def isd(
-    forward: Forward,
-    prompt: Sequence[int],
-    params: SamplingParams,
-    mask_id: int,
-    stride: int,
-    branches: str | Iterable[int] = "all",
-    stop_ids: Iterable[int] = (),
-    seed: int = 0,
-    allowed: Allowed | None = None,
+    forward: Forward, request: Request, stride: int, branches: str | Iterable[int] = "all"
 ) -> Decoded:
     """Introspective Strided Decoding: verify, commit, draft from the branch of the outcome."""
-    request = Request(list(prompt), params, mask_id, frozenset(stop_ids), seed, allowed)
     chosen = parse_branches(branches, stride)
     depth = stride - 1
     decoded = Decoded(reached=[0] * depth, accepted=[0] * depth)
     drafts: list[int] = []
     laws: list[Tensor] = []
     while not request.done(decoded.tokens):
-        text = request.prompt + decoded.tokens
+        text = [*request.prompt, *decoded.tokens]
         masks = {j: depth for j in outcomes(chosen, len(drafts))} if depth else {}
-        verify_logits, branch_logits = _window(forward, mask_id, text, drafts, masks)
+        verify_logits, branch_logits = _window(forward, request.mask_id, text, drafts, masks)
         decoded.forwards += 1
         committed, accepted = request.verify(decoded.tokens, drafts, laws, verify_logits)
         for k, token in enumerate(committed):

@@ -10,7 +10,7 @@ from typing import Any
 from idlm.engine.adapters import Adapters
 from idlm.engine.guide import Constraint, Guides
 from idlm.engine.pages import PagePool
-from idlm.engine.request import Request, Result, Timing
+from idlm.engine.request import USUAL, Request, Result, Terms, Timing
 from idlm.engine.text import TextStream
 from idlm.engine.thinking import ThinkingMatcher
 from idlm.errors import InputError
@@ -36,29 +36,19 @@ class Admission:
         prompt: Sequence[int],
         params: SamplingParams,
         seed: int,
-        adapter: str | None = None,
-        drafting: bool = True,
-        priority: int = 0,
-        timeout: float | None = None,
-        salt: bytes = b"",
+        terms: Terms = USUAL,
     ) -> Request:
         """A request for one sample.
 
         Args:
             prompt: token ids, which the caller has checked against the vocabulary.
-            adapter: the name of the adapter that drafts; None: the first.
-            drafting: False: plain AR.
-            priority: requests with lower numbers run first.
-            timeout: seconds after which the request ends with finish reason "timeout". It keeps
-                the output that it has by then.
-            salt: requests share cached prefixes only if they have the same salt.
 
         Raises:
             InputError: the engine can never run the request.
         """
         self.check_size(prompt, params)
         params = self._with_ids(params)
-        index = self.adapters.index(adapter)
+        index = self.adapters.index(terms.adapter)
         number, now = next(self._numbers), perf_counter()
         result = Result(list(prompt), seed, [0] * self.depth, [0] * self.depth, Timing(now))
         if params.logprobs is not None:
@@ -73,11 +63,11 @@ class Admission:
             limit=self._limit(prompt, params),
             stop_ids=self._stop_ids(params),
             adapter=index,
-            drafting=drafting and self.adapters.drafts(index),
-            order=(priority, number),
-            deadline=None if timeout is None else now + timeout,
+            drafting=terms.drafting and self.adapters.drafts(index),
+            order=(terms.priority, number),
+            deadline=None if terms.timeout is None else now + terms.timeout,
             stream=self._stream(params),
-            salt=salt,
+            salt=terms.salt,
             matcher=self.matcher(params),
         )
 

@@ -38,7 +38,7 @@ from idlm.engine.metrics import Metrics
 from idlm.engine.pages import PagePool
 from idlm.engine.planner import Planner
 from idlm.engine.prefill import Chunk
-from idlm.engine.request import Logprob, Request, Result, Update
+from idlm.engine.request import USUAL, Logprob, Request, Result, Terms, Update
 from idlm.engine.runner import PendingStep, Runner
 from idlm.engine.scheduler import Scheduler, longest
 from idlm.engine.step import SlotResult, StepKey
@@ -113,25 +113,14 @@ class Engine:
         return bool(self._requests or self._in_flight or self._updates)
 
     def add(
-        self,
-        prompt: Sequence[int],
-        params: SamplingParams,
-        seed: int,
-        adapter: str | None = None,
-        drafting: bool = True,
-        priority: int = 0,
-        timeout: float | None = None,
-        salt: bytes = b"",
+        self, prompt: Sequence[int], params: SamplingParams, seed: int, terms: Terms = USUAL
     ) -> str:
-        """Queue a request for one sample and return its id. The arguments are those of
-        `Admission.request`.
+        """Queue a request for one sample and return its id; see `Admission.request`.
 
         Raises:
             InputError: the engine can never run the request.
         """
-        request = self.admission.request(
-            prompt, params, seed, adapter, drafting, priority, timeout, salt
-        )
+        request = self.admission.request(prompt, params, seed, terms)
         self._requests[request.id] = request
         self.scheduler.wait(request)
         return request.id

@@ -286,7 +286,7 @@ def _choices(guide: Guide) -> list[str]:
 
 
 def _literal(text: str) -> str:
-    """A text in Lark's form."""
+    """`text` as a string of a Lark grammar: JSON's, with DEL escaped too."""
     return json.dumps(text).replace("\x7f", "\\u007f")
 
 

@@ -17,7 +17,7 @@ from idlm.config import EngineConfig
 from idlm.engine.build import build_engine
 from idlm.engine.engine import Engine
 from idlm.engine.preflight import Wanted, preflight
-from idlm.engine.request import Result, Update
+from idlm.engine.request import Result, Terms, Update
 from idlm.errors import InputError
 from idlm.inputs import plain
 from idlm.models.adapter import attach_place, load_more
@@ -133,9 +133,9 @@ class LLM:
             one.check_vocabulary(self.idlm.vocab_size)
             self.engine.admission.check_size(prompt, one)
             self.engine.admission.matcher(one)
-        options = {"adapter": adapter, "priority": priority, "timeout": timeout}
+        terms = Terms(adapter, priority=priority, timeout=timeout)
         with self._requests() as add:
-            groups = [add(prompt, one, **options) for prompt, one in zip(ids, params, strict=True)]
+            groups = [add(prompt, one, terms) for prompt, one in zip(ids, params, strict=True)]
             done: dict[str, Result] = {}
             console = Console(stderr=True)
             shown = progress and console.is_terminal
@@ -211,11 +211,11 @@ class LLM:
         params.check_vocabulary(self.idlm.vocab_size)
         self.engine.admission.check_size(ids, params)
         self.engine.admission.matcher(params)
-        return self._stream(ids, params, adapter=adapter, drafting=drafting)
+        return self._stream(ids, params, Terms(adapter, drafting))
 
-    def _stream(self, ids: list[int], params: SamplingParams, **options: Any) -> Iterator[Update]:
+    def _stream(self, ids: list[int], params: SamplingParams, terms: Terms) -> Iterator[Update]:
         with self._requests() as add:
-            (mine,) = add(ids, params, **options)
+            (mine,) = add(ids, params, terms)
             while True:
                 for update in self.engine.step():
                     if update.request_id == mine:
@@ -237,15 +237,13 @@ class LLM:
         return params
 
     @contextmanager
-    def _requests(self) -> Iterator[Callable[..., list[str]]]:
+    def _requests(self) -> Iterator[Callable[[list[int], SamplingParams, Terms], list[str]]]:
         """Yields a function that adds all samples of a prompt. Requests that have not finished when
         the context ends are aborted."""
         added: list[str] = []
 
-        def add(prompt: list[int], params: SamplingParams, **options: Any) -> list[str]:
-            group = [
-                self.engine.add(prompt, one, one.seed or 0, **options) for one in params.samples()
-            ]
+        def add(prompt: list[int], params: SamplingParams, terms: Terms) -> list[str]:
+            group = [self.engine.add(prompt, one, one.seed or 0, terms) for one in params.samples()]
             added.extend(group)
             return group
 

@@ -116,6 +116,29 @@ class Update(NamedTuple):
     sources: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class Terms:
+    """How a request runs; its `SamplingParams` say what it writes.
+
+    Attributes:
+        adapter: the name of the adapter that drafts; None: the first.
+        drafting: False: plain AR.
+        priority: requests with lower numbers run first.
+        timeout: seconds after which the request ends with finish reason "timeout". It keeps the
+            output that it has by then.
+        salt: requests share cached prefixes only if they have the same salt.
+    """
+
+    adapter: str | None = None
+    drafting: bool = True
+    priority: int = 0
+    timeout: float | None = None
+    salt: bytes = b""
+
+
+USUAL = Terms()
+
+
 @dataclass(eq=False)
 class Request:
     """A request inside the engine, with its state on the host.

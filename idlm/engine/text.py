@@ -144,7 +144,7 @@ class _Decoder:
         self._text = ""
 
     def push(self, tokens: Sequence[int]) -> str:
-        """The text that `tokens` complete."""
+        """Add tokens; returns the text that no later token can change."""
         for token in tokens:
             name = None if token in self._left_out else self._name(token)
             if name is not None:

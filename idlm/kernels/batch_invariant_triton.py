@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from idlm.decoding.scores import Scores
-from idlm.kernels.window_attention_triton import absorb, base_2, begun
+from idlm.kernels.window_attention_triton import Prefix, absorb, base_2, begun
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -113,9 +113,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    pages: Tensor,
-    table: Tensor,
-    lengths: Tensor,
+    prefix: Prefix,
     order: Tensor,
     counts: Tensor,
     scores: Scores,
@@ -125,6 +123,7 @@ def attend(
     `order` and `counts` are those of `idlm.attention.invariant.seen_in_order`.
     """
     batch, width, heads, size = query.shape
+    pages, table, lengths = prefix
     groups, fold = key.shape[2], heads // key.shape[2]
     keys = 16 if query.dtype == torch.float32 else 32  # fits shared memory at head size 256
     out = torch.empty_like(query, memory_format=torch.contiguous_format)

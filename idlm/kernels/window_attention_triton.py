@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,6 +25,15 @@ from idlm.decoding.scores import Scores
 
 MOST_TOKENS = 2**62
 """More than any page table holds."""
+
+
+class Prefix(NamedTuple):
+    """What is cached of each slot: a layer's `pages`, the `table` of the slots' pages, and the
+    `lengths` of the prefixes in tokens."""
+
+    pages: Tensor
+    table: Tensor
+    lengths: Tensor
 
 
 @triton.jit
@@ -184,9 +194,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    pages: Tensor,
-    table: Tensor,
-    lengths: Tensor,
+    prefix: Prefix,
     visible: Tensor | None,
     firsts: Tensor | None,
     scores: Scores,
@@ -198,12 +206,13 @@ def attend(
     row sees. `splits` is the number of programs per prefix; by default as many as fill the device.
     """
     batch, width, heads, size = query.shape
+    pages, table, lengths = prefix
     groups, rows = key.shape[2], batch * width * heads
     tile, keys = tile_sizes(width * heads // groups, size, query.dtype)
     tiles = triton.cdiv(width * heads // groups, tile)
     if splits is None:
-        prefix = min(table.shape[1] * pages.shape[2], scores.window or MOST_TOKENS)
-        splits = split_number(batch * groups * tiles, prefix, keys, processors(query.device))
+        most = min(table.shape[1] * pages.shape[2], scores.window or MOST_TOKENS)
+        splits = split_number(batch * groups * tiles, most, keys, processors(query.device))
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     partial = out if splits == 1 else query.new_empty(splits, rows, size, dtype=torch.float32)
     weights = query.new_empty(splits, rows, dtype=torch.float32)

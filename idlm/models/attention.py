@@ -10,7 +10,7 @@ Shapes: B batch, H query heads, G key/value heads, Q query rows, S key rows, E h
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, Required, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -56,40 +56,47 @@ class Visible:
         return self._by_window[window]
 
 
+class Options(TypedDict, total=False):
+    """The named arguments of an attention function that change its result.
+
+    Attributes:
+        attention_mask: transformers' own argument, used only without `visible` (by `generate`).
+        scaling, dropout: as in transformers.
+        sliding_window, softcap, s_aux: transformers' names for the constants of `Scores`.
+        visible: which key rows each query row sees.
+        cache: stores the keys and values and decides what each row sees; `visible` is ignored.
+    """
+
+    attention_mask: Tensor | None
+    scaling: Required[float]
+    dropout: float
+    sliding_window: int | None
+    softcap: float | None
+    s_aux: Tensor | None
+    visible: Visible | None
+    cache: Cache | None
+
+
 def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    visible: Visible | None = None,
-    cache: Cache | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: object,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **options: Unpack[Options]
 ) -> tuple[Tensor, None]:
     """Dot-product attention under `visible`; causal attention without it.
 
     Args:
         module: the layer's attention module; its `layer_idx` is the cache layer.
         query, key, value: [B, H, Q, E], [B, G, Q, E], [B, G, Q, E], after the rotary embedding.
-        attention_mask: transformers' own argument, used only without `visible` (by `generate`).
-        scaling, dropout: as in transformers.
-        visible: which key rows each query row sees.
-        cache: stores the keys and values and decides what each row sees; `visible` is ignored.
-        sliding_window, softcap, s_aux: transformers' names for the constants of `Scores`.
+        options: transformers may pass more than those named, which change nothing.
 
     Returns:
         the output [B, Q, H, E], and None in place of the attention weights.
     """
-    scores = Scores(scaling, _hiding(module, sliding_window), softcap, s_aux)
-    if cache is not None:
+    window = _hiding(module, options.get("sliding_window"))
+    scores = Scores(options["scaling"], window, options.get("softcap"), options.get("s_aux"))
+    if (cache := options.get("cache")) is not None:
         return cache.attend(module.layer_idx, query, key, value, scores), None  # type: ignore[arg-type]
-    mask = attention_mask if visible is None else visible.within(scores.window)
-    return attend(query, key, value, mask, scores, dropout), None
+    visible = options.get("visible")
+    mask = options.get("attention_mask") if visible is None else visible.within(scores.window)
+    return attend(query, key, value, mask, scores, options.get("dropout", 0.0)), None
 
 
 def attend(

@@ -12,7 +12,6 @@ Shapes as in `idlm.models.attention`.
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from idlm.models.attention import NAME, Cache, Visible, attention
+from idlm.models.attention import NAME, Cache, Options, Visible, attention
 
 
 @dataclass
@@ -50,7 +49,7 @@ NO_ROUTE = (
     "its class computes attention by itself, without transformers' attention interface; "
     "use another model"
 )
-UNDERSTOOD = frozenset(inspect.signature(attention).parameters)
+UNDERSTOOD = frozenset(Options.__annotations__)
 WITHOUT_MEANING = frozenset(
     ("position_ids", "position_embeddings", "cache_position", "past_key_values", "layer_past")
     + ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "head_mask")
@@ -134,9 +133,10 @@ def _interface(
         query, key, value = (
             F.pad(rows, (0, size - rows.shape[-1])) for rows in (query, key, value)
         )
+    options |= {"attention_mask": attention_mask, "scaling": scale}
     if (route := _route.get()) is not None:
         options |= {"visible": route.visible, "cache": route.cache}
-    mixed, _ = attention(module, query, key, value, attention_mask, scaling=scale, **options)
+    mixed, _ = attention(module, query, key, value, **options)
     return mixed[..., :outer] if inner > outer else mixed, None
 
 

@@ -142,7 +142,6 @@ class Conversation(Strict):
         return lambda: prompts.chat(messages, tools, answers, self.template_options(prompts), opens)
 
     def template_options(self, prompts: PromptEncoder) -> dict[str, Any]:
-        """Variables of the chat template."""
         return dict(self.chat_template_kwargs or {})
 
     def template_messages(self) -> list[dict[str, Any]]:

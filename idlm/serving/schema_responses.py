@@ -51,7 +51,7 @@ Text = Annotated[
 
 
 def joined(text: Text) -> str:
-    """A content as one text."""
+    """A content as one text; each part begins a line, and a refusal counts as its text."""
     if isinstance(text, str):
         return text
     return "\n".join(part.text or part.refusal or "" for part in text)

@@ -38,7 +38,7 @@ class Streamable(ABC):
 
     @abstractmethod
     def encode(self, chunks: Sequence[msgspec.Struct]) -> bytes:
-        """Chunks as server-sent events."""
+        """Chunks as server-sent events, in the API's own framing."""
 
     @abstractmethod
     def last(self) -> bytes:

@@ -53,7 +53,7 @@ class SpeculativeDecoding(msgspec.Struct):
 
     @classmethod
     def of(cls, end: Finished) -> SpeculativeDecoding:
-        """Those of a finished sample."""
+        """From a sample's counters; without drafts the length is 1 and the rate 0."""
         at_least = [end.windows, *end.accepted_at, 0]  # steps that accepted k drafts or more
         return cls(
             1 + end.accepted / max(1, end.windows),

@@ -31,7 +31,7 @@ import msgspec
 
 from idlm.engine.engine import Engine
 from idlm.engine.llm import LLM
-from idlm.engine.request import Result, Update
+from idlm.engine.request import Result, Terms, Update
 from idlm.errors import InputError
 from idlm.serving import observe
 from idlm.serving.config import WorkerConfig
@@ -297,8 +297,8 @@ class Worker:
                 f"are more than {MOST_PROMPT_LOGPROBS} entries; ask for fewer",
                 "prompt_logprobs",
             )
-        options = submit.adapter, submit.drafting, submit.priority, submit.timeout, submit.salt
-        self._reports.open(self.engine.add(prompt, params, params.seed or 0, *options), submit)
+        terms = Terms(submit.adapter, submit.drafting, submit.priority, submit.timeout, submit.salt)
+        self._reports.open(self.engine.add(prompt, params, params.seed or 0, terms), submit)
 
     def _step(self) -> list[Message]:
         updates = self.engine.step()

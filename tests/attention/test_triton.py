@@ -26,8 +26,9 @@ def triton_attend(case: Case, splits: int) -> Tensor:
     segment, firsts = backend.prepare(
         Segment(c.table, c.lengths, trash(c), c.visible), c.scores.window
     )
-    where = c.table, c.lengths, segment.visible, firsts
-    found: Tensor = kernel.attend(c.query, c.key, c.value, c.pages, *where, c.scores, splits)
+    prefix = kernel.Prefix(c.pages, c.table, c.lengths)
+    where = prefix, segment.visible, firsts
+    found: Tensor = kernel.attend(c.query, c.key, c.value, *where, c.scores, splits)
     return found
 
 

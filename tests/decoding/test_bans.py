@@ -59,15 +59,16 @@ def test_only_allowed_tokens_are_possible(law: Callable[..., Tensor]) -> None:
 def test_isd_never_writes_a_bad_word(branches: Any, temperature: float, seed: int) -> None:
     toy = Toy(V, seed=seed)
     free = SamplingParams(max_tokens=14, temperature=temperature)
-    text = reference.ar(toy, [0], free, toy.mask_id, (), seed).tokens
+    text = reference.ar(toy, reference.Request([0], free, V, (), seed)).tokens
     words = (tuple(text[3:6]), tuple(text[8:10]))
     params = SamplingParams(max_tokens=14, temperature=temperature, bad_words=words)
-    expected = reference.ar(toy, [0], params, toy.mask_id, (), seed).tokens
+    request = reference.Request([0], params, V, (), seed)
+    expected = reference.ar(toy, request).tokens
     assert expected != text
     assert not any(
         tuple(expected[at : at + len(word)]) == word for word in words for at in range(14)
     )
-    assert reference.isd(toy, [0], params, toy.mask_id, 4, branches, (), seed).tokens == expected
+    assert reference.isd(toy, request, 4, branches).tokens == expected
 
 
 @pytest.mark.parametrize("stride", [1, 4])
@@ -75,5 +76,5 @@ def test_an_output_ends_before_a_place_without_tokens(stride: int) -> None:
     toy = Toy(V)
     words = [(a, b) for a in (0, 1) for b in (0, 1)]
     params = SamplingParams(max_tokens=9, allowed_token_ids=[0, 1], bad_words=words)
-    decoded = reference.isd(toy, [2], params, toy.mask_id, stride)
+    decoded = reference.isd(toy, reference.Request([2], params, V), stride)
     assert decoded.stuck and len(decoded.tokens) == 1 and decoded.tokens[0] in (0, 1)

@@ -312,17 +312,13 @@ def test_decoding_a_batch_equals_the_reference(batch: list[Slot], model: int, de
         requests.step()
     for slot in batch:
         params = shorter(slot.params, len(slot.output))
-        result = reference.isd(
-            toy, slot.prompt, params, toy.mask_id, depth + 1, "all", STOPS, slot.seed
-        )
+        request = reference.Request(slot.prompt, params, toy.mask_id, STOPS, slot.seed)
+        result = reference.isd(toy, request, depth + 1)
         stuck, expected = result.stuck, result.tokens
         assert slot.output[: len(expected)] == expected
         assert not stuck or slot.output[len(expected)] == NOTHING
         if params.verification == "coupled":
-            assert (
-                reference.ar(toy, slot.prompt, params, toy.mask_id, STOPS, slot.seed).tokens
-                == expected
-            )
+            assert reference.ar(toy, request).tokens == expected
 
 
 def shorter(params: SamplingParams, tokens: int) -> SamplingParams:

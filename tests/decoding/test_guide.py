@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -131,9 +132,10 @@ def test_the_oracle_drafts_and_verifies_under_one_law(
 ) -> None:
     toy = Toy(V, seed=seed)
     params = SamplingParams(max_tokens=12, temperature=temperature, presence_penalty=0.3)
-    ar = reference.ar(toy, [0], params, toy.mask_id, (), seed, even_odd)
-    isd = reference.isd(toy, [0], params, toy.mask_id, 4, branches, (), seed, even_odd)
-    assert ar.tokens == isd.tokens != reference.ar(toy, [0], params, toy.mask_id, (), seed).tokens
+    request = reference.Request([0], params, toy.mask_id, (), seed, even_odd)
+    ar, isd = reference.ar(toy, request), reference.isd(toy, request, 4, branches)
+    free = reference.ar(toy, replace(request, allowed=None))
+    assert ar.tokens == isd.tokens != free.tokens
     assert all(even_odd(ar.tokens[:at])[token] for at, token in enumerate(ar.tokens))
 
 

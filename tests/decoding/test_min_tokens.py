@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from idlm import SamplingParams
-from idlm.decoding import reference
+from idlm.decoding.reference import Request, ar, isd
 from tests.decoding.laws import BOTH
 from tests.decoding.toy import Toy
 
@@ -22,11 +22,11 @@ def test_no_stop_id_comes_out_before_min_tokens(temperature: float, seed: int) -
     toy = Toy(V, seed=seed)
     free = SamplingParams(max_tokens=9, temperature=temperature)
     held = SamplingParams(max_tokens=9, temperature=temperature, min_tokens=5)
-    tokens = reference.ar(toy, [0], held, toy.mask_id, STOPS, seed).tokens
+    tokens = ar(toy, Request([0], held, V, STOPS, seed)).tokens
     assert not set(STOPS) & set(tokens[:5]) and len(tokens) >= 5
     banned = SamplingParams(max_tokens=5, temperature=temperature, banned_tokens=STOPS)
-    assert tokens[:5] == reference.ar(toy, [0], banned, toy.mask_id, (), seed).tokens
-    rest = reference.ar(toy, [0, *tokens[:5]], free, toy.mask_id, STOPS, seed).tokens
+    assert tokens[:5] == ar(toy, Request([0], banned, V, (), seed)).tokens
+    rest = ar(toy, Request([0, *tokens[:5]], free, V, STOPS, seed)).tokens
     assert rest[: len(tokens) - 5] == tokens[5:]
 
 
@@ -35,8 +35,8 @@ def test_no_stop_id_comes_out_before_min_tokens(temperature: float, seed: int) -
 def test_drafts_count_towards_min_tokens(branches: str, seed: int) -> None:
     toy = Toy(V, seed=seed)
     params = SamplingParams(max_tokens=9, temperature=0.8, min_tokens=4)
-    expected = reference.ar(toy, [0], params, toy.mask_id, STOPS, seed).tokens
-    assert reference.isd(toy, [0], params, toy.mask_id, 4, branches, STOPS, seed).tokens == expected
+    request = Request([0], params, V, STOPS, seed)
+    assert isd(toy, request, 4, branches).tokens == ar(toy, request).tokens
 
 
 @pytest.mark.parametrize("law", BOTH)

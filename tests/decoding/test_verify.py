@@ -205,7 +205,8 @@ def worst_deviation(toy: Toy, params: SamplingParams, runs: int) -> tuple[float,
     chances = exact_sequences(toy, [1, 0], params)
     counts = dict.fromkeys(chances, 0)
     for seed in range(runs):
-        decoded = reference.isd(toy, [1, 0], params, toy.mask_id, stride=3, seed=seed)
+        request = reference.Request([1, 0], params, toy.mask_id, seed=seed)
+        decoded = reference.isd(toy, request, stride=3)
         counts[tuple(decoded.tokens)] += 1
     rate = math.log(2 * len(chances) / 1e-6)
     worst = 0.0

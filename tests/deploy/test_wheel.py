@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from idlm.kernels.instruction_sets import INSTRUCTION_SETS, machine
+from tests.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
 HERE = [one.name for one in INSTRUCTION_SETS.values() if one.machine == machine()]
@@ -51,7 +52,7 @@ def build(tree: Path, what: str, compiler: str = "", refused: str = "-no-such") 
     environment = {**os.environ, "CC": compiler or str(tree / "cc"), "REFUSED": refused}
     run = [sys.executable, "-c", BUILD, what]
     result = subprocess.run(
-        run, cwd=tree, env=environment, capture_output=True, text=True, timeout=120
+        run, cwd=tree, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS
     )
     assert result.returncode == 0, result.stderr
     (made,) = (tree / "dist").iterdir()

@@ -11,6 +11,7 @@ import torch
 from idlm import LLM, InputError, Result, SamplingParams
 from idlm.engine import engine as engine_module
 from idlm.engine.adapters import MOST
+from idlm.engine.request import Terms
 from idlm.models.adapter import Loaded
 from idlm.models.gated_lora import LoraSpec, gated_layers
 from idlm.models.idlm_model import Idlm
@@ -55,7 +56,7 @@ class Watch:
         self.results: dict[str, Result] = {}
 
     def add(self, name: str | None) -> str:
-        request = self.engine.add(PROMPT, params(), 2, name)
+        request = self.engine.add(PROMPT, params(), 2, Terms(name))
         self.drafts[request] = []
         return request
 

@@ -56,19 +56,14 @@ def test_equals_the_reference(
     idlm: Idlm, params: SamplingParams, stride: int, branches: str | tuple[int, ...]
 ) -> None:
     prompt = [1, 2, 3, 5, 8]
-    seed = params.seed or 0
-    expected = reference.isd(
-        idlm.forward, prompt, params, idlm.mask_id, stride, branches, idlm.eos_ids, seed
-    )
+    request = reference.Request(prompt, params, idlm.mask_id, idlm.eos_ids, params.seed or 0)
+    expected = reference.isd(idlm.forward, request, stride, branches)
     (result,) = LLM(idlm, stride=stride, branches=branches).generate([prompt], params)
     assert result.token_ids == expected.tokens
     assert result.forwards == expected.forwards
     assert (result.reached, result.accepted) == (expected.reached, expected.accepted)
     if params.verification == "coupled":
-        assert (
-            result.token_ids
-            == reference.ar(idlm.forward, prompt, params, idlm.mask_id, idlm.eos_ids, seed).tokens
-        )
+        assert result.token_ids == reference.ar(idlm.forward, request).tokens
 
 
 def test_prompts_of_every_length_up_to_the_context(idlm: Idlm) -> None:
@@ -191,7 +186,8 @@ def test_bans_that_leave_no_token_end_the_request(
         tau=0.1 if rule == "relaxed" else None,
         **bans,
     )
-    expected = reference.ar(tiny.forward, [1, 3], params, tiny.mask_id, tiny.eos_ids, 1)
+    request = reference.Request([1, 3], params, tiny.mask_id, tiny.eos_ids, 1)
+    expected = reference.ar(tiny.forward, request)
     llm = LLM(tiny, stride=stride, branches="all")
     other = SamplingParams(max_tokens=9, seed=2, ignore_eos=True)
     stuck, free = llm.generate([[1, 3], [1, 3]], [params, other])

@@ -123,7 +123,7 @@ def test_prompts_go_by_themselves_where_graphs_are_of_windows_alone(
         update.request_id: update.result for update in engine.run() if update.result is not None
     }
     for name, prompt in zip(names, prompts, strict=True):
-        expected = reference.ar(idlm.forward, prompt, GREEDY, idlm.mask_id, frozenset(), 0)
+        expected = reference.ar(idlm.forward, reference.Request(prompt, GREEDY, idlm.mask_id))
         assert results[name].token_ids == expected.tokens
     assert set(steps) <= {1, 2, 4}
 

@@ -24,7 +24,7 @@ from idlm.decoding import reference
 from idlm.engine import guide as engine_guide
 from idlm.engine.build import build_engine
 from idlm.engine.guide import OBJECT, WHITESPACE
-from idlm.engine.request import Result
+from idlm.engine.request import Result, Terms
 from idlm.params import Thinking
 from tests.decoding.laws import BOTH
 from tests.engine.tiny import DEVICE, DTYPE, ROUNDING, tiny_idlm
@@ -101,27 +101,15 @@ def oracle(idlm: Idlm, guide: Guide) -> reference.Allowed:
 @pytest.mark.parametrize("params", PARAMS, ids=range(len(PARAMS)))
 def test_equals_the_reference(idlm: Idlm, params: SamplingParams, guide: Guide) -> None:
     params, allowed, seed = with_guide(params, guide), oracle(idlm, guide), params.seed or 0
+    request = reference.Request(PROMPT, params, idlm.mask_id, idlm.eos_ids, seed, allowed)
     for stride, branches in ((4, "all"), (3, "chain"), (1, "all")):
-        expected = reference.isd(
-            idlm.forward,
-            PROMPT,
-            params,
-            idlm.mask_id,
-            stride,
-            branches,
-            idlm.eos_ids,
-            seed,
-            allowed,
-        )
+        expected = reference.isd(idlm.forward, request, stride, branches)
         (result,) = LLM(idlm, stride=stride, branches=branches).generate([PROMPT], params)
         assert result.token_ids == expected.tokens
         assert result.forwards == expected.forwards
         assert (result.reached, result.accepted) == (expected.reached, expected.accepted)
         if params.verification == "coupled":
-            ar = reference.ar(
-                idlm.forward, PROMPT, params, idlm.mask_id, idlm.eos_ids, seed, allowed
-            )
-            assert result.token_ids == ar.tokens
+            assert result.token_ids == reference.ar(idlm.forward, request).tokens
 
 
 def test_requests_without_a_guide_beside_guided_ones_are_untouched(idlm: Idlm) -> None:
@@ -157,7 +145,9 @@ def test_any_schedule(idlm: Idlm, late: int, seed: int) -> None:
             thinking = chance.choice([None, Thinking(60, 61, open=True, budget=4)])
             params = SamplingParams(**{**vars(params), "thinking": thinking})
             prompt = PROMPT * chance.randint(1, 4)
-            wanted[engine.add(prompt, params, len(wanted), drafting=chance.random() < 0.8)] = (
+            wanted[
+                engine.add(prompt, params, len(wanted), Terms(drafting=chance.random() < 0.8))
+            ] = (
                 prompt,
                 params,
             )

@@ -11,6 +11,7 @@ from idlm import LLM, Idlm, InputError, SamplingParams, load
 from idlm.config import EngineConfig, parse_memory
 from idlm.decoding.plan import Plan
 from idlm.engine.build import build_engine
+from idlm.engine.request import Terms
 from idlm.evaluation.simulation import simulate_acceptance
 from idlm.nano.problems import held_out_problems
 from tests.decoding.laws import BOTH
@@ -145,8 +146,8 @@ def test_a_stream_left_early_frees_what_it_held(idlm: Idlm) -> None:
 def test_a_deadline_ends_a_request_and_no_other(idlm: Idlm) -> None:
     engine = LLM(idlm, stride=1).engine
     params = SamplingParams(max_tokens=20, ignore_eos=True)
-    late = engine.add([3], params, 0, timeout=0.0)
-    fine = engine.add([3], params, 0, timeout=3600.0)
+    late = engine.add([3], params, 0, Terms(timeout=0.0))
+    fine = engine.add([3], params, 0, Terms(timeout=3600.0))
     results = {
         update.request_id: update.result for update in engine.run() if update.result is not None
     }
@@ -157,7 +158,7 @@ def test_a_deadline_ends_a_request_and_no_other(idlm: Idlm) -> None:
 def test_the_lower_priority_number_goes_first(idlm: Idlm) -> None:
     engine = LLM(idlm, max_num_seqs=1, branches="all").engine
     params = SamplingParams(max_tokens=3, ignore_eos=True)
-    names = [engine.add([3], params, 0, priority=priority) for priority in (2, 1, 0)]
+    names = [engine.add([3], params, 0, Terms(priority=priority)) for priority in (2, 1, 0)]
     finished = [update.request_id for update in engine.run() if update.result is not None]
     assert finished == names[::-1]
 
@@ -168,7 +169,7 @@ def test_a_shared_prefix_is_computed_once(idlm: Idlm) -> None:
     first, again = (llm.generate([prompt], params)[0] for _ in range(2))
     assert (first.cached_tokens, again.cached_tokens) == (0, 8)
     assert first.token_ids == again.token_ids
-    name = llm.engine.add(prompt, params, 0, salt=b"another key")
+    name = llm.engine.add(prompt, params, 0, Terms(salt=b"another key"))
     (salted,) = (update.result for update in llm.engine.run() if update.result is not None)
     assert name and salted.cached_tokens == 0
 
@@ -236,7 +237,7 @@ def test_one_request_refused_leaves_the_others_alone(idlm: Idlm) -> None:
     with pytest.raises(InputError, match="12 pages of 6"):
         llm.engine.add([3] * 20, SamplingParams(max_tokens=100), 0)
     with pytest.raises(InputError, match="'nobody' is not loaded"):
-        llm.engine.add([3], SamplingParams(max_tokens=2), 0, adapter="nobody")
+        llm.engine.add([3], SamplingParams(max_tokens=2), 0, Terms("nobody"))
     with pytest.raises(InputError, match="needs a tokenizer"):
         llm.engine.add([3], SamplingParams(max_tokens=2, stop="x"), 0)
     assert [update.request_id for update in llm.engine.run() if update.result is not None] == [name]
@@ -340,6 +341,8 @@ def test_the_first_to_decode_does_not_hold_up_the_many_that_came_with_it(
 def test_where_nobody_wants_drafts_every_step_is_ar(nano: Idlm) -> None:
     engine = LLM(nano, stride=4, branches="all").engine
     for drafting, plans in ((False, {"ar"}), (True, {"ar", "all-4"})):
-        engine.add([5] * 12, SamplingParams(max_tokens=12, ignore_eos=True), 0, drafting=drafting)
+        engine.add(
+            [5] * 12, SamplingParams(max_tokens=12, ignore_eos=True), 0, Terms(drafting=drafting)
+        )
         assert all(update.result is None or update.result.token_ids for update in engine.run())
         assert set(engine.metrics.plans) == plans

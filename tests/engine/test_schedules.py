@@ -25,7 +25,7 @@ from idlm.config import EngineConfig
 from idlm.decoding import reference
 from idlm.engine.build import build_engine
 from idlm.engine.engine import Engine
-from idlm.engine.request import Result
+from idlm.engine.request import Result, Terms
 from idlm.models.idlm_model import Idlm
 from tests.engine.tiny import DTYPE, VOCAB, sliding_idlm, tiny_idlm, with_second_adapter
 
@@ -62,7 +62,8 @@ def oracle(
 ) -> tuple[int, ...]:
     params = replace(params, max_tokens=min(params.max_tokens, idlm.context - len(prompt)))
     stops = {*params.stop_token_ids, *(() if params.ignore_eos else idlm.eos_ids)}
-    return tuple(reference.ar(idlm.forward, list(prompt), params, idlm.mask_id, stops, seed).tokens)
+    request = reference.Request(prompt, params, idlm.mask_id, stops, seed)
+    return tuple(reference.ar(idlm.forward, request).tokens)
 
 
 def wish() -> SamplingParams:
@@ -141,10 +142,8 @@ class Schedules(RuleBasedStateMachine):
         samples: int,
     ) -> None:
         for sample in range(samples):  # the later ones meet the prefix cache
-            drafting = adapter is not None
-            name = self.engine.add(
-                prompt, params, seed + sample, adapter=adapter, drafting=drafting, priority=priority
-            )
+            terms = Terms(adapter, drafting=adapter is not None, priority=priority)
+            name = self.engine.add(prompt, params, seed + sample, terms)
             self.wanted[name] = (tuple(prompt), params, seed + sample)
 
     @rule(steps=st.integers(1, 20))

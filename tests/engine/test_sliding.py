@@ -57,7 +57,8 @@ def test_isd_is_ar_is_transformers(family: str, window: int) -> None:
 
 def by_reference(idlm: Idlm, prompt: list[int], params: SamplingParams) -> list[int]:
     seed, one = params.seed or 0, replace(params, max_tokens=idlm.context - len(prompt))
-    return reference.ar(idlm.forward, prompt, one, idlm.mask_id, (), seed).tokens
+    request = reference.Request(prompt, one, idlm.mask_id, seed=seed)
+    return reference.ar(idlm.forward, request).tokens
 
 
 @pytest.mark.parametrize(("family", "window"), [("mistral", 2), ("gemma2", 5), ("gpt_oss", 3)])

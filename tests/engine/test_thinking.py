@@ -84,11 +84,11 @@ def test_equals_the_reference(
         results = LLM(idlm, stride=stride, branches=branches).generate([PROMPT] * 4, wishes)
         for params, result in zip(wishes, results, strict=True):
             seed, ends = params.seed or 0, idlm.eos_ids
-            arguments = idlm.forward, PROMPT, params, idlm.mask_id
-            expected = reference.isd(*arguments, stride, branches, ends, seed, allowed).tokens
+            request = reference.Request(PROMPT, params, idlm.mask_id, ends, seed, allowed)
+            expected = reference.isd(idlm.forward, request, stride, branches).tokens
             assert result.token_ids == expected
             if params.verification == "coupled" and branches == "all":
-                assert expected == reference.ar(*arguments, ends, seed, allowed).tokens
+                assert expected == reference.ar(idlm.forward, request).tokens
             if guide is not None and result.finish_reason == "stop":
                 _, found, answer = result.text.rpartition(idlm.tokenizer.decode([END]))  # type: ignore[union-attr]
                 assert re.fullmatch(GUIDE.text, answer) and (found or not inside)

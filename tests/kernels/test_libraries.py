@@ -13,6 +13,7 @@ import pytest
 
 from idlm.kernels import compiling, native
 from idlm.kernels.instruction_sets import INSTRUCTION_SETS, InstructionSet, best
+from tests.waiting import HANG_SECONDS
 
 TARGET = best()
 needs_target = pytest.mark.skipif(TARGET is None, reason="there are no C kernels for this platform")
@@ -183,7 +184,7 @@ def test_a_compiled_library_loads_where_there_is_no_compiler(tmp_path: Path) -> 
     bare = {"CC": NO_COMPILER, "XDG_CACHE_HOME": str(tmp_path / "cache"), "IDLM_NATIVE": plain.name}
     run = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     result = subprocess.run(
-        run, env={**os.environ, **bare}, capture_output=True, text=True, timeout=240
+        run, env={**os.environ, **bare}, capture_output=True, text=True, timeout=HANG_SECONDS
     )
     assert (result.returncode, result.stderr) == (0, f"C kernels: {plain.name}, from the wheel\n")
 

@@ -15,7 +15,7 @@ import idlm
 from idlm.config import EngineConfig
 from idlm.engine import products
 from idlm.engine.build import build_engine
-from idlm.engine.request import Result
+from idlm.engine.request import Result, Terms
 from idlm.errors import InputError
 from idlm.kernels import choice as choice_module
 from idlm.kernels import native
@@ -205,7 +205,7 @@ def results(model: Idlm, int8: bool, monkeypatch: pytest.MonkeyPatch, record: bo
     assert linears.drafts == int8
     for seed in range(8):
         params = SamplingParams(max_tokens=40, temperature=0.7 * (seed % 2), ignore_eos=True)
-        engine.add([5, 6, 7 + seed], params, seed, adapters[seed // 4 % len(adapters)])
+        engine.add([5, 6, 7 + seed], params, seed, Terms(adapters[seed // 4 % len(adapters)]))
     found = [update.result for update in engine.run() if update.result is not None]
     return sorted(found, key=lambda result: result.seed)
 

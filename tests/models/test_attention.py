@@ -70,7 +70,8 @@ def test_attention_is_softmax_over_what_is_visible(
     keys = torch.randint(4, (before + rows,))
     given = attention.Visible(visible[None, None], keys[None, before:], keys[None])
     mixed, _ = attention.attention(
-        *(nn.Module(), query, key, value, None, 0.3),
+        *(nn.Module(), query, key, value),
+        scaling=0.3,
         visible=given,
         sliding_window=window,
         softcap=softcap,
@@ -88,7 +89,7 @@ def test_no_mask_is_causal(rows: int, window: int | None) -> None:
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 5, 8, dtype=torch.float64)
     mixed, _ = attention.attention(
-        nn.Module(), query[:, :, 5 - rows :], key, value, None, 0.3, sliding_window=window
+        nn.Module(), query[:, :, 5 - rows :], key, value, scaling=0.3, sliding_window=window
     )
     causal = torch.ones(5, 5, dtype=torch.bool).tril().triu(1 - (window or 5))[5 - rows :]
     slow = slow_attention(query[:, :, 5 - rows :], key, value, causal, Scores(0.3))

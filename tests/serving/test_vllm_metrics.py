@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
 from itertools import groupby
 from typing import Any
@@ -15,6 +14,7 @@ from idlm.serving.client import EngineClient
 from idlm.serving.observe import Meters
 from idlm.serving.wire import Stats
 from tests.serving.conftest import CONFIG
+from tests.waiting import wait_until
 
 STRIDE = 4
 BODY = {
@@ -63,13 +63,11 @@ def test_a_request_and_the_counters_say_the_same(http: httpx.Client) -> None:
     before = numbers(http)
     answer = http.post("/v1/chat/completions", json=BODY).json()
     spec = answer["metrics"]["speculative_decoding"]
-    grown = Counter[str]()
-    for _ in range(600):  # the engine reports its counters from time to time
-        grown = numbers(http)
-        grown.subtract(before)
-        if grown["spec_decode_num_drafts_total"] >= spec["num_spec_steps"]:
-            break
-        time.sleep(0.1)
+    wanted = before["spec_decode_num_drafts_total"] + spec["num_spec_steps"]
+    # the engine reports its counters from time to time
+    wait_until(lambda: numbers(http)["spec_decode_num_drafts_total"] >= wanted)
+    grown = numbers(http)
+    grown.subtract(before)
     assert spec == expected(answer["choices"][0]["idlm"]["trace"])
     histogram = spec["acceptance_histogram"]
     assert min(histogram[0], histogram[-1]) > 0, "the test needs rejected and accepted drafts"

@@ -95,7 +95,8 @@ def test_rows_are_what_the_model_decodes_with_their_seed(whole: Path) -> None:
         bias = {"2": 3.0}
         assert row["sampling"] == {"temperature": 1.0, "max_tokens": 8, "logit_bias": bias}
         assert row["model"] == "tiny" and len(row["fingerprint"]) == 64
-        ar = reference.ar(idlm.forward, row["prompt"], PARAMS, idlm.mask_id, ends, row["seed"])
+        request = reference.Request(row["prompt"], PARAMS, idlm.mask_id, ends, row["seed"])
+        ar = reference.ar(idlm.forward, request)
         assert row["response"] == ar.tokens
         truncated = row["response"][-1] not in ends
         assert row["finish_reason"] == ("length" if truncated else "stop")
@@ -497,7 +498,8 @@ def test_own_responses_are_what_the_model_decodes(tmp_path: Path, keys: dict[str
     params = idlm.sampling({"max_tokens": 8})
     assert params.greedy
     for prompt, example in zip(given, examples, strict=True):
-        ar = reference.ar(idlm.forward, prompt, params, idlm.mask_id, idlm.eos_ids, 0)
+        request = reference.Request(prompt, params, idlm.mask_id, idlm.eos_ids)
+        ar = reference.ar(idlm.forward, request)
         assert (tiny.prompt(example), tiny.response(example)) == (prompt, ar.tokens)
 
 
