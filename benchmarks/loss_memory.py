@@ -26,8 +26,10 @@ from idlm.models.attention import NAME
 from idlm.models.gated_lora import LoraSpec, attach
 from idlm.models.idlm_model import Idlm
 from idlm.training import losses
+from idlm.training.data import Draw, collate, exchange
+from idlm.training.layout import Texts
 from idlm.training.losses import RowWeights
-from idlm.training.objective import Objective, Texts, Wanted
+from idlm.training.objective import Objective, Wanted
 
 TEXTS, HIDDEN, COPIES = 8, 64, 12
 """Texts in the batch, the hidden size, and copies of the logits that the whole loss may have."""
@@ -53,10 +55,9 @@ def build(method: str, vocabulary: int, rows: int) -> tuple[Objective, Texts]:
     idlm = Idlm(model, None, vocabulary - 1)
     if method == "lora":
         idlm.gate = attach(model, LoraSpec(4, 8.0, ("q_proj", "v_proj")), idlm.mask_id)
-    tokens = torch.randint(vocabulary - 1, (TEXTS, length))
-    texts = Texts(
-        tokens, torch.full((TEXTS,), 1), torch.full((TEXTS,), length), torch.arange(TEXTS)
-    )
+    tokens = torch.randint(vocabulary - 1, (TEXTS, length)).tolist()
+    draws = [[Draw(0, exchange(row[:1], row[1:]), phase)] for phase, row in enumerate(tokens)]
+    texts = collate(draws).texts
     return Objective(idlm, trains_clean=method == "full"), texts
 
 

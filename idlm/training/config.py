@@ -28,13 +28,14 @@ class ModelConfig:
     """The model to train: a checkpoint (`path`: folder, hub id or bundled name), or a new model of
     an `architecture`, whose keys are those of a transformers config.
 
-    `max_model_len` limits the context, which models with longrope need.
+    `max_model_len` limits the context, which models with longrope need. `dtype` is that of the
+    weights in memory: `bfloat16` is for a frozen base, whose adapter is trained in float32.
     """
 
     path: str | None = None
     architecture: dict[str, Any] | None = None
     tokenizer: str = "nano"
-    dtype: Literal["float32", "float64"] = "float32"
+    dtype: Literal["bfloat16", "float32", "float64"] = "float32"
     max_model_len: int | None = None
 
 
@@ -151,7 +152,9 @@ class TrainConfig:
 
     `batch_size` counts sequences for each forward, `accumulation` forwards for each step and rank.
     `resume` continues from the newest checkpoint in `output_dir`, or starts from the beginning if
-    there is none.
+    there is none. The MASK rows of a text are computed in `phases` phases of its blocks, at most b
+    of them, over one clean half. `activation_checkpointing` computes each layer again for its
+    gradient, which takes less memory and a third more time.
     """
 
     output_dir: str
@@ -159,11 +162,13 @@ class TrainConfig:
     objective: Literal["idlm", "ar"] = "idlm"
     method: Literal["lora", "full"] = "lora"
     random_phase: bool = True
+    phases: int = 1
     seed: int = 0
     resume: bool = False
     device: Literal["auto", "cpu"] = "auto"
     threads: int | None = None
     bf16: bool = False
+    activation_checkpointing: bool = False
     batch_size: int = 16
     accumulation: int = 1
     log_steps: int = 10
@@ -247,6 +252,7 @@ def _check(config: TrainConfig) -> None:
         "stages.*.block_size": min((s.block_size for s in config.stages), default=0),
         "batch_size": config.batch_size,
         "accumulation": config.accumulation,
+        "phases": config.phases,
         "log_steps": config.log_steps,
         "eval_steps": config.eval_steps,
         "save_steps": config.save_steps,
@@ -281,6 +287,11 @@ def _check(config: TrainConfig) -> None:
         raise InputError(f"data.temperature is {config.data.temperature}; it must be 0 or more")
     if config.objective == "ar" and config.method == "lora":
         raise InputError("method is 'lora'; objective: ar trains all weights, set method: full")
+    if config.method == "full" and config.model.dtype == "bfloat16":
+        raise InputError(
+            "model.dtype is 'bfloat16'; method: full trains the weights, which bfloat16 rounds "
+            "away: set bf16: true, which computes in bfloat16 and keeps them in float32"
+        )
     if config.method == "lora" and any(stage.lambda_ for stage in config.stages):
         raise InputError(
             "lambda has no effect with method: lora, whose clean rows are the frozen base; "
