@@ -28,7 +28,7 @@ def slow_head(idlm: Idlm, adapter: int = 0) -> reference.Head:
     head = idlm.draft_heads[adapter]
     return SlowHead(
         head.spec.kind,
-        {name: tensor.double().cpu() for name, tensor in head.state_dict().items()},
+        {name: weight.double().cpu() for name, weight in head.named_parameters()},
         embedding_rows(idlm.model).double().cpu(),
         output_head(idlm.model).weight.double().cpu(),
         head.spec.top,

@@ -65,7 +65,13 @@ class DraftHead(nn.Module):
 
     def forward(self, hidden: Tensor, before: Tensor, rows: Tensor) -> Tensor:
         """g [n, m] for hidden states [n, D], the embeddings [n, E] of the tokens before, and the
-        rows [n, m, D] of the candidates in the LM head."""
+        rows [n, m, D] of the candidates in the LM head. It computes in its own type, which in
+        training may be more precise than the model's."""
+        kind = self.before.weight.dtype
+        return self.scores(hidden.to(kind), before.to(kind), rows.to(kind))
+
+    def scores(self, hidden: Tensor, before: Tensor, rows: Tensor) -> Tensor:
+        """`forward` of one kind."""
         raise NotImplementedError
 
 
@@ -76,7 +82,7 @@ class Markov(DraftHead):
         super().__init__(spec, hidden, embedding)
         self.up = _zeros(spec.size, hidden)
 
-    def forward(self, hidden: Tensor, before: Tensor, rows: Tensor) -> Tensor:
+    def scores(self, hidden: Tensor, before: Tensor, rows: Tensor) -> Tensor:
         return _products(rows, self.up(self.before(_scaled(before))))
 
 
@@ -89,7 +95,7 @@ class Selector(DraftHead):
         self.candidate = nn.Linear(hidden, spec.size, bias=False)
         self.out = _zeros(spec.size, 1)
 
-    def forward(self, hidden: Tensor, before: Tensor, rows: Tensor) -> Tensor:
+    def scores(self, hidden: Tensor, before: Tensor, rows: Tensor) -> Tensor:
         known = self.hidden(_scaled(hidden)) + self.before(_scaled(before))
         scores: Tensor = self.out(F.silu(known[:, None] + self.candidate(_scaled(rows))))
         return scores[..., 0]
@@ -103,7 +109,7 @@ class Mlp(DraftHead):
         self.hidden = nn.Linear(hidden, spec.size, bias=False)
         self.up = _zeros(spec.size, hidden)
 
-    def forward(self, hidden: Tensor, before: Tensor, rows: Tensor) -> Tensor:
+    def scores(self, hidden: Tensor, before: Tensor, rows: Tensor) -> Tensor:
         inner = self.hidden(_scaled(hidden)) + self.before(_scaled(before))
         return _products(rows, self.up(F.silu(inner)))
 
@@ -209,13 +215,19 @@ def load_head(model: PreTrainedModel, spec: HeadSpec | None, folder: Path) -> Dr
     """
     if spec is None:
         return None
-    check_head(model, spec, folder)
-    head, tensors = new_head(model, spec), load_file(folder / FILE)
+    head = new_head(model, spec)
+    refill_head(model, head, folder)
+    return head.requires_grad_(False)
+
+
+def refill_head(model: PreTrainedModel, head: DraftHead, folder: Path) -> None:
+    """Load the tensors in `folder` into a head; errors as of `load_head`."""
+    check_head(model, head.spec, folder)
+    tensors = load_file(folder / FILE)
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{str(folder / FILE)!r}: {name} is not finite; train it again")
     head.load_state_dict(tensors)
-    return head.requires_grad_(False)
 
 
 def save_head(head: DraftHead, folder: Path) -> None:

@@ -249,6 +249,8 @@ def save_full(idlm: Idlm, folder: str | Path, block_size: int | None) -> None:
     if (head := idlm.draft_heads.get(0)) is not None:
         save_head(head, Path(folder))
         config.draft_head = head.spec.to_json()
+    elif hasattr(config, "draft_head"):
+        del config.draft_head
     with quiet():
         idlm.model.save_pretrained(folder, state_dict=stored_state(idlm.model))
     if idlm.tokenizer is not None:

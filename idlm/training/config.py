@@ -53,6 +53,19 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class HeadConfig:
+    """The draft head, which gives each MASK row the token before it; see docs/architecture.md.
+
+    `size` is the head's inner size, the rank of `markov`; `top` the number of candidates that it
+    corrects for each draft.
+    """
+
+    kind: Literal["none", "markov", "selector", "mlp"] = "none"
+    size: int = 256
+    top: int = 64
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The texts to train on.
 
@@ -176,6 +189,7 @@ class TrainConfig:
     save_steps: int = 100
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -259,6 +273,8 @@ def _check(config: TrainConfig) -> None:
         "model.max_model_len": 1
         if config.model.max_model_len is None
         else config.model.max_model_len,
+        "head.size": config.head.size,
+        "head.top": config.head.top,
         "data.held_out": config.data.held_out,
         "data.max_tokens": config.data.max_tokens,
         "threads": 1 if config.threads is None else config.threads,
@@ -285,6 +301,10 @@ def _check(config: TrainConfig) -> None:
         raise InputError("data.path is missing; data.source: jsonl needs the file's path")
     if config.data.temperature is not None and config.data.temperature < 0:
         raise InputError(f"data.temperature is {config.data.temperature}; it must be 0 or more")
+    if config.objective == "ar" and config.head.kind != "none":
+        raise InputError(
+            f"head.kind is {config.head.kind!r}; objective: ar has no drafts, leave it out"
+        )
     if config.objective == "ar" and config.method == "lora":
         raise InputError("method is 'lora'; objective: ar trains all weights, set method: full")
     if config.method == "full" and config.model.dtype == "bfloat16":
