@@ -27,7 +27,9 @@ import torch
 from idlm import LLM, Idlm, SamplingParams, load
 from idlm.evaluation.environment import environment
 from idlm.evaluation.parity import first_difference, margin, token_scores
+from idlm.models.heads import KINDS, HeadSpec
 from tests.engine.tiny import CLASSES, SLIDING, sliding_idlm, tiny_idlm
+from tests.heads import random_head
 
 PLANS = [
     (n, branches) for n in (1, 2, 3, 4, 8) for branches in (("all", "chain") if n > 1 else ("all",))
@@ -76,11 +78,17 @@ def real_tokens(idlm: Idlm) -> list[int]:
 
 def named(name: str, dtype: str) -> Idlm:
     """A checkpoint, `FOLDER+ADAPTER` with an adapter, or a new random model such as `random-
-    qwen3`, or `sliding-gemma2-5` with the sliding window 5."""
+    qwen3`, `sliding-gemma2-5` with the sliding window 5, or `chained-mlp-qwen3` with a random draft
+    head."""
     family = name.removeprefix("random-")
     if family in CLASSES and family != name:
         return tiny_idlm(family)
     kind, _, family = name.partition("-")
+    head, _, of = family.partition("-")
+    if kind == "chained" and head in KINDS and of in CLASSES:
+        idlm = tiny_idlm(of)
+        idlm.draft_heads[0] = random_head(idlm.model, HeadSpec(head, 6, 7))
+        return idlm
     family, _, window = family.rpartition("-")
     if kind == "sliding" and family in SLIDING:
         return sliding_idlm(family, int(window))
@@ -157,7 +165,8 @@ def main() -> int:
     parser.add_argument(
         "models",
         nargs="+",
-        help="folder, FOLDER+ADAPTER, bundled name, random-FAMILY, sliding-FAMILY-WINDOW",
+        help="folder, FOLDER+ADAPTER, bundled name, random-FAMILY, sliding-FAMILY-WINDOW, "
+        "chained-HEAD-FAMILY",
     )
     parser.add_argument("--dtype", default="float64")
     parser.add_argument("--prompts", type=int, default=4)

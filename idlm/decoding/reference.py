@@ -26,6 +26,10 @@ TOKEN, DRAFT, ACCEPT = range(3)
 """Streams of noise: each seed has three."""
 
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+Head = Callable[[Tensor, int | None], Tensor]
+"""A draft head: maps a MASK row's output of the forward, and the token before the one that it
+drafts, to logits [V]. The forward may then give more than logits of a row; None stands for the
+token before a verify row, whose logits know it. See `reference_heads`."""
 Allowed = Callable[[Sequence[int]], Tensor]
 """A guide: maps the output so far to the tokens that may follow, bool [V]. After its end it allows
 all."""
@@ -158,6 +162,7 @@ class Request:
     stop_ids: Collection[int] = ()
     seed: int = 0
     allowed: Allowed | None = None
+    head: Head = lambda row, before: row  # noqa: E731
 
     def law(self, logits: Tensor, output: Sequence[int]) -> Tensor:
         """Log-probabilities [V] of the token after `output`."""
@@ -208,16 +213,18 @@ class Request:
             return relaxed(log_p, draft, noise, self.params.tau)
         return coupled(log_p, draft, noise)
 
-    def draft(self, output: list[int], logits: Tensor) -> tuple[list[int], list[Tensor]]:
-        """Draw drafts after `output` from MASK rows `logits` [K, V]; also return their laws.
+    def draft(self, output: list[int], rows: Tensor) -> tuple[list[int], list[Tensor]]:
+        """Draw drafts after `output` from the MASK rows `rows` [K, .]; also return their laws.
 
-        The law of a draft counts the drafts before it. They end where it leaves no token.
+        The law of a draft counts the drafts before it, and the head knows the last of them. They
+        end where it leaves no token.
         """
         stream = DRAFT if self.params.verification == "ratio" else TOKEN
         drafts: list[int] = []
         laws: list[Tensor] = []
-        for row in logits:
-            log_p = self.law(row, output + drafts)
+        for row in rows:
+            before = (output + drafts)[-1]  # a window has committed a token
+            log_p = self.law(self.head(row, before), output + drafts)
             if log_p.max() == NEVER:
                 break
             laws.append(log_p)
@@ -268,7 +275,10 @@ def ar(forward: Forward, request: Request) -> Decoded:
 def isd(
     forward: Forward, request: Request, stride: int, branches: str | Iterable[int] = "all"
 ) -> Decoded:
-    """Introspective Strided Decoding: verify, commit, draft from the branch of the outcome."""
+    """Introspective Strided Decoding: verify, commit, draft from the branch of the outcome.
+
+    With a `head` of the request the drafts are chained.
+    """
     chosen = parse_branches(branches, stride)
     depth = stride - 1
     decoded = Decoded(reached=[0] * depth, accepted=[0] * depth)
@@ -277,7 +287,8 @@ def isd(
     while not request.done(decoded.tokens):
         text = [*request.prompt, *decoded.tokens]
         masks = {j: depth for j in outcomes(chosen, len(drafts))} if depth else {}
-        verify_logits, branch_logits = _window(forward, request.mask_id, text, drafts, masks)
+        verify_rows, branch_rows = _window(forward, request.mask_id, text, drafts, masks)
+        verify_logits = torch.stack([request.head(row, None) for row in verify_rows])
         decoded.forwards += 1
         committed, accepted = request.verify(decoded.tokens, drafts, laws, verify_logits)
         for k, token in enumerate(committed):
@@ -291,15 +302,16 @@ def isd(
         if len(committed) == accepted and not request.done(decoded.tokens):
             decoded.stuck = True
             break
-        if accepted in branch_logits and not request.done(decoded.tokens):
-            drafts, laws = request.draft(decoded.tokens, branch_logits[accepted])
+        if accepted in branch_rows and not request.done(decoded.tokens):
+            drafts, laws = request.draft(decoded.tokens, branch_rows[accepted])
     return decoded
 
 
 def _window(
     forward: Forward, mask_id: int, text: list[int], drafts: list[int], masks: dict[int, int]
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Logits of the verify rows [1 + drafts, V] and of the `masks[j]` MASK rows of each outcome j.
+    """What `forward` gives for the verify rows [1 + drafts, .] and for the `masks[j]` MASK rows of
+    each outcome j.
 
     The rows of the forward are the whole text, the drafts, then the MASK rows of each outcome.
     """
@@ -314,7 +326,7 @@ def _window(
             sees.append({*range(len(text) + j), *branch_rows[j]})
     visible = torch.tensor([[column in seen for column in range(len(rows))] for seen in sees])
     tokens, positions = (torch.tensor(column) for column in zip(*rows, strict=True))
-    logits = forward(tokens, positions, visible)
+    found = forward(tokens, positions, visible)
     pending = len(text) - 1
-    verify_logits = logits[pending : pending + 1 + len(drafts)]
-    return verify_logits, {j: logits[indices] for j, indices in branch_rows.items()}
+    verify_rows = found[pending : pending + 1 + len(drafts)]
+    return verify_rows, {j: found[indices] for j, indices in branch_rows.items()}

@@ -32,6 +32,9 @@ NOTHING = -1
 Allow = Callable[[Tensor], Tensor]
 """A guide: maps the drafts so far, int64 [B, k], to the tokens that may follow, bool [B, 1, V]."""
 
+Chain = Callable[[Tensor], Tensor]
+"""A draft head: maps the drafts so far, int64 [B, k], to the logits [B, 1, V] of the next one."""
+
 
 class Drafts(NamedTuple):
     """Drafts to verify.
@@ -148,18 +151,20 @@ def draft(
     logits: Tensor,
     position: Tensor,
     allow: Allow | None = None,
+    chain: Chain | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Draw K drafts from the MASK rows `logits` [B, K, V]; `position` is that of draft 1.
 
     The tokens before them must be recorded (`Settings.record`). The penalties and bad words of a
-    draft count the drafts before it, and `allow` is called before each.
+    draft count the drafts before it, and `allow` and `chain` are called before each. The logits of
+    `chain` take the place of `logits`.
 
     Returns:
         The drafts, int64 [B, K], and the laws that they were sampled from, float64 [B, K, V]; None
         if no slot uses the ratio rule.
     """
-    if law.features.historic or allow is not None:
-        return _draft_in_turn(law, logits, position, allow)
+    if chain is not None or law.features.historic or allow is not None:
+        return _draft_in_turn(law, logits, position, allow, chain)
     scores = law.scores(logits, position)
     tokens = law.choose(scores, Stream.DRAFT, position)
     return tokens, law.log_p(scores) if law.features.ratio else None
@@ -170,12 +175,13 @@ def _draft_in_turn(
     logits: Tensor,
     position: Tensor,
     allow: Allow | None,
+    chain: Chain | None,
 ) -> tuple[Tensor, Tensor | None]:
     """`draft`, depth by depth: the law of each draft depends on the drafts before it."""
     drafts = position.new_empty(position.shape[0], 0)
     laws: list[Tensor] = []
     for k in range(logits.shape[1]):
-        row = logits[:, k : k + 1]
+        row = logits[:, k : k + 1] if chain is None else chain(drafts)
         row = row if allow is None else restrict(row, allow(drafts))
         scores = law.scores(row, position + k, drafts)
         drafts = torch.cat([drafts, law.choose(scores, Stream.DRAFT, position + k)], dim=1)

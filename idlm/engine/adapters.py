@@ -11,10 +11,9 @@ from contextlib import nullcontext
 
 from idlm.engine.products import Products
 from idlm.errors import InputError
-from idlm.models.adapter import Loaded
 from idlm.models.check import check_adapter
-from idlm.models.gated_lora import attach_more, detach
 from idlm.models.idlm_model import Idlm
+from idlm.models.more_adapters import Loaded, attach_loaded, detach_loaded
 
 MOST = 64
 """The most adapters: each costs time in every step, also if no request uses it."""
@@ -55,19 +54,17 @@ class Adapters:
         Raises:
             InputError: the name is taken, there are too many, or the model cannot run with it.
         """
-        gate, model = self.idlm.gate, self.idlm.model
-        assert gate is not None  # noqa: S101
         if name in self._numbers:
             raise InputError(f"adapter {name!r} is loaded already; unload it first")
         if len(self._numbers) + len(self.retired) >= MOST:
             raise InputError(f"there are {MOST} adapters, the most; unload one first")
-        index = attach_more(model, gate, *loaded)
-        model.requires_grad_(False)  # a recording takes no tensor that wants a gradient
+        index = attach_loaded(self.idlm, loaded)
+        self.idlm.model.requires_grad_(False)  # a recording takes no tensor that wants a gradient
         try:
             with nullcontext() if products.linears is None else products.linears.use():
                 check_adapter(self.idlm, index)
         except InputError:
-            detach(model, gate, index)
+            detach_loaded(self.idlm, index)
             raise
         self._numbers[name] = index
 
@@ -85,6 +82,5 @@ class Adapters:
 
     def release(self, index: int) -> None:
         """Detach a retired adapter that no request uses any more."""
-        assert self.idlm.gate is not None  # noqa: S101
-        detach(self.idlm.model, self.idlm.gate, index)
+        detach_loaded(self.idlm, index)
         self.retired.discard(index)

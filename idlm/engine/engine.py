@@ -42,7 +42,7 @@ from idlm.engine.request import USUAL, Logprob, Request, Result, Terms, Update
 from idlm.engine.runner import PendingStep, Runner
 from idlm.engine.scheduler import Scheduler, longest
 from idlm.engine.step import SlotResult, StepKey
-from idlm.models.adapter import Loaded
+from idlm.models.more_adapters import Loaded
 from idlm.params import SamplingParams
 
 WARM_UP_SECONDS = 5.0

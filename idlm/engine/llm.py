@@ -20,10 +20,10 @@ from idlm.engine.preflight import Wanted, preflight
 from idlm.engine.request import Result, Terms, Update
 from idlm.errors import InputError
 from idlm.inputs import plain
-from idlm.models.adapter import attach_place, load_more
 from idlm.models.check import check_adapter
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import load
+from idlm.models.more_adapters import attach_place, load_more
 from idlm.models.sources import resolve
 from idlm.params import SamplingParams
 

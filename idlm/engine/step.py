@@ -5,7 +5,8 @@
     3. Run the head on the verify rows; count the accepted drafts and choose the next token.
     4. Commit: cut at the request's limit and at its first stop token. The last committed token
        becomes pending.
-    5. Run the head on the MASK rows of the outcome; draw the next drafts.
+    5. Run the head on the MASK rows of the outcome; draw the next drafts, in turn if the adapter
+       has a draft head.
 
 A prompt's last token is not prefilled. It is the pending token of its slot's first window, which
 has no drafts. That window may be in the forward that prefills the other tokens.
@@ -30,6 +31,7 @@ from idlm.decoding.plan import Plan
 from idlm.decoding.settings import Features, Settings
 from idlm.decoding.verify import NOTHING, Drafts, Verdicts, draft, logprobs, report, verify
 from idlm.decoding.window import window
+from idlm.engine.chain import chain
 from idlm.engine.guide import GuidedRows
 from idlm.engine.kv_cache import KVCache
 from idlm.engine.prefill import PrefillBatch
@@ -120,12 +122,8 @@ class WindowTables:
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
         layout = window(plan.stride, plan.branches)
-        self.stride, self.num_masks, self.num_groups = (
-            layout.stride,
-            layout.num_masks,
-            layout.groups,
-        )
-        self.mask_rows = layout.mask_rows
+        self.stride, self.num_masks = layout.stride, layout.num_masks
+        self.num_groups, self.mask_rows = layout.groups, layout.mask_rows
         tables = (layout.offsets, layout.visible, layout.group)
         self.offsets, self.visible, self.group = (table.to(device) for table in tables)
 
@@ -371,7 +369,8 @@ class ModelStep:
         adapter = state.adapter[:, None].expand(-1, mask_hidden.shape[1]).flatten()
         with self._entered(StepContext(adapter=adapter)):
             logits = self.idlm.head(mask_hidden)
-        drafts, log_q = draft(verified.law, logits, position, allow)
+        chained = chain(self.idlm, self.slots.state, slots, logits, mask_hidden)
+        drafts, log_q = draft(verified.law, logits, position, allow, chained)
         depth = drafts.shape[1]
         drafts = torch.cat([drafts, state.drafts[:, depth:]], dim=1)  # of a wider plan: unused
         self.slots.write(slots, valid=(state.drafting & served) * depth, drafts=drafts)

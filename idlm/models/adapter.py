@@ -3,11 +3,12 @@
     adapter_config.json         PEFT: rank, alpha, targets
     adapter_model.safetensors   PEFT: base_model.model.<module>.lora_A.weight [r, in]
                                       base_model.model.<module>.lora_B.weight [out, r]
-    idlm.json                   format, gating, MASK id, block size, fingerprint of the base
+    idlm.json                   format, gating, MASK id, block size, fingerprint of the base, head
     mask_row.safetensors        mask_row [D]
+    draft_head.safetensors      the draft head, if idlm.json names one (`idlm.models.heads`)
 
-A PEFT folder without the last two is read as a gated LoRA too. Its MASK row is then the base's own
-embedding row.
+A PEFT folder without the last three is read as a gated LoRA too. Its MASK row is then the base's
+own embedding row.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from idlm.errors import InputError
-from idlm.models.gated_lora import Gate, LoraSpec, adapter_parameters, attach, attach_more
+from idlm.models.gated_lora import Gate, LoraSpec, adapter_parameters, attach
+from idlm.models.heads import DraftHead, HeadSpec, check_head, load_head, read_spec, save_head
 from idlm.models.idlm_model import Idlm
 from idlm.models.peft_config import refuse_features
-from idlm.models.sources import first_line, read_json
+from idlm.models.sources import read_json
 from idlm.models.tensor_info import TensorInfo
 from idlm.models.transposed import has_transposed
 from idlm.models.weights import embedding_rows, file_tensors, fingerprint
@@ -53,7 +54,7 @@ PUBLISHED_MASKS = {"qwen3": 151669}
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """The metadata of an adapter folder. The last three are None for a folder without idlm.json."""
+    """The metadata of an adapter folder. The last four are None for a folder without idlm.json."""
 
     folder: Path
     spec: LoraSpec
@@ -61,6 +62,7 @@ class AdapterInfo:
     mask_id: int | None = None
     block_size: int | None = None
     base_fingerprint: str | None = None
+    head: HeadSpec | None = None
 
     @property
     def ours(self) -> bool:
@@ -104,8 +106,8 @@ def _rank_alpha(config: dict[str, Any], folder: Path) -> tuple[int, float]:
     return rank, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
 
-def _read_extra(folder: Path) -> tuple[int, int | None, str]:
-    """MASK id, block size and fingerprint of the base, from idlm.json."""
+def _read_extra(folder: Path) -> tuple[int, int | None, str, HeadSpec | None]:
+    """MASK id, block size, fingerprint of the base and draft head, from idlm.json."""
     extra, where = read_json(folder / EXTRA), f"{str(folder / EXTRA)!r}"
     if extra.get("format") != FORMAT:
         raise InputError(
@@ -126,7 +128,7 @@ def _read_extra(folder: Path) -> tuple[int, int | None, str]:
         raise InputError(
             f"{where} has base_fingerprint {base!r}; it must be a sha256 in hexadecimal"
         )
-    return mask, block, base
+    return mask, block, base, read_spec(extra.get("draft_head"), where)
 
 
 def _modules(folder: Path) -> dict[tuple[str, str], TensorInfo]:
@@ -167,8 +169,18 @@ def save(
     save_file(loras, folder / TENSORS, metadata={"format": "pt"})
     save_file({"mask_row": row}, folder / MASK_ROW, metadata={"format": "pt"})
     _write_json(folder / CONFIG, _peft_config(spec, name or "", has_transposed(inner)))
-    extra = {"format": FORMAT, "gated": True, "mask_token_id": mask_id, "block_size": block_size}
-    _write_json(folder / EXTRA, extra | {"base_fingerprint": base_fingerprint})
+    extra: dict[str, Any] = {
+        "format": FORMAT,
+        "gated": True,
+        "mask_token_id": mask_id,
+        "block_size": block_size,
+    }
+    extra |= {"base_fingerprint": base_fingerprint}
+    head = model.draft_heads.get(0) if isinstance(model, Idlm) else None
+    if head is not None:
+        save_head(head, folder)
+        extra |= {"draft_head": head.spec.to_json()}
+    _write_json(folder / EXTRA, extra)
 
 
 def _peft_config(spec: LoraSpec, base_name: str, transposed: bool) -> dict[str, Any]:
@@ -192,7 +204,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def load_into(
     model: PreTrainedModel, folder: str | Path, mask_id: int | None = None
-) -> tuple[Gate, int, int | None]:
+) -> tuple[Gate, int, int | None, DraftHead | None]:
     """Attach the adapter in `folder` to `model`, in place. After an error the model is unchanged.
 
     Args:
@@ -202,17 +214,19 @@ def load_into(
             the base's config.
 
     Returns:
-        the gate, the MASK id, and the trained block size (None if the folder does not say).
+        the gate, the MASK id, the trained block size (None if the folder does not say), and the
+        draft head (None if it has none).
 
     Raises:
         InputError: the adapter is for another base, uses a feature that is not implemented, or has
             tensors of other shapes.
     """
-    info = _checked(model, Path(folder))
-    mask, row = _mask_row(model, info, mask_id)
+    info = checked(model, Path(folder))
+    mask, row = mask_row(model, info, mask_id)
+    head = load_head(model, info.head, info.folder)
     gate = attach(model, info.spec, mask)
     _fill(model, load_file(info.folder / TENSORS), row)
-    return gate, mask, info.block_size
+    return gate, mask, info.block_size, head
 
 
 def refill(model: PreTrainedModel, folder: Path) -> None:
@@ -221,76 +235,8 @@ def refill(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         InputError: as `load_into`.
     """
-    _, row = _mask_row(model, _checked(model, folder), None)
+    _, row = mask_row(model, checked(model, folder), None)
     _fill(model, load_file(folder / TENSORS), row)
-
-
-class Loaded(NamedTuple):
-    """A further adapter on the model's device, which fits the model. `tensors` maps (module,
-    "lora_A" or "lora_B") to the tensor."""
-
-    spec: LoraSpec
-    tensors: dict[tuple[str, str], Tensor]
-    mask_row: Tensor
-
-
-def load_more(idlm: Idlm, folder: Path) -> int:
-    """Load a further adapter, which requests select by name; returns its index, from 0.
-
-    Raises:
-        InputError: as `load_into`; or its MASK id is not that of adapter 0.
-    """
-    if idlm.gate is None:
-        base_mask = idlm.mask_id if idlm.mask_id < idlm.vocab_size else None
-        idlm.gate, idlm.mask_id, idlm.block_size = load_into(idlm.model, folder, base_mask)
-        return 0
-    return attach_more(idlm.model, idlm.gate, *read_more(idlm, folder))
-
-
-def read_more(idlm: Idlm, folder: Path) -> Loaded:
-    """Read a further adapter for a model that has one, and do not change the model.
-
-    Raises:
-        InputError: as `load_more`; or there is no memory for it.
-    """
-    info = _checked(idlm.model, folder)
-    mask, row = _mask_row(idlm.model, info, idlm.mask_id)
-    if mask != idlm.mask_id:
-        raise InputError(
-            f"adapter {str(folder)!r} has mask_token_id {mask}, the first one {idlm.mask_id}; "
-            "serve it apart"
-        )
-    try:
-        stored = load_file(folder / TENSORS)
-        # copies: a file that is mapped must not change
-        tensors = {
-            (module, kind): stored[f"{PREFIX}{module}.{kind}.weight"].to(
-                idlm.device, idlm.dtype, copy=True
-            )
-            for module, kind in _modules(folder)
-        }
-    except (OSError, SafetensorError, RuntimeError, KeyError) as error:
-        raise InputError(
-            f"adapter {str(folder)!r} cannot be read ({first_line(error)}); save it again"
-        ) from error
-    row = row.to(idlm.device, idlm.dtype, copy=True)
-    for name, tensor in [("mask_row", row), *((".".join(key), t) for key, t in tensors.items())]:
-        if not bool(tensor.isfinite().all()):
-            raise InputError(f"adapter {str(folder)!r}: {name} is not finite; train it again")
-    return Loaded(info.spec, tensors, row)
-
-
-def attach_place(idlm: Idlm) -> None:
-    """Attach adapter 0 without an update to a model without adapter, so that adapters can be
-    attached beside it. Its MASK row is the base's own, if there is one."""
-    weight = embedding_rows(idlm.model)
-    own = idlm.mask_id < idlm.vocab_size
-    idlm.gate = attach(idlm.model, None, idlm.mask_id)
-    if own:
-        with torch.no_grad():
-            for parameter in adapter_parameters(idlm.model).values():
-                parameter.copy_(weight[idlm.mask_id])
-    idlm.model.requires_grad_(False)
 
 
 def check_fit(model: PreTrainedModel, info: AdapterInfo, base_mask: int | None) -> None:
@@ -300,10 +246,12 @@ def check_fit(model: PreTrainedModel, info: AdapterInfo, base_mask: int | None) 
         InputError: a tensor fits no layer of the model, or there is no MASK row.
     """
     _check_modules(model, info)
-    _mask_row(model, info, base_mask)
+    mask_row(model, info, base_mask)
+    if info.head is not None:
+        check_head(model, info.head, info.folder)
 
 
-def _checked(model: PreTrainedModel, folder: Path) -> AdapterInfo:
+def checked(model: PreTrainedModel, folder: Path) -> AdapterInfo:
     """Read the folder and check that the adapter is for this model."""
     info = read(folder)
     if info.base_fingerprint is not None and info.base_fingerprint != (base := fingerprint(model)):
@@ -357,7 +305,7 @@ def _check_modules(model: PreTrainedModel, info: AdapterInfo) -> None:
         )
 
 
-def _mask_row(
+def mask_row(
     model: PreTrainedModel, info: AdapterInfo, base_mask: int | None
 ) -> tuple[int, Tensor]:
     """The MASK id and its embedding row [D]: the adapter's, else the base's."""

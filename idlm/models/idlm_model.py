@@ -7,7 +7,7 @@ rows of a text.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from idlm.models.architecture import context_length
 from idlm.models.attention import Cache, Visible
 from idlm.models.gated_lora import NO_ROWS, Gate, gated_layers
 from idlm.models.head import head_of
+from idlm.models.heads import DraftHead
 from idlm.models.routes import routed
 from idlm.params import SamplingParams
 
@@ -38,6 +39,7 @@ class Idlm:
         tokenizer: its tokenizer; None if the folder has none.
         mask_id: the MASK token; `vocab_size` if only the adapter has a row for it.
         gate: the gate of the adapter; None without an adapter.
+        draft_heads: the draft heads by the index of their adapter; a model without one is 0.
         block_size: the largest trained block size b, which serves strides up to b + 1. None: it was
             never trained to draft.
         name: the name or path that the user gave.
@@ -53,6 +55,7 @@ class Idlm:
     name: str = ""
     stored: torch.dtype | None = None
     max_model_len: int | None = None
+    draft_heads: dict[int, DraftHead] = field(default_factory=dict)
 
     @property
     def vocab_size(self) -> int:
@@ -232,10 +235,14 @@ class Idlm:
         Raises:
             InputError: the MASK rows are not contiguous.
         """
+        return self.head(self.states(tokens, positions, visible)).to(tokens.device)
+
+    @torch.inference_mode()
+    def states(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+        """The hidden states [T, D] of the rows of `forward`, on the model's device."""
         masks = torch.nonzero(tokens == self.mask_id).flatten().tolist()
         rows = slice(masks[0], masks[-1] + 1) if masks else NO_ROWS
         if rows.stop - rows.start != len(masks):
             raise InputError(f"the MASK rows {masks} are not one run; put them side by side")
         on_device = (positions[None].to(self.device), visible[None, None].to(self.device))
-        hidden = self.hidden(tokens[None].to(self.device), *on_device, rows)
-        return self.head(hidden)[0].to(tokens.device)
+        return self.hidden(tokens[None].to(self.device), *on_device, rows)[0]

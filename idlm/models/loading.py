@@ -12,14 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from idlm.errors import InputError
-from idlm.models import adapter as adapters
 from idlm.models import experts
 from idlm.models.architecture import mask_token, read_config, read_tokenizer, trained_block_size
 from idlm.models.check import check_adapter, check_architecture, prepare
 from idlm.models.generation import check_generation_config
 from idlm.models.gguf_checkpoint import auto_dtype, dequantised, origin
 from idlm.models.gguf_header import is_gguf
+from idlm.models.heads import HeadSpec, load_head, read_spec, save_head
 from idlm.models.idlm_model import Idlm
+from idlm.models.more_adapters import load_first
 from idlm.models.placement import device_of, named_dtype
 from idlm.models.quiet import quiet
 from idlm.models.routes import implementation
@@ -96,9 +97,20 @@ def load(
     check_architecture(idlm)
     if extra is not None:
         base_mask = mask_id if mask_id < config.vocab_size else None
-        idlm.gate, idlm.mask_id, idlm.block_size = adapters.load_into(model, extra, base_mask)
+        load_first(idlm, extra, base_mask)
         check_adapter(idlm)
+    elif (head := load_head(model, head_spec(config, folder), folder)) is not None:
+        idlm.draft_heads = {0: head}
     return idlm
+
+
+def head_spec(config: PreTrainedConfig, folder: Path) -> HeadSpec | None:
+    """The draft head that a model's config names, if it names one.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    return read_spec(getattr(config, "draft_head", None), f"{str(folder / 'config.json')!r}")
 
 
 def _read_model(
@@ -216,7 +228,8 @@ def ensure_mask_row(idlm: Idlm) -> None:
 
 
 def save_full(idlm: Idlm, folder: str | Path, block_size: int | None) -> None:
-    """Write a fully fine-tuned model and its tokenizer, with MASK id and block size in the config.
+    """Write a fully fine-tuned model, its tokenizer and its draft head. MASK id, block size and the
+    spec of the head are in the config.
 
     Raises:
         InputError: the model has an adapter, or a block size without a MASK row.
@@ -233,6 +246,11 @@ def save_full(idlm: Idlm, folder: str | Path, block_size: int | None) -> None:
     if idlm.mask_id < rows:
         config.mask_token_id = idlm.mask_id
     config.block_size = block_size
+    if (head := idlm.draft_heads.get(0)) is not None:
+        save_head(head, Path(folder))
+        config.draft_head = head.spec.to_json()
+    elif hasattr(config, "draft_head"):
+        del config.draft_head
     with quiet():
         idlm.model.save_pretrained(folder, state_dict=stored_state(idlm.model))
     if idlm.tokenizer is not None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Request, Response
 from pydantic import Field
 
+from idlm.models import heads
 from idlm.models.adapter import CONFIG, EXTRA, MASK_ROW, TENSORS
 from idlm.serving import responses
 from idlm.serving.document import READS, answers, strict_router
@@ -20,7 +21,7 @@ from idlm.serving.jobs import Server, the_server
 from idlm.serving.strict import Boolean, Strict
 from idlm.serving.wire import LoadAdapter, UnloadAdapter
 
-FILES = (CONFIG, TENSORS, EXTRA, MASK_ROW)
+FILES = (CONFIG, TENSORS, EXTRA, MASK_ROW, heads.FILE)
 SENTENCE: dict[int | str, dict[str, Any]] = {
     200: {"description": "Done.", "content": {"text/plain": {}}}
 }

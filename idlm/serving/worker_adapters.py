@@ -10,7 +10,7 @@ from pathlib import Path
 
 from idlm.engine.llm import LLM
 from idlm.errors import InputError
-from idlm.models.adapter import Loaded, read_more
+from idlm.models.more_adapters import Loaded, read_more
 from idlm.serving.wire import Changed, LoadAdapter, UnloadAdapter
 
 log = logging.getLogger("idlm.serving")

@@ -61,6 +61,19 @@ class WeightedPath:
 
 
 @dataclass(frozen=True)
+class HeadConfig:
+    """The draft head, which gives each MASK row the token before it; see docs/architecture.md.
+
+    `size` is the head's inner size, the rank of `markov`; `top` the number of candidates that it
+    corrects for each draft.
+    """
+
+    kind: Literal["none", "markov", "selector", "mlp"] = "none"
+    size: int = 256
+    top: int = 64
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The texts to train on.
 
@@ -192,6 +205,7 @@ class TrainConfig:
     save_steps: int = 100
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -281,6 +295,8 @@ def _check(config: TrainConfig) -> None:
         "model.max_model_len": 1
         if config.model.max_model_len is None
         else config.model.max_model_len,
+        "head.size": config.head.size,
+        "head.top": config.head.top,
         "data.held_out": config.data.held_out,
         "data.max_tokens": config.data.max_tokens,
         "threads": 1 if config.threads is None else config.threads,
@@ -304,6 +320,10 @@ def _check(config: TrainConfig) -> None:
     if (config.model.path is None) == (config.model.architecture is None):
         raise InputError("model.path and model.architecture: give exactly one of the two")
     _check_data(config.data)
+    if config.objective == "ar" and config.head.kind != "none":
+        raise InputError(
+            f"head.kind is {config.head.kind!r}; objective: ar has no drafts, leave it out"
+        )
     if config.objective == "ar" and config.method == "lora":
         raise InputError("method is 'lora'; objective: ar trains all weights, set method: full")
     if config.method == "full" and config.model.dtype == "bfloat16":

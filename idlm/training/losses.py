@@ -141,8 +141,9 @@ class _InPlace(TorchFunctionMode):
     ) -> Any:
         if func is F.linear and not kwargs and id(args[1]) in self._gradients:
             rows, weight, *bias = args
-            # autocast casts a leaf once for all chunks
-            if rows.dtype == weight.dtype and not torch.is_autocast_enabled(rows.device.type):
+            # autocast casts a leaf once for all chunks; rows without a gradient have no backward
+            plain = rows.dtype == weight.dtype and rows.requires_grad
+            if plain and not torch.is_autocast_enabled(rows.device.type):
                 product = _Linear.apply(rows, weight.detach(), self._gradients[id(weight)])
                 return product if not bias or bias[0] is None else product + bias[0]
         return func(*args, **(kwargs or {}))

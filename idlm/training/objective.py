@@ -16,7 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from idlm.models.heads import RowsBefore, candidate_count, corrected
 from idlm.models.idlm_model import Idlm
+from idlm.models.weights import embedding_rows
 from idlm.training.attention import CleanHalf, MaskHalf
 from idlm.training.layout import MaskRows, Texts, mask_rows
 from idlm.training.losses import (
@@ -57,11 +59,13 @@ class Wanted:
 
 
 class NoisyRows(NamedTuple):
-    """Supervised MASK rows: hidden states [n, D], the token that each predicts, its draft depth
-    from 0, and which of the n' supervised clean rows predicts the same token: [n] each."""
+    """Supervised MASK rows: hidden states [n, D], the token that each predicts, the one before
+    that, its draft depth from 0, and which of the n' supervised clean rows predicts the same token:
+    [n] each."""
 
     hidden: Tensor
     target: Tensor
+    before: Tensor
     depth: Tensor
     teacher: Tensor
 
@@ -93,6 +97,7 @@ class Objective(nn.Module):
     def __init__(self, idlm: Idlm, trains_clean: bool, emits_mask: bool = False) -> None:
         super().__init__()
         self.model = idlm.model
+        self.draft_head = idlm.draft_heads.get(0)
         self.idlm = idlm
         self.trains_clean = trains_clean
         self.emits_mask = emits_mask
@@ -116,8 +121,9 @@ class Objective(nn.Module):
             texts = half.texts._replace(phase=half.texts.phase + shift)
             rows = mask_rows(texts, wanted.block_size)
             target = texts.tokens.gather(1, (rows.column + 1) * rows.real)[rows.real]
+            before = texts.tokens.gather(1, rows.column)[rows.real]
             hidden, depth = self.mask_half(half, rows), rows.depth[rows.real]
-            found.append(NoisyRows(hidden, target, depth, teachers(texts, rows)))
+            found.append(NoisyRows(hidden, target, before, depth, teachers(texts, rows)))
         return NoisyRows(*(torch.cat(each) for each in zip(*found, strict=True)))
 
     def clean_half(self, texts: Texts) -> tuple[CleanHalf, Tensor]:
@@ -146,12 +152,12 @@ class Objective(nn.Module):
         """The weighted loss of the MASK rows, and the sums of its terms: [1], or [3] with the
         hidden states `clean` [n', D] of their teachers."""
         weights, target = wanted.weights, noisy.target
-        of_row = self._weights_of_rows(noisy.hidden, target, noisy.depth, wanted)
+        of_row = self._weights_of_rows(noisy, wanted)
 
         def loss(rows: Tensor, part: slice) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
                 log_p = None if clean is None else self.log_law(clean[noisy.teacher[part]])
-            terms = row_terms(self.log_law(rows), log_p, target[part])
+            terms = row_terms(self.log_law(rows, noisy.before[part]), log_p, target[part])
             weighted = [
                 weight * (of_row[part] * term).sum()
                 for weight, term in zip((weights.ce, weights.kl, weights.tv), terms, strict=False)
@@ -162,19 +168,18 @@ class Objective(nn.Module):
 
         return self._summed(loss, noisy.hidden)
 
-    def _weights_of_rows(
-        self, hidden: Tensor, target: Tensor, depth: Tensor, wanted: Wanted
-    ) -> Tensor:
+    def _weights_of_rows(self, noisy: NoisyRows, wanted: Wanted) -> Tensor:
         """The weights [n] of the MASK rows by their depth."""
-        weights, dtype = wanted.weights, torch.promote_types(hidden.dtype, torch.float32)
+        weights, depth = wanted.weights, noisy.depth
+        dtype = torch.promote_types(noisy.hidden.dtype, torch.float32)
         if weights.depth == "uniform":
             return torch.ones_like(depth, dtype=dtype)
         if weights.depth == "exponential":
             return (-depth.to(dtype) / weights.gamma).exp()
         with torch.no_grad():
             q = [
-                (-row_terms(self.log_law(hidden[part]), None, target[part])[0]).exp()
-                for part in self.parts(hidden)
+                (-row_terms(self._drafted(noisy, part), None, noisy.target[part])[0]).exp()
+                for part in self.parts(noisy.hidden)
             ]
         accepted = (1 - weights.alpha) * torch.cat(q) + weights.alpha
         return continuation(accepted, depth, wanted.block_size)
@@ -190,11 +195,29 @@ class Objective(nn.Module):
         return self._summed(loss, hidden)[0]
 
     def _summed(self, loss: ChunkLoss, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return sum_in_chunks(loss, hidden, self.parts(hidden), self.idlm.head_parameters())
+        return sum_in_chunks(loss, hidden, self.parts(hidden), self._head_parameters())
+
+    def _head_parameters(self) -> list[nn.Parameter]:
+        """The trained parameters of the LM head, and of the draft head with the embedding that it
+        reads; each once."""
+        found = {id(weight): weight for weight in self.idlm.head_parameters()}
+        if self.draft_head is not None:
+            read = [*self.draft_head.parameters(), embedding_rows(self.model)]
+            trained = (w for w in read if isinstance(w, nn.Parameter) and w.requires_grad)
+            found |= {id(weight): weight for weight in trained}
+        return list(found.values())
 
     def parts(self, hidden: Tensor) -> list[slice]:
-        """The chunks of the rows `hidden` [n, D]."""
-        return chunks(len(hidden), self.idlm.vocab_size, hidden.device)
+        """The chunks of the rows `hidden` [n, D]. A row has its logits, and with a draft head the
+        rows of its candidates in the LM head."""
+        numbers = self.idlm.vocab_size
+        if self.draft_head is not None:
+            numbers += candidate_count(self.model, self.draft_head) * hidden.shape[1]
+        return chunks(len(hidden), numbers, hidden.device)
+
+    def _drafted(self, noisy: NoisyRows, part: slice) -> Tensor:
+        """`log_law` of some MASK rows."""
+        return self.log_law(noisy.hidden[part], noisy.before[part])
 
     @torch.no_grad()
     def measure(self, texts: Texts, block_size: int) -> Tensor:
@@ -205,16 +228,22 @@ class Objective(nn.Module):
         sums = torch.zeros(3, block_size, dtype=torch.float64, device=clean.device)
         for part in self.parts(noisy.hidden):
             p = self.log_law(clean[noisy.teacher[part]]).exp()
-            q = self.log_law(noisy.hidden[part]).exp()
+            q = self._drafted(noisy, part).exp()
             accepted, agree = torch.minimum(p, q).sum(-1), p.argmax(-1) == q.argmax(-1)
             found = torch.stack([torch.ones_like(accepted), accepted, agree])
             sums.index_add_(1, noisy.depth[part], found.double())
         return sums
 
-    def log_law(self, hidden: Tensor) -> Tensor:
-        """Log-probabilities [n, V] of hidden rows [n, D], in float32 or more; MASK has none."""
+    def log_law(self, hidden: Tensor, before: Tensor | None = None) -> Tensor:
+        """Log-probabilities [n, V] of hidden rows [n, D], in float32 or more; MASK has none.
+
+        The draft head corrects MASK rows by the text's tokens `before` [n].
+        """
         logits = self.idlm.head(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.draft_head is not None and before is not None:
+            rows = RowsBefore(logits, hidden, before)
+            logits = corrected(self.model, self.draft_head, rows)
         if not self.emits_mask and self.idlm.mask_id < logits.shape[-1]:
             mask = torch.tensor(self.idlm.mask_id, device=logits.device)
             logits = logits.index_fill(-1, mask, EXCLUDED)

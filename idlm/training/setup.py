@@ -19,12 +19,13 @@ from idlm.errors import InputError
 from idlm.models import adapter, experts
 from idlm.models.check import check_adapter, check_architecture, prepare
 from idlm.models.gated_lora import ALL_LINEAR, LoraSpec, adapter_parameters, all_linear, attach
+from idlm.models.heads import HeadSpec, new_head, refill_head
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import ensure_mask_row, load, save_full
 from idlm.models.recomputation import recompute_layers
 from idlm.models.routes import implementation
 from idlm.models.sources import first_line
-from idlm.training.config import ModelConfig, TrainConfig
+from idlm.training.config import HeadConfig, ModelConfig, TrainConfig
 from idlm.training.data import SOURCES
 from idlm.training.strict import nearest
 
@@ -54,6 +55,8 @@ class Trainee:
         Raises:
             InputError: they are of another model.
         """
+        if (head := self.idlm.draft_heads.get(0)) is not None:
+            refill_head(self.idlm.model, head, folder)
         if self.spec is not None:
             adapter.refill(self.idlm.model, folder)
             return
@@ -91,9 +94,21 @@ def trainee(config: TrainConfig, idlm: Idlm) -> Trainee:
             ensure_mask_row(idlm)
         idlm.model.requires_grad_(True)
         student = Trainee(idlm)
+    _add_head(config.head, idlm)
     if config.activation_checkpointing:
         recompute_layers(idlm)
     return student
+
+
+def _add_head(config: HeadConfig, idlm: Idlm) -> None:
+    """Give the model the draft head to train: a new one, unless it has one of this kind."""
+    spec = None if config.kind == "none" else HeadSpec(config.kind, config.size, config.top)
+    old = idlm.draft_heads.pop(0, None)
+    if spec is not None:
+        fits = old is not None and old.spec == spec
+        head = old if old is not None and fits else new_head(idlm.model, spec)
+        head.to(torch.promote_types(idlm.dtype, torch.float32)).requires_grad_(True)
+        idlm.draft_heads[0] = head
 
 
 def _from_scratch(config: ModelConfig) -> Idlm:

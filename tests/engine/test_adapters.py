@@ -12,9 +12,9 @@ from idlm import LLM, InputError, Result, SamplingParams
 from idlm.engine import engine as engine_module
 from idlm.engine.adapters import MOST
 from idlm.engine.request import Terms
-from idlm.models.adapter import Loaded
 from idlm.models.gated_lora import LoraSpec, gated_layers
 from idlm.models.idlm_model import Idlm
+from idlm.models.more_adapters import Loaded
 from tests.engine.tiny import tiny_idlm
 
 PROMPT = [5, 9, 3, 7, 11, 4]
@@ -240,7 +240,7 @@ def test_there_is_a_bound() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_an_engine_that_freed_its_weights(dtype: str, checkpoint: Path) -> None:
     """C kernels hold the weights of a float32 model that the engine has loaded itself."""
-    from idlm.models.adapter import read_more
+    from idlm.models.more_adapters import read_more
 
     options = {"stride": 3, "branches": "all", "dtype": dtype, "threads": 1, "max_num_seqs": 2}
     started = LLM(str(checkpoint / "base"), str(checkpoint / "lora"), changing=True, **options)

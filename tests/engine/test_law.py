@@ -144,7 +144,7 @@ def greedy_verify(law: Law, logits: Tensor, drafts: Any, first: Tensor) -> Verdi
 
 
 def greedy_draft(
-    law: Law, logits: Tensor, first: Tensor, allow: Any = None
+    law: Law, logits: Tensor, first: Tensor, allow: Any = None, chain: Any = None
 ) -> tuple[Tensor, Tensor | None]:
     return logits.argmax(dim=-1), law.log_p(logits) if law.features.ratio else None
 

@@ -26,8 +26,10 @@ from idlm.decoding import reference
 from idlm.engine.build import build_engine
 from idlm.engine.engine import Engine
 from idlm.engine.request import Result, Terms
+from idlm.models.heads import HeadSpec
 from idlm.models.idlm_model import Idlm
 from tests.engine.tiny import DTYPE, VOCAB, sliding_idlm, tiny_idlm, with_second_adapter
+from tests.heads import random_head
 
 STEPS = int(os.environ.get("IDLM_SCHEDULE_STEPS", "5000"))
 """Engine steps of each of the two machines below, at least. `make soak` runs more."""
@@ -42,9 +44,13 @@ ORACLE: dict[str, tuple[int, ...]] = {}
 
 
 @lru_cache
-def model(window: int | None = None) -> Idlm:
+def model(window: int | None = None, heads: bool = False) -> Idlm:
     idlm = tiny_idlm("qwen3") if window is None else sliding_idlm("mistral", window)
-    return with_second_adapter(idlm)
+    idlm = with_second_adapter(idlm)
+    if heads:
+        for adapter, spec in enumerate((HeadSpec("mlp", 6, 7), HeadSpec("markov", 4, 5))):
+            idlm.draft_heads[adapter] = random_head(idlm.model, spec, seed=adapter)
+    return idlm
 
 
 def alone(
@@ -94,6 +100,8 @@ class Schedules(RuleBasedStateMachine):
     record = False
     window: int | None = None
     """The sliding window of all layers: pages before it are freed."""
+    heads = False
+    """Whether drafts are chained."""
     steps = 0
 
     def __init__(self) -> None:
@@ -111,7 +119,7 @@ class Schedules(RuleBasedStateMachine):
     def build(self, plan: tuple[int, str], late: bool, pages: int, prefill: int | None) -> None:
         page_bytes = 2 * 2 * 4 * 2 * 8 * DTYPE.itemsize
         self.engine: Engine = build_engine(
-            model(self.window),
+            model(self.window, self.heads),
             EngineConfig(
                 *plan,
                 max_num_seqs=4,
@@ -214,6 +222,13 @@ class EagerSchedules(Schedules):
     record = False
 
 
+class ChainedSchedules(Schedules):
+    """With a draft head of another kind for each adapter, in recorded steps."""
+
+    record = True
+    heads = True
+
+
 class SlidingSchedules(Schedules):
     """With layers that see less than a page and less than a window, or a little more."""
 
@@ -235,6 +250,7 @@ LIMITS = settings(
     [
         (RecordedSchedules, STEPS),
         (EagerSchedules, STEPS),
+        (ChainedSchedules, STEPS // 5),
         (SlidingSchedules, STEPS // 10),
         (WiderSlidingSchedules, STEPS // 10),
     ],

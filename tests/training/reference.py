@@ -11,6 +11,7 @@ from torch import Tensor
 from idlm.models.idlm_model import Idlm
 from idlm.training.layout import Texts
 from idlm.training.objective import EXCLUDED
+from tests.heads import slow_head
 
 
 class Document(NamedTuple):
@@ -93,7 +94,12 @@ def slow_logits(idlm: Idlm, document: Document, block_size: int) -> tuple[Tensor
         seen[order][:, order][None, None],
         slice(0, len(masks)),
     )
-    logits = idlm.head(hidden)[0][order.argsort()]
+    rows = torch.cat([idlm.head(hidden), hidden], dim=2)[0][order.argsort()]
+    logits = list(rows[:, : idlm.vocab_size])
+    if 0 in idlm.draft_heads:  # each MASK row is given the text's token at its place
+        for i in document.masked:
+            logits[i] = slow_head(idlm)(rows[i], text[i])
+    logits = torch.stack(logits)
     if idlm.mask_id < idlm.vocab_size:
         logits = logits.index_fill(-1, torch.tensor(idlm.mask_id), EXCLUDED)
     return logits[:length], logits[length:]
@@ -134,6 +140,12 @@ def slow_depths(document: Document, block_size: int) -> list[int]:
 
 def gradients(idlm: Idlm, loss: Tensor) -> dict[str, Tensor]:
     """The gradient of each trained parameter by name."""
-    names = {name: p for name, p in idlm.model.named_parameters() if p.requires_grad}
+    modules = [idlm.model, *idlm.draft_heads.values()]
+    names = {
+        f"{name} of {type(module).__name__}": p
+        for module in modules
+        for name, p in module.named_parameters()
+        if p.requires_grad
+    }
     found = torch.autograd.grad(loss, list(names.values()))
     return dict(zip(names, found, strict=True))
