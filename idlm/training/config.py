@@ -25,10 +25,14 @@ UNUSED = (0.0, (0.0, 0.0))
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model to train: a checkpoint (`path`: folder, hub id or bundled name), or a new model of
-    an `architecture`, whose keys are those of a transformers config.
+    """The model to train: a checkpoint, or a new model of an architecture.
 
-    `max_model_len` limits the context, which models with longrope need.
+    Attributes:
+        path: of a checkpoint: a folder, a hub id or a bundled name.
+        architecture: of a new model instead: the keys of a transformers config.
+        tokenizer: of a new model: a registered source's, such as `nano`, or a folder or hub id.
+        dtype: what the weights are trained in.
+        max_model_len: limits the context, which models with longrope need.
     """
 
     path: str | None = None
@@ -42,12 +46,17 @@ class ModelConfig:
 class LoraConfig:
     """The gated LoRA of `method: lora`.
 
-    `targets` are names of linear layers, or `all-linear`: all but the output head and the routers
-    of experts.
+    Attributes:
+        rank: of the update of each layer.
+        alpha: the update is scaled by `alpha` / `rank`.
+        rslora: scale it by `alpha` / sqrt(`rank`) instead (rank-stabilised LoRA, arXiv 2312.03732).
+        targets: names of linear layers, such as `[q_proj, v_proj]`; or `all-linear`, all but the
+            output head and the routers of experts.
     """
 
     rank: int = 32
     alpha: float = 64.0
+    rslora: bool = False
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 
 
@@ -55,15 +64,22 @@ class LoraConfig:
 class DataConfig:
     """The texts to train on.
 
-    `source` is `jsonl`: rows {prompt | messages, response} of `path`, a file (.jsonl or .parquet),
-    a folder of files as `idlm distill` writes, a dataset's name, or a list of them; or `self`:
-    responses that the model generates before the training; or the name of a registered source, such
-    as `nano`, the project's own problems. The prompts of `self` are `prompts`: `bos` (the empty
-    prompt), a registered source, or {prompt | messages} of what `path` may be. They are sampled
-    with the defaults of the model's generation config; `temperature` replaces its own. `examples`
-    limits the rows; `skip_bad_rows` counts broken ones of `jsonl` instead of stopping at the first.
-    Of `jsonl` and `self` the last `held_out` rows are held out. Of messages the last answer is
-    trained on, or each of them if `answers` is `all`.
+    Attributes:
+        source: `jsonl`: the rows of `path`. `self`: responses that the model writes before the
+            training. Or a registered source, such as `nano`, the project's own problems.
+        path: of `jsonl`: a file (.jsonl or .parquet), a folder of files as `idlm distill` writes, a
+            dataset's name, or a list of them.
+        prompts: of `self`: `bos` (the empty prompt), a registered source, or what `path` may be.
+        examples: the most rows.
+        held_out: rows that are measured and not trained on; of `jsonl` and `self` the last ones.
+        seed: of the problems of a registered source, and of the responses of `self`.
+        temperature: of the responses of `self`, in the place of that of the model's generation
+            config.
+        max_tokens: of each response of `self`.
+        max_length: the most tokens of prompt and response, beyond which a response is cut; null:
+            the model's context.
+        skip_bad_rows: count broken rows instead of stopping at the first.
+        answers: of messages: train on the last answer, or on all of them.
     """
 
     source: str = "nano"
@@ -96,6 +112,18 @@ class StageConfig:
     To this is added `lambda` CE_clean, a number or `auto` (CE / CE_clean of the step before, 1 at
     first). Its default is 0.2 for a full fine-tune, and 0 for a gated LoRA, whose clean rows are
     frozen.
+
+    Attributes:
+        steps: of the optimizer in this stage.
+        block_size: b, the MASK rows of a block; it serves strides up to b + 1.
+        ce: the weight of cross entropy.
+        kl: the weight of KL(p, q).
+        tv: the weight of the total variation, which is 1 - the acceptance rate.
+        lk: mixes KL and TV by the acceptance rate.
+        depth_weights: how a row's weight depends on its draft depth.
+        depth_gamma: of `exponential`.
+        dpace_alpha: of `dpace`.
+        lambda_: the weight of the AR loss on clean rows; full fine-tune only.
     """
 
     steps: int
@@ -129,10 +157,17 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, or Muon for the hidden matrices and AdamW for the rest; one schedule over all stages.
+    """One optimizer and one schedule over all stages.
 
-    `wsd` warms up, stays constant, and falls linearly to 0 over the last share `decay` of the
-    steps.
+    Attributes:
+        name: AdamW; or Muon for the hidden matrices and AdamW for the rest.
+        lr: the learning rate after the warm-up; one for both.
+        betas: of AdamW.
+        weight_decay: of matrices; norms and biases have none.
+        schedule: down to 0: `linear`, `cosine`, or `wsd`: constant, then linear at the end.
+        decay: of `wsd`: the share of the steps in which it falls.
+        warmup: steps in which the rate rises from 0.
+        grad_clip: the largest norm of the gradient of a step.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -149,9 +184,27 @@ class OptimizerConfig:
 class TrainConfig:
     """One training run.
 
-    `batch_size` counts sequences for each forward, `accumulation` forwards for each step and rank.
-    `resume` continues from the newest checkpoint in `output_dir`, or starts from the beginning if
-    there is none.
+    Attributes:
+        output_dir: the folder of the run; the result is in its `final`.
+        stages: one after the other.
+        objective: convert to an I-DLM, or train an AR model.
+        method: a gated LoRA on the frozen model, or all weights.
+        random_phase: each text's blocks begin at a random place, so that every position is trained
+            at every depth.
+        seed: of the order of the texts, the phases and the first weights.
+        resume: go on from the newest checkpoint in `output_dir`, if there is one.
+        device: `auto` is a GPU if there is one.
+        threads: of PyTorch on a CPU; null: its default.
+        bf16: compute in bfloat16; the weights stay as `model.dtype` says.
+        batch_size: sequences of a forward.
+        accumulation: forwards of a step, on each rank.
+        log_steps: steps between two lines of the log.
+        eval_steps: steps between two measurements on held-out texts.
+        save_steps: steps between two checkpoints.
+        model: the model.
+        lora: the adapter.
+        data: the texts.
+        optimizer: the optimizer.
     """
 
     output_dir: str
