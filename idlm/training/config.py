@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from idlm.errors import InputError
 from idlm.training.losses import RowWeights
+from idlm.training.ranges import check_ranges
 from idlm.training.strict import as_tree, build, override_key, read_yaml
 
 __all__ = ["TrainConfig", "as_tree", "load_config", "parse_config"]
@@ -289,49 +290,26 @@ def parse_config(tree: dict[str, Any]) -> TrainConfig:
         InputError: as in `load_config`.
     """
     config: TrainConfig = build(TrainConfig, tree, "")
+    check_ranges(as_tree(config))
     _check(config)
     return config
 
 
 def _check(config: TrainConfig) -> None:
     """Checks that concern several keys; each message names the key to change."""
-    positive = {
-        "stages.*.steps": min((s.steps for s in config.stages), default=0),
-        "stages.*.block_size": min((s.block_size for s in config.stages), default=0),
-        "batch_size": config.batch_size,
-        "accumulation": config.accumulation,
-        "log_steps": config.log_steps,
-        "eval_steps": config.eval_steps,
-        "save_steps": config.save_steps,
-        "model.max_model_len": 1
-        if config.model.max_model_len is None
-        else config.model.max_model_len,
-        "data.held_out": config.data.held_out,
-        "data.max_tokens": config.data.max_tokens,
-        "threads": 1 if config.threads is None else config.threads,
-        "data.examples": 1 if config.data.examples is None else config.data.examples,
-        "data.max_length": 2 if config.data.max_length is None else config.data.max_length - 1,
-    }
+    if not config.stages:
+        raise InputError("stages is empty; it must have at least 1")
     for number, stage in enumerate(config.stages):
         _check_loss(stage, f"stages.{number}")
-    for key, value in positive.items():
-        if value < 1:
-            raise InputError(
-                f"{key} is too small; it must be at least {2 if key == 'data.max_length' else 1}"
-            )
-    if not (config.optimizer.lr > 0 and config.optimizer.lr < float("inf")):
-        raise InputError(f"optimizer.lr is {config.optimizer.lr}; it must be a positive number")
-    if not 0 < config.optimizer.decay <= 1:
-        raise InputError(
-            f"optimizer.decay is {config.optimizer.decay}; "
-            "it is a share of the steps, above 0 and up to 1"
-        )
+    for key, text in (("output_dir", config.output_dir), ("model.path", config.model.path)):
+        if text == "":
+            raise InputError(f"{key} is empty; give the path of a folder")
+    if config.lora.targets == ():
+        raise InputError("lora.targets is empty; name linear layers, or write all-linear")
     if (config.model.path is None) == (config.model.architecture is None):
         raise InputError("model.path and model.architecture: give exactly one of the two")
     if config.data.source == "jsonl" and not config.data.path:
         raise InputError("data.path is missing; data.source: jsonl needs the file's path")
-    if config.data.temperature is not None and config.data.temperature < 0:
-        raise InputError(f"data.temperature is {config.data.temperature}; it must be 0 or more")
     if config.objective == "ar" and config.method == "lora":
         raise InputError("method is 'lora'; objective: ar trains all weights, set method: full")
     if config.method == "lora" and any(stage.lambda_ for stage in config.stages):
