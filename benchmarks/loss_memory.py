@@ -5,8 +5,9 @@
 Each figure is the peak of a process of its own, beyond what it held when the model and the texts
 were there; malloc maps every large tensor by itself, so it is what tensors take. The model is one
 small layer, so nearly all of it is the loss: CE + KL + TV with the weights of D-PACE, with a gated
-LoRA and with all weights trained (then the gradient of the head is in it), in chunks and, where
-that fits in `--limit` GB, with all rows at once.
+LoRA and with all weights trained, in chunks and, where that fits in `--limit` GB, with all rows at
+once. With all weights trained every trainer holds the gradient of the head when it is done;
+`without_head_bytes` leaves it out.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from idlm.models.attention import NAME
 from idlm.models.gated_lora import LoraSpec, attach
 from idlm.models.idlm_model import Idlm
 from idlm.training import losses
+from idlm.training.data import Draw, collate, exchange
+from idlm.training.layout import Texts
 from idlm.training.losses import RowWeights
-from idlm.training.objective import Objective, Texts, Wanted
+from idlm.training.objective import Objective, Wanted
 
 TEXTS, HIDDEN, COPIES = 8, 64, 12
 """Texts in the batch, the hidden size, and copies of the logits that the whole loss may have."""
@@ -53,10 +56,9 @@ def build(method: str, vocabulary: int, rows: int) -> tuple[Objective, Texts]:
     idlm = Idlm(model, None, vocabulary - 1)
     if method == "lora":
         idlm.gate = attach(model, LoraSpec(4, 8.0, ("q_proj", "v_proj")), idlm.mask_id)
-    tokens = torch.randint(vocabulary - 1, (TEXTS, length))
-    texts = Texts(
-        tokens, torch.full((TEXTS,), 1), torch.full((TEXTS,), length), torch.arange(TEXTS)
-    )
+    tokens = torch.randint(vocabulary - 1, (TEXTS, length)).tolist()
+    draws = [[Draw(0, exchange(row[:1], row[1:]), phase)] for phase, row in enumerate(tokens)]
+    texts = collate(draws).texts
     return Objective(idlm, trains_clean=method == "full"), texts
 
 
@@ -100,7 +102,8 @@ def main() -> None:
                     found = process.apply(peak, (method, vocabulary, options.rows, whole))
                 row = {"method": method, "vocabulary": vocabulary, "whole": whole}
                 figures.append(row | {"logits_bytes": logits, "peak_bytes": found})
-                figures[-1]["head_bytes"] = vocabulary * HIDDEN * 4
+                head = vocabulary * HIDDEN * 4 if method == "full" else 0
+                figures[-1] |= {"head_bytes": head, "without_head_bytes": found - head}
                 print(figures[-1], file=sys.stderr)
     report = {"environment": environment(), "rows": options.rows, "hidden": HIDDEN}
     text = json.dumps(report | {"figures": figures}, indent=1)

@@ -113,6 +113,7 @@ class LowRank(NamedTuple):
 class GatedLinear(nn.Module):
     """A frozen linear layer with a low-rank update of the MASK rows.
 
+    The update is computed in the type of the rows; in training its matrices may have a wider one.
     `more` holds the updates of further adapters. Each is computed for all MASK rows, and a row
     keeps that of its adapter. So shapes do not depend on the batch, but the cost grows with the
     number of adapters.
@@ -135,7 +136,8 @@ class GatedLinear(nn.Module):
         if rows.start == rows.stop or self.gate.merged:  # AR does not compute the adapter
             return y
         mask_x, mask_y = self.gate.select(x), self.gate.select(y)
-        update = F.linear(F.linear(mask_x, self.lora_A), self.lora_B)
+        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        update = F.linear(F.linear(mask_x, a), b)
         if self.gate.adapters == 1:
             mask_y.add_(update, alpha=self.scale)
             return y
@@ -194,7 +196,7 @@ class MaskEmbedding(nn.Module):
         is_mask = tokens == self.mask_id
         rows: Tensor = self.base(tokens.masked_fill(is_mask, 0))  # MASK may be past the last row
         if not self.more:
-            return torch.where(is_mask.unsqueeze(-1), self.mask_row, rows)
+            return torch.where(is_mask.unsqueeze(-1), self.mask_row.to(rows.dtype), rows)
         masks = self.gate.rows
         if masks == NO_ROWS:
             return rows

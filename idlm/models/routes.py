@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -29,8 +30,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from idlm.models.attention import NAME, Cache, Visible, attention
 
-_seen: ContextVar[Mapping[str, Any]] = ContextVar("_seen")
-"""`visible` and `cache` of the forward that runs; nothing outside of `Idlm.hidden`."""
+
+@dataclass
+class _Route:
+    """What the rows of the forward that runs see, and its next layer that calls PyTorch's function;
+    None if layers do not."""
+
+    visible: Visible | None
+    cache: Cache | None
+    sdpa_layer: int | None = None
+
+
+_route: ContextVar[_Route | None] = ContextVar("_route", default=None)
+"""That of the forward that runs; None outside of `Idlm.hidden`."""
 
 _unknown: ContextVar[dict[str, Any] | None] = ContextVar("_unknown", default=None)
 
@@ -75,15 +87,28 @@ def route_methods(model: PreTrainedModel) -> None:
 @contextmanager
 def routed(model: PreTrainedModel, visible: Visible | None, cache: Cache | None) -> Iterator[None]:
     """Run a forward of `model` whose rows see what `visible` or `cache` of `attention` says."""
-    token = _seen.set({"visible": visible, "cache": cache})
+    first = 0 if model.config._attn_implementation == "sdpa" else None
+    with _on(_Route(visible, cache, first)):
+        yield
+
+
+def same_route() -> AbstractContextManager[None]:
+    """The route of the running forward from its current layer on, for a later recomputation."""
+    route = _route.get()
+    return nullcontext() if route is None else _on(replace(route))
+
+
+@contextmanager
+def _on(route: _Route) -> Iterator[None]:
+    token = _route.set(route)
     calls: AbstractContextManager[object] = nullcontext()
-    if model.config._attn_implementation == "sdpa":
-        calls = _CallsOfSdpa()
+    if route.sdpa_layer is not None:
+        calls = _CallsOfSdpa(route)
     try:
         with calls:
             yield
     finally:
-        _seen.reset(token)
+        _route.reset(token)
 
 
 def _interface(
@@ -109,9 +134,9 @@ def _interface(
         query, key, value = (
             F.pad(rows, (0, size - rows.shape[-1])) for rows in (query, key, value)
         )
-    mixed, _ = attention(
-        module, query, key, value, attention_mask, scaling=scale, **options, **_seen.get({})
-    )
+    if (route := _route.get()) is not None:
+        options |= {"visible": route.visible, "cache": route.cache}
+    mixed, _ = attention(module, query, key, value, attention_mask, scaling=scale, **options)
     return mixed[..., :outer] if inner > outer else mixed, None
 
 
@@ -119,7 +144,7 @@ def _method(
     layer: Any, index: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """`layer._attn`: [B, H, Q, E]. The class's own outside of `routed`."""
-    if not _seen.get({}):
+    if _route.get() is None:
         own: tuple[Tensor, Tensor | None] = type(layer)._attn(layer, query, key, value, mask)
         return own
     # GPT-Neo does not scale, and its local layers have a window
@@ -134,9 +159,9 @@ def _method(
 class _CallsOfSdpa(TorchFunctionMode):
     """Routes the calls of PyTorch's attention function: one a layer, in their order."""
 
-    def __init__(self) -> None:
+    def __init__(self, route: _Route) -> None:
         super().__init__()
-        self._layer = 0
+        self._route = route
 
     def __torch_function__(
         self,
@@ -147,8 +172,9 @@ class _CallsOfSdpa(TorchFunctionMode):
     ) -> Any:
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        at = SimpleNamespace(layer_idx=self._layer)
-        self._layer += 1
+        assert self._route.sdpa_layer is not None  # noqa: S101
+        at = SimpleNamespace(layer_idx=self._route.sdpa_layer)
+        self._route.sdpa_layer += 1
         query, key, value = args[:3]
         scale = (kwargs or {}).get("scale")
         mixed, _ = _interface(at, query, key, value, None, scale)  # type: ignore[arg-type]

@@ -32,14 +32,15 @@ class ModelConfig:
         path: of a checkpoint: a folder, a hub id or a bundled name.
         architecture: of a new model instead: the keys of a transformers config.
         tokenizer: of a new model: a registered source's, such as `nano`, or a folder or hub id.
-        dtype: what the weights are trained in.
+        dtype: of the weights in memory; bfloat16 is for a frozen base, whose adapter is trained in
+            float32.
         max_model_len: limits the context, which models with longrope need.
     """
 
     path: str | None = None
     architecture: dict[str, Any] | None = None
     tokenizer: str = "nano"
-    dtype: Literal["float32", "float64"] = "float32"
+    dtype: Literal["bfloat16", "float32", "float64"] = "float32"
     max_model_len: int | None = None
 
 
@@ -192,11 +193,15 @@ class TrainConfig:
         method: a gated LoRA on the frozen model, or all weights.
         random_phase: each text's blocks begin at a random place, so that every position is trained
             at every depth.
+        phases: how often the MASK rows of a text are computed, each time with other blocks, over
+            one clean half; at most b.
         seed: of the order of the texts, the phases and the first weights.
         resume: go on from the newest checkpoint in `output_dir`, if there is one.
         device: `auto` is a GPU if there is one.
         threads: of PyTorch on a CPU; null: its default.
         bf16: compute in bfloat16; the weights stay as `model.dtype` says.
+        activation_checkpointing: compute each layer again for its gradient, which takes less memory
+            and a third more time.
         batch_size: sequences of a forward.
         accumulation: forwards of a step, on each rank.
         log_steps: steps between two lines of the log.
@@ -213,11 +218,13 @@ class TrainConfig:
     objective: Literal["idlm", "ar"] = "idlm"
     method: Literal["lora", "full"] = "lora"
     random_phase: bool = True
+    phases: int = 1
     seed: int = 0
     resume: bool = False
     device: Literal["auto", "cpu"] = "auto"
     threads: int | None = None
     bf16: bool = False
+    activation_checkpointing: bool = False
     batch_size: int = 16
     accumulation: int = 1
     log_steps: int = 10
@@ -312,6 +319,11 @@ def _check(config: TrainConfig) -> None:
         raise InputError("data.path is missing; data.source: jsonl needs the file's path")
     if config.objective == "ar" and config.method == "lora":
         raise InputError("method is 'lora'; objective: ar trains all weights, set method: full")
+    if config.method == "full" and config.model.dtype == "bfloat16":
+        raise InputError(
+            "model.dtype is 'bfloat16'; method: full trains the weights, which bfloat16 rounds "
+            "away: set bf16: true, which computes in bfloat16 and keeps them in float32"
+        )
     if config.method == "lora" and any(stage.lambda_ for stage in config.stages):
         raise InputError(
             "lambda has no effect with method: lora, whose clean rows are the frozen base; "

@@ -20,7 +20,7 @@ from idlm.chat_template import check_tokens
 from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 from idlm.training.config import DataConfig
-from idlm.training.objective import Texts
+from idlm.training.layout import Texts
 from idlm.training.rows import Row, read_row
 from idlm.training.tables import Tables
 
@@ -31,16 +31,29 @@ WINDOW = 16
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of a prompt and of its response, both non-empty; `row` names it in messages."""
+    """One document.
 
-    prompt: list[int]
-    response: list[int]
+    Attributes:
+        tokens: its ids.
+        answers: half-open ranges of the tokens that the model answered, in order, non-empty and
+            disjoint; the first starts after the first token.
+        row: names the document in messages.
+    """
+
+    tokens: list[int]
+    answers: tuple[tuple[int, int], ...]
     row: str = ""
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt and the response."""
-        return len(self.prompt) + len(self.response)
+        """How many tokens it has."""
+        return len(self.tokens)
+
+
+def exchange(prompt: list[int], response: list[int], row: str = "") -> Example:
+    """The example of a prompt and one response."""
+    tokens = prompt + response
+    return Example(tokens, ((len(prompt), len(tokens)),), row)
 
 
 @dataclass(frozen=True)
@@ -67,23 +80,25 @@ source.
 
 
 def fit(example: Example, limit: int) -> Example:
-    """Cut the response so that the example has at most `limit` tokens.
+    """Cut the answers so that the example has at most `limit` tokens; what follows the last answer
+    is cut too, since nothing learns from it.
 
     Raises:
-        InputError: the prompt or the response is empty, or the prompt leaves no room for a token.
+        InputError: an answer is empty, nothing comes before the first one, or what comes before it
+            leaves no room for a token.
     """
-    if not example.prompt:
+    row, (prompt, _) = example.row, example.answers[0]
+    if not prompt:
+        raise InputError(f"{row}: the prompt has no tokens; give one, or a model with a BOS token")
+    if any(start == stop for start, stop in example.answers):
+        raise InputError(f"{row}: the response has no tokens; remove the row or fill it")
+    if prompt >= limit:
         raise InputError(
-            f"{example.row}: the prompt has no tokens; give one, or a model with a BOS token"
-        )
-    if not example.response:
-        raise InputError(f"{example.row}: the response has no tokens; remove the row or fill it")
-    if len(example.prompt) >= limit:
-        raise InputError(
-            f"{example.row}: the prompt has {len(example.prompt)} tokens, "
+            f"{row}: the prompt has {prompt} tokens, "
             f"the limit is {limit} for prompt and response; shorten it or raise data.max_length"
         )
-    return Example(example.prompt, example.response[: limit - len(example.prompt)], example.row)
+    answers = tuple((at, min(stop, limit)) for at, stop in example.answers if at < limit)
+    return Example(example.tokens[: answers[-1][1]], answers, row)
 
 
 def chat_examples(pairs: Iterable[tuple[str, str]], idlm: Idlm) -> list[Example]:
@@ -93,7 +108,7 @@ def chat_examples(pairs: Iterable[tuple[str, str]], idlm: Idlm) -> list[Example]
     tokenizer, end = idlm.encoder.tokenizer, _end(idlm, chat=True)
     answers = tokenizer([answer for _, answer in chosen], add_special_tokens=False)["input_ids"]
     rows = zip(prompts, answers, strict=True)
-    return [Example(p, a + end, f"problem {i}") for i, (p, a) in enumerate(rows)]
+    return [exchange(p, a + end, f"problem {i}") for i, (p, a) in enumerate(rows)]
 
 
 def _prompt(row: Row, idlm: Idlm) -> list[int]:
@@ -127,12 +142,12 @@ def row_example(row: Row, idlm: Idlm) -> Example:
     with named(row.name):
         if row.text is not None:
             ids = ids_of(row.text, "text", idlm)
-            return Example(ids[:1], ids[1:] + _end_of(row.text, idlm, False), row.name)
+            return exchange(ids[:1], ids[1:] + _end_of(row.text, idlm, False), row.name)
         if not row.response and not row.answered:
             raise InputError('it has no response; give it a non-empty "response"')
         if row.messages is not None and not row.response:
             prompt, answer = idlm.encoder.exchange(row.messages, row.tools)
-            return Example(prompt, _ended(answer, idlm), row.name)
+            return exchange(prompt, _ended(answer, idlm), row.name)
         prompt, response = _prompt(row, idlm), row.response or []
         if isinstance(response, str) and isinstance(row.prompt, str):
             answer = idlm.encoder.continuation(row.prompt, response)
@@ -141,7 +156,7 @@ def row_example(row: Row, idlm: Idlm) -> Example:
         else:
             answer = check_tokens(response, idlm.vocab_size, "response")
             _check_written(row, answer, idlm)
-        return Example(prompt, answer + _end_of(response, idlm, False), row.name)
+        return exchange(prompt, answer + _end_of(response, idlm, False), row.name)
 
 
 def row_examples(row: Row, idlm: Idlm, every: bool) -> list[Example]:
@@ -247,7 +262,7 @@ class Draw(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Texts for one forward, padded on the right with 0, and the indices of their examples."""
+    """Texts for one forward, and the indices of their examples, row by row."""
 
     texts: Texts
     indices: list[int]
@@ -276,16 +291,38 @@ class TrainOrder:
     def batch(self, index: int, size: int) -> Batch:
         """Batch `index` of the run cut into batches of `size`; the last one may be shorter."""
         draws = range(index * size, min((index + 1) * size, len(self)))
-        return collate([self[k] for k in draws])
+        return collate([[self[k]] for k in draws])
 
 
-def collate(draws: list[Draw]) -> Batch:
-    """Pad the texts of the draws to one batch."""
-    examples = [draw.example for draw in draws]
-    tokens = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(e.prompt + e.response) for e in examples], batch_first=True
+def collate(rows: list[list[Draw]]) -> Batch:
+    """Pack the documents of each row one after the other, and pad the rows on the right."""
+    packed = [_packed(row) for row in rows]
+    padding = (0, -1, 0, -1, 0)  # of the tensors of `Texts`
+    texts = [
+        torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True, padding_value=value)
+        for parts, value in zip(zip(*packed, strict=True), padding, strict=True)
+    ]
+    return Batch(Texts(*texts), [draw.example_index for row in rows for draw in row])
+
+
+def _packed(row: list[Draw]) -> Texts:
+    """The columns of the documents of one row, [L] each."""
+    examples = [draw.example for draw in row]
+    length = torch.tensor([example.length for example in examples])
+    start = length.cumsum(0) - length
+    document = torch.arange(len(row)).repeat_interleave(length)
+    answer = torch.full_like(document, -1)
+    ranges = [
+        (at + first, at + stop)
+        for at, example in zip(start.tolist(), examples, strict=True)
+        for first, stop in example.answers
+    ]
+    for index, (first, stop) in enumerate(ranges):
+        answer[first:stop] = index
+    return Texts(
+        tokens=torch.tensor([token for example in examples for token in example.tokens]),
+        document=document,
+        position=torch.arange(len(document)) - start[document],
+        answer=answer,
+        phase=torch.tensor([draw.phase for draw in row])[document],
     )
-    prompt = torch.tensor([len(e.prompt) for e in examples])
-    length = torch.tensor([e.length for e in examples])
-    phase = torch.tensor([draw.phase for draw in draws])
-    return Batch(Texts(tokens, prompt, length, phase), [draw.example_index for draw in draws])

@@ -170,11 +170,11 @@ class Trainer:
         return [send_to_device(batch, self.accelerator.device) for batch in batches]
 
     def count(self, batches: list[Batch]) -> Rows:
-        """Supervised rows of the whole step: n clean rows and n - 1 MASK rows for n response
-        tokens."""
-        responses = [batch.texts.length - batch.texts.prompt for batch in batches]
-        clean = torch.cat(responses).sum()
-        noisy = torch.cat([length - 1 for length in responses]).sum()
+        """Supervised rows of the whole step: n clean rows, and in each phase n - 1 MASK rows, for
+        an answer of n tokens."""
+        phases = len(wanted(self.config, self.state).shifts)
+        noisy = phases * torch.stack([batch.texts.masked.sum() for batch in batches]).sum()
+        clean = torch.stack([batch.texts.supervised.sum() for batch in batches]).sum()
         rows = self.accelerator.reduce(torch.stack([noisy, clean]), reduction="sum")
         return Rows(*rows.tolist())
 
@@ -236,4 +236,5 @@ def wanted(config: TrainConfig, state: State) -> Wanted:
     if config.objective == "ar":
         return Wanted(0, clean=True)
     stage, weights = config.stage(state.step), config.row_weights(state.step, state.acceptance)
-    return Wanted(stage.block_size, config.lambda_of(stage) != 0, stage.soft, weights)
+    clean = config.lambda_of(stage) != 0
+    return Wanted(stage.block_size, clean, stage.soft, weights, config.phases)

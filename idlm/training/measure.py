@@ -11,7 +11,8 @@ from torch import Tensor
 
 from idlm.training.config import TrainConfig
 from idlm.training.data import Example, TrainOrder
-from idlm.training.objective import Objective, Texts, Wanted, clean_rows
+from idlm.training.layout import Texts
+from idlm.training.objective import Objective, Wanted
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def _sums(objective: Objective, texts: Texts, config: TrainConfig, block_size: i
     texts = send_to_device(texts, objective.idlm.device)
     if config.objective == "idlm":
         return objective.measure(texts, block_size).cpu()
-    rows = clean_rows(texts.prompt, texts.length, texts.tokens.shape[1]).sum()
+    rows = texts.supervised.sum()
     terms = objective.forward(texts, Wanted(0, clean=True))
     return torch.stack([rows.double(), terms.clean.double()]).cpu()
 

@@ -12,7 +12,7 @@ from idlm.chat_template import check_ids
 from idlm.errors import InputError
 from idlm.messages import as_user
 from idlm.models.idlm_model import Idlm
-from idlm.training.data import Example, fit, ids_of, named
+from idlm.training.data import exchange, fit, ids_of, named
 from idlm.training.rows import read_fields, read_row
 from idlm.training.tables import Named
 
@@ -53,7 +53,7 @@ class Encoding:
             InputError: the row has no prompt, or it cannot be encoded, is too long or holds MASK.
         """
         prompt = self._encode(read_fields(row, name), name)
-        fit(Example(prompt.ids, [0], name), self.length)
+        fit(exchange(prompt.ids, [0], name), self.length)
         with named(name):
             check_ids(prompt.ids, self.idlm)
         return prompt

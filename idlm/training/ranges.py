@@ -38,6 +38,7 @@ RANGES = {
     "seed": SEED,
     "threads": Range(1, MOST_THREADS),
     "batch_size": Range(1, 2**20),
+    "phases": COUNT,
     "accumulation": Range(1, 2**20),
     "log_steps": COUNT,
     "eval_steps": COUNT,

@@ -19,9 +19,10 @@ from transformers import (
 from idlm.errors import InputError
 from idlm.models import adapter, experts
 from idlm.models.check import check_adapter, check_architecture, prepare
-from idlm.models.gated_lora import ALL_LINEAR, LoraSpec, all_linear, attach
+from idlm.models.gated_lora import ALL_LINEAR, LoraSpec, adapter_parameters, all_linear, attach
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import ensure_mask_row, load, save_full
+from idlm.models.recomputation import recompute_layers
 from idlm.models.routes import implementation
 from idlm.models.sources import first_line
 from idlm.training.config import ModelConfig, TrainConfig
@@ -82,11 +83,17 @@ def trainee(config: TrainConfig, idlm: Idlm) -> Trainee:
         base = adapter.fingerprint(idlm.model)
         idlm.gate = attach(idlm.model, spec, idlm.mask_id)
         check_adapter(idlm)
-        return Trainee(idlm, spec, base)
-    if config.objective == "idlm":
-        ensure_mask_row(idlm)
-    idlm.model.requires_grad_(True)
-    return Trainee(idlm)
+        for trained in adapter_parameters(idlm.model).values():  # a step is below bfloat16's
+            trained.data = trained.data.to(torch.promote_types(trained.dtype, torch.float32))
+        student = Trainee(idlm, spec, base)
+    else:
+        if config.objective == "idlm":
+            ensure_mask_row(idlm)
+        idlm.model.requires_grad_(True)
+        student = Trainee(idlm)
+    if config.activation_checkpointing:
+        recompute_layers(idlm)
+    return student
 
 
 def _from_scratch(config: ModelConfig) -> Idlm:

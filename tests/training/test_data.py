@@ -28,6 +28,7 @@ from idlm.training.data import (
     chat_examples,
     collate,
     draw_order,
+    exchange,
     fit,
     jsonl_examples,
 )
@@ -76,26 +77,46 @@ def test_draw_is_the_same_whatever_was_drawn_before() -> None:
 
 
 def test_collate_pads_on_the_right() -> None:
-    batch = collate([Draw(3, Example([5], [6, 7]), 9), Draw(0, Example([1, 2], [3, 4]), 2)])
+    batch = collate([[Draw(3, exchange([5], [6, 7]), 9)], [Draw(0, exchange([1, 2], [3, 4]), 2)]])
     texts = batch.texts
     assert texts.tokens.tolist() == [[5, 6, 7, 0], [1, 2, 3, 4]]
-    assert (texts.prompt.tolist(), texts.length.tolist()) == ([1, 2], [3, 4])
-    assert (texts.phase.tolist(), batch.indices) == ([9, 2], [3, 0])
+    assert texts.document.tolist() == [[0, 0, 0, -1], [0, 0, 0, 0]]
+    assert texts.position.tolist() == [[0, 1, 2, 0], [0, 1, 2, 3]]
+    assert texts.answer.tolist() == [[-1, 0, 0, -1], [-1, -1, 0, 0]]
+    assert texts.phase.tolist() == [[9, 9, 9, 0], [2, 2, 2, 2]] and batch.indices == [3, 0]
+
+
+def test_collate_packs_documents_with_several_answers() -> None:
+    two = Example([1, 2, 3, 4, 5, 6], ((1, 3), (3, 4)))
+    batch = collate([[Draw(4, two, 7), Draw(2, exchange([8], [9]), 1)], [Draw(4, two, 3)]])
+    texts = batch.texts
+    assert texts.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 8, 9], [1, 2, 3, 4, 5, 6, 0, 0]]
+    assert texts.document[0].tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
+    assert texts.position[0].tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert texts.answer[0].tolist() == [-1, 0, 0, 1, -1, -1, -1, 2]
+    assert texts.phase[0].tolist() == [7] * 6 + [1] * 2
+    assert batch.indices == [4, 2, 4]
+    assert texts.masked.int().sum(1).tolist() == [1, 1]
+    assert texts.supervised.int().sum(1).tolist() == [4, 3]
 
 
 def test_batches_cut_the_run_into_neighbours() -> None:
     draws = TrainOrder(tiny.examples(10), list(range(10)), seed=0, random_phase=True)
     batches = [draws.batch(index, 4) for index in range(3)]
     assert [batch.indices for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert batches[1].texts.phase.tolist() == [draws[i].phase for i in range(4, 8)]
+    assert batches[1].texts.phase[:, 0].tolist() == [draws[i].phase for i in range(4, 8)]
 
 
 def test_long_responses_are_cut_and_long_prompts_refused() -> None:
-    assert fit(Example([1, 2], [3, 4, 5]), 4) == Example([1, 2], [3, 4])
+    assert fit(exchange([1, 2], [3, 4, 5]), 4) == exchange([1, 2], [3, 4])
+    two = Example([1, 2, 3, 4, 5, 6, 7], ((1, 2), (4, 6)))
+    assert fit(two, 9) == fit(two, 6) == Example([1, 2, 3, 4, 5, 6], ((1, 2), (4, 6)))
+    assert fit(two, 5) == Example([1, 2, 3, 4, 5], ((1, 2), (4, 5)))
+    assert fit(two, 4) == Example([1, 2], ((1, 2),))
     for example, word in [
-        (Example([1] * 4, [2], "row 7"), "row 7: the prompt has 4 tokens"),
-        (Example([], [2], "row 7"), "row 7: the prompt has no tokens"),
-        (Example([1], [], "row 7"), "row 7: the response has no tokens"),
+        (exchange([1] * 4, [2], "row 7"), "row 7: the prompt has 4 tokens"),
+        (exchange([], [2], "row 7"), "row 7: the prompt has no tokens"),
+        (exchange([1], [], "row 7"), "row 7: the response has no tokens"),
     ]:
         with pytest.raises(InputError, match=word):
             fit(example, 4)
@@ -156,8 +177,8 @@ def test_last_rows_are_held_out(tmp_path: Path) -> None:
     data = corpus(
         DataConfig(source="jsonl", path=str(path), held_out=3), tiny.model(), 10, tmp_path
     )
-    assert [e.prompt for e in data.training + data.held_out] == [
-        e.prompt for e in tiny.examples(10)
+    assert [tiny.prompt(e) for e in data.training + data.held_out] == [
+        tiny.prompt(e) for e in tiny.examples(10)
     ]
     assert len(data.held_out) == 3
     with pytest.raises(InputError, match="held_out is 10 but there are 10 rows"):
@@ -174,10 +195,10 @@ def test_nano_examples_are_chats_with_worked_solutions() -> None:
         strict=True,
     ):
         assert (
-            tokenizer.decode(example.prompt)
+            tokenizer.decode(tiny.prompt(example))
             == f"<|im_start|>user\n{p.question}<|im_end|>\n<|im_start|>assistant\n"
         )
-        assert tokenizer.decode(example.response) == p.solution + END
+        assert tokenizer.decode(tiny.response(example)) == p.solution + END
     stream = training_problems(0)
     assert not any(is_held_out(next(stream).question) for _ in range(200))
 
@@ -187,9 +208,9 @@ def test_the_registered_source_is_the_projects_problems(tokenizer: PreTrainedTok
     idlm.tokenizer = tokenizer
     idlm.model.config.max_position_embeddings = 600
     data = corpus(DataConfig(source="nano", examples=6, held_out=3, seed=5), idlm, 10, Path())
-    answers = [tokenizer.decode(e.response) for e in data.training]
+    answers = [tokenizer.decode(tiny.response(e)) for e in data.training]
     assert answers == [p.solution + END for p in islice(training_problems(5), 6)]
-    assert [tokenizer.decode(e.response) for e in data.held_out] == [
+    assert [tokenizer.decode(tiny.response(e)) for e in data.held_out] == [
         p.solution + END for p in held_out_problems(3)
     ]
     assert SOURCES["nano"].tokenizer is train_tokenizer
@@ -228,10 +249,10 @@ def test_a_response_ends_with_what_ends_it_when_the_model_decodes(
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     examples, _ = jsonl_examples(DataConfig(source="jsonl", path=str(path)), idlm, idlm.context)
-    assert [e.response[-1] for e in examples] == [plain, chat, 6]
+    assert [tiny.response(e)[-1] for e in examples] == [plain, chat, 6]
     assert {plain, chat} <= idlm.eos_ids
     (example,) = chat_examples([("\n", "\n")], idlm)
-    assert example.response[-1] == chat
+    assert tiny.response(example)[-1] == chat
 
 
 def test_a_model_without_an_end_trains_without_one(tmp_path: Path) -> None:
@@ -242,4 +263,4 @@ def test_a_model_without_an_end_trains_without_one(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": [5], "response": "abc"}))
     ((example,), _) = jsonl_examples(DataConfig(source="jsonl", path=str(path)), idlm, 48)
-    assert example.response == idlm.tokenizer("abc").input_ids
+    assert tiny.response(example) == idlm.tokenizer("abc").input_ids

@@ -185,7 +185,7 @@ def test_what_is_written_is_what_training_reads(whole: Path, tmp_path: Path) -> 
     config = DataConfig(source="jsonl", path=str(whole), held_out=3)
     data = corpus(config, idlm, 10, tmp_path)
     expected = [(row["prompt"], row["response"]) for row in rows(whole)]
-    assert [(e.prompt, e.response) for e in data.training + data.held_out] == expected
+    assert [(tiny.prompt(e), tiny.response(e)) for e in data.training + data.held_out] == expected
     several = replace(config, path=tuple(str(file) for file in shards(whole)))
     assert corpus(several, idlm, 10, tmp_path) == data
 
@@ -215,7 +215,10 @@ def test_a_chat_row_is_trained_on_as_it_was_decoded(checkpoint: Path, tmp_path: 
         assert first["prompt"] == idlm.encoder.chat([user])
         config = DataConfig(source="jsonl", path=str(tmp_path / f"{name}.out"))
         example = jsonl_examples(config, idlm, idlm.context)[0][0]
-        assert (example.prompt, example.response) == (first["prompt"], first["response"])
+        assert (tiny.prompt(example), tiny.response(example)) == (
+            first["prompt"],
+            first["response"],
+        )
     lines = rows(tmp_path / "c.txt.out")
     assert [row["messages"][0]["content"] for row in lines] == ["Tom", "Ben"]
     raw = Prompts(Tables((str(tmp_path / "c.txt"),)).rows, Encoding(idlm))
@@ -434,12 +437,14 @@ def test_own_responses_are_a_function_of_the_seed(tmp_path: Path) -> None:
     first = own(tmp_path / "a", idlm)
     assert torch.equal(torch.get_rng_state(), before) and torch.get_num_threads() == threads
     torch.rand(3)
-    assert [e.response for e in own(tmp_path / "b", idlm)] == [e.response for e in first]
+    assert [tiny.response(e) for e in own(tmp_path / "b", idlm)] == [
+        tiny.response(e) for e in first
+    ]
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     other = own(tmp_path / "c", idlm, seed=1)
-    assert not {tuple(e.response) for e in first} & {tuple(e.response) for e in other}
-    assert all(e.prompt == [1] and 1 <= len(e.response) <= 8 for e in first)
-    assert len(first) == 10 and all(2 not in e.response[:-1] for e in first)
+    assert not {tuple(tiny.response(e)) for e in first} & {tuple(tiny.response(e)) for e in other}
+    assert all(tiny.prompt(e) == [1] and 1 <= len(tiny.response(e)) <= 8 for e in first)
+    assert len(first) == 10 and all(2 not in tiny.response(e)[:-1] for e in first)
 
 
 def test_complete_responses_are_read_without_the_model(tmp_path: Path) -> None:
@@ -491,20 +496,20 @@ def test_own_responses_are_what_the_model_decodes(tmp_path: Path, keys: dict[str
     assert params.greedy
     for prompt, example in zip(given, examples, strict=True):
         ar = reference.ar(idlm.forward, prompt, params, idlm.mask_id, idlm.eos_ids, 0)
-        assert (example.prompt, example.response) == (prompt, ar.tokens)
+        assert (tiny.prompt(example), tiny.response(example)) == (prompt, ar.tokens)
 
 
 def test_the_temperature_of_a_run_and_a_length_limit(tmp_path: Path) -> None:
     idlm = tiny.model()
     plain = own(tmp_path / "plain", idlm)
     same = own(tmp_path / "same", idlm, temperature=1.0)
-    assert [e.response for e in same] == [e.response for e in plain]
+    assert [tiny.response(e) for e in same] == [tiny.response(e) for e in plain]
     short = own(tmp_path / "short", idlm, max_length=4)
-    assert [e.response for e in short] == [e.response[:3] for e in plain]
+    assert [tiny.response(e) for e in short] == [tiny.response(e)[:3] for e in plain]
     idlm = tiny.model()
     idlm.model.generation_config.update(top_k=1, temperature=5.0)
     narrow = own(tmp_path / "narrow", idlm)
-    assert len({tuple(e.response) for e in narrow}) == 1  # the likeliest each time
+    assert len({tuple(tiny.response(e)) for e in narrow}) == 1  # the likeliest each time
     settings = json.loads((tmp_path / "narrow/responses/distill.json").read_text())
     assert settings["sampling"] == {"max_tokens": 8, "temperature": 5.0, "top_k": 1}
     with pytest.raises(InputError, match="'temperature': 5.0, .* now it is"):

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from idlm.models.attention import NAME, attend
 from idlm.models.idlm_model import Idlm
 from idlm.training import losses
+from idlm.training.layout import mask_rows
 from idlm.training.losses import (
     RowWeights,
     chunks,
@@ -24,9 +25,10 @@ from idlm.training.losses import (
     row_terms,
     sum_in_chunks,
 )
-from idlm.training.objective import EXCLUDED, Objective, Texts, Wanted, depths, mask_rows
+from idlm.training.objective import EXCLUDED, Objective, Wanted
 from tests.training import tiny
-from tests.training.test_objective import PHASES, SHAPES, gradients, slow_terms
+from tests.training.reference import documents, gradients, slow_depths, slow_terms
+from tests.training.test_objective import BATCHES, PHASES, SHAPES
 
 CPU = torch.device("cpu")
 
@@ -63,16 +65,6 @@ def test_terms_and_their_gradients_are_finite_beside_an_excluded_token() -> None
         assert torch.isfinite(term).all() and torch.isfinite(gradient).all()
 
 
-def slow_depths(text: tuple[int, int], phase: int, block_size: int) -> list[int]:
-    """The draft depth 1..b of each MASK row of a text: its place in its block."""
-    prompt, response = text
-    found: list[int] = []
-    for i in range(prompt, prompt + response - 1):
-        new = i == prompt or (i + phase) % block_size == 0
-        found.append(1 if new else found[-1] + 1)
-    return found
-
-
 def slow_weights(q: list[float], depth: list[int], weights: RowWeights) -> list[float]:
     """The weight of each row of a text by its depth."""
     if weights.depth == "uniform":
@@ -90,12 +82,11 @@ def slow_weights(q: list[float], depth: list[int], weights: RowWeights) -> list[
     return found
 
 
-def test_depths_count_from_the_start_of_a_block_or_of_the_response() -> None:
-    batch, block_size = tiny.texts(SHAPES, PHASES), 3
-    positions, is_row = mask_rows(batch.prompt, batch.length)
-    mine = depths(positions, batch.prompt, batch.phase, block_size)
-    for text, phase, row, there in zip(SHAPES, PHASES, mine, is_row, strict=True):
-        assert (row[there] + 1).tolist() == slow_depths(text, phase, block_size)
+@pytest.mark.parametrize("layout", BATCHES)
+def test_depths_count_from_the_start_of_a_block_or_of_an_answer(layout: str) -> None:
+    rows = mask_rows(BATCHES[layout], 3)
+    expected = [depth for text in documents(BATCHES[layout]) for depth in slow_depths(text, 3)]
+    assert (rows.depth[rows.real] + 1).tolist() == expected
 
 
 def test_continuation_is_the_expected_length() -> None:
@@ -104,21 +95,26 @@ def test_continuation_is_the_expected_length() -> None:
     assert found.tolist() == pytest.approx([0.75, 0.25, 0.05, 0.18, 0.08])
 
 
+@pytest.mark.parametrize("layout", BATCHES)
 @pytest.mark.parametrize(
     ("depth", "gamma", "alpha"),
     [("exponential", 1.7, 0.5), ("dpace", 4.0, 0.5), ("dpace", 4.0, 0.2), ("dpace", 4.0, 1.0)],
 )
-def test_loss_and_gradient_with_weights_by_depth(depth: Any, gamma: float, alpha: float) -> None:
+def test_loss_and_gradient_with_weights_by_depth(
+    depth: Any, gamma: float, alpha: float, layout: str
+) -> None:
     weights, block_size = RowWeights(0.3, 0.5, 0.7, depth, gamma, alpha), 4
-    idlm, batch = tiny.model("lora"), tiny.texts(SHAPES, PHASES)
+    idlm, batch = tiny.model("lora"), BATCHES[layout]
     fast = Objective(idlm, trains_clean=False)(batch, Wanted(block_size, False, True, weights))
     slow = torch.zeros((), dtype=torch.float64)
-    for i, (text, phase) in enumerate(zip(SHAPES, PHASES, strict=True)):
-        one = Texts(*(part[i : i + 1] for part in batch))
-        rows = slow_terms(idlm, one, block_size)[1:]
-        q = [math.exp(-x) for x in rows[0].tolist()]
-        by_depth = slow_weights(q, slow_depths(text, phase, block_size), weights)
-        mixed = 0.3 * rows[0] + 0.5 * rows[1] + 0.7 * rows[2]
+    rows = slow_terms(idlm, batch, block_size)[1:]
+    at = 0
+    for document in documents(batch):
+        depth_of = slow_depths(document, block_size)
+        part = slice(at, at := at + len(depth_of))
+        q = [math.exp(-x) for x in rows[0][part].tolist()]
+        by_depth = slow_weights(q, depth_of, weights)
+        mixed = 0.3 * rows[0][part] + 0.5 * rows[1][part] + 0.7 * rows[2][part]
         slow = slow + (torch.tensor(by_depth, dtype=torch.float64) * mixed).sum()
     assert fast.noisy.item() == pytest.approx(slow.item(), rel=1e-12)
     reference = gradients(idlm, slow)
@@ -176,16 +172,51 @@ def test_no_tensor_has_rows_times_vocabulary(
 ) -> None:
     idlm, batch = tiny.model(method), tiny.texts([(4, 40)] * 4, [0, 1, 2, 3])
     objective = Objective(idlm, trains_clean=method == "full")
-    noisy, clean = objective.hidden(batch, 3)
+    half, clean = objective.clean_half(batch)
+    noisy = objective.mask_half(half, mask_rows(batch, 3))
     wanted = Wanted(3, method == "full", True, RowWeights(0.3, 0.5, 0.7, depth))
     monkeypatch.setitem(losses.CHUNK, "cpu", 2 * tiny.VOCAB)
-    monkeypatch.setattr(objective, "hidden", lambda *_: (noisy, clean))
+    monkeypatch.setattr(objective, "clean_half", lambda *_: (half, clean))
+    monkeypatch.setattr(objective, "mask_half", lambda *_: noisy)
     with Largest() as largest:
         terms = objective(batch, wanted)
         objective.measure(batch, 3)
     assert terms.noisy > 0
     hidden_rows, head = clean.numel(), tiny.VOCAB * tiny.KEYS["hidden_size"]
     assert largest.elements <= max(hidden_rows, head) < len(noisy) * tiny.VOCAB
+
+
+class Made(TorchDispatchMode):
+    """The operations that make a tensor with so many elements in memory of its own."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.by = elements, list[str]()
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        given = {place(each) for each in tree_leaves(args) if isinstance(each, Tensor)}
+        for each in tree_leaves(made):
+            if isinstance(each, Tensor) and each.numel() == self.elements:
+                self.by += [str(function)] * (place(each) not in given)
+        return made
+
+
+def place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def test_the_gradient_of_the_head_exists_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    idlm = tiny.model(tied=False)
+    objective, batch = Objective(idlm, trains_clean=True), tiny.texts([(4, 40)] * 4, [0] * 4)
+    monkeypatch.setitem(losses.CHUNK, "cpu", 8 * tiny.VOCAB)
+    (head,) = idlm.head_parameters()
+    rows = objective.noisy_rows(objective.clean_half(batch)[0], Wanted(3, False))
+    hidden = rows.hidden.detach().requires_grad_()
+    with Made(head.numel()) as made:
+        objective._noisy_loss(rows._replace(hidden=hidden), None, Wanted(3, False))[0].backward()
+    assert head.grad is not None and len(objective.parts(hidden)) > 10
+    assert made.by == ["aten.zeros_like.default"]
 
 
 def test_the_clean_half_has_no_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,8 +226,9 @@ def test_the_clean_half_has_no_dense_mask(monkeypatch: pytest.MonkeyPatch) -> No
         masks.append(args[3])
         return attend(*args)
 
-    monkeypatch.setattr("idlm.training.objective.attend", keep)
-    Objective(tiny.model(), trains_clean=True).hidden(tiny.texts(SHAPES, PHASES), 3)
+    monkeypatch.setattr("idlm.training.attention.attend", keep)
+    batch = tiny.texts(SHAPES, PHASES)
+    Objective(tiny.model(), trains_clean=True).hidden(batch, mask_rows(batch, 3))
     assert [mask is None for mask in masks] == [True, True, False, False]  # two layers
 
 

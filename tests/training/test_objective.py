@@ -8,88 +8,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from idlm.models.idlm_model import Idlm
+from idlm.training.layout import Texts, dense, mask_rows, seen_by_masks
 from idlm.training.losses import RowWeights
-from idlm.training.objective import (
-    EXCLUDED,
-    Objective,
-    Texts,
-    Wanted,
-    mask_rows,
-    visible,
-)
+from idlm.training.objective import Objective, Wanted
 from tests.training import tiny
+from tests.training.reference import (
+    documents,
+    full_layout_mask,
+    gradients,
+    slow_depths,
+    slow_logits,
+    slow_terms,
+)
 
 SHAPES, PHASES = [(1, 7), (5, 9), (3, 1), (4, 12), (2, 2)], [0, 2, 1, 4, 3]
+PACKED: list[list[tuple[int, ...]]] = [
+    [(1, 7), (2, 3, 4, 5, 1)],
+    [(3, 1), (1, 2, 1, 4, 0, 3), (2, 6)],
+]
+BATCHES = {"alone": tiny.texts(SHAPES, PHASES), "packed": tiny.packed(PACKED, PHASES)}
 
 
-def full_layout_mask(
-    prompt: int, length: int, block_size: int, phase: int, window: int | None = None
-) -> Tensor:
-    """Visibility in the layout [x_t | x_0], [2 length, 2 length], rule by rule."""
-
-    def block(i: int) -> int:
-        return (i + phase) // block_size
-
-    seen = torch.zeros(2 * length, 2 * length, dtype=torch.bool)
-    for i in range(length):
-        for j in range(length):
-            seen[i, j] = block(j) == block(i) and j <= i
-            seen[i, length + j] = block(j) < block(i)
-            seen[length + i, length + j] = j <= i
-            if window is not None and i - j >= window:
-                seen[i, j] = seen[i, length + j] = seen[length + i, length + j] = False
-    return seen
-
-
-def slow_logits(
-    idlm: Idlm, text: list[int], prompt: int, block_size: int, phase: int
-) -> tuple[Tensor, Tensor]:
-    """Logits of both halves [length, V] by one forward over the full layout of one text."""
-    length = len(text)
-    noisy = [token if i < prompt else idlm.mask_id for i, token in enumerate(text)]
-    tokens = torch.tensor([noisy + text])
-    positions = torch.arange(length).repeat(2)[None]
-    window = idlm.model.config.sliding_window
-    seen = full_layout_mask(prompt, length, block_size, phase, window)[None, None]
-    logits = idlm.head(idlm.hidden(tokens, positions, seen, slice(prompt, length)))[0]
-    if idlm.mask_id < idlm.vocab_size:
-        logits = logits.index_fill(-1, torch.tensor(idlm.mask_id), EXCLUDED)
-    return logits[:length], logits[length:]
-
-
-def slow_terms(idlm: Idlm, batch: Texts, block_size: int) -> tuple[Tensor, ...]:
-    """The sum of CE_clean, and CE, KL and TV of each MASK row; one token at a time."""
-    clean_sum = zero = torch.zeros((), dtype=torch.float64)
-    ce, kl, tv = [], [], []
-    for row in range(len(batch.prompt)):
-        prompt, length = int(batch.prompt[row]), int(batch.length[row])
-        text = batch.tokens[row, :length].tolist()
-        noisy, clean = slow_logits(
-            idlm, text, prompt, block_size, int(batch.phase[row]) % block_size
-        )
-        for i in range(length - 1):
-            target = text[i + 1]
-            if i + 1 >= prompt:
-                clean_sum = clean_sum - clean[i].softmax(-1)[target].log()
-            if i >= prompt:
-                p, q = clean[i].softmax(-1).detach(), noisy[i].softmax(-1)
-                ce.append(-q[target].log())
-                kl.append(zero)
-                tv.append(zero)
-                for v in range(len(p)):
-                    if p[v] > 0:
-                        kl[-1] = kl[-1] + p[v] * (p[v].log() - q[v].log())
-                    tv[-1] = tv[-1] + (p[v] - q[v]).abs() / 2
-    return clean_sum, *(torch.stack(rows) if rows else zero[None][:0] for rows in (ce, kl, tv))
-
-
-def gradients(idlm: Idlm, loss: Tensor) -> dict[str, Tensor]:
-    names = {name: p for name, p in idlm.model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss, list(names.values()))
-    return dict(zip(names, found, strict=True))
-
-
+@pytest.mark.parametrize("layout", BATCHES)
 @pytest.mark.parametrize(
     ("method", "mask_id"), [("full", tiny.MASK), ("lora", tiny.MASK), ("lora", tiny.VOCAB)]
 )
@@ -108,9 +48,10 @@ def test_loss_and_gradient_equal_the_full_layout(
     block_size: int,
     weights: tuple[float, float, float],
     window: int | None,
+    layout: str,
 ) -> None:
     idlm = tiny.model(method, mask_id=mask_id, window=window)
-    batch = tiny.texts(SHAPES, PHASES)
+    batch = BATCHES[layout]
     wanted = Wanted(block_size, clean=True, soft=True, weights=RowWeights(*weights))
     fast = Objective(idlm, trains_clean=method == "full")(batch, wanted)
     clean, *rows = slow_terms(idlm, batch, block_size)
@@ -141,38 +82,49 @@ def test_clean_rows_of_a_gated_lora_have_no_gradient_and_are_the_base() -> None:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@st.composite
+def rows_of_documents(draw: st.DrawFn) -> Texts:
+    part, shape = st.integers(0, 7), st.integers(1, 7)
+    documents = st.tuples(shape, shape, part, shape, part).map(lambda s: s if s[3] else s[:2])
+    rows = draw(st.lists(st.lists(documents, min_size=1, max_size=3), min_size=1, max_size=2))
+    return tiny.packed(rows, draw(st.lists(st.integers(0, 9), min_size=6, max_size=6)))
+
+
+@settings(max_examples=60, deadline=None)
 @given(
-    prompt=st.integers(1, 9),
-    response=st.integers(1, 14),
+    texts=rows_of_documents(),
     block_size=st.integers(1, 8),
-    phase=st.integers(0, 7),
-    padding=st.integers(0, 3),
     window=st.sampled_from([None, 1, 2, 3, 7]),
 )
-def test_mask_equals_the_double_loop(
-    prompt: int, response: int, block_size: int, phase: int, padding: int, window: int | None
+def test_what_mask_rows_see_equals_the_double_loop(
+    texts: Texts, block_size: int, window: int | None
 ) -> None:
-    length, phase = prompt + response, phase % block_size
-    positions, is_row = mask_rows(
-        torch.tensor([prompt, 1]), torch.tensor([length, 1 + response + padding])
-    )
-    width = max(length, 1 + response + padding)
-    mine = visible(
-        positions, torch.tensor([prompt, 1]), torch.tensor([phase, 0]), block_size, width
-    ).within(window)[0, 0]
-    full = full_layout_mask(prompt, length, block_size, phase, window)
-    rows = int(is_row[0].sum())
-    assert rows == response - 1
-    for r in range(rows):
-        i = prompt + r
-        own = [bool(full[i, prompt + s]) for s in range(rows)]
-        # what row i sees of the clean prompt rows of x_t it sees in x_0 instead
-        text = [bool(full[i, length + j] or (j < prompt and full[i, j])) for j in range(length)]
-        assert mine[r, :rows].tolist() == own
-        assert not mine[r, rows : positions.shape[1]].any()
-        assert mine[r, positions.shape[1] :][:length].tolist() == text
-        assert not mine[r, positions.shape[1] + length :].any()
+    rows, at = mask_rows(texts, block_size), iter(documents(texts))
+    count, width = rows.real.shape[1], texts.tokens.shape[1]
+    own, text = (seen.within(window) for seen in seen_by_masks(rows))
+    sees_own, sees_text = dense(own, count), dense(text, width)
+    for b in range(len(texts.tokens)):
+        row = column = 0
+        for _ in range(int(texts.document[b].max()) + 1):
+            document = next(at)
+            length = len(document.tokens)
+            phase = document.phase % block_size
+            full = full_layout_mask(document.answers, length, block_size, phase, window)
+            for i in document.masked:
+                masks, clean = torch.zeros(count), torch.zeros(width)
+                for place, j in enumerate(document.masked, row - document.masked.index(i)):
+                    masks[place] = full[i, j]
+                for j in range(length):
+                    # what row i sees of the clean rows of x_t it sees in x_0 instead
+                    clean[column + j] = full[i, length + j] or (
+                        full[i, j] and j not in document.in_answers
+                    )
+                assert rows.real[b, row] and rows.column[b, row] == column + i
+                assert sees_own[b, row].tolist() == masks.bool().tolist()
+                assert sees_text[b, row].tolist() == clean.bool().tolist()
+                row += 1
+            column += length
+        assert not rows.real[b, row:].any()
 
 
 @settings(max_examples=25, deadline=None)
@@ -192,9 +144,10 @@ def test_mask_row_depends_on_nothing_it_may_not_see(
     other.tokens[0, change] = (other.tokens[0, change] + 1) % tiny.MASK
     with torch.no_grad():
         before, after = (
-            objective.log_law(objective.hidden(b, block_size)[0])[row] for b in (batch, other)
+            objective.log_law(objective.hidden(b, mask_rows(b, block_size))[0])[row]
+            for b in (batch, other)
         )
-    seen = full_layout_mask(4, 14, block_size, phase % block_size)[4 + row]
+    seen = full_layout_mask([(4, 14)], 14, block_size, phase % block_size)[4 + row]
     sees = bool(seen[14 + change] or (change < 4 and seen[change]))
     assert torch.equal(before, after) != sees
 
@@ -208,29 +161,16 @@ def test_texts_of_one_response_token_have_no_noisy_rows() -> None:
     terms.noisy.backward()  # as data parallelism needs it
 
 
-def test_measure_counts_every_row_at_its_depth() -> None:
-    idlm = tiny.model()
-    batch = tiny.texts(SHAPES, PHASES)
-    block_size = 3
+@pytest.mark.parametrize("layout", BATCHES)
+def test_measure_counts_every_row_at_its_depth(layout: str) -> None:
+    idlm, batch, block_size = tiny.model(), BATCHES[layout], 3
     rows = torch.zeros(3, block_size, dtype=torch.float64)
-    for b in range(len(SHAPES)):
-        prompt, length, phase = (
-            int(batch.prompt[b]),
-            int(batch.length[b]),
-            int(batch.phase[b]) % block_size,
-        )
+    for document in documents(batch):
         with torch.no_grad():
-            noisy, clean = slow_logits(
-                idlm, batch.tokens[b, :length].tolist(), prompt, block_size, phase
-            )
-        for i in range(prompt, length - 1):
-            known = max(
-                j
-                for j in range(i + 1)
-                if j < prompt or (j + phase) // block_size < (i + phase) // block_size
-            )
+            noisy, clean = slow_logits(idlm, document, block_size)
+        for i, depth in zip(document.masked, slow_depths(document, block_size), strict=True):
             p, q = clean[i].softmax(-1), noisy[i].softmax(-1)
             agree = float(p.argmax() == q.argmax())
-            rows[:, i - known - 1] += torch.tensor([1.0, torch.minimum(p, q).sum(), agree])
+            rows[:, depth - 1] += torch.tensor([1.0, torch.minimum(p, q).sum(), agree])
     assert (rows[0] > 0).all()
     torch.testing.assert_close(Objective(idlm, True).measure(batch, block_size), rows)

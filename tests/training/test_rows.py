@@ -14,10 +14,11 @@ from idlm.models.idlm_model import Idlm
 from idlm.models.loading import load
 from idlm.training.config import DataConfig
 from idlm.training.corpus import corpus
-from idlm.training.data import Example, jsonl_examples, row_example, row_examples
+from idlm.training.data import Example, exchange, jsonl_examples, row_example, row_examples
 from idlm.training.prompts import Encoding
 from idlm.training.rows import read_row
 from tests.engine.kinds import KINDS, of_kind
+from tests.training import tiny
 
 QUESTION, ANSWER = {"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}
 OPENING = {"role": "system", "content": "count"}
@@ -64,16 +65,16 @@ CHATS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("form", CHATS)
 def test_forms_of_a_conversation(form: str, idlm: Idlm) -> None:
     found = example(CHATS[form], idlm)
-    assert found.prompt == idlm.encoder.chat([OPENING, QUESTION])
-    assert found.response == [*idlm.encoder.inner("2"), *sorted(idlm.eos_ids)]
-    assert Encoding(idlm).prompt(CHATS[form], "row").ids == found.prompt  # without the answer
+    assert tiny.prompt(found) == idlm.encoder.chat([OPENING, QUESTION])
+    assert tiny.response(found) == [*idlm.encoder.inner("2"), *sorted(idlm.eos_ids)]
+    assert Encoding(idlm).prompt(CHATS[form], "row").ids == tiny.prompt(found)  # without the answer
 
 
 def test_only_the_last_answer_is_the_response(idlm: Idlm) -> None:
     messages = [QUESTION, ANSWER, {"role": "user", "content": "and 2?"}, {**ANSWER, "content": "4"}]
     found = example({"messages": messages}, idlm)
-    assert found.prompt == idlm.encoder.chat(messages[:-1])
-    assert found.response == [*idlm.encoder.inner("4"), *sorted(idlm.eos_ids)]
+    assert tiny.prompt(found) == idlm.encoder.chat(messages[:-1])
+    assert tiny.response(found) == [*idlm.encoder.inner("4"), *sorted(idlm.eos_ids)]
 
 
 def test_every_answer_is_a_response_to_what_is_before_it(idlm: Idlm, tmp_path: Path) -> None:
@@ -97,8 +98,8 @@ def test_every_answer_is_a_response_to_what_is_before_it(idlm: Idlm, tmp_path: P
         parts = [row_example(read_row({"messages": messages[:n]}, "row"), model) for n in (3, 5)]
         assert found == parts
         for example, end in zip(found, (2, 4), strict=True):
-            assert example.prompt == model.encoder.chat(messages[:end])
-            text = model.tokenizer.decode(example.response, skip_special_tokens=True)
+            assert tiny.prompt(example) == model.encoder.chat(messages[:end])
+            text = model.tokenizer.decode(tiny.response(example), skip_special_tokens=True)
             assert text.strip() == messages[end]["content"]
     with pytest.raises(InputError, match="row: it has no response"):
         row_examples(read_row({"messages": messages[:2]}, "row"), idlm, every=True)
@@ -114,10 +115,10 @@ def test_every_answer_is_a_response_to_what_is_before_it(idlm: Idlm, tmp_path: P
 def test_forms_of_a_text(idlm: Idlm) -> None:
     text, end = idlm.encoder.text("1 + 1 =", trusted=True), sorted(idlm.eos_ids)
     found = example({"prompt": "1 + 1 =", "response": " 2"}, idlm)
-    assert (found.prompt, found.response) == (text, [*idlm.encoder.inner(" 2"), *end])
+    assert (tiny.prompt(found), tiny.response(found)) == (text, [*idlm.encoder.inner(" 2"), *end])
     assert example({"prompt": "1 + 1 =", "completion": " 2"}, idlm) == found
-    assert example({"prompt": text, "response": [5, 6]}, idlm) == Example(text, [5, 6], "row")
-    assert example({"text": "1 + 1 ="}, idlm) == Example(text[:1], text[1:] + end, "row")
+    assert example({"prompt": text, "response": [5, 6]}, idlm) == exchange(text, [5, 6], "row")
+    assert example({"text": "1 + 1 ="}, idlm) == exchange(text[:1], text[1:] + end, "row")
 
 
 def with_template(idlm: Idlm, template: str) -> Idlm:
@@ -142,8 +143,8 @@ def test_templates_that_write_answers_in_their_own_way(checkpoint: Path) -> None
     for template, answer in own.items():
         idlm = with_template(load(str(checkpoint / "base")), template)
         found = example({"messages": [QUESTION, ANSWER]}, idlm)
-        assert found.prompt == idlm.encoder.chat([QUESTION])
-        assert found.response == [*idlm.encoder.inner(answer), *sorted(idlm.eos_ids)]
+        assert tiny.prompt(found) == idlm.encoder.chat([QUESTION])
+        assert tiny.response(found) == [*idlm.encoder.inner(answer), *sorted(idlm.eos_ids)]
         if "<think>" in template:
             with pytest.raises(InputError, match="row: the chat template does not write"):
                 example({"messages": [QUESTION, CALL]}, idlm)
@@ -160,10 +161,10 @@ def test_tools_and_calls_are_written_by_the_template(checkpoint: Path) -> None:
     question = {"role": "user", "content": "<|im_start|>"}
     found = example({"messages": [question, CALL], "tools": tools}, idlm)
     assert idlm.tokenizer is not None
-    assert found.prompt == idlm.encoder.chat([question], tools)
+    assert tiny.prompt(found) == idlm.encoder.chat([question], tools)
     assert example({"messages": [question, CALL], "tools": json.dumps(tools)}, idlm) == found
     answer = '{"name": "f", "arguments": {}}<|im_end|>'
-    assert idlm.tokenizer.decode(found.response) == answer
+    assert idlm.tokenizer.decode(tiny.response(found)) == answer
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
@@ -227,9 +228,9 @@ def test_a_response_continues_the_prompt(kind: str, border: tuple[str, str], idl
     at a space only (WordPiece, end-of-word) have one where the tokenizer decodes it so."""
     tokenizer, (prompt, response) = of_kind(kind), border
     found = example({"prompt": prompt, "response": response}, with_tokenizer(idlm, tokenizer))
-    assert found.prompt == tokenizer(prompt).input_ids
-    assert found.response[-1] == tokenizer.eos_token_id
-    decoded = tokenizer.decode(found.prompt + found.response[:-1])
+    assert tiny.prompt(found) == tokenizer(prompt).input_ids
+    assert tiny.response(found)[-1] == tokenizer.eos_token_id
+    decoded = tokenizer.decode(tiny.prompt(found) + tiny.response(found)[:-1])
     by_words = kind in ("word_piece", "word_piece_cleaned", "end_of_word")
     strip = (lambda text: text.replace(" ", "")) if by_words else str
     assert strip(decoded) == strip(prompt + response)
@@ -246,4 +247,4 @@ def test_a_tokenizer_without_an_end_token_leaves_the_model_its_own(
     config = DataConfig(source="jsonl", path=str(file))
     ((found,), _) = jsonl_examples(config, with_tokenizer(idlm, bare), idlm.context)
     (end,) = with_tokenizer(idlm, bare).eos_ids
-    assert found.response == [*bare("b").input_ids, end]
+    assert tiny.response(found) == [*bare("b").input_ids, end]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,8 @@ from idlm.errors import InputError
 from idlm.models.loading import load
 from idlm.nano.tokenizer import train_tokenizer
 from idlm.training.config import TrainConfig, as_tree
-from idlm.training.objective import Objective, Texts
+from idlm.training.layout import Texts, mask_rows
+from idlm.training.objective import Objective
 from idlm.training.run import train
 from tests.training import tiny
 from tests.waiting import HANG_SECONDS
@@ -145,7 +147,8 @@ def test_resume_without_a_checkpoint_starts(folder: Path) -> None:
 
 def laws(objective: Objective, texts: Texts, block_size: int) -> list[Tensor]:
     """Log-probabilities of the supervised MASK rows and clean rows."""
-    return [objective.log_law(hidden) for hidden in objective.hidden(texts, block_size)]
+    rows = mask_rows(texts, block_size) if block_size else None
+    return [objective.log_law(hidden) for hidden in objective.hidden(texts, rows)]
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -226,6 +229,29 @@ def test_plain_ar_from_scratch(folder: Path, tokenizer: str) -> None:
 def test_bf16_keeps_float32_weights(folder: Path, method: str) -> None:
     result = train(config(folder, method, bf16=True))
     assert {t.dtype for t in weights(Path(result["output"])).values()} == {torch.float32}
+
+
+def test_a_frozen_base_in_bfloat16_has_an_adapter_in_float32(folder: Path) -> None:
+    """A run in bfloat16 learns what a run in float32 learns, up to rounding, and resumes."""
+    half, whole = ({"path": str(folder / "model"), "dtype": d} for d in ("bfloat16", "float32"))
+    first = train(config(folder, "lora", model=half, log_steps=1, save_steps=2))
+    log = (folder / "run" / "metrics.jsonl").read_text()
+    adapter = weights(Path(first["output"]))
+    assert {t.dtype for t in adapter.values()} == {torch.float32}
+    assert any(bool((t != t.bfloat16()).any()) for t in adapter.values()), "masters"
+    for end in ("final", "checkpoint-3"):
+        shutil.rmtree(folder / "run" / end)
+    train(config(folder, "lora", model=half, log_steps=1, save_steps=2, resume=True))
+    again = load(folder / "model", adapter=folder / "run" / "final", dtype="bfloat16")
+    assert again.dtype == torch.bfloat16
+    assert same(weights(folder / "run" / "final"), adapter)
+    reference = train(config(folder, "lora", model=whole, output_dir=str(folder / "float32")))
+    assert abs(first["loss"] - reference["loss"]) < 0.05 * reference["loss"], log
+
+
+def test_a_full_fine_tune_in_bfloat16_is_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match="set bf16: true"):
+        config(folder, "full", model={"path": str(folder / "model"), "dtype": "bfloat16"})
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from idlm.training.config import TrainConfig
 from idlm.training.corpus import Corpus
 from idlm.training.loop import NotFinite, Trainer
 from idlm.training.measure import tpf
+from idlm.training.objective import Objective, Wanted
 from idlm.training.run import processes
 from idlm.training.setup import Trainee
 from tests.training import tiny
@@ -49,11 +50,13 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def gradients(folder: Path, method: str, batch: int, accumulation: int) -> list[dict[str, Tensor]]:
+def gradients(
+    folder: Path, method: str, batch: int, accumulation: int, **keys: Any
+) -> list[dict[str, Tensor]]:
     """The gradients of every step."""
     stage = AUTO if method == "full" else {k: v for k, v in AUTO.items() if k != "lambda"}
     config = tiny.config(
-        folder, method=method, stages=[stage], batch_size=batch, accumulation=accumulation
+        folder, method=method, stages=[stage], batch_size=batch, accumulation=accumulation, **keys
     )
     run = trainer(config, tiny.model(method))
     steps: list[dict[str, Tensor]] = []
@@ -68,10 +71,13 @@ def gradients(folder: Path, method: str, batch: int, accumulation: int) -> list[
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("phases", [1, 2])
 def test_gradient_does_not_depend_on_the_split_over_accumulation(
-    tmp_path: Path, method: str
+    tmp_path: Path, method: str, phases: int
 ) -> None:
-    whole, *splits = (gradients(tmp_path, method, b, a) for b, a in [(8, 1), (4, 2), (1, 8)])
+    whole, *splits = (
+        gradients(tmp_path, method, b, a, phases=phases) for b, a in [(8, 1), (4, 2), (1, 8)]
+    )
     assert len(whole) == 2
     for split in splits:
         for step, (one, other) in enumerate(zip(whole, split, strict=True)):
@@ -81,6 +87,24 @@ def test_gradient_does_not_depend_on_the_split_over_accumulation(
                 torch.testing.assert_close(
                     other[name], one[name], rtol=1e-7, atol=1e-12 if step == 0 else 1e-9
                 )
+
+
+def test_the_loss_is_the_mean_over_phases(tmp_path: Path) -> None:
+    stages = [{"steps": 1, "block_size": 2, "kl": 0.5}]
+    first = {}
+    for phases in (1, 2, 3):  # of 2 there are
+        run = trainer(tiny.config(tmp_path, stages=stages, phases=phases), tiny.model())
+        single = run.micro_batches()[0].texts
+        run.train_step()
+        first[phases] = log(tmp_path)[-1]["ce_noisy"]
+    objective, means = Objective(tiny.model(), True), []
+    for shift in (0, 1):
+        texts = single._replace(phase=single.phase + shift)
+        terms = objective(texts, Wanted(2, clean=True, soft=True))
+        means.append(float(terms.ce) / int(texts.masked.sum()))
+    assert first[1] == pytest.approx(means[0], rel=1e-12)
+    assert first[2] == pytest.approx(sum(means) / 2, rel=1e-12)
+    assert first[3] == first[2]
 
 
 def test_a_curriculum_switches_stages_in_one_run(tmp_path: Path) -> None:
@@ -139,7 +163,8 @@ def test_nan_stops_before_the_step_and_names_the_batch(
         run.draws[13].example_index,
         tiny.MASK - 1,
     )  # a token that no other example has
-    run.data.training[poisoned].response[0] = broken
+    example = run.data.training[poisoned]
+    example.tokens[example.answers[0][0]] = broken
     with torch.no_grad():
         idlm.model.get_input_embeddings().weight[broken] = torch.nan
     before: list[dict[str, Tensor]] = []

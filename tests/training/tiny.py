@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from idlm.models import experts
 from idlm.models.attention import NAME
+from idlm.models.check import prepare
 from idlm.models.gated_lora import LoraSpec, adapter_parameters, attach
 from idlm.models.idlm_model import Idlm
+from idlm.models.routes import implementation
 from idlm.training.config import TrainConfig, parse_config
-from idlm.training.data import Example
-from idlm.training.objective import Texts
+from idlm.training.data import Draw, Example, collate, exchange
+from idlm.training.layout import Texts
 from idlm.training.run import train
 
 VOCAB, CONTEXT, MASK = 23, 48, 22
@@ -60,13 +64,51 @@ def model(
     return idlm
 
 
+def family(kind: str, keys: dict[str, Any]) -> Idlm:
+    """A random model of a family in float64, all of it trained."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**KEYS, "initializer_range": 0.5, **keys})
+    attention = implementation(config)
+    stock = AutoModelForCausalLM.from_config(
+        config,
+        attn_implementation=attention,
+        experts_implementation=experts.NAME,
+        dtype=torch.float64,
+    )
+    prepare(stock)
+    return Idlm(stock.eval(), None, MASK, name="tiny")
+
+
 def texts(shapes: list[tuple[int, int]], phases: list[int]) -> Texts:
-    """Random texts of the given (prompt, response) lengths."""
-    rng = random.Random(0)
-    rows = [torch.tensor([rng.randrange(MASK) for _ in range(p + r)]) for p, r in shapes]
-    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    prompt = torch.tensor([p for p, _ in shapes])
-    return Texts(tokens, prompt, torch.tensor([p + r for p, r in shapes]), torch.tensor(phases))
+    """Random texts of the given (prompt, response) lengths, one a row."""
+    return packed([[(p, r)] for p, r in shapes], phases)
+
+
+def packed(rows: list[list[tuple[int, ...]]], phases: list[int]) -> Texts:
+    """Rows of random documents. The shape of one is the lengths of its parts: prompt, answer,
+    prompt, answer, ...; a part between answers may be empty. `phases` are those of all documents.
+    """
+    rng, phase = random.Random(0), iter(phases)
+    draws = [[Draw(0, document(rng, shape), next(phase)) for shape in row] for row in rows]
+    return collate(draws).texts
+
+
+def document(rng: random.Random, shape: tuple[int, ...]) -> Example:
+    """A random document of a shape."""
+    ends = list(accumulate(shape))
+    answers = tuple(zip(ends[0::2], ends[1::2], strict=False))
+    return Example([rng.randrange(MASK) for _ in range(ends[-1])], answers)
+
+
+def prompt(example: Example) -> list[int]:
+    """What comes before the first answer."""
+    return example.tokens[: example.answers[0][0]]
+
+
+def response(example: Example) -> list[int]:
+    """The only answer."""
+    ((start, stop),) = example.answers
+    return example.tokens[start:stop]
 
 
 def examples(count: int = 40) -> list[Example]:
@@ -76,13 +118,13 @@ def examples(count: int = 40) -> list[Example]:
     def ids(low: int, high: int) -> list[int]:
         return [rng.randrange(3, MASK - 1) for _ in range(rng.randint(low, high))]
 
-    return [Example(ids(1, 6), ids(2, 12), f"row {i}") for i in range(count)]
+    return [exchange(ids(1, 6), ids(2, 12), f"row {i}") for i in range(count)]
 
 
 def write_jsonl(path: Path, rows: list[Example]) -> Path:
     """The examples as a file of token ids."""
     path.write_text(
-        "".join(json.dumps({"prompt": e.prompt, "response": e.response}) + "\n" for e in rows)
+        "".join(json.dumps({"prompt": prompt(e), "response": response(e)}) + "\n" for e in rows)
     )
     return path
 
