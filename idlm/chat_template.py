@@ -279,7 +279,7 @@ class PromptEncoder:
                 raise InputError(
                     f"chat_template_kwargs names {name!r}, which is the server's; leave it out"
                 )
-        messages = as_template_takes(read_messages(messages), *self._contents(template))
+        messages = as_template_takes(read_messages(messages), *self.contents(template))
         tools, options, messages = (  # last, so that more messages do not change the numbers
             self._hide(value, literals) for value in (tools, options, messages)
         )
@@ -301,7 +301,7 @@ class PromptEncoder:
         self._check(text)
         return str(text), literals
 
-    def _contents(self, template: str) -> tuple[bool, bool]:
+    def contents(self, template: str) -> tuple[bool, bool]:
         """Whether the template shows contents that are texts, and contents that are lists of parts;
         found by rendering one of each."""
         if template not in self._shown:

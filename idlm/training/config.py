@@ -63,6 +63,14 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class WeightedPath:
+    """A source of rows: what a path may be, and its share of the draws among the others'."""
+
+    path: str
+    weight: float
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The texts to train on.
 
@@ -70,22 +78,24 @@ class DataConfig:
         source: `jsonl`: the rows of `path`. `self`: responses that the model writes before the
             training. Or a registered source, such as `nano`, the project's own problems.
         path: of `jsonl`: a file (.jsonl or .parquet), a folder of files as `idlm distill` writes, a
-            dataset's name, or a list of them.
+            dataset's name, or a list of them. A list of {path, weight} draws from each by its
+            weight, whatever its size.
         prompts: of `self`: `bos` (the empty prompt), a registered source, or what `path` may be.
-        examples: the most rows.
-        held_out: rows that are measured and not trained on; of `jsonl` and `self` the last ones.
+        examples: the most rows; with weights, of each path.
+        held_out: rows that are measured and not trained on; of `jsonl` and `self` the last ones,
+            with weights the last of each path by its share.
         seed: of the problems of a registered source, and of the responses of `self`.
         temperature: of the responses of `self`, in the place of that of the model's generation
             config.
         max_tokens: of each response of `self`.
-        max_length: the most tokens of prompt and response, beyond which a response is cut; null:
-            the model's context.
+        max_length: the most tokens of a text, or with `packing` of a row of texts; a longer text is
+            cut. null: 4096, or the model's context if that is shorter.
         skip_bad_rows: count broken rows instead of stopping at the first.
         answers: of messages: train on the last answer, or on all of them.
     """
 
     source: str = "nano"
-    path: str | tuple[str, ...] | None = None
+    path: str | tuple[str | WeightedPath, ...] | None = None
     prompts: str = "bos"
     examples: int | None = None
     held_out: int = 64
@@ -202,7 +212,9 @@ class TrainConfig:
         bf16: compute in bfloat16; the weights stay as `model.dtype` says.
         activation_checkpointing: compute each layer again for its gradient, which takes less memory
             and a third more time.
-        batch_size: sequences of a forward.
+        batch_size: the most rows of a forward; 16 if `batch_tokens` is null too.
+        batch_tokens: the most tokens of a forward, with padding.
+        packing: put several whole texts into a row; none sees another.
         accumulation: forwards of a step, on each rank.
         log_steps: steps between two lines of the log.
         eval_steps: steps between two measurements on held-out texts.
@@ -225,7 +237,9 @@ class TrainConfig:
     threads: int | None = None
     bf16: bool = False
     activation_checkpointing: bool = False
-    batch_size: int = 16
+    batch_size: int | None = None
+    batch_tokens: int | None = None
+    packing: bool = False
     accumulation: int = 1
     log_steps: int = 10
     eval_steps: int = 100
@@ -234,6 +248,11 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    @property
+    def batch_rows(self) -> int | None:
+        """The most rows of a forward; None: no limit but that of the tokens."""
+        return 16 if self.batch_size is None and self.batch_tokens is None else self.batch_size
 
     @property
     def steps(self) -> int:
@@ -315,8 +334,7 @@ def _check(config: TrainConfig) -> None:
         raise InputError("lora.targets is empty; name linear layers, or write all-linear")
     if (config.model.path is None) == (config.model.architecture is None):
         raise InputError("model.path and model.architecture: give exactly one of the two")
-    if config.data.source == "jsonl" and not config.data.path:
-        raise InputError("data.path is missing; data.source: jsonl needs the file's path")
+    _check_data(config.data)
     if config.objective == "ar" and config.method == "lora":
         raise InputError("method is 'lora'; objective: ar trains all weights, set method: full")
     if config.method == "full" and config.model.dtype == "bfloat16":
@@ -329,6 +347,20 @@ def _check(config: TrainConfig) -> None:
             "lambda has no effect with method: lora, whose clean rows are the frozen base; "
             "leave it out"
         )
+
+
+def _check_data(data: DataConfig) -> None:
+    """The paths and settings of a source."""
+    if data.source == "jsonl" and not data.path:
+        raise InputError("data.path is missing; data.source: jsonl needs the file's path")
+    if data.source != "jsonl" and data.path:
+        raise InputError(
+            f"data.path is for data.source: jsonl, and it is {data.source}; leave one of them out"
+        )
+    paths = data.path if isinstance(data.path, tuple) else ()
+    weighted = [path for path in paths if isinstance(path, WeightedPath)]
+    if weighted and len(weighted) < len(paths):
+        raise InputError("data.path has paths with a weight and without; give each one, or none")
 
 
 def _check_loss(stage: StageConfig, where: str) -> None:

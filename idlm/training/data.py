@@ -1,8 +1,4 @@
-"""Examples, their order, and batches.
-
-The order and every random number are functions of (seed, index of the draw) alone. So a resumed
-run, or one with another split into batches, has the same texts with the same phases.
-"""
+"""Rows become documents, and documents batches."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -19,14 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from idlm.chat_template import check_tokens
 from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
-from idlm.training.config import DataConfig
+from idlm.training.conversations import Ranges, generated, marked
 from idlm.training.layout import Texts
-from idlm.training.rows import Row, read_row
-from idlm.training.tables import Tables
-
-WINDOW = 16
-"""Batches in which texts are sorted by length: enough to save padding, few enough to stay shuffled.
-"""
+from idlm.training.plan import Drawn
+from idlm.training.rows import Row
 
 
 @dataclass(frozen=True)
@@ -160,10 +151,8 @@ def row_example(row: Row, idlm: Idlm) -> Example:
 
 
 def row_examples(row: Row, idlm: Idlm, every: bool) -> list[Example]:
-    """The example of a row's answer; with `every`, one for each answer in its messages.
-
-    Each answer comes after what the template writes before it, as when the model decodes. So a
-    template may change earlier turns, and it needs no marks of what the assistant wrote.
+    """The document of a row. With `every` it holds all answers of the messages; or each answer has
+    a document, if the template writes earlier turns differently later.
 
     Raises:
         InputError: as `row_example`.
@@ -172,7 +161,24 @@ def row_examples(row: Row, idlm: Idlm, every: bool) -> list[Example]:
     answers = [at for at, one in enumerate(messages) if at and one["role"] == "assistant"]
     if not every or row.response or not answers:
         return [row_example(row, idlm)]
-    return [row_example(replace(row, messages=messages[: at + 1]), idlm) for at in answers]
+    each = [row_example(replace(row, messages=messages[: at + 1]), idlm) for at in answers]
+    last = each[-1]
+    if any(last.tokens[: one.length] != one.tokens for one in each):
+        return each
+    return [replace(last, answers=_generated(row, last, [one.answers[0] for one in each], idlm))]
+
+
+def _generated(row: Row, whole: Example, answers: list[tuple[int, int]], idlm: Idlm) -> Ranges:
+    """The parts of the answers that the template's generation marks say the model wrote. All of
+    them if there are no marks, or if the ids as decoded are not those of the rendered text: a word
+    may join the end of the prompt, and a special string in a message is text."""
+    with named(row.name):
+        found = generated(idlm.encoder, row.messages or [], row.tools)
+        if found is None or found[0][: whole.length] != whole.tokens:
+            return tuple(answers)
+        if not (within := marked(answers, found[1])):
+            raise InputError("the chat template marks no token of its answers as generated")
+    return within
 
 
 def _check_written(row: Row, answer: list[int], idlm: Idlm) -> None:
@@ -206,53 +212,6 @@ def _end(idlm: Idlm, chat: bool) -> list[int]:
     return [] if end is None else [end]
 
 
-def jsonl_examples(config: DataConfig, idlm: Idlm, limit: int) -> tuple[list[Example], int]:
-    """The examples of `data.path`, rows in the forms of `idlm.training.rows`; and how many rows
-    `data.skip_bad_rows` left out.
-
-    Args:
-        limit: the most tokens of an example, which a prompt must leave room in.
-    """
-    paths = (config.path,) if isinstance(config.path, str) else config.path or ()
-    examples, bad = list[Example](), 0
-    for name, row in islice(Tables(paths).rows(), config.examples):
-        try:
-            of_row = row_examples(read_row(row, name), idlm, config.answers == "all")
-            for example in of_row:
-                fit(example, limit)
-        except InputError:
-            if not config.skip_bad_rows:
-                raise
-            bad += 1
-        else:
-            examples += of_row
-    return examples, bad
-
-
-def draw_order(lengths: Sequence[int], draws: int, batch: int, seed: int) -> list[int]:
-    """The example of each draw: shuffled passes over all, sorted by length in windows of batches.
-
-    Args:
-        lengths: of the examples.
-        draws: how many, a multiple of `batch`.
-        batch: sequences of one optimizer step.
-    """
-    order: list[int] = []
-    passes = 0
-    while len(order) < draws:
-        one_pass = list(range(len(lengths)))
-        random.Random(f"{seed}/pass/{passes}").shuffle(one_pass)
-        order += one_pass
-        passes += 1
-    sorted_order: list[int] = []
-    for start in range(0, draws, WINDOW * batch):
-        window = sorted(order[start : min(start + WINDOW * batch, draws)], key=lengths.__getitem__)
-        batches = [window[i : i + batch] for i in range(0, len(window), batch)]
-        random.Random(f"{seed}/window/{start}").shuffle(batches)
-        sorted_order += [example for b in batches for example in b]
-    return sorted_order
-
-
 class Draw(NamedTuple):
     """A text of the run: the index of the example, the example, and the phase of its blocks."""
 
@@ -268,30 +227,27 @@ class Batch(NamedTuple):
     indices: list[int]
 
 
-class TrainOrder:
-    """All texts of a run in order: draw k is example `order[k]` with the phase of k."""
+@dataclass(frozen=True)
+class Phased:
+    """Documents with the phases of their draws.
 
-    def __init__(
-        self, examples: list[Example], order: list[int], seed: int, random_phase: bool
-    ) -> None:
-        self.examples = examples
-        self.order = order
-        self.seed = seed
-        self.random_phase = random_phase
+    The phase is a function of the seed and the number of the draw alone, whatever batch that is in.
+    """
 
-    def __len__(self) -> int:
-        return len(self.order)
+    examples: Sequence[Example]
+    seed: int
+    random_phase: bool
 
-    def __getitem__(self, draw: int) -> Draw:
+    def batch(self, rows: Iterable[Iterable[Drawn]]) -> Batch:
+        """Rows of draws as texts."""
+        return collate([[self.draw(one) for one in row] for row in rows])
+
+    def draw(self, one: Drawn) -> Draw:
+        """The text of a draw."""
         phase = 0
         if self.random_phase:
-            phase = random.Random(f"{self.seed}/phase/{draw}").getrandbits(31)
-        return Draw(self.order[draw], self.examples[self.order[draw]], phase)
-
-    def batch(self, index: int, size: int) -> Batch:
-        """Batch `index` of the run cut into batches of `size`; the last one may be shorter."""
-        draws = range(index * size, min((index + 1) * size, len(self)))
-        return collate([[self[k]] for k in draws])
+            phase = random.Random(f"{self.seed}/phase/{one.draw}").getrandbits(31)
+        return Draw(one.document, self.examples[one.document], phase)
 
 
 def collate(rows: list[list[Draw]]) -> Batch:

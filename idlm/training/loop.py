@@ -26,7 +26,7 @@ from idlm.training import checkpoint
 from idlm.training.checkpoint import STATE, written_whole
 from idlm.training.config import StageConfig, TrainConfig
 from idlm.training.corpus import Corpus
-from idlm.training.data import Batch, TrainOrder, draw_order
+from idlm.training.data import Batch, Phased
 from idlm.training.log import Log
 from idlm.training.measure import measure
 from idlm.training.objective import Objective, Terms, Wanted
@@ -58,10 +58,8 @@ class Trainer:
         ).train()
         parts = optimizers(self.objective, config.optimizer)
         self.model, *self.optimizers = accelerator.prepare(self.objective, *parts)
-        batch = config.batch_size * config.accumulation * accelerator.num_processes
-        lengths = [e.length for e in data.training]
-        order = draw_order(lengths, config.steps * batch, batch, config.seed)
-        self.draws = TrainOrder(data.training, order, config.seed, config.random_phase)
+        self.plan = data.plan(config, config.accumulation * accelerator.num_processes)
+        self.texts = Phased(data.training, config.seed, config.random_phase)
 
     def run(self, resume: Path | None = None) -> dict[str, Any]:
         """Train to the last step, from the checkpoint `resume` if any; returns the held-out
@@ -129,6 +127,7 @@ class Trainer:
         mine = Terms(*(sum(part) for part in zip(*parts, strict=True)))
         total = accelerator.reduce(mine, reduction="sum")
         state.unreported.add(float(self.loss(total, rows, stage)), total, rows)
+        state.count(self.plan.step(state.step))
         if total.ce > 0 and total.clean > 0:
             state.balance = float((total.ce / rows.noisy) / (total.clean / rows.clean))
         if total.tv > 0:
@@ -163,11 +162,9 @@ class Trainer:
 
     def micro_batches(self) -> list[Batch]:
         """This rank's batches of the current step, on its device."""
-        config, ranks = self.config, self.accelerator.num_processes
-        first = self.state.step * config.accumulation * ranks + self.accelerator.process_index
-        mine = range(first, first + config.accumulation * ranks, ranks)
-        batches = [self.draws.batch(index, config.batch_size) for index in mine]
-        return [send_to_device(batch, self.accelerator.device) for batch in batches]
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        mine = self.plan.step(self.state.step).batches[rank::ranks]
+        return [send_to_device(self.texts.batch(rows), self.accelerator.device) for rows in mine]
 
     def count(self, batches: list[Batch]) -> Rows:
         """Supervised rows of the whole step: n clean rows, and in each phase n - 1 MASK rows, for

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,14 +10,16 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from idlm.training.config import TrainConfig
-from idlm.training.data import Example, TrainOrder
+from idlm.training.data import Example, Phased
 from idlm.training.layout import Texts
 from idlm.training.objective import Objective, Wanted
+from idlm.training.plan import Bounds, Drawn, batches
+from idlm.training.store import lengths
 
 
 @torch.no_grad()
 def measure(
-    objective: Objective, examples: list[Example], config: TrainConfig, step: int
+    objective: Objective, examples: Sequence[Example], config: TrainConfig, step: int
 ) -> dict[str, Any]:
     """Alpha and argmax acceptance by draft depth, and the TPF that they imply; for AR the
     cross-entropy.
@@ -28,12 +30,14 @@ def measure(
     was_training = objective.training
     objective.eval()
     block_size = config.stage(max(step, 0)).block_size
-    ordered = sorted(examples, key=lambda e: e.length)
+    sizes = sorted((length, at) for at, length in enumerate(lengths(examples).tolist()))
+    rows = [[Drawn(number, at, length)] for number, (length, at) in enumerate(sizes)]
     # always with random phases: decoding drafts from any position
-    draws = TrainOrder(ordered, list(range(len(ordered))), config.seed, random_phase=True)
-    size = config.batch_size
-    batches = [draws.batch(index, size) for index in range(math.ceil(len(draws) / size))]
-    sums = [_sums(objective, batch.texts, config, block_size) for batch in batches]
+    texts = Phased(examples, config.seed, random_phase=True)
+    sums = [
+        _sums(objective, texts.batch(batch).texts, config, block_size)
+        for batch in batches(rows, Bounds(config.batch_rows, config.batch_tokens))
+    ]
     objective.train(was_training)
     return summary(torch.stack(sums).sum(0), config.objective, block_size)
 

@@ -39,6 +39,8 @@ RANGES = {
     "threads": Range(1, MOST_THREADS),
     "batch_size": Range(1, 2**20),
     "phases": COUNT,
+    "batch_tokens": COUNT,
+    "data.path.*.weight": POSITIVE,
     "accumulation": Range(1, 2**20),
     "log_steps": COUNT,
     "eval_steps": COUNT,

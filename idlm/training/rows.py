@@ -7,6 +7,7 @@
     {"messages": [...], "response": text or ids}            messages, and a response if it is ids
     {"messages": [...]}, the answer at the end              messages
     {"conversations": [{"from": ..., "value": ...}]}        messages (ShareGPT)
+    {"instruction": ..., "input": ..., "output": ...}       messages (Alpaca, with or without input)
     {"text": ...}                                           a response to the beginning of a text
 
 `tools` beside messages go to the chat template. Where prompt and response are both ids, they are
@@ -40,7 +41,7 @@ ROLES = {
 """Roles of messages by ShareGPT's names."""
 FORMS = (
     'write {"prompt": ..., "response": ...}, {"messages": [...]} with the answer at the end, '
-    '{"conversations": [...]} or {"text": ...}'
+    '{"conversations": [...]}, {"instruction": ..., "output": ...} or {"text": ...}'
 )
 
 
@@ -124,6 +125,8 @@ def _row(fields: dict[str, Any], name: str) -> Row:
         return Row(name, prompt=prompt, response=response, written=_written(fields))
     if messages is None and "conversations" in fields:
         messages = _sharegpt(fields["conversations"], fields.get("system"))
+    if messages is None and prompt is None and "instruction" in fields:
+        messages, response = _alpaca(fields), fields.get("output", response)
     if messages is None and _is_messages(prompt):
         messages = prompt
     if messages is not None:
@@ -174,6 +177,14 @@ def _is_ids(value: object) -> bool:
 
 def _is_messages(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _alpaca(fields: dict[str, Any]) -> list[Any]:
+    """The question of Alpaca's form: an instruction, and what it is about if that is given."""
+    parts = [fields["instruction"], fields.get("input") or ""]
+    if not all(isinstance(part, str) for part in parts):
+        raise InputError("the instruction or its input is no text; give texts")
+    return [{"role": "user", "content": "\n\n".join(filter(None, parts))}]
 
 
 def _sharegpt(turns: object, system: object) -> list[Any]:

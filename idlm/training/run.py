@@ -34,6 +34,13 @@ def processes(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def draws(config: TrainConfig, accelerator: Accelerator) -> int | None:
+    """How many documents the run takes; None where the batches decide."""
+    if config.batch_rows is None or config.batch_tokens is not None or config.packing:
+        return None
+    return config.steps * config.batch_rows * config.accumulation * accelerator.num_processes
+
+
 def train(config: TrainConfig) -> dict[str, Any]:
     """Run a config to its end and export the result to `output_dir/final`.
 
@@ -54,14 +61,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with accelerator.main_process_first():
         resume = prepare_folder(config)
         idlm = base_model(config.model)
-        batch = config.batch_size * config.accumulation * accelerator.num_processes
-        data = corpus(config.data, idlm, config.steps * batch, folder)
+    data = corpus(config.data, idlm, draws(config, accelerator), folder, resume is not None)
     trainer = Trainer(config, accelerator, trainee(config, idlm), data)
-    if data.cut:
-        cut = f"{data.cut} of {len(data.training)} responses were cut at the length limit"
-        trainer.log.message(cut)
-    if data.bad:
-        trainer.log.message(f"{data.bad} bad rows were left out")
+    for note in data.tally.notes:
+        trainer.log.message(note)
     measured = trainer.run(resume)
     if accelerator.is_main_process:
         with written_whole(folder / "final") as final:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from idlm.models.routes import implementation
 from idlm.models.sources import first_line
 from idlm.training.config import ModelConfig, TrainConfig
 from idlm.training.data import SOURCES
+from idlm.training.strict import nearest
 
 
 @dataclass
@@ -143,10 +143,8 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
         ) from None
     for key in keys:
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise InputError(
-                f"unknown key model.architecture.{key}; the nearest known key of it is {nearest}"
-            )
+            prefix = "model.architecture."
+            raise InputError(f"unknown key {prefix}{key}; {nearest(key, known, prefix)}")
     return keys
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from idlm.training.objective import Terms
+from idlm.training.plan import Step
 
 
 class Rows(NamedTuple):
@@ -25,6 +26,7 @@ class Sums:
         tv: of TV, probability.
         noisy_rows: supervised MASK rows.
         clean_rows: supervised rows of the clean texts.
+        tokens, padded: tokens of the texts, without and with padding.
     """
 
     steps: int = 0
@@ -35,6 +37,8 @@ class Sums:
     clean: float = 0.0
     noisy_rows: int = 0
     clean_rows: int = 0
+    tokens: int = 0
+    padded: int = 0
 
     def add(self, loss: float, terms: Terms, rows: Rows) -> None:
         self.steps += 1
@@ -56,7 +60,9 @@ class Sums:
             "kl": self.kl / noisy_rows,
             "tv": self.tv / noisy_rows,
         }
-        return {"loss": self.loss / self.steps} | {k: mean for k, mean in terms.items() if mean}
+        shares = {"padding": 1 - self.tokens / max(self.padded, 1)}
+        means = {k: mean for k, mean in terms.items() if mean}
+        return {"loss": self.loss / self.steps} | means | shares
 
 
 @dataclass
@@ -64,13 +70,23 @@ class State:
     """What changes during a run, besides the weights and the optimizers.
 
     Attributes:
-        step: optimizer steps taken.
+        step: optimizer steps taken. The next texts follow from it (`idlm.training.plan`).
+        documents, tokens: trained on, over all ranks.
         balance: CE_noisy / CE_clean of the last step: the weight of CE_clean if lambda is auto.
         acceptance: sum min(p, q) of a MASK row in the last step with a soft term, which `lk` needs.
         unreported: sums since the last report.
     """
 
     step: int = 0
+    documents: int = 0
+    tokens: int = 0
     balance: float = 1.0
     acceptance: float = 0.0
     unreported: Sums = field(default_factory=Sums)
+
+    def count(self, step: Step) -> None:
+        """Count the texts of a step."""
+        self.documents += step.documents
+        self.tokens += step.tokens
+        self.unreported.tokens += step.tokens
+        self.unreported.padded += step.padded

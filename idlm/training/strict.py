@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import types
+from collections.abc import Iterable
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -67,6 +68,14 @@ def _key(attribute: dataclasses.Field[Any]) -> str:
     return attribute.name.rstrip("_")
 
 
+def nearest(key: str, known: Iterable[str], prefix: str = "") -> str:
+    """The known key that `key` may stand for; all of them if none is like it."""
+    known = list(known)
+    if close := difflib.get_close_matches(key, known, n=1):
+        return f"the nearest known key is {prefix}{close[0]}"
+    return f"the known keys are {', '.join(known)}"
+
+
 def build(cls: type, tree: Any, where: str) -> Any:
     """Fill the dataclass `cls` from a mapping; `where` is its own key, "" at the top."""
     if not isinstance(tree, dict):
@@ -76,10 +85,7 @@ def build(cls: type, tree: Any, where: str) -> Any:
     prefix = f"{where}." if where else ""
     for key in tree:
         if key not in fields:
-            nearest = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)[0]
-            raise InputError(
-                f"unknown key {prefix}{key}; the nearest known key is {prefix}{nearest}"
-            )
+            raise InputError(f"unknown key {prefix}{key}; {nearest(str(key), fields, prefix)}")
     for key, f in fields.items():
         if (
             key not in tree
@@ -107,7 +113,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             try:
                 return _convert(value, option, key)
             except InputError:
-                continue
+                if _like(value, option):  # the error is of an item or a key in it
+                    raise
     elif get_origin(hint) is Literal:
         if any(value == option and type(value) is type(option) for option in get_args(hint)):
             return value
@@ -119,6 +126,12 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     ):
         return value
     raise InputError(f"{key} is {value!r}; expected {_name(hint)}")
+
+
+def _like(value: Any, hint: Any) -> bool:
+    """Whether a value is a list or a mapping, and the type is one for those."""
+    is_list = get_origin(hint) is tuple and isinstance(value, list | tuple)
+    return is_list or (dataclasses.is_dataclass(hint) and isinstance(value, dict))
 
 
 def _convert_list(value: Any, options: tuple[Any, ...], key: str) -> tuple[Any, ...]:
@@ -151,6 +164,8 @@ def _name(hint: Any) -> str:
         return "null"
     if get_origin(hint) is tuple:
         return "a list"
+    if dataclasses.is_dataclass(hint):
+        return "a mapping"
     if get_origin(hint) in (Union, types.UnionType, Literal):
         return " or ".join(_name(option) for option in get_args(hint))
     return hint.__name__ if isinstance(hint, type) else str(hint)

@@ -48,14 +48,15 @@ class Tables:
             InputError: a file or dataset cannot be read.
         """
         for name in self.names:
-            path = Path(name).expanduser()
-            if path.is_dir():
-                for file in _files(path):
-                    yield from READERS[file.suffix](file)
-            elif path.suffix in READERS:
-                yield from READERS[path.suffix](path)
-            else:
+            files = _files(name)
+            for file in files:
+                yield from READERS[file.suffix](file)
+            if not files:
                 yield from self._dataset(name)
+
+    def files(self) -> list[Path]:
+        """The files that are read, in order; a dataset has none."""
+        return [file for name in self.names for file in _files(name)]
 
     def _dataset(self, name: str) -> Iterator[Named]:
         if Path(name).expanduser().exists() or not DATASET.fullmatch(name):
@@ -81,10 +82,14 @@ def _numbered(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Named]:
         yield f"{name} row {at}", row
 
 
-def _files(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if file.suffix in READERS)
+def _files(name: str) -> list[Path]:
+    """The files behind a name; none behind that of a dataset."""
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        return [path] if path.suffix in READERS else []
+    files = sorted(file for file in path.iterdir() if file.suffix in READERS)
     if not files:
-        raise InputError(f"the folder {str(folder)!r} has no {', '.join(READERS)} file; add one")
+        raise InputError(f"the folder {str(path)!r} has no {', '.join(READERS)} file; add one")
     return files
 
 

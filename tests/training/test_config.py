@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from idlm.errors import InputError
-from idlm.training.config import as_tree, load_config, parse_config
+from idlm.training.config import WeightedPath, as_tree, load_config, parse_config
 
 TREE = {
     "output_dir": "out",
@@ -31,6 +31,26 @@ def test_defaults_types_and_round_trip(file: Path) -> None:
     assert config.steps == 12
     assert config.lora.targets == "all-linear"
     assert parse_config(as_tree(config)) == config
+    assert parse_config(yaml.safe_load(yaml.safe_dump(as_tree(config)))) == config
+
+
+def test_a_batch_has_rows_or_tokens_or_both(file: Path) -> None:
+    for given, rows, tokens in [
+        ([], 16, None),
+        (["--batch_size=3"], 3, None),
+        (["--batch_tokens=900"], None, 900),
+        (["--batch_tokens=900", "--batch_size=3"], 3, 900),
+    ]:
+        config = load_config(file, given)
+        assert (config.batch_rows, config.batch_tokens) == (rows, tokens)
+        assert parse_config(as_tree(config)) == config
+
+
+def test_paths_may_have_weights(file: Path) -> None:
+    config = load_config(
+        file, ["--data={source: jsonl, path: [{path: a, weight: 1}, {path: b, weight: 0.5}]}"]
+    )
+    assert config.data.path == (WeightedPath("a", 1.0), WeightedPath("b", 0.5))
     assert parse_config(yaml.safe_load(yaml.safe_dump(as_tree(config)))) == config
 
 
@@ -95,7 +115,8 @@ def test_overrides(file: Path) -> None:
     ("override", "words"),
     [
         ("--optimizr.lr=1", ["optimizr", "optimizer"]),
-        ("--optimizer.learning=1", ["optimizer.learning", "nearest"]),
+        ("--optimizer.warm_up=1", ["optimizer.warm_up", "nearest known key is optimizer.warmup"]),
+        ("--optimizer.momentum=1", ["optimizer.momentum", "the known keys are name, lr, betas"]),
         ("--stages.0.blok_size=2", ["stages.0.blok_size", "stages.0.block_size"]),
         ("--stages.5.steps=2", ["stages.5.steps", "'5'", "2 items"]),
         ("--stages.one.steps=2", ["'one'"]),
@@ -133,7 +154,24 @@ def test_overrides(file: Path) -> None:
         ("--stages.0.lambda=0.2", ["lambda", "method: lora"]),
         ("--stages.0.tv=.nan", ["stages.0.tv", "nan", "finite"]),
         ("--stages.1.ce=[1, -1]", ["stages.1.ce", "[1.0, -1.0]", "0 or more"]),
-        ("--stages.0.kl=[1, 0, 1]", ["stages.0.kl", "float or a list"]),
+        ("--stages.0.kl=[1, 0, 1]", ["stages.0.kl", "a list of 2"]),
+        ("--batch_size=0", ["batch_size", "at least 1"]),
+        ("--batch_tokens=0", ["batch_tokens", "at least 1"]),
+        ("--data.path=x", ["data.path is for data.source: jsonl", "nano"]),
+        ("--data={source: jsonl, path: [3]}", ["data.path.0 is 3", "str or a mapping"]),
+        ("--data={source: jsonl, path: [{path: a}]}", ["data.path.0.weight is missing"]),
+        (
+            "--data={source: jsonl, path: [{path: a, weigth: 1}]}",
+            ["data.path.0.weigth", "nearest known key is data.path.0.weight"],
+        ),
+        (
+            "--data={source: jsonl, path: [{path: a, weight: 0}]}",
+            ["data.path.0.weight is 0.0", "positive"],
+        ),
+        (
+            "--data={source: jsonl, path: [{path: a, weight: 1}, b]}",
+            ["data.path", "with a weight and without"],
+        ),
         ("--stages.0.lk=-1", ["stages.0.lk", "-1"]),
         ("--stages.0.lk=3", ["stages.0.lk", "stages.0.kl", "stages.0.tv"]),
         ("--stages.0.depth_weights=decay", ["depth_weights", "uniform or exponential or dpace"]),

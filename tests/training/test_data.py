@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 import idlm.nano.source  # noqa: F401  # registers `source: nano`
@@ -24,56 +21,28 @@ from idlm.training.data import (
     SOURCES,
     Draw,
     Example,
-    TrainOrder,
+    Phased,
     chat_examples,
     collate,
-    draw_order,
     exchange,
     fit,
-    jsonl_examples,
 )
+from idlm.training.plan import Drawn
 from tests.training import tiny
 
 
-@given(
-    lengths=st.lists(st.integers(2, 50), min_size=1, max_size=40),
-    batch=st.integers(1, 5),
-    steps=st.integers(1, 40),
-    seed=st.integers(0, 3),
-)
-def test_order_passes_evenly_over_the_examples(
-    lengths: list[int], batch: int, steps: int, seed: int
-) -> None:
-    order = draw_order(lengths, steps * batch, batch, seed)
-    assert len(order) == steps * batch
-    assert order == draw_order(lengths, steps * batch, batch, seed)
-    if len(order) % len(lengths) == 0:
-        assert set(Counter(order).values()) == {len(order) // len(lengths)}
-
-
-def test_order_depends_on_the_seed_and_sorts_by_length() -> None:
-    lengths = [10 + i % 50 for i in range(400)]
-    order = draw_order(lengths, 400, 4, 0)
-    assert order != draw_order(lengths, 400, 4, 1)
-    spread = [
-        max(b) - min(b)
-        for b in ([lengths[i] for i in order[at : at + 4]] for at in range(0, 400, 4))
-    ]
-    assert sum(spread) / len(spread) < 6
-    firsts = [lengths[i] for i in order[::4]]
-    assert firsts != sorted(firsts)
-
-
-def test_draw_is_the_same_whatever_was_drawn_before() -> None:
-    examples = tiny.examples()
-    order = draw_order([e.length for e in examples], 80, 4, seed=3)
-    first, second = (TrainOrder(examples, order, seed=3, random_phase=True) for _ in range(2))
-    assert [first[i] for i in range(80)][::-1] == [second[i] for i in reversed(range(80))]
-    phases = [first[i].phase % 4 for i in range(80)]
-    assert set(phases) == {0, 1, 2, 3}
-    assert {
-        TrainOrder(examples, order, seed=3, random_phase=False)[i].phase for i in range(80)
-    } == {0}
+def test_the_phase_of_a_draw_is_the_same_in_any_batch() -> None:
+    examples = tiny.examples(80)
+    draws = [Drawn(at, at, one.length) for at, one in enumerate(examples)]
+    texts = Phased(examples, seed=3, random_phase=True)
+    alone = {at: texts.batch([[one]]).texts.phase[0, 0] for at, one in enumerate(draws)}
+    together = texts.batch([draws[at : at + 3] for at in range(0, 80, 3)])
+    starts = (together.texts.position == 0) & (together.texts.document >= 0)
+    assert together.texts.phase[starts].tolist() == list(alone.values())
+    assert together.indices == list(range(80))
+    assert {int(phase) % 4 for phase in alone.values()} == {0, 1, 2, 3}
+    never = Phased(examples, seed=3, random_phase=False).batch([draws]).texts
+    assert set(never.phase.flatten().tolist()) == {0}
 
 
 def test_collate_pads_on_the_right() -> None:
@@ -98,13 +67,6 @@ def test_collate_packs_documents_with_several_answers() -> None:
     assert batch.indices == [4, 2, 4]
     assert texts.masked.int().sum(1).tolist() == [1, 1]
     assert texts.supervised.int().sum(1).tolist() == [4, 3]
-
-
-def test_batches_cut_the_run_into_neighbours() -> None:
-    draws = TrainOrder(tiny.examples(10), list(range(10)), seed=0, random_phase=True)
-    batches = [draws.batch(index, 4) for index in range(3)]
-    assert [batch.indices for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert batches[1].texts.phase[:, 0].tolist() == [draws[i].phase for i in range(4, 8)]
 
 
 def test_long_responses_are_cut_and_long_prompts_refused() -> None:
@@ -168,8 +130,10 @@ def test_bad_rows_are_counted(tmp_path: Path) -> None:
     path.write_text("\n".join(lines))
     config = DataConfig(source="jsonl", path=str(path), held_out=1, skip_bad_rows=True)
     data = corpus(config, tiny.model(), 10, tmp_path)
-    assert (len(data.training), len(data.held_out), data.bad) == (2, 1, 5)
-    assert [e.row for e in data.training + data.held_out] == [f"{path} line {n}" for n in (1, 4, 8)]
+    assert (len(data.training), len(data.held_out), data.tally.bad) == (2, 1, 5)
+    assert [e.row for e in [*data.training, *data.held_out]] == [
+        f"{path} line {n}" for n in (1, 4, 8)
+    ]
 
 
 def test_last_rows_are_held_out(tmp_path: Path) -> None:
@@ -177,7 +141,7 @@ def test_last_rows_are_held_out(tmp_path: Path) -> None:
     data = corpus(
         DataConfig(source="jsonl", path=str(path), held_out=3), tiny.model(), 10, tmp_path
     )
-    assert [tiny.prompt(e) for e in data.training + data.held_out] == [
+    assert [tiny.prompt(e) for e in [*data.training, *data.held_out]] == [
         tiny.prompt(e) for e in tiny.examples(10)
     ]
     assert len(data.held_out) == 3
@@ -203,11 +167,13 @@ def test_nano_examples_are_chats_with_worked_solutions() -> None:
     assert not any(is_held_out(next(stream).question) for _ in range(200))
 
 
-def test_the_registered_source_is_the_projects_problems(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_registered_source_is_the_projects_problems(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     idlm = tiny.model()
     idlm.tokenizer = tokenizer
     idlm.model.config.max_position_embeddings = 600
-    data = corpus(DataConfig(source="nano", examples=6, held_out=3, seed=5), idlm, 10, Path())
+    data = corpus(DataConfig(source="nano", examples=6, held_out=3, seed=5), idlm, 10, tmp_path)
     answers = [tokenizer.decode(tiny.response(e)) for e in data.training]
     assert answers == [p.solution + END for p in islice(training_problems(5), 6)]
     assert [tokenizer.decode(tiny.response(e)) for e in data.held_out] == [
@@ -248,7 +214,7 @@ def test_a_response_ends_with_what_ends_it_when_the_model_decodes(
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    examples, _ = jsonl_examples(DataConfig(source="jsonl", path=str(path)), idlm, idlm.context)
+    examples = tiny.read(path, idlm)
     assert [tiny.response(e)[-1] for e in examples] == [plain, chat, 6]
     assert {plain, chat} <= idlm.eos_ids
     (example,) = chat_examples([("\n", "\n")], idlm)
@@ -262,5 +228,5 @@ def test_a_model_without_an_end_trains_without_one(tmp_path: Path) -> None:
     idlm.model.generation_config.eos_token_id = idlm.model.config.eos_token_id = None
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": [5], "response": "abc"}))
-    ((example,), _) = jsonl_examples(DataConfig(source="jsonl", path=str(path)), idlm, 48)
+    (example,) = tiny.read(path, idlm)
     assert tiny.response(example) == idlm.tokenizer("abc").input_ids

@@ -30,7 +30,7 @@ from idlm.nano.tokenizer import train_tokenizer
 from idlm.params import SamplingParams
 from idlm.training.config import DataConfig
 from idlm.training.corpus import corpus
-from idlm.training.data import Example, jsonl_examples
+from idlm.training.data import Example
 from idlm.training.distill import Recipe, distill, repeats
 from idlm.training.prompts import Encoding, Prompts
 from idlm.training.shards import shards
@@ -183,11 +183,15 @@ def test_more_prompts_go_on_where_fewer_ended(whole: Path, tmp_path: Path) -> No
 def test_what_is_written_is_what_training_reads(whole: Path, tmp_path: Path) -> None:
     idlm = tiny.model()
     config = DataConfig(source="jsonl", path=str(whole), held_out=3)
-    data = corpus(config, idlm, 10, tmp_path)
+    data = corpus(config, idlm, 10, tmp_path / "run")
     expected = [(row["prompt"], row["response"]) for row in rows(whole)]
-    assert [(tiny.prompt(e), tiny.response(e)) for e in data.training + data.held_out] == expected
+    assert [
+        (tiny.prompt(e), tiny.response(e)) for e in [*data.training, *data.held_out]
+    ] == expected
     several = replace(config, path=tuple(str(file) for file in shards(whole)))
-    assert corpus(several, idlm, 10, tmp_path) == data
+    other = corpus(several, idlm, 10, tmp_path / "other")
+    assert list(other.training) == list(data.training)
+    assert list(other.held_out) == list(data.held_out)
 
 
 def test_a_chat_row_is_trained_on_as_it_was_decoded(checkpoint: Path, tmp_path: Path) -> None:
@@ -213,8 +217,7 @@ def test_a_chat_row_is_trained_on_as_it_was_decoded(checkpoint: Path, tmp_path: 
         answer = {"role": "assistant", "content": first["messages"][-1]["content"]}
         assert first["messages"] == [user, answer]
         assert first["prompt"] == idlm.encoder.chat([user])
-        config = DataConfig(source="jsonl", path=str(tmp_path / f"{name}.out"))
-        example = jsonl_examples(config, idlm, idlm.context)[0][0]
+        example = tiny.read(tmp_path / f"{name}.out", idlm)[0]
         assert (tiny.prompt(example), tiny.response(example)) == (
             first["prompt"],
             first["response"],
@@ -238,10 +241,9 @@ def test_ids_of_another_tokenizer_are_refused(checkpoint: Path, tmp_path: Path) 
         encoding, out = Encoding(idlm, chat=chat), tmp_path / f"out-{chat}"
         given = Prompts(Tables((str(tmp_path / "in.txt"),)).rows, encoding)
         distill(given, recipe, out, engine_of(idlm))
-        config = DataConfig(source="jsonl", path=str(out))
-        assert len(jsonl_examples(config, idlm, idlm.context)[0]) == 1
+        assert len(tiny.read(out, idlm)) == 1
         with pytest.raises(InputError, match="line 1: the response's ids are .* another tokenizer"):
-            jsonl_examples(config, other, idlm.context)
+            tiny.read(out, other)
 
 
 def test_drafts_change_no_row(checkpoint: Path, tmp_path: Path) -> None:
@@ -428,7 +430,7 @@ def own(folder: Path, idlm: Idlm, **changes: Any) -> list[Example]:
     """The examples of `data.source: self`."""
     keys = {"source": "self", "examples": 10, "max_tokens": 8, "held_out": 1, **changes}
     data = corpus(DataConfig(**keys), idlm, 10, folder)
-    return data.training + data.held_out
+    return [*data.training, *data.held_out]
 
 
 def test_own_responses_are_a_function_of_the_seed(tmp_path: Path) -> None:
@@ -440,7 +442,7 @@ def test_own_responses_are_a_function_of_the_seed(tmp_path: Path) -> None:
     assert [tiny.response(e) for e in own(tmp_path / "b", idlm)] == [
         tiny.response(e) for e in first
     ]
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert contents(tmp_path / "a" / "responses") == contents(tmp_path / "b" / "responses")
     other = own(tmp_path / "c", idlm, seed=1)
     assert not {tuple(tiny.response(e)) for e in first} & {tuple(tiny.response(e)) for e in other}
     assert all(tiny.prompt(e) == [1] and 1 <= len(tiny.response(e)) <= 8 for e in first)

@@ -1,6 +1,5 @@
 """Forms of training rows, and the border between prompt and response."""
 
-import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import load
-from idlm.training.config import DataConfig
-from idlm.training.corpus import corpus
-from idlm.training.data import Example, exchange, jsonl_examples, row_example, row_examples
+from idlm.training.data import Example, exchange, row_example
 from idlm.training.prompts import Encoding
 from idlm.training.rows import read_row
 from tests.engine.kinds import KINDS, of_kind
@@ -51,6 +48,7 @@ CHATS: dict[str, dict[str, Any]] = {
         "conversations": [{"from": "human", "value": "1 + 1?"}, {"from": "gpt", "value": "2"}],
     },
     "conversations of messages": {"conversations": [OPENING, QUESTION, ANSWER]},
+    "Alpaca": {"instruction": "1 + 1?", "input": "", "output": "2", "text": "all of it"},
     "parts": {
         "messages": [OPENING, QUESTION, {**ANSWER, "content": [{"type": "text", "text": "2"}]}]
     },
@@ -65,9 +63,15 @@ CHATS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("form", CHATS)
 def test_forms_of_a_conversation(form: str, idlm: Idlm) -> None:
     found = example(CHATS[form], idlm)
-    assert tiny.prompt(found) == idlm.encoder.chat([OPENING, QUESTION])
+    asked = [QUESTION] if form == "Alpaca" else [OPENING, QUESTION]
+    assert tiny.prompt(found) == idlm.encoder.chat(asked)
     assert tiny.response(found) == [*idlm.encoder.inner("2"), *sorted(idlm.eos_ids)]
     assert Encoding(idlm).prompt(CHATS[form], "row").ids == tiny.prompt(found)  # without the answer
+
+
+def test_an_instruction_may_have_an_input(idlm: Idlm) -> None:
+    found = example({"instruction": "Add", "input": "1, 1", "output": "2"}, idlm)
+    assert tiny.prompt(found) == idlm.encoder.chat([{"role": "user", "content": "Add\n\n1, 1"}])
 
 
 def test_only_the_last_answer_is_the_response(idlm: Idlm) -> None:
@@ -75,41 +79,6 @@ def test_only_the_last_answer_is_the_response(idlm: Idlm) -> None:
     found = example({"messages": messages}, idlm)
     assert tiny.prompt(found) == idlm.encoder.chat(messages[:-1])
     assert tiny.response(found) == [*idlm.encoder.inner("4"), *sorted(idlm.eos_ids)]
-
-
-def test_every_answer_is_a_response_to_what_is_before_it(idlm: Idlm, tmp_path: Path) -> None:
-    """Also with a template that leaves out what earlier answers thought."""
-    template = (
-        "{% for m in messages %}{{ m.role + ': ' }}{{ m.content.split('|')[-1] if not loop.last "
-        "else m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    thinks = with_tokenizer(idlm, copy.deepcopy(idlm.tokenizer))
-    thinks.tokenizer.chat_template = template
-    messages = [
-        {"role": "assistant", "content": "hi"},  # an opening: nothing is before it
-        {"role": "user", "content": "1?"},
-        {"role": "assistant", "content": "hm|2"},
-        {"role": "tool", "content": "5"},
-        {"role": "assistant", "content": "so|3"},
-        {"role": "user", "content": "more?"},
-    ]
-    for model in (idlm, thinks):
-        found = row_examples(read_row({"messages": messages}, "row"), model, every=True)
-        parts = [row_example(read_row({"messages": messages[:n]}, "row"), model) for n in (3, 5)]
-        assert found == parts
-        for example, end in zip(found, (2, 4), strict=True):
-            assert tiny.prompt(example) == model.encoder.chat(messages[:end])
-            text = model.tokenizer.decode(tiny.response(example), skip_special_tokens=True)
-            assert text.strip() == messages[end]["content"]
-    with pytest.raises(InputError, match="row: it has no response"):
-        row_examples(read_row({"messages": messages[:2]}, "row"), idlm, every=True)
-    given = [{"messages": messages}, {"messages": [QUESTION, ANSWER]}, {"messages": messages}]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in given))
-    config = DataConfig(source="jsonl", path=str(path), held_out=1, answers="all")
-    data = corpus(config, idlm, 10, tmp_path)
-    assert [len(data.training), len(data.held_out)] == [3, 2]
-    assert {e.row for e in data.held_out} == {f"{path} line 3"}
 
 
 def test_forms_of_a_text(idlm: Idlm) -> None:
@@ -172,7 +141,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an answer alone": ({"messages": [ANSWER]}, "row: messages="),
     "an empty response": ({"prompt": "a", "response": ""}, "row: it has no response"),
     "a prompt alone": ({"prompt": "a"}, "row: it has no response"),
-    "nothing known": ({"instruction": "a", "output": "b"}, "row: it has no prompt; write"),
+    "nothing known": ({"ask": "a", "output": "b"}, "row: it has no prompt; write"),
+    "an instruction alone": ({"instruction": "a"}, "row: it has no response"),
+    "an instruction that is a number": (
+        {"instruction": 3, "output": "b"},
+        "row: the instruction or its input is no text",
+    ),
     "an unknown speaker": (
         {"conversations": [{"from": "narrator", "value": "x"}]},
         "row: a turn is from 'narrator'",
@@ -244,7 +218,6 @@ def test_a_tokenizer_without_an_end_token_leaves_the_model_its_own(
     assert bare.eos_token_id is None
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
-    config = DataConfig(source="jsonl", path=str(file))
-    ((found,), _) = jsonl_examples(config, with_tokenizer(idlm, bare), idlm.context)
+    (found,) = tiny.read(file, with_tokenizer(idlm, bare))
     (end,) = with_tokenizer(idlm, bare).eos_ids
     assert tiny.response(found) == [*bare("b").input_ids, end]

@@ -260,7 +260,10 @@ def test_a_full_fine_tune_in_bfloat16_is_refused(folder: Path) -> None:
         ({"model_type": "qwenn"}, ["model_type", "'qwenn'"]),
         (
             {"model_type": "qwen3", "hiden_size": 8},
-            ["model.architecture.hiden_size", "key of it is hidden_size"],
+            [
+                "model.architecture.hiden_size",
+                "nearest known key is model.architecture.hidden_size",
+            ],
         ),
         ({"model_type": "qwen3", "vocab_size": 5}, ["vocab_size is 5"]),
         ({"model_type": "qwen3", "num_attention_heads": "x"}, ["model.architecture is refused"]),
@@ -291,11 +294,20 @@ def test_the_command_prints_one_json_object(folder: Path) -> None:
     assert wrong.stdout == "" and "stages.0.steps" in wrong.stderr and wrong.stderr.count("\n") == 1
 
 
-def test_two_processes_train_as_one(folder: Path) -> None:
+UNEVEN = {"batch_size": None, "batch_tokens": 60}
+
+
+@pytest.mark.parametrize("keys", [
+    ({"batch_size": 8}, {"batch_size": 4}),
+    ({**UNEVEN, "packing": True, "accumulation": 4}, {**UNEVEN, "packing": True, "accumulation": 2})
+], ids=["rows", "packed"])  # fmt: skip
+def test_two_processes_train_as_one(
+    folder: Path, keys: tuple[dict[str, Any], dict[str, Any]]
+) -> None:
     stage = {"steps": 4, "block_size": 3, "lambda": "auto", "tv": 1, "depth_weights": "dpace"}
-    alone = config(folder, "full", output_dir=str(folder / "one"), stages=[stage], batch_size=8)
+    alone = config(folder, "full", output_dir=str(folder / "one"), stages=[stage], **keys[0])
     train(alone)
-    both = config(folder, "full", output_dir=str(folder / "two"), stages=[stage], batch_size=4)
+    both = config(folder, "full", output_dir=str(folder / "two"), stages=[stage], **keys[1])
     (folder / "run.py").write_text(RUN)
     launcher = (
         "-m",

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from idlm.errors import InputError
 from idlm.models.adapter import fingerprint
 from idlm.models.idlm_model import Idlm
 from idlm.training.config import TrainConfig
@@ -41,7 +42,9 @@ def trainer(config: TrainConfig, idlm: Idlm) -> Trainer:
     student = Trainee(idlm)
     if config.method == "lora":
         student = Trainee(idlm, tiny.SPEC, fingerprint(idlm.model))
-    return Trainer(config, processes(config), student, Corpus(rows[:-4], rows[-4:], 0))
+    return Trainer(
+        config, processes(config), student, Corpus(rows[:-4], rows[-4:], limit=tiny.CONTEXT)
+    )
 
 
 def log(folder: Path) -> list[dict[str, Any]]:
@@ -50,14 +53,10 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def gradients(
-    folder: Path, method: str, batch: int, accumulation: int, **keys: Any
-) -> list[dict[str, Tensor]]:
+def gradients(folder: Path, method: str, **keys: Any) -> list[dict[str, Tensor]]:
     """The gradients of every step."""
     stage = AUTO if method == "full" else {k: v for k, v in AUTO.items() if k != "lambda"}
-    config = tiny.config(
-        folder, method=method, stages=[stage], batch_size=batch, accumulation=accumulation, **keys
-    )
+    config = tiny.config(folder, method=method, stages=[stage], **keys)
     run = trainer(config, tiny.model(method))
     steps: list[dict[str, Tensor]] = []
 
@@ -71,12 +70,13 @@ def gradients(
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("phases", [1, 2])
+@pytest.mark.parametrize("keys", [{}, {"phases": 2}, {"packing": True}], ids=str)
 def test_gradient_does_not_depend_on_the_split_over_accumulation(
-    tmp_path: Path, method: str, phases: int
+    tmp_path: Path, method: str, keys: dict[str, Any]
 ) -> None:
     whole, *splits = (
-        gradients(tmp_path, method, b, a, phases=phases) for b, a in [(8, 1), (4, 2), (1, 8)]
+        gradients(tmp_path, method, batch_size=b, accumulation=a, **keys)
+        for b, a in [(8, 1), (4, 2), (1, 8)]
     )
     assert len(whole) == 2
     for split in splits:
@@ -160,7 +160,7 @@ def test_nan_stops_before_the_step_and_names_the_batch(
     )
     run = trainer(config, idlm)
     poisoned, broken = (
-        run.draws[13].example_index,
+        run.plan.step(3).batches[0][1][0].document,
         tiny.MASK - 1,
     )  # a token that no other example has
     example = run.data.training[poisoned]
@@ -240,6 +240,40 @@ def test_resume_is_bit_identical_and_checkpoints_hold_only_what_is_trained(
     steps = [entry["step"] for entry in log(tmp_path)]
     assert steps == sorted(steps)
     assert log(tmp_path) == reports
+
+
+@pytest.mark.parametrize("keys", [
+    {"batch_size": 2, "packing": True},
+    {"batch_size": None, "batch_tokens": 100, "accumulation": 3},
+    {"batch_size": None, "batch_tokens": 100, "packing": True, "accumulation": 2},
+])  # fmt: skip
+def test_packed_and_uneven_batches_resume_bit_identical(
+    tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    """Batches of tokens have different numbers of rows, and steps of documents."""
+    stages = [{"steps": 8, "block_size": 2}]
+    config = tiny.config(tmp_path, stages=stages, save_steps=3, **keys)
+    straight, resumed = tiny.model(), tiny.model()
+    first = trainer(config, straight)
+    first.run()
+    reports = log(tmp_path)
+    assert all(0 <= entry["padding"] < 0.4 for entry in reports if "loss" in entry)
+    steps = [first.plan.step(index) for index in range(8)]
+    state = json.loads((tmp_path / "run" / "checkpoint-6" / "state.json").read_text())
+    assert state["documents"] == sum(step.documents for step in steps[:6])
+    assert state["tokens"] == sum(step.tokens for step in steps[:6])
+    assert len({step.documents for step in steps}) > 1
+    second = trainer(config, resumed)
+    second.run(tmp_path / "run" / "checkpoint-6")
+    assert log(tmp_path) == reports and second.state == first.state
+    for one, other in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_document_longer_than_a_batch_is_refused(tmp_path: Path) -> None:
+    config = tiny.config(tmp_path, batch_size=None, batch_tokens=8)
+    with pytest.raises(InputError, match="batch_tokens is 8 but a document has 1. tokens; raise"):
+        trainer(config, tiny.model())
 
 
 def test_a_resumed_run_drops_out_the_same_and_reports_the_same(tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ from idlm.models.check import prepare
 from idlm.models.gated_lora import LoraSpec, adapter_parameters, attach
 from idlm.models.idlm_model import Idlm
 from idlm.models.routes import implementation
-from idlm.training.config import TrainConfig, parse_config
+from idlm.training.config import DataConfig, TrainConfig, parse_config
 from idlm.training.data import Draw, Example, collate, exchange
 from idlm.training.layout import Texts
+from idlm.training.reading import Reader
 from idlm.training.run import train
+from idlm.training.tables import Tables
 
 VOCAB, CONTEXT, MASK = 23, 48, 22
 SPEC = LoraSpec(rank=2, alpha=4.0, targets=("q_proj", "v_proj", "c_proj"))
@@ -119,6 +121,13 @@ def examples(count: int = 40) -> list[Example]:
         return [rng.randrange(3, MASK - 1) for _ in range(rng.randint(low, high))]
 
     return [exchange(ids(1, 6), ids(2, 12), f"row {i}") for i in range(count)]
+
+
+def read(path: Path | str, idlm: Idlm, **keys: Any) -> list[Example]:
+    """The documents of a file or a folder; `keys` are those of `data`."""
+    config = DataConfig(source="jsonl", path=str(path), **keys)
+    reader = Reader(config, idlm, idlm.context)
+    return [example for row in reader.read(Tables((str(path),))) for example in row]
 
 
 def write_jsonl(path: Path, rows: list[Example]) -> Path:
