@@ -54,8 +54,8 @@ SMALL: dict[str, Any] = {
     "head_dim": 8,
     "max_position_embeddings": 256,
 }
-TRAINED_BYTES, FROZEN_BYTES = 16, 4
-"""Of a parameter in float32: itself, its gradient and two moments; or itself alone."""
+TRAINED_BYTES, FROZEN_BYTES = 16, {"float32": 4, "bfloat16": 2}
+"""Of a parameter: itself, its gradient and two moments in float32; or itself alone."""
 
 
 def published(name: str) -> PreTrainedModel:
@@ -95,7 +95,8 @@ def test_it_fits_the_published_model(name: str) -> None:
         assert trained < base / 2
     text = (CONFIGS / f"{name}.yaml").read_text()
     said = re.findall(r"optimizer take about ([\d.]+) GB", text)
-    needed = TRAINED_BYTES * trained + FROZEN_BYTES * (base if config.method == "lora" else 0)
+    frozen = base if config.method == "lora" else 0
+    needed = TRAINED_BYTES * trained + FROZEN_BYTES[config.model.dtype] * frozen
     assert said == [f"{needed / 1e9:.{len(said[0].partition('.')[2])}f}"]
 
 
