@@ -4,7 +4,12 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,17 +18,20 @@ from typing import Any
 import pyarrow
 import pytest
 import yaml
+from filelock import FileLock
 from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
 from idlm.cli import app
+from tests.waiting import HANG_SECONDS
 
 ROW = {"prompt": "Mia has 3", "response": " apples."}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]}
 ROWS = 6
 NAN = float("nan")
+MOST_BYTES = 30_000
 
 
 @dataclass
@@ -50,6 +58,12 @@ class Place:
             "optimizer": {"warmup": 0},
         }
 
+    @property
+    def mask(self) -> int:
+        """The MASK id of the model."""
+        tokenizer = json.loads((self.checkpoint / "base" / "tokenizer_config.json").read_text())
+        return load_tokens(self.checkpoint / "base")[tokenizer["mask_token"]]
+
     def model(self) -> Path:
         """The run's own copy of the model."""
         folder = self.folder / "model"
@@ -70,6 +84,12 @@ class Place:
         """All files that are there."""
         files = [path for path in self.folder.rglob("*") if path.is_file()]
         return {str(path.relative_to(self.folder)): path.read_bytes() for path in files}
+
+
+def load_tokens(folder: Path) -> dict[str, int]:
+    """The added tokens of a tokenizer."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    return {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
 
 
 Change = Callable[[Place], object]
@@ -155,8 +175,11 @@ def resumed(spoil: Callable[[Path], object]) -> Change:
     """A run that goes on from a spoilt checkpoint."""
 
     def change(place: Place) -> None:
-        spoil(before(place))
-        place.tree |= {"resume": True, "stages": [{"steps": 2, "block_size": 2}]}
+        place.tree |= {"save_steps": 1, "stages": [{"steps": 2, "block_size": 2}]}
+        before(place)
+        shutil.rmtree(place.folder / "run" / "final")
+        spoil(place.folder / "run" / "checkpoint-2")
+        place.tree["resume"] = True
 
     return change
 
@@ -193,6 +216,18 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         row({"messages": [{"role": "user", "content": "x"}]}),
         [LINE, "response"],
     ),
+    "MASK in a prompt": (
+        lambda place: row({"prompt": [place.mask], "response": [4]})(place),
+        [LINE, "MASK token"],
+    ),
+    "MASK in a response": (
+        lambda place: row({"prompt": [4], "response": [place.mask, 4]})(place),
+        [LINE, "MASK token"],
+    ),
+    "a template without answers": (
+        both(row(CHAT), file("chat_template.jinja", ASKS_ONLY)),
+        ["chat template", "no assistant turns"],
+    ),
     "bytes that are not UTF-8": (raw(b'{"prompt":"a","response":"\xff"}\n'), ["not UTF-8"]),
     "a byte order mark inside": (row("\ufeff" + json.dumps(ROW)), [LINE, "BOM"]),
     "half of a surrogate pair": (row('{"prompt": "a", "response": "\\ud800"}'), ["\\ud800"]),
@@ -218,14 +253,14 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     "not YAML": (config("stages: ["), ["run.yaml", "not YAML"]),
     "a config that is a list": (config("- 1"), ["run.yaml", "list"]),
     "a missing key": (lambda place: place.tree.pop("stages"), ["stages is missing"]),
-    "an unknown key": (keys(optimizer__rate=1), ["optimizer.rate", "nearest"]),
+    "an unknown key": (keys(optimizer__rate=1), ["unknown key optimizer.rate", "lr"]),
     "negative steps": (keys(stages__0__steps=-3), ["stages.0.steps is -3"]),
     "a block of 0": (keys(stages__0__block_size=0), ["stages.0.block_size is 0"]),
     "rank 0": (keys(lora__rank=0), ["lora.rank is 0"]),
     "a learning rate that is NaN": (keys(optimizer__lr=NAN), ["optimizer.lr is nan"]),
     "a text for a number": (keys(batch_size="many"), ["batch_size is 'many'"]),
     "targets that are not there": (keys(lora__targets=["qkv"]), ["'qkv'", "q_proj"]),
-    "an unknown source": (keys(data__source="csv"), ["data.source is 'csv'"]),
+    "an unknown source": (keys(data__source="csv", data__path=None), ["data.source is 'csv'"]),
     # model
     "no such model": (keys(model__path="/nowhere/model"), ["/nowhere/model"]),
     "an adapter as the model": (
@@ -260,7 +295,90 @@ CASES: dict[str, tuple[Change, list[str]]] = {
         ["lora.rank was 2"],
     ),
     "a checkpoint without its state": (resumed(cut("state.json")), ["state.json"]),
+    "a checkpoint without its weights": (
+        resumed(cut("adapter_model.safetensors")),
+        ["adapter_model.safetensors"],
+    ),
+    "a run whose config is broken": (
+        resumed(lambda folder: (folder.parent / "config.yaml").write_text("a: [")),
+        ["config.yaml", "not YAML"],
+    ),
+    "a finished model without its run": (
+        lambda place: (
+            (place.folder / "run" / "final").mkdir(parents=True),
+            (place.folder / "run" / "final" / "mine").write_text("x"),
+        ),
+        ["holds 'final'"],
+    ),
 }
+
+
+DISTILL: dict[str, tuple[str, list[str]]] = {
+    "a broken row": ('{"prompt": "a"}\n{"prompt": 3}\n', ["prompts.jsonl line 2", "prompt"]),
+    "messages of no one": ('{"messages": [{"content": "x"}]}\n', ["prompts.jsonl line 1"]),
+    "a prompt beyond the context": (
+        json.dumps({"prompt": "a " * 500}),
+        ["prompts.jsonl line 1", "160"],
+    ),
+    "a row without a prompt": ('{"question": "x"}\n', ["prompts.jsonl line 1", "no prompt"]),
+}
+
+
+@pytest.mark.parametrize("case", DISTILL)
+def test_distill(case: str, checkpoint: Path, tmp_path: Path) -> None:
+    text, words = DISTILL[case]
+    (tmp_path / "prompts.jsonl").write_text(text)
+    out = tmp_path / "rows"
+    given = [str(checkpoint / "base"), str(tmp_path / "prompts.jsonl"), "-o", str(out)]
+    refused(["distill", *given], words)
+    assert not out.exists()
+
+
+def test_distill_leaves_alone_what_others_wrote(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "rows").mkdir()
+    mine = tmp_path / "rows" / "rows-00000.jsonl"
+    mine.write_text('{"mine": 1}\n')
+    given = [str(checkpoint / "base"), str(tmp_path / "prompts.jsonl"), "-o", str(mine.parent)]
+    refused(["distill", *given], ["rows", "distill.json"])
+    assert mine.read_text() == '{"mine": 1}\n'
+    with FileLock(tmp_path / "other" / ".lock"):
+        refused(["distill", *given[:3], str(tmp_path / "other")], ["another run writes"])
+
+
+def on_a_full_disk(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command whose files cannot be longer than some bytes."""
+
+    def fill() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_BYTES, MOST_BYTES))
+
+    program = [sys.executable, "-c", "from idlm.cli import app; app(prog_name='idlm')"]
+    return subprocess.run(
+        [*program, *command],
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+        preexec_fn=fill,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_distill_on_a_full_disk_keeps_its_rows(checkpoint: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"Mia has {number}\n" for number in range(9)))
+    options = ["--num-samples", "9", "--max-tokens", "100", "--threads", "1"]
+    keep = ["--keep-truncated", "--keep-repetitive", "-o", str(tmp_path / "rows")]
+    command = ["distill", str(checkpoint / "base"), str(prompts), *options, *keep]
+    done = on_a_full_disk(command)
+    assert done.returncode == 2, done.stderr
+    message = done.stderr.splitlines()[0]
+    assert message.startswith("error: cannot write") and "rows-00000.jsonl" in message, message
+    written = (tmp_path / "rows" / "rows-00000.jsonl").read_bytes()
+    assert len(written) == MOST_BYTES
+    again = CliRunner().invoke(app, [*command, "--json"])
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["rows"] == 81 and json.loads(again.stdout)["resumed"] > 0
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -271,6 +389,8 @@ def test_training(case: str, checkpoint: Path, tmp_path: Path) -> None:
     command = place.ready()
     there = place.contents()
     refused(command, words)
+    if place.tree.get("resume"):
+        del there["run/config.yaml"]  # which says now that the run was resumed
     left = place.contents()
     assert {name: left.get(name) for name in there} == there, "something was overwritten"
     new = left.keys() - there.keys()
