@@ -28,6 +28,12 @@ THOUGHT_PARTS = ("thinking", "redacted_thinking", "reasoning")
 EXAMPLE = "{'role': 'user', 'content': '...'}"
 
 
+def as_user(text: str, chat: bool, has_template: bool) -> list[dict[str, Any]] | None:
+    """A text as the message of a user; None if it is a prompt as it stands, since `chat` is off or
+    the model has no chat template."""
+    return [{"role": "user", "content": text}] if chat and has_template else None
+
+
 def read_messages(messages: object) -> list[dict[str, Any]]:
     """Messages in one form, whichever way they were written.
 

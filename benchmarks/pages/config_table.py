@@ -1,8 +1,9 @@
-"""The part of docs/converting.md that lists the keys of a training config, from its dataclasses."""
+"""docs/config.md: the keys of a training config, from its dataclasses."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 from collections.abc import Iterator
 from inspect import getdoc
@@ -21,9 +22,20 @@ NAMES = {
 }
 
 
+HEAD = """# Keys of a training config
+
+Written by `make docs` from the program. A config is a YAML file for `idlm train`; `configs/` has
+examples with a comment beside each key, [converting.md](converting.md) the way from a model to a
+converted one. Any key can be set on the command line: `--optimizer.lr=0.001 --stages.0.steps=50`.
+An unknown key is refused with the nearest known one, a wrong value with the type expected. `null`
+leaves the choice to the program.
+"""
+ATTRIBUTE = re.compile(r"^    (\w+): (.+(?:\n     +.+)*)", re.MULTILINE)
+
+
 def render() -> str:
-    """The sections, from the top of the config down."""
-    return "\n".join(_section(TrainConfig, "The top of the config"))
+    """The page, from the top of the config down."""
+    return "\n".join([HEAD, *_section(TrainConfig, "The top")]).rstrip() + "\n"
 
 
 def _section(config: type, title: str) -> Iterator[str]:
@@ -31,19 +43,34 @@ def _section(config: type, title: str) -> Iterator[str]:
     hints = get_type_hints(config)
     fields = dataclasses.fields(config)
     sections = [(f, _dataclass_in(hints[f.name])) for f in fields]
-    yield f"### {title}\n"
-    yield (getdoc(config) or "") + "\n"
+    text, meanings = _described(config)
+    yield f"## {title}\n"
+    yield text + "\n"
     rows = [
-        (f"`{_key(f)}`", _type(hints[f.name]), _default(f))
+        (f"`{_key(f)}`", _type(hints[f.name]), _default(f), meanings[f.name].replace("|", "\\|"))
         for f, inner in sections
         if inner is None
     ]
-    yield from markdown(("key", "value", "default"), rows)
+    yield from markdown(("key", "value", "default", "meaning"), rows)
     yield ""
     for field, inner in sections:
         if inner is not None:
             several = get_origin(hints[field.name]) is tuple
             yield from _section(inner, f"`{_key(field)}`" + (", a list of" if several else ""))
+
+
+def _described(config: type) -> tuple[str, dict[str, str]]:
+    """The docstring without its list of attributes, and that list by name.
+
+    Raises:
+        ValueError: the list does not have just the fields.
+    """
+    text, _, listed = (getdoc(config) or "").partition("Attributes:\n")
+    meanings = {name: " ".join(said.split()) for name, said in ATTRIBUTE.findall(listed)}
+    names = {field.name for field in dataclasses.fields(config)}
+    if differs := names ^ meanings.keys():
+        raise ValueError(f"the docstring of {config.__name__} and its fields differ in {differs}")
+    return text.strip(), meanings
 
 
 def _key(field: dataclasses.Field[Any]) -> str:

@@ -55,6 +55,6 @@ PAGES = (
     Page(ROOT / "docs" / "throughput.svg", _plot),
     Page(ROOT / "docs" / "benchmarks.md", benchmarks_page.render),
     Page(ROOT / "docs" / "families.md", families_page.render),
-    Page(ROOT / "docs" / "converting.md", config_table.render, "config keys"),
+    Page(ROOT / "docs" / "config.md", config_table.render),
     Page(ROOT / "README.md", headline.render, "figures"),
 )

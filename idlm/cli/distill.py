@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from idlm.cli import common
+from idlm.cli import common, drafts
 from idlm.cli.sampling import Sampling, with_sampling
 from idlm.config import EngineConfig
 from idlm.extras import need
@@ -63,8 +63,8 @@ def distill(
     ] = False,
     shard_rows: Annotated[int, _option("Rows of a file.", min=1)] = 1000,
     adapter: common.Adapter = None,
-    stride: common.Stride = 4,
-    branches: common.BranchesOption = "planner",
+    stride: drafts.Stride = None,
+    branches: drafts.Branches = None,
     max_num_seqs: Annotated[
         int, typer.Option(help="Responses that run at once.", min=1, rich_help_panel="Decoding")
     ] = EngineConfig.max_num_seqs,
@@ -82,7 +82,13 @@ def distill(
     Killed at any point, the same command goes on without a lost or doubled row.
     """
     need("train", "idlm distill")
-    config = EngineConfig(stride, branches, max_num_seqs, weights=weights, threads=threads)
+    wanted = drafts.Drafts(stride, branches)
+    config = wanted.config(
+        max_num_seqs=max_num_seqs, weights=weights, threads=threads, max_model_len=max_model_len
+    )
+    # before the model is loaded, which can take minutes
+    folders = [] if adapter is None else [adapter]
+    config, _ = drafts.checked(wanted, config, model, folders, dtype, device)
 
     from idlm.engine.build import build_engine
     from idlm.engine.engine import Engine
@@ -91,6 +97,8 @@ def distill(
     from idlm.training.prompts import Encoding, Prompts
     from idlm.training.tables import Tables
 
+    for source in sources:
+        next(Tables((source,), subset, split).rows(), None)
     idlm = load(model, adapter, dtype, device, max_model_len)
     tables = Tables(tuple(sources), subset, split)
     prompts = Prompts(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from idlm.errors import InputError
 from idlm.inputs import read_lines
-from idlm.messages import read_messages
+from idlm.messages import as_user, read_messages
 
 if TYPE_CHECKING:
     from idlm.models.idlm_model import Idlm
@@ -42,12 +42,10 @@ class Prompt:
         """
         if self.token_ids is not None:
             return list(self.token_ids)
-        encoder, text = idlm.encoder, self.text or ""
-        if self.messages is not None:
-            return encoder.chat(self.messages)
-        if chat and encoder.has_template:
-            return encoder.chat([{"role": "user", "content": text}])
-        return encoder.text(text, trusted=True)
+        encoder, text, messages = idlm.encoder, self.text or "", self.messages
+        if messages is None:
+            messages = as_user(text, chat, encoder.has_template)
+        return encoder.text(text, trusted=True) if messages is None else encoder.chat(messages)
 
 
 def given(texts: Sequence[str], file: Path | None) -> list[Prompt]:

@@ -14,7 +14,6 @@ own embedding row.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,7 +86,7 @@ def read(folder: Path) -> AdapterInfo:
             "save the adapter as safetensors (pickle is never read)"
         )
     targets = sorted({module.rpartition(".")[2] for module, _ in _modules(folder)})
-    spec = LoraSpec(*_rank_alpha(config, folder), tuple(targets))
+    spec = LoraSpec(*_rank_alpha(config, folder), tuple(targets), bool(config.get("use_rslora")))
     base = config.get("base_model_name_or_path")
     if not (folder / EXTRA).exists():
         return AdapterInfo(folder, spec, base)
@@ -95,15 +94,13 @@ def read(folder: Path) -> AdapterInfo:
 
 
 def _rank_alpha(config: dict[str, Any], folder: Path) -> tuple[int, float]:
-    """Rank and alpha. Rank-stabilised LoRA scales by alpha / sqrt(r), so its alpha is converted:
-    alpha sqrt(r) / r = alpha / sqrt(r)."""
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
         raise InputError(
             f"{str(folder / CONFIG)!r} has r {rank!r} and lora_alpha {alpha!r}; "
             "both must be positive numbers"
         )
-    return rank, alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+    return rank, alpha
 
 
 def _read_extra(folder: Path) -> tuple[int, int | None, str, HeadSpec | None]:
@@ -190,6 +187,7 @@ def _peft_config(spec: LoraSpec, base_name: str, transposed: bool) -> dict[str, 
         "base_model_name_or_path": base_name,
         "r": spec.rank,
         "lora_alpha": int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha,
+        "use_rslora": spec.rslora,
         "target_modules": list(spec.targets),
         "lora_dropout": 0.0,
         "bias": "none",

@@ -83,12 +83,25 @@ def check_architecture(idlm: Idlm) -> None:
             ours = _our_logits(idlm, tokens, positions, cache).double()
     except Exception as error:  # a model's forward may raise anything
         raise InputError(f"{what}: {doing} ({_kind(error)}); use another model") from error
+    _check_finite(idlm, stock)
     difference, size = float((ours - stock).norm()), float(stock.norm())
     wrong = _options(unknown) or _layers(idlm, cache)
     if wrong is None and not difference <= PROBE_TOLERANCE[idlm.dtype] * size:  # also if NaN
         wrong = f"its logits differ from transformers' own by {difference:.2g} of {size:.2g}"
     if wrong is not None:
         raise InputError(f"{what}: {wrong}; use another model")
+
+
+def _check_finite(idlm: Idlm, logits: Tensor) -> None:
+    """Say which weight is NaN or infinite, if one made the logits so."""
+    if bool(logits.isfinite().all()):
+        return
+    for name, weight in idlm.model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise InputError(
+                f"{idlm.name!r}: the weight {name} holds NaN or infinity; download it again, "
+                "or use a checkpoint from before"
+            )
 
 
 def _kind(error: Exception) -> str:

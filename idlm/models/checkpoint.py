@@ -67,6 +67,7 @@ class Inspection:
     block_size: int | None = None
     adapter_rank: int | None = None
     adapter_alpha: float | None = None
+    adapter_rslora: bool | None = None
     adapter_targets: tuple[str, ...] | None = None
     adapter_base: str | None = None
     base_fingerprint: str | None = None
@@ -193,6 +194,7 @@ def _adapter(inspection: Inspection, folder: Path) -> Inspection:
         inspection,
         adapter_rank=info.spec.rank,
         adapter_alpha=info.spec.alpha,
+        adapter_rslora=info.spec.rslora,
         adapter_targets=info.spec.targets,
         adapter_base=info.base_name,
         base_fingerprint=info.base_fingerprint,

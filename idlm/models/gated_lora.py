@@ -1,4 +1,6 @@
-"""Gated LoRA: `y = W x + g (alpha / r) B A x` with g = 1 on MASK rows and 0 on all others.
+"""Gated LoRA: `y = W x + g s B A x` with g = 1 on MASK rows and 0 on all others.
+
+The scale s is alpha / r, or alpha / sqrt(r) in rank-stabilised LoRA (arXiv 2312.03732).
 
 The MASK rows of a forward are contiguous (first in training, last in a window), so the gate is a
 slice. The rows outside it are computed by the base's operations alone, so they are bit-equal to the
@@ -34,13 +36,15 @@ class LoraSpec:
 
     Attributes:
         rank: r.
-        alpha: the update is scaled by alpha / r.
+        alpha: the update is scaled by alpha / r, or by alpha / sqrt(r) with `rslora`.
         targets: the last name components of the adapted linear layers, such as q_proj.
+        rslora: whether the scale is rank-stabilised.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    rslora: bool = False
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -52,8 +56,8 @@ class LoraSpec:
 
     @property
     def scale(self) -> float:
-        """The factor alpha / r of the update B A x."""
-        return self.alpha / self.rank
+        """The factor of the update B A x."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class Gate:
@@ -97,7 +101,7 @@ class Gate:
 class LowRank(NamedTuple):
     """The update of one layer by a further adapter, whose index is `number`.
 
-    `a` is A [r, in], `b` is B [out, r], `scale` is alpha / r.
+    `a` is A [r, in], `b` is B [out, r], `scale` is that of its `LoraSpec`.
     """
 
     number: int
@@ -149,7 +153,7 @@ class GatedLinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> list[Tensor]:
-        """The merged weight W + (alpha / r) B A, [out, in], of each adapter."""
+        """The merged weight W + s B A, [out, in], of each adapter, with its scale s."""
         weight = self.base.weight
         updates = {0: self.scale * self.lora_B @ self.lora_A}
         updates |= {more.number: more.scale * more.b @ more.a for more in self.more}

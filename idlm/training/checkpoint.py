@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from idlm.errors import InputError
 from idlm.training.config import TrainConfig, as_tree
+from idlm.training.strict import read_yaml
 
 STAGING = ".writing"
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
@@ -85,13 +86,18 @@ def prepare_folder(config: TrainConfig) -> Path | None:
     if newest is not None and not config.resume:
         held = f"output_dir {config.output_dir!r} holds {newest.name}"
         raise InputError(f"{held}; set resume: true or name another folder")
+    if newest is None and (folder / "final").exists():
+        raise InputError(
+            f"output_dir {config.output_dir!r} holds 'final' without a checkpoint; "
+            "name another folder"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _keep_config(config, folder / "config.yaml", resumes=newest is not None)
     except OSError as error:
         raise InputError(
             f"output_dir {config.output_dir!r} cannot be made: {error}; name another folder"
         ) from None
-    _keep_config(config, folder / "config.yaml", resumes=newest is not None)
     return newest
 
 
@@ -99,7 +105,7 @@ def _keep_config(config: TrainConfig, file: Path, resumes: bool) -> None:
     """Write the config unless it is there: several processes may do this at once."""
     written = file.read_text(encoding="utf-8") if file.exists() else None
     if resumes and written is not None:
-        _same_config(yaml.safe_load(written), as_tree(config), "")
+        _same_config(read_yaml(written, str(file)), as_tree(config), "")
     text = yaml.safe_dump(as_tree(config), sort_keys=False)
     if text != written:
         file.write_text(text, encoding="utf-8")

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from idlm.errors import InputError
 from idlm.training.losses import RowWeights
+from idlm.training.ranges import check_ranges
 from idlm.training.strict import as_tree, build, override_key, read_yaml
 
 __all__ = ["TrainConfig", "as_tree", "load_config", "parse_config"]
@@ -25,11 +26,15 @@ UNUSED = (0.0, (0.0, 0.0))
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model to train: a checkpoint (`path`: folder, hub id or bundled name), or a new model of
-    an `architecture`, whose keys are those of a transformers config.
+    """The model to train: a checkpoint, or a new model of an architecture.
 
-    `max_model_len` limits the context, which models with longrope need. `dtype` is that of the
-    weights in memory: `bfloat16` is for a frozen base, whose adapter is trained in float32.
+    Attributes:
+        path: of a checkpoint: a folder, a hub id or a bundled name.
+        architecture: of a new model instead: the keys of a transformers config.
+        tokenizer: of a new model: a registered source's, such as `nano`, or a folder or hub id.
+        dtype: of the weights in memory; bfloat16 is for a frozen base, whose adapter is trained in
+            float32.
+        max_model_len: limits the context, which models with longrope need.
     """
 
     path: str | None = None
@@ -43,12 +48,17 @@ class ModelConfig:
 class LoraConfig:
     """The gated LoRA of `method: lora`.
 
-    `targets` are names of linear layers, or `all-linear`: all but the output head and the routers
-    of experts.
+    Attributes:
+        rank: of the update of each layer.
+        alpha: the update is scaled by `alpha` / `rank`.
+        rslora: scale it by `alpha` / sqrt(`rank`) instead (rank-stabilised LoRA, arXiv 2312.03732).
+        targets: names of linear layers, such as `[q_proj, v_proj]`; or `all-linear`, all but the
+            output head and the routers of experts.
     """
 
     rank: int = 32
     alpha: float = 64.0
+    rslora: bool = False
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 
 
@@ -64,8 +74,10 @@ class WeightedPath:
 class HeadConfig:
     """The draft head, which gives each MASK row the token before it; see docs/architecture.md.
 
-    `size` is the head's inner size, the rank of `markov`; `top` the number of candidates that it
-    corrects for each draft.
+    Attributes:
+        kind: `markov`, `selector` or `mlp`.
+        size: the inner size; of `markov` the rank.
+        top: the number of candidates that it corrects for each draft.
     """
 
     kind: Literal["none", "markov", "selector", "mlp"] = "none"
@@ -77,18 +89,24 @@ class HeadConfig:
 class DataConfig:
     """The texts to train on.
 
-    `source` is `jsonl`: rows {prompt | messages, response} of `path`, a file (.jsonl or .parquet),
-    a folder of files as `idlm distill` writes, a dataset's name, or a list of them. A list of
-    {path, weight} draws from each path by its weight, whatever its size. Or `source` is `self`:
-    responses that the model generates before the training; or the name of a registered source, such
-    as `nano`, the project's own problems. The prompts of `self` are `prompts`: `bos` (the empty
-    prompt), a registered source, or {prompt | messages} of what `path` may be. They are sampled
-    with the defaults of the model's generation config; `temperature` replaces its own. `examples`
-    limits the rows, with weights those of each path; `skip_bad_rows` counts broken ones of `jsonl`
-    instead of stopping at the first. Of `jsonl` and `self` the last `held_out` rows are held out,
-    with weights the last of each path by its share. Of messages the last answer is trained on, or
-    each of them if `answers` is `all`. A document of more than `max_length` tokens is cut; the
-    default is 4096, or the model's context if that is shorter.
+    Attributes:
+        source: `jsonl`: the rows of `path`. `self`: responses that the model writes before the
+            training. Or a registered source, such as `nano`, the project's own problems.
+        path: of `jsonl`: a file (.jsonl or .parquet), a folder of files as `idlm distill` writes, a
+            dataset's name, or a list of them. A list of {path, weight} draws from each by its
+            weight, whatever its size.
+        prompts: of `self`: `bos` (the empty prompt), a registered source, or what `path` may be.
+        examples: the most rows; with weights, of each path.
+        held_out: rows that are measured and not trained on; of `jsonl` and `self` the last ones,
+            with weights the last of each path by its share.
+        seed: of the problems of a registered source, and of the responses of `self`.
+        temperature: of the responses of `self`, in the place of that of the model's generation
+            config.
+        max_tokens: of each response of `self`.
+        max_length: the most tokens of a text, or with `packing` of a row of texts; a longer text is
+            cut. null: 4096, or the model's context if that is shorter.
+        skip_bad_rows: count broken rows instead of stopping at the first.
+        answers: of messages: train on the last answer, or on all of them.
     """
 
     source: str = "nano"
@@ -121,6 +139,18 @@ class StageConfig:
     To this is added `lambda` CE_clean, a number or `auto` (CE / CE_clean of the step before, 1 at
     first). Its default is 0.2 for a full fine-tune, and 0 for a gated LoRA, whose clean rows are
     frozen.
+
+    Attributes:
+        steps: of the optimizer in this stage.
+        block_size: b, the MASK rows of a block; it serves strides up to b + 1.
+        ce: the weight of cross entropy.
+        kl: the weight of KL(p, q).
+        tv: the weight of the total variation, which is 1 - the acceptance rate.
+        lk: mixes KL and TV by the acceptance rate.
+        depth_weights: how a row's weight depends on its draft depth.
+        depth_gamma: of `exponential`.
+        dpace_alpha: of `dpace`.
+        lambda_: the weight of the AR loss on clean rows; full fine-tune only.
     """
 
     steps: int
@@ -154,10 +184,17 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, or Muon for the hidden matrices and AdamW for the rest; one schedule over all stages.
+    """One optimizer and one schedule over all stages.
 
-    `wsd` warms up, stays constant, and falls linearly to 0 over the last share `decay` of the
-    steps.
+    Attributes:
+        name: AdamW; or Muon for the hidden matrices and AdamW for the rest.
+        lr: the learning rate after the warm-up; one for both.
+        betas: of AdamW.
+        weight_decay: of matrices; norms and biases have none.
+        schedule: down to 0: `linear`, `cosine`, or `wsd`: constant, then linear at the end.
+        decay: of `wsd`: the share of the steps in which it falls.
+        warmup: steps in which the rate rises from 0.
+        grad_clip: the largest norm of the gradient of a step.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -174,14 +211,33 @@ class OptimizerConfig:
 class TrainConfig:
     """One training run.
 
-    `batch_size` is the most rows of a forward, `batch_tokens` the most tokens with padding; where
-    both are given both hold, and where none is it is 16 rows. With `packing` a row holds documents
-    one after the other, up to `data.max_length` tokens; none is cut or sees another. `accumulation`
-    counts forwards for each step and rank.
-    `resume` continues from the newest checkpoint in `output_dir`, or starts from the beginning if
-    there is none. The MASK rows of a text are computed in `phases` phases of its blocks, at most b
-    of them, over one clean half. `activation_checkpointing` computes each layer again for its
-    gradient, which takes less memory and a third more time.
+    Attributes:
+        output_dir: the folder of the run; the result is in its `final`.
+        stages: one after the other.
+        objective: convert to an I-DLM, or train an AR model.
+        method: a gated LoRA on the frozen model, or all weights.
+        random_phase: each text's blocks begin at a random place, so that every position is trained
+            at every depth.
+        phases: how often the MASK rows of a text are computed, each time with other blocks, over
+            one clean half; at most b.
+        seed: of the order of the texts, the phases and the first weights.
+        resume: go on from the newest checkpoint in `output_dir`, if there is one.
+        device: `auto` is a GPU if there is one.
+        threads: of PyTorch on a CPU; null: its default.
+        bf16: compute in bfloat16; the weights stay as `model.dtype` says.
+        activation_checkpointing: compute each layer again for its gradient, which takes less memory
+            and a third more time.
+        batch_size: the most rows of a forward; 16 if `batch_tokens` is null too.
+        batch_tokens: the most tokens of a forward, with padding.
+        packing: put several whole texts into a row; none sees another.
+        accumulation: forwards of a step, on each rank.
+        log_steps: steps between two lines of the log.
+        eval_steps: steps between two measurements on held-out texts.
+        save_steps: steps between two checkpoints.
+        model: the model.
+        lora: the adapter.
+        data: the texts.
+        optimizer: the optimizer.
     """
 
     output_dir: str
@@ -276,47 +332,22 @@ def parse_config(tree: dict[str, Any]) -> TrainConfig:
         InputError: as in `load_config`.
     """
     config: TrainConfig = build(TrainConfig, tree, "")
+    check_ranges(as_tree(config))
     _check(config)
     return config
 
 
 def _check(config: TrainConfig) -> None:
     """Checks that concern several keys; each message names the key to change."""
-    positive = {
-        "stages.*.steps": min((s.steps for s in config.stages), default=0),
-        "stages.*.block_size": min((s.block_size for s in config.stages), default=0),
-        "batch_size": 1 if config.batch_size is None else config.batch_size,
-        "batch_tokens": 1 if config.batch_tokens is None else config.batch_tokens,
-        "accumulation": config.accumulation,
-        "phases": config.phases,
-        "log_steps": config.log_steps,
-        "eval_steps": config.eval_steps,
-        "save_steps": config.save_steps,
-        "model.max_model_len": 1
-        if config.model.max_model_len is None
-        else config.model.max_model_len,
-        "head.size": config.head.size,
-        "head.top": config.head.top,
-        "data.held_out": config.data.held_out,
-        "data.max_tokens": config.data.max_tokens,
-        "threads": 1 if config.threads is None else config.threads,
-        "data.examples": 1 if config.data.examples is None else config.data.examples,
-        "data.max_length": 2 if config.data.max_length is None else config.data.max_length - 1,
-    }
+    if not config.stages:
+        raise InputError("stages is empty; it must have at least 1")
     for number, stage in enumerate(config.stages):
         _check_loss(stage, f"stages.{number}")
-    for key, value in positive.items():
-        if value < 1:
-            raise InputError(
-                f"{key} is too small; it must be at least {2 if key == 'data.max_length' else 1}"
-            )
-    if not (config.optimizer.lr > 0 and config.optimizer.lr < float("inf")):
-        raise InputError(f"optimizer.lr is {config.optimizer.lr}; it must be a positive number")
-    if not 0 < config.optimizer.decay <= 1:
-        raise InputError(
-            f"optimizer.decay is {config.optimizer.decay}; "
-            "it is a share of the steps, above 0 and up to 1"
-        )
+    for key, text in (("output_dir", config.output_dir), ("model.path", config.model.path)):
+        if text == "":
+            raise InputError(f"{key} is empty; give the path of a folder")
+    if config.lora.targets == ():
+        raise InputError("lora.targets is empty; name linear layers, or write all-linear")
     if (config.model.path is None) == (config.model.architecture is None):
         raise InputError("model.path and model.architecture: give exactly one of the two")
     _check_data(config.data)
@@ -347,14 +378,9 @@ def _check_data(data: DataConfig) -> None:
             f"data.path is for data.source: jsonl, and it is {data.source}; leave one of them out"
         )
     paths = data.path if isinstance(data.path, tuple) else ()
-    weighted = {at: p.weight for at, p in enumerate(paths) if isinstance(p, WeightedPath)}
+    weighted = [path for path in paths if isinstance(path, WeightedPath)]
     if weighted and len(weighted) < len(paths):
         raise InputError("data.path has paths with a weight and without; give each one, or none")
-    for at, weight in weighted.items():
-        if not 0 < weight < math.inf:
-            raise InputError(f"data.path.{at}.weight is {weight}; it must be above 0")
-    if data.temperature is not None and data.temperature < 0:
-        raise InputError(f"data.temperature is {data.temperature}; it must be 0 or more")
 
 
 def _check_loss(stage: StageConfig, where: str) -> None:

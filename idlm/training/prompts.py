@@ -10,6 +10,7 @@ from typing import Any
 
 from idlm.chat_template import check_ids
 from idlm.errors import InputError
+from idlm.messages import as_user
 from idlm.models.idlm_model import Idlm
 from idlm.training.data import exchange, fit, ids_of, named
 from idlm.training.rows import read_fields, read_row
@@ -72,9 +73,8 @@ class Encoding:
             )
         with named(name):
             messages, encoder = row.question, self.idlm.encoder
-            as_message = self.chat and isinstance(row.prompt, str) and encoder.has_template
-            if messages is None and as_message:
-                messages = [{"role": "user", "content": row.prompt}]
+            if messages is None and isinstance(row.prompt, str):
+                messages = as_user(row.prompt, self.chat, encoder.has_template)
             if messages is not None:
                 shown = {"messages": messages} | ({"tools": row.tools} if row.tools else {})
                 return Prompt(encoder.chat(messages, row.tools), shown)

@@ -96,6 +96,11 @@ class Reader:
         if row.messages is not None:
             check_answers(self.idlm.encoder, bool(row.tools))
         whole = row_examples(row, self.idlm, self.config.answers == "all")
+        if any(self.idlm.mask_id in one.tokens for one in whole):
+            raise InputError(
+                f"{name}: it holds the MASK token {self.idlm.mask_id}, which stands for no text; "
+                "take it out"
+            )
         found = [fit(whole[0], self.limit)]
         # a conversation is cut where its limit is, be it one document or several
         found += [fit(one, self.limit) for one in whole[1:] if one.answers[0][0] < self.limit]

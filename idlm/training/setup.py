@@ -82,7 +82,7 @@ def trainee(config: TrainConfig, idlm: Idlm) -> Trainee:
     if config.method == "lora":
         named = config.lora.targets
         targets = all_linear(idlm.model) if named == ALL_LINEAR else tuple(named)
-        spec = LoraSpec(config.lora.rank, config.lora.alpha, targets)
+        spec = LoraSpec(config.lora.rank, config.lora.alpha, targets, config.lora.rslora)
         base = adapter.fingerprint(idlm.model)
         idlm.gate = attach(idlm.model, spec, idlm.mask_id)
         check_adapter(idlm)

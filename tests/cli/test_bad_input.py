@@ -109,6 +109,28 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "inspect, not a checkpoint": (["inspect", "{dir}/nothing"], "nothing"),
     "demo, no rounds": (["demo", "--rounds", "0"], "rounds"),
     "demo, stride 99": (["demo", "--stride", "99"], "stride=99"),
+    "distill, prompts named before weights are read": (
+        ["distill", "{dir}/weightless", "{dir}/none.jsonl", "-o", "{dir}/rows"],
+        "none.jsonl",
+    ),
+    "distill, an option refused before weights are read": (
+        ["distill", "{dir}/weightless", "{dir}/fine.txt", "-o", "{dir}/rows", "--stride", "65"],
+        "stride=65",
+    ),
+    "distill, an adapter of another model before weights are read": (
+        [
+            *("distill", "{dir}/weightless", "{dir}/fine.txt", "-o", "{dir}/rows"),
+            *("--adapter", "{dir}/nowhere"),
+        ],
+        "nowhere",
+    ),
+    "distill, formats that do not go together before weights are read": (
+        [
+            *("distill", "{dir}/weightless", "{dir}/fine.txt", "-o", "{dir}/rows"),
+            *("--weights", "int8", "--dtype", "float64"),
+        ],
+        "float64",
+    ),
     "train, no such config": (["train", "{dir}/none.yaml"], "none.yaml"),
     "train, not YAML": (["train", "{dir}/broken.yaml"], "broken.yaml"),
     "train, unknown key": (["train", "{dir}/typo.yaml"], "nearest"),
@@ -127,6 +149,10 @@ def places(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """The files that the table names."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "empty.txt").write_text("\n\n")
+    (folder / "fine.txt").write_text("Mia has 3 apples.\n")
+    (folder / "weightless").mkdir()
+    for file in (checkpoint / "base").glob("*.json"):
+        (folder / "weightless" / file.name).write_text(file.read_text())
     (folder / "config.json").write_text("{}")
     (folder / "broken.jsonl").write_text('{"prompt": "fine"}\n{"prompt": \n')
     (folder / "other.jsonl").write_text('{"question": "fine"}\n')

@@ -8,13 +8,28 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.pages import benchmarks_page, generated, throughput_plot, window_picture
+from benchmarks.pages import (
+    benchmarks_page,
+    config_table,
+    generated,
+    throughput_plot,
+    window_picture,
+)
 from idlm.decoding.window import window
 
 
 @pytest.mark.parametrize("page", generated.PAGES, ids=lambda page: page.path.name)
 def test_nothing_is_stale(page: generated.Page) -> None:
     assert page.path.read_text() == page.render(), f"{page.path} is stale; run make docs"
+
+
+def test_a_key_without_a_meaning_is_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    documented = config_table.TrainConfig.__doc__ or ""
+    monkeypatch.setattr(
+        config_table.TrainConfig, "__doc__", documented.replace("resume:", "resumes:")
+    )
+    with pytest.raises(ValueError, match="TrainConfig and its fields differ in .*resume"):
+        config_table.render()
 
 
 def test_a_changed_result_changes_the_page_and_the_plot(tmp_path: Path) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,13 +10,10 @@ import pytest
 from typer.testing import CliRunner
 
 from idlm.cli import app
-from tests.waiting import HANG_SECONDS
+from tests.docs.shell import PROGRAM, ROOT, blocks, commands, run, serves
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 MOST_WORDS = 700
-PROGRAM = [sys.executable, "-c", "from idlm.cli import app; app(prog_name='idlm')"]
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHORTER = {
     "generate": ["--max-tokens", "20"],
     "verify": ["--max-tokens", "8"],
@@ -32,20 +26,6 @@ SHORTER = {
 """By command: options that make it quick and change nothing else."""
 
 
-def blocks(language: str) -> list[str]:
-    return [text for found, text in BLOCK.findall(README) if found == language]
-
-
-def commands(program: str) -> list[list[str]]:
-    """The words of each command of a program in the README's shell blocks, comments left out."""
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
-    return [
-        words[1:]
-        for words in (shlex.split(line, comments=True) for line in lines)
-        if words[:1] == [program]
-    ]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where commands run: some read what an earlier one wrote."""
@@ -54,57 +34,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def run(command: list[str], folder: Path, text: str = "") -> subprocess.CompletedProcess[str]:
-    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command,
-        cwd=folder,
-        input=text,
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECONDS,
-        env=environment,
-    )
-
-
 def test_it_is_short() -> None:
     assert len(README.split()) <= MOST_WORDS
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=lambda block: block.split("\n")[0])
+@pytest.mark.parametrize("block", blocks(README, "python"), ids=lambda block: block.split("\n")[0])
 def test_python_runs(block: str, folder: Path) -> None:
     done = run([sys.executable, "-c", block], folder)
     assert done.returncode == 0, done.stderr
     assert "The answer is 41." in done.stdout  # 12 - 4 + 33
 
 
-def serves(command: list[str], folder: Path) -> None:
-    """The server starts and announces its URL."""
-    small = ["--port", "0", "--threads", "1", "--max-num-seqs", "2", "--kv-memory", "32MiB"]
-    with subprocess.Popen(
-        [*PROGRAM, *command, *small], cwd=folder, stdout=subprocess.PIPE, text=True
-    ) as server:
-        try:
-            assert server.stdout is not None
-            assert server.stdout.readline().startswith("idlm serves nano at http://127.0.0.1:")
-        finally:
-            server.kill()
-
-
-@pytest.mark.parametrize("words", commands("idlm"), ids=" ".join)
+@pytest.mark.parametrize("words", commands(README, "idlm"), ids=" ".join)
 def test_commands_run(words: list[str], folder: Path) -> None:
     command = [
         "nano-base" if word == "MODEL" else word.replace("=MODEL", "=nano-base") for word in words
     ]
     if words[0] == "serve":
-        return serves(command, folder)
+        return serves(command, folder, "nano")
     done = run([*PROGRAM, *command, *SHORTER.get(words[0], [])], folder, text="Hello\n")
     assert done.returncode == 0, done.stderr
 
 
 def test_commands_and_options_are_known() -> None:
-    shown = commands("idlm")
+    shown = commands(README, "idlm")
     assert {words[0] for words in shown} >= {"generate", "verify", "serve", "train", "chat"}
     for words in shown:
         text = CliRunner().invoke(app, [words[0], "--help"]).output
@@ -116,12 +69,14 @@ def test_commands_and_options_are_known() -> None:
 
 def test_targets_of_make_exist() -> None:
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    asked = {words[0] for words in commands("make")} | set(re.findall(r"`make ([\w-]+)", README))
+    asked = {words[0] for words in commands(README, "make")} | set(
+        re.findall(r"`make ([\w-]+)", README)
+    )
     assert {"demo", "test"} <= asked <= targets
 
 
 def test_the_programs_and_files_named_are_there() -> None:
-    for words in commands("pip"):
+    for words in commands(README, "pip"):
         assert words[0] == "install"
     for picture in re.findall(r"!\[[^]]+\]\(([^)]+)\)", README):
         assert (ROOT / picture).stat().st_size > 0

@@ -62,9 +62,8 @@ def test_equals_the_oracle(
     assert result.forwards == expected.forwards
     assert (result.reached, result.accepted) == (expected.reached, expected.accepted)
     if params.verification == "coupled":
-        ar = reference.ar(
-            idlm.forward, PROMPT, params, idlm.mask_id, idlm.eos_ids, params.seed or 0
-        )
+        request = reference.Request(PROMPT, params, idlm.mask_id, idlm.eos_ids, params.seed or 0)
+        ar = reference.ar(idlm.forward, request)
         assert result.token_ids == ar.tokens
 
 

@@ -73,9 +73,13 @@ def test_mask_row_is_the_adapters_own(llama: Path, tmp_path: Path, mask_id: int 
     assert embedding_rows(again.model).shape[0] == tiny.VOCAB
 
 
-@pytest.mark.parametrize("alpha", [8.0, 5.5])
-def test_peft_loads_our_folder(llama: Path, tmp_path: Path, alpha: float) -> None:
-    spec = LoraSpec(4, alpha, SPEC.targets)
+@pytest.mark.parametrize(
+    ("alpha", "rslora", "scale"), [(8.0, False, 2.0), (5.5, False, 1.375), (5.5, True, 2.75)]
+)
+def test_peft_loads_our_folder(
+    llama: Path, tmp_path: Path, alpha: float, rslora: bool, scale: float
+) -> None:
+    spec = LoraSpec(4, alpha, SPEC.targets, rslora)
     model = trained(llama, spec)
     folder = save(model, tmp_path / "adapter", spec)
     peft = PeftModel.from_pretrained(
@@ -87,7 +91,16 @@ def test_peft_loads_our_folder(llama: Path, tmp_path: Path, alpha: float) -> Non
     for name, parameter in ours.items():
         assert torch.equal(theirs[f"base_model.model.{name}.weight"], parameter)
     scales = {m.scaling["default"] for m in peft.modules() if isinstance(m, LoraLayer)}
-    assert scales == {alpha / 4}
+    assert scales == {scale}
+    again = idlm.load(llama, adapter=folder, dtype="float64")
+    assert torch.equal(window(again, again.mask_id), window(model, model.mask_id))
+    masks = torch.full((4,), model.mask_id)  # gate 1 on all rows
+    row = load_file(folder / "mask_row.safetensors")["mask_row"]
+    with torch.no_grad():
+        expected = peft(inputs_embeds=row.expand(1, 4, -1)).logits[0]
+    rows = torch.ones(4, 4, dtype=torch.bool).tril()
+    got = again.forward(masks, torch.arange(4), rows)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("rank", "rslora"), [(1, False), (4, False), (128, False), (4, True)])
