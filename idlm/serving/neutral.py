@@ -60,8 +60,6 @@ class ChatNeutral(Neutral):
     """Such fields of chat requests alone."""
 
     prediction: dict[str, Any] | None = None
-    separate_reasoning: bool | None = None
-    stream_reasoning: bool | None = None
 
     modalities: Annotated[
         list[Literal["text"]] | None, only(["text"], instead="the model writes text")

@@ -195,6 +195,8 @@ class ChatRequest(Conversation, ChatNeutral, Generation):
     parallel_tool_calls: bool | None = None
     echo: bool | None = None
     include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
     reasoning_effort: Effort | None = None
     thinking_token_budget: Budget | None = None
     thinking_budget: Budget | None = None
@@ -241,6 +243,11 @@ class ChatRequest(Conversation, ChatNeutral, Generation):
     def single_call(self) -> bool:
         """Whether the output has at most one call."""
         return self.parallel_tool_calls is False
+
+    @property
+    def inline_thoughts(self) -> bool:
+        """Whether thoughts stay in the content, as they were written; they can also be left out."""
+        return self.separate_reasoning is False and self.include_reasoning is not False
 
     @property
     def thoughts_budget(self) -> int | None:
