@@ -72,6 +72,3 @@ class ChatNeutral(Neutral):
     functions: Annotated[None, only(instead="use tools")] = None
     function_call: Annotated[None, only(instead="use tool_choice")] = None
     web_search_options: Annotated[None, only(instead="offer a tool that searches")] = None
-    add_special_tokens: Annotated[Off, only(False, instead="the chat template writes them all")] = (
-        None
-    )

@@ -12,7 +12,7 @@ from idlm.engine.guide import calls_grammar, or_calls
 from idlm.params import MOST_LOGPROBS, Guide, Thinking
 from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError
-from idlm.serving.neutral import ChatNeutral, only
+from idlm.serving.neutral import ChatNeutral, Off, only
 from idlm.serving.prompts import Prompts
 from idlm.serving.reasoning import Reasoner, effort_options
 from idlm.serving.schema import Generation
@@ -122,6 +122,9 @@ class Conversation(Strict):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Scalar] | None = None
+    add_special_tokens: Annotated[Off, only(False, instead="the chat template writes them all")] = (
+        None
+    )
 
     def encoder(self, prompts: PromptEncoder) -> Callable[[], list[int]]:
         """A function that gives the token ids; the template's input is converted now.
