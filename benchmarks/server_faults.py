@@ -7,9 +7,12 @@
                 within 2 s, /ready recovers, and the next requests have the same outputs as before
     disconnect  clients leave at random points, streaming or not: slots, pages and queue come back
                 to zero
-    overload    four times the requests that the server can answer: accepted ones are as fast as
-                with all slots busy and none waiting, the rest get 429, none hangs
+    overload    four times the completions that the server can answer, where none may wait: accepted
+                ones are as fast as with all slots busy, the rest get 429 within 5 ms (median), none
+                hangs
     drain       SIGTERM with requests in flight: each is finished or gets an error
+
+Requests go to completions, chat, responses and messages in turn.
 
 Prints one JSON object with the figures and whether each part holds; exit status 1 if one does not.
 """
@@ -45,7 +48,7 @@ def arguments() -> argparse.Namespace:
         "--slots", type=int, default=EngineConfig.max_num_seqs, help="the engine's, in overload"
     )
     parser.add_argument(
-        "--queue", type=int, help="samples running or waiting, in overload; else the default"
+        "--queue", type=int, help="samples running or waiting, in overload; else as many as slots"
     )
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="of overload, and of full load before it"
@@ -63,7 +66,7 @@ async def run_part(part: str, options: argparse.Namespace) -> dict[str, Any]:
     command = idlm_serve(options.model, "--threads", "1")
     if part == "overload":
         command += ["--max-num-seqs", str(options.slots)]
-        command += [] if options.queue is None else ["--queue-requests", str(options.queue)]
+        command += ["--queue-requests", str(options.queue or options.slots)]
     if part == "drain":
         return {
             "in_time": await drain(command, 16, 30.0),

@@ -14,6 +14,9 @@ from typing import Any
 
 import httptools
 
+LAST_EVENTS = ("response.completed", "response.incomplete", "message_stop")
+"""Of streams that have no [DONE]."""
+
 
 @dataclass
 class Answer:
@@ -51,27 +54,37 @@ class Answer:
         return json.loads(self.body)
 
     def events(self) -> list[dict[str, Any]]:
-        """The events of a stream, without [DONE]."""
-        lines = (line.removeprefix(b"data: ") for line in self.body.split(b"\n\n") if line)
+        """The events of a stream, without [DONE]; their names are in their data too."""
+        lines = (event.rpartition(b"data: ")[2] for event in self.body.split(b"\n\n") if event)
         return [json.loads(line) for line in lines if line != b"[DONE]"]
 
     @property
+    def streamed(self) -> bool:
+        return "event-stream" in self.headers.get("content-type", "")
+
+    @property
     def error(self) -> dict[str, Any] | None:
-        """The error that the server reports, by status code or by the last event of a stream."""
+        """The error that the server reports, by status code or by the last event of a stream.
+
+        Each API has its own event: `response.failed` in /v1/responses, one with `error` in others.
+        """
         if self.status != 200:
             return dict(self.json()["error"]) if self.body else None
-        if "event-stream" not in self.headers.get("content-type", ""):
-            return None
-        events = self.events()
-        return dict(events[-1]["error"]) if events and "error" in events[-1] else None
+        last = self.events()[-1:] if self.streamed else []
+        for event in last:
+            if event.get("type") == "response.failed":
+                return dict(event["response"]["error"])
+            return dict(event["error"]) if "error" in event else None
+        return None
 
     @property
     def finished(self) -> bool:
         """Whether the response is complete and successful."""
         if self.status != 200 or not self.complete:
             return False
-        stream = "event-stream" in self.headers.get("content-type", "")
-        return self.body.endswith(b"data: [DONE]\n\n") if stream else True
+        if not self.streamed or self.body.endswith(b"data: [DONE]\n\n"):
+            return True
+        return any(event.get("type") in LAST_EVENTS for event in self.events()[-1:])
 
 
 class Connection(asyncio.Protocol):

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.harness.client import Answer, Connection, ask_all
 from benchmarks.harness.process import HANG_SECONDS, ServerProcess
-from benchmarks.harness.workload import COMPLETIONS, bodies, text
+from benchmarks.harness.workload import COMPLETIONS, ROUTES, Asked, bodies, routed, text
 
 MOST_SECONDS_TO_ERROR = 2.0
 MOST_SECONDS_TO_IDLE = 5.0
@@ -27,9 +27,9 @@ async def kill(
     streams: int,
     most_seconds: float = MOST_SECONDS_TO_ERROR,
 ) -> dict[str, Any]:
-    """Kill the engine while `streams` requests stream, again and again.
+    """Kill the engine while `streams` requests to all routes stream, again and again.
 
-    Each client must get an error within `most_seconds`.
+    Each client must get an error, as its route has it, within `most_seconds`.
     """
     reference = await _reference(server, model)
     laps = [await _kill_once(server, model, streams) for _ in range(rounds)]
@@ -39,7 +39,8 @@ async def kill(
         [lap["recovery_seconds"] for lap in laps],
     )
     restarts = int(server.metrics()["idlm_engine_restarts_total"])
-    informed = sum(lap["told"] for lap in laps)
+    told = {route: sum(lap["told"][route] for lap in laps) for route in ROUTES}
+    informed = sum(told.values())
     holds = (
         informed == rounds * streams
         and all(same)
@@ -52,6 +53,7 @@ async def kill(
         "rounds": rounds,
         "streams": streams,
         "told": informed,
+        "told_by_route": told,
         "latest_error_seconds": {"median": median(latest), "max": max(latest)},
         "recovery_seconds": {"median": median(recovery), "max": max(recovery)},
         "same_answers_after": sum(same),
@@ -69,8 +71,8 @@ async def _reference(server: ServerProcess, model: str) -> list[str]:
 async def _kill_once(server: ServerProcess, model: str, streams: int) -> dict[str, Any]:
     connections = [Connection(server.port) for _ in range(streams)]
     tasks = [
-        asyncio.create_task(connection.ask(COMPLETIONS, body))
-        for connection, body in zip(connections, bodies(model, streams, 450), strict=True)
+        asyncio.create_task(connection.ask(*asked))
+        for connection, asked in zip(connections, routed(bodies(model, streams, 450)), strict=True)
     ]
     while not all(connection.answer.pieces for connection in connections):
         await asyncio.sleep(0.005)
@@ -80,7 +82,10 @@ async def _kill_once(server: ServerProcess, model: str, streams: int) -> dict[st
     ready = (await asyncio.to_thread(server.get, "/ready"))[0]
     await asyncio.to_thread(server.wait_ready)
     return {
-        "told": sum(answer.error is not None for answer in answers),
+        "told": {
+            route: sum(answer.error is not None for answer in answers[place :: len(ROUTES)])
+            for place, route in enumerate(ROUTES)
+        },
         "latest_error_seconds": max(answer.last for answer in answers) - killed,
         "not_ready_at_once": ready == 503,
         "recovery_seconds": perf_counter() - killed,
@@ -107,13 +112,15 @@ async def disconnect(
     concurrency: int,
     most_seconds: float = MOST_SECONDS_TO_IDLE,
 ) -> dict[str, Any]:
-    """`clients` clients that disconnect during their request.
+    """`clients` clients of all routes that disconnect during their request.
 
     Nothing may be left of them after `most_seconds`.
     """
     rng = random.Random(0)
     # all drawn before the first request, so that the clients do the same on every machine
-    waiting = iter([_visit(server.port, body, rng) for body in bodies(model, clients, 300)])
+    waiting = iter(
+        [_visit(server.port, asked, rng) for asked in routed(bodies(model, clients, 300))]
+    )
     left: Counter[str] = Counter()
 
     async def visitor() -> None:
@@ -133,28 +140,28 @@ async def disconnect(
     }
 
 
-def _visit(port: int, body: dict[str, Any], rng: random.Random) -> Coroutine[Any, Any, str]:
+def _visit(port: int, asked: Asked, rng: random.Random) -> Coroutine[Any, Any, str]:
     """Ask and disconnect: with half a request sent, after some time, or after some of the response.
 
     Returns where that was.
     """
-    body = body | {"stream": rng.random() < 0.5}
+    asked = asked[0], asked[1] | {"stream": rng.random() < 0.5}
     if rng.random() < 0.1:
-        return _leave_after(port, body, send=rng.randint(1, 250), seconds=0.1 * rng.random())
+        return _leave_after(port, asked, send=rng.randint(1, 250), seconds=0.1 * rng.random())
     if rng.random() < 0.5:
-        return _leave_after(port, body, seconds=rng.choice((0.1, 2.0)) * rng.random())
-    return _leave_after(port, body, pieces=rng.choice((1, rng.randint(2, 30))))
+        return _leave_after(port, asked, seconds=rng.choice((0.1, 2.0)) * rng.random())
+    return _leave_after(port, asked, pieces=rng.choice((1, rng.randint(2, 30))))
 
 
 async def _leave_after(
     port: int,
-    body: dict[str, Any],
+    asked: Asked,
     send: int | None = None,
     seconds: float = HANG_SECONDS,
     pieces: int = sys.maxsize,
 ) -> str:
     connection = Connection(port)
-    task = asyncio.create_task(connection.ask(COMPLETIONS, body, send))
+    task = asyncio.create_task(connection.ask(*asked, send))
     end = perf_counter() + seconds
     while perf_counter() < end and len(connection.answer.pieces) < pieces and not task.done():
         await asyncio.sleep(0.005)
@@ -168,18 +175,15 @@ async def _leave_after(
     return "in the answer" if answer.pieces else "before the answer"
 
 
-def _statuses(server: ServerProcess) -> dict[str, int]:
-    """Requests by status, as the server counts them."""
-    lines = [
-        line
-        for line in server.get("/metrics")[1].splitlines()
-        if line.startswith("idlm_http_requests_total{")
-    ]
-    counts: Counter[str] = Counter()
-    for line in lines:
-        if COMPLETIONS in line:
-            counts[line.partition('status="')[2].partition('"')[0]] += int(float(line.split()[-1]))
-    return dict(counts)
+def _statuses(server: ServerProcess) -> dict[str, dict[str, int]]:
+    """Requests by route and status, as the server counts them."""
+    counts = {route: Counter[str]() for route in ROUTES}
+    for line in server.get("/metrics")[1].splitlines():
+        for route in ROUTES:
+            if line.startswith("idlm_http_requests_total{") and f'"{route}"' in line:
+                status = line.partition('status="')[2].partition('"')[0]
+                counts[route][status] += int(float(line.split()[-1]))
+    return {route: dict(count) for route, count in counts.items()}
 
 
 async def drain(command: Sequence[str], streams: int, seconds: float) -> dict[str, Any]:
@@ -189,9 +193,10 @@ async def drain(command: Sequence[str], streams: int, seconds: float) -> dict[st
         model = command[2]
         tasks = [
             asyncio.create_task(
-                Connection(server.port).ask(COMPLETIONS, body | {"stream": bool(index % 2)})
+                # of each route every other one
+                Connection(server.port).ask(route, body | {"stream": index // len(ROUTES) % 2 == 1})
             )
-            for index, body in enumerate(bodies(model, streams, 400))
+            for index, (route, body) in enumerate(routed(bodies(model, streams, 400)))
         ]
         # the server's own count; the engine's metrics are up to a second old
         while server.metrics()["idlm_queue_samples"] < streams:

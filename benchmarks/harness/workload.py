@@ -9,6 +9,10 @@ from typing import Any
 from idlm.evaluation.workload import Request
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
+ROUTES = (COMPLETIONS, CHAT, RESPONSES, MESSAGES)
+Asked = tuple[str, dict[str, Any]]
+"""A route and the body of a request to it."""
 
 
 def body(model: str, request: Request, **fields: Any) -> dict[str, Any]:
@@ -37,6 +41,21 @@ def bodies(
         | fields
         for _ in range(count)
     ]
+
+
+def routed(bodies: Sequence[dict[str, Any]]) -> list[Asked]:
+    """Bodies of `bodies`, each to the next of `ROUTES`, in that route's own words."""
+    return [_routed(ROUTES[place % len(ROUTES)], body) for place, body in enumerate(bodies)]
+
+
+def _routed(route: str, body: dict[str, Any]) -> Asked:
+    if route == COMPLETIONS:
+        return route, body
+    fields = dict(body)
+    prompt = fields.pop("prompt")
+    if route == RESPONSES:
+        return route, fields | {"input": prompt, "max_output_tokens": fields.pop("max_tokens")}
+    return route, fields | {"messages": [{"role": "user", "content": prompt}]}
 
 
 def text(events: Sequence[dict[str, Any]]) -> str:

@@ -51,6 +51,8 @@ WITH_MODEL = (
 )
 """Requests whose `model` is one of those that are served."""
 ROOT = "/v1"
+ABORTS = ("/abort_request", "/abort_requests")
+"""Paths of SGLang and vLLM; here a request ends with its connection alone."""
 router = strict_router()
 
 
@@ -238,6 +240,8 @@ def _no_path(request: Request) -> ApiError:
     plain = "/" + path.strip("/")
     meant = next((one for one in (plain, ROOT + plain) if _has_route(request, one)), None)
     hint = f"; use {meant}" if meant else "; GET /openapi.json lists the paths"
+    if plain in ABORTS:
+        hint = "; to abort a request, close its connection"
     return ApiError(404, f"there is no path {path[:80]}{hint}", code="unknown_path")
 
 

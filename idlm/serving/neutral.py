@@ -60,8 +60,6 @@ class ChatNeutral(Neutral):
     """Such fields of chat requests alone."""
 
     prediction: dict[str, Any] | None = None
-    separate_reasoning: bool | None = None
-    stream_reasoning: bool | None = None
 
     modalities: Annotated[
         list[Literal["text"]] | None, only(["text"], instead="the model writes text")
@@ -74,6 +72,3 @@ class ChatNeutral(Neutral):
     functions: Annotated[None, only(instead="use tools")] = None
     function_call: Annotated[None, only(instead="use tool_choice")] = None
     web_search_options: Annotated[None, only(instead="offer a tool that searches")] = None
-    add_special_tokens: Annotated[Off, only(False, instead="the chat template writes them all")] = (
-        None
-    )

@@ -32,12 +32,18 @@ class OutputReader:
     Args:
         thoughts, calls: None where the output has none.
         dropped: special tokens that the text has and the answer has not.
+        inline: the thoughts are a part of the content; no calls are read in them.
     """
 
     def __init__(
-        self, thoughts: ThoughtParser | None, calls: Parser | None, dropped: Sequence[str] = ()
+        self,
+        thoughts: ThoughtParser | None,
+        calls: Parser | None,
+        dropped: Sequence[str] = (),
+        inline: bool = False,
     ) -> None:
-        self._thoughts, self._calls, self._dropped = thoughts, calls, dropped
+        self._thoughts, self._calls = thoughts, calls
+        self._dropped, self._inline = dropped, inline
 
     @property
     def calls(self) -> int:
@@ -58,7 +64,7 @@ class OutputReader:
 
     def _part(self, thoughts: str, content: str) -> Part:
         pieces = [content] if self._calls is None else self._calls.push(content)
-        return _split(thoughts, pieces)
+        return _split("", [thoughts, *pieces]) if self._inline else _split(thoughts, pieces)
 
 
 def _split(thoughts: str, pieces: Sequence[str | ToolCall]) -> Part:
@@ -79,11 +85,17 @@ def output_reader(
     thoughts, dropped = None, list[str]()
     if thinking is not None:
         marks = prompts.token(thinking.start), prompts.token(thinking.end)
-        thoughts = ThoughtParser(*marks, thinking.open)
+        thoughts = ThoughtParser(
+            *marks,
+            thinking.open,
+            raw=body.inline_thoughts,
+            whole=body.stream_reasoning is False,
+        )
         if marks[1] in specials:  # then the text has all special tokens
             kept = {*marks, family.opening if family is not None else ""}
             dropped = [token for token in specials if token not in kept]
-    return OutputReader(thoughts, _parser(body, family, specials), dropped)
+    calls = _parser(body, family, specials)
+    return OutputReader(thoughts, calls, dropped, body.inline_thoughts)
 
 
 def _parser(body: ChatRequest, family: Family | None, specials: Collection[str]) -> Parser | None:

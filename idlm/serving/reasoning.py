@@ -101,10 +101,15 @@ class ThoughtParser:
     Args:
         start, end: the texts around thoughts.
         open: the output begins within thoughts.
+        raw: keep `start`, `end` and the white space; all but what comes after `end` are thoughts.
+        whole: give the thoughts in one piece, when they end.
     """
 
-    def __init__(self, start: str, end: str, open: bool) -> None:
+    def __init__(
+        self, start: str, end: str, open: bool, *, raw: bool = False, whole: bool = False
+    ) -> None:
         self._start, self._end, self._open = start, end, open
+        self._raw, self._whole = raw, whole
         self._held = ""
         self._inside: bool | None = None
         """None before the first text."""
@@ -122,13 +127,16 @@ class ThoughtParser:
             content, self._held = self._held, ""
             return "", self._trimmed(content)
         at = self._held.find(self._end)
+        if at < 0 and self._whole:
+            return "", ""
         if at < 0:
             at = len(self._held) - overlap(self._held, self._end)
             thoughts, self._held = self._held[:at], self._held[at:]
             return self._thought(thoughts), ""
-        thoughts = self._thought(self._held[:at])
-        content, self._held = self._held[at + len(self._end) :], ""
-        self._inside, self._first, self._edge = False, True, ""
+        after = at + len(self._end)
+        thoughts = self._thought(self._held[: after if self._raw else at])
+        content, self._held = self._held[after:], ""
+        self._inside, self._first, self._edge = False, not self._raw, ""
         return thoughts, self._trimmed(content)
 
     def finish(self) -> tuple[str, str]:
@@ -145,11 +153,14 @@ class ThoughtParser:
             return False
         self._inside = self._open
         if text.startswith(self._start):
-            self._inside, self._held = True, text[len(self._start) :]
-        self._first = self._inside
+            self._inside = True
+            self._held = self._held if self._raw else text[len(self._start) :]
+        self._first = self._inside and not self._raw
         return True
 
     def _thought(self, text: str) -> str:
+        if self._raw:
+            return text
         text = self._trimmed(text)
         if not text:
             return ""

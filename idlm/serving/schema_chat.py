@@ -12,7 +12,7 @@ from idlm.engine.guide import calls_grammar, or_calls
 from idlm.params import MOST_LOGPROBS, Guide, Thinking
 from idlm.serving.config import Limits
 from idlm.serving.errors import ApiError
-from idlm.serving.neutral import ChatNeutral, only
+from idlm.serving.neutral import ChatNeutral, Off, only
 from idlm.serving.prompts import Prompts
 from idlm.serving.reasoning import Reasoner, effort_options
 from idlm.serving.schema import Generation
@@ -122,6 +122,9 @@ class Conversation(Strict):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Scalar] | None = None
+    add_special_tokens: Annotated[Off, only(False, instead="the chat template writes them all")] = (
+        None
+    )
 
     def encoder(self, prompts: PromptEncoder) -> Callable[[], list[int]]:
         """A function that gives the token ids; the template's input is converted now.
@@ -194,6 +197,8 @@ class ChatRequest(Conversation, ChatNeutral, Generation):
     parallel_tool_calls: bool | None = None
     echo: bool | None = None
     include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
     reasoning_effort: Effort | None = None
     thinking_token_budget: Budget | None = None
     thinking_budget: Budget | None = None
@@ -240,6 +245,11 @@ class ChatRequest(Conversation, ChatNeutral, Generation):
     def single_call(self) -> bool:
         """Whether the output has at most one call."""
         return self.parallel_tool_calls is False
+
+    @property
+    def inline_thoughts(self) -> bool:
+        """Whether thoughts stay in the content, as they were written; they can also be left out."""
+        return self.separate_reasoning is False and self.include_reasoning is not False
 
     @property
     def thoughts_budget(self) -> int | None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from idlm.params import MOST_LOGPROBS
+from idlm.serving.neutral import only
 from idlm.serving.schema_chat import ChatRequest
 from idlm.serving.schema_translated import (
     TEXT_OR_LIST,
@@ -205,7 +206,10 @@ class ResponsesRequest(Translated):
     parallel_tool_calls: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     include: list[Includable] | None = None
-    truncation: Literal["disabled"] | None = None
+    truncation: Annotated[
+        Literal["disabled"] | None,
+        only("disabled", instead="send fewer items, or truncate_prompt_tokens"),
+    ] = None
     background: Annotated[Literal[False] | None, Boolean] = None
     stream_options: ResponsesStreamOptions | None = None  # type: ignore[assignment]
     chat_template_kwargs: dict[str, str | bool | int | float | None] | None = None

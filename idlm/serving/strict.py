@@ -103,6 +103,8 @@ def validation_error(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError
         message = f"{where!r} is missing; it is required"
         return ApiError(400, message, field or None, "missing_required_parameter")
     reason = error["msg"].removeprefix("Value error, ")
+    if kind == "union_tag_invalid":
+        reason = "{discriminator} is {tag!r}; use one of {expected_tags}".format(**error["ctx"])
     value = repr(error.get("input"))
     shown = value if len(value) <= SHOWN else value[:SHOWN] + "..."
     message = f"{where}: {reason[:1].lower()}{reason[1:]}, got {shown}"

@@ -26,13 +26,14 @@ def test_faults() -> None:
             found = await disconnect(server, "nano", 40, 16, HANG_SECONDS)
             assert holds(found), found
             assert found["left"]["in the answer"] > 0
+            assert all(found["statuses"].values())
             found = await overload(server, "nano", 2, 3.0)
             assert (
                 found["overload"]["hanging"] == 0
                 and sum(found["overload"]["statuses"].values()) >= 8
             ), found
             found = await kill(server, "nano", 1, 8, HANG_SECONDS)
-            assert holds(found), found
+            assert holds(found) and set(found["told_by_route"].values()) == {2}, found
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(faults())
@@ -59,7 +60,7 @@ def test_an_overload_in_no_time_has_requests_all_the_same() -> None:
 
 
 def test_drain() -> None:
-    found = asyncio.run(drain(COMMAND, 4, 0.1))
+    found = asyncio.run(drain(COMMAND, 8, 0.1))
     assert holds(found) and found["told_with_an_error"] > 0, found
 
 
@@ -84,6 +85,11 @@ def test_what_an_answer_was() -> None:
     assert Answer(
         0.0, 9, 200, stream, [(1.0, b"data: {}\n\ndata: [DONE]\n\n")], complete=True
     ).finished
+    named = 'event: response.%s\ndata: {"type": "response.%s", "response": {"error": {"c": 1}}}\n\n'
+    for name, error, finished in (("failed", {"c": 1}, False), ("completed", None, True)):
+        event = (named % (name, name)).encode()
+        answer = Answer(0.0, 9, 200, stream, [(1.0, event)], complete=True)
+        assert (answer.error, answer.finished) == (error, finished)
     assert not Answer(0.0, 9, 503, {}, [(1.0, b'{"error": {"b": 2}}')], complete=True).finished
     assert not Answer(0.0).finished
 

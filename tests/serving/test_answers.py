@@ -129,6 +129,52 @@ def test_a_tag_in_the_thoughts_is_no_call(
     assert chunks[-1]["finish_reason"] == "tool_calls"
 
 
+THINKING = [
+    "<thi",
+    "nk>\nI may <tool_call>",
+    CALL,
+    "</tool_call>\n</th",
+    "ink>\n\nLet me ",
+    *TEXT[1:],
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "thoughts", "content", "pieces"),
+    [
+        ({}, f"I may <tool_call>{CALL}</tool_call>", "Let me see.", 3),
+        ({"stream_reasoning": False}, f"I may <tool_call>{CALL}</tool_call>", "Let me see.", 1),
+        ({"separate_reasoning": False}, "", "".join(THINKING[:5]) + "see.", 0),
+        (
+            {"separate_reasoning": False, "stream_reasoning": False},
+            *("", "".join(THINKING[:5]) + "see.", 0),
+        ),
+        ({"separate_reasoning": False, "include_reasoning": False}, "", "Let me see.", 0),
+    ],
+)
+def test_where_thoughts_are_shown(
+    fields: dict[str, bool], thoughts: str, content: str, pieces: int, answer: ChatAnswer
+) -> None:
+    """A call in them is none, wherever they are shown; the one after them is."""
+    thinker = copy.deepcopy(answer.prompts.tokenizer)
+    thinker.add_tokens(["<think>", "</think>"])
+    job: Any = answer.job
+    job.thinking = Thinking(*thinker.convert_tokens_to_ids(["<think>", "</think>"]), open=False)
+    body, prompts = answer._body.model_copy(update=fields), Prompts(thinker, "m", 160)
+    events: list[Delta] = [Delta("1", [5], text) for text in THINKING]
+    whole = encoded(ChatAnswer(job, body, prompts, HERMES).response([events], USAGE))
+    message = whole["choices"][0]["message"]
+    assert (message.get("reasoning", ""), message["content"]) == (thoughts, content)
+    assert len(message["tool_calls"]) == 1
+    stream = ChatAnswer(job, body, prompts, HERMES)
+    made = [chunk for event in [*events, end("stop")] for chunk in stream.chunks(0, event)]
+    deltas = [encoded(chunk)["choices"][0]["delta"] for chunk in made]
+    streamed = [delta["reasoning"] for delta in deltas if "reasoning" in delta]
+    assert "".join(streamed) == thoughts and len(streamed) == pieces
+    assert "".join(delta.get("content", "") for delta in deltas) == content
+    assert sum("tool_calls" in delta for delta in deltas) == 1
+
+
 @pytest.mark.parametrize("echo", [False, True], ids=["output", "echo"])
 @pytest.mark.parametrize("kind", ["byte_level", "byte_fallback", "unigram_bytes"])
 def test_offsets_are_places_in_the_text_whole_or_streamed(kind: str, echo: bool) -> None:

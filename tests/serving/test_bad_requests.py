@@ -91,6 +91,10 @@ CASES: dict[str, tuple[tuple[str, bytes], int, str]] = {
     "prompt_logprobs in a stream": (chat(prompt_logprobs=1, stream=True), 400, "prompt_logprobs"),
     "21 prompt_logprobs": (text(prompt_logprobs=21), 400, "prompt_logprobs"),
     "all prompt_logprobs": (text(prompt_logprobs=-1), 400, "prompt_logprobs"),
+    "an unknown form": (
+        chat(response_format={"type": "structural_tag"}),
+        *(400, "response_format: 'type' is 'structural_tag'; use one of 'text', 'json_object'"),
+    ),
     "truncated to nothing": (text(truncate_prompt_tokens=0), 400, "truncate_prompt_tokens"),
     "truncated to less": (chat(truncate_prompt_tokens=-2), 400, "truncate_prompt_tokens"),
     "an empty salt": (text(cache_salt=""), 400, "cache_salt"),

@@ -31,8 +31,6 @@ NEUTRAL: dict[str, list[Any]] = {
 }
 CHAT_NEUTRAL: dict[str, list[Any]] = {
     "prediction": [{"type": "content", "content": "x"}],
-    "separate_reasoning": [True, False],
-    "stream_reasoning": [True],
     "modalities": [["text"]],
     "verbosity": ["medium"],
     "add_special_tokens": [False],

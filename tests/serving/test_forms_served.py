@@ -201,6 +201,18 @@ def test_thoughts_that_are_cut(http: httpx.Client) -> None:
     assert answer["message"]["reasoning"]
 
 
+def test_where_thoughts_are_shown(http: httpx.Client) -> None:
+    fields = {"response_format": FORMAT, "thinking_budget": 6, "reasoning_effort": "low"}
+    (answer,) = whole(http, **fields)["choices"]
+    (inline,) = whole(http, separate_reasoning=False, **fields)["choices"]
+    thoughts, content = answer["message"]["reasoning"], answer["message"]["content"]
+    assert "reasoning" not in inline["message"]
+    begin, _, after = inline["message"]["content"].rpartition("</think>")
+    assert begin.strip().removeprefix("<think>").strip() == thoughts and after.strip() == content
+    assert same(inline, streamed(http, separate_reasoning=False, **fields))
+    assert same(answer, streamed(http, stream_reasoning=False, **fields))
+
+
 def test_a_continued_message_can_be_echoed(http: httpx.Client) -> None:
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "So it"}]
     fields = {"messages": messages, "continue_final_message": True, "max_tokens": 6}

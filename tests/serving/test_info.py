@@ -66,6 +66,12 @@ def test_a_wrong_path_is_told_the_right_one(path: str, meant: str, http: httpx.C
         assert re.search(rf"(use|GET) {re.escape(meant)}\b", error["message"])
 
 
+def test_how_to_abort_is_said_to_those_who_ask_by_id(http: httpx.Client) -> None:
+    for path in ("/abort_request", "/abort_requests"):
+        answer = http.post(path, json={"rid": "chatcmpl-1"})
+        assert answer.status_code == 404 and "close its connection" in answer.text
+
+
 @pytest.mark.parametrize("header", ["Authorization", "X-Api-Key", "Api-Key"])
 def test_a_key_in_every_header(header: str, served: Running) -> None:
     prefix = "Bearer " if header == "Authorization" else ""

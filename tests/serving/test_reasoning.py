@@ -53,18 +53,40 @@ CASES: dict[str, tuple[bool, str, str, str]] = {
 }
 
 
-def split(case: str, cuts: list[int]) -> tuple[str, str]:
+def pieces(case: str, cuts: list[int], **how: bool) -> list[tuple[str, str]]:
+    """Thoughts and content that each piece of the text adds."""
     open, text, _, _ = CASES[case]
-    parser = ThoughtParser("<think>", "</think>", open)
+    parser = ThoughtParser("<think>", "</think>", open, **how)
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     parts = [parser.push(text[start:end]) for start, end in pairwise(places)]
-    thoughts, contents = zip(*parts, parser.finish(), strict=True)
+    return [*parts, parser.finish()]
+
+
+def split(case: str, cuts: list[int], **how: bool) -> tuple[str, str]:
+    thoughts, contents = zip(*pieces(case, cuts, **how), strict=True)
     return "".join(thoughts), "".join(contents)
 
 
 @given(st.sampled_from(sorted(CASES)), st.lists(st.integers(0, 40)))
 def test_thoughts_are_told_from_the_answer(case: str, cuts: list[int]) -> None:
     assert split(case, cuts) == split(case, []) == CASES[case][2:]
+
+
+@given(st.sampled_from(sorted(CASES)), st.lists(st.integers(0, 40)), st.booleans())
+def test_raw_thoughts_and_content_are_the_text(case: str, cuts: list[int], whole: bool) -> None:
+    thoughts, content = split(case, cuts, raw=True, whole=whole)
+    assert thoughts + content == CASES[case][1]
+    assert content.strip() == CASES[case][3].strip()
+
+
+@given(st.sampled_from(sorted(CASES)), st.lists(st.integers(0, 40)))
+def test_whole_thoughts_come_in_one_piece(case: str, cuts: list[int]) -> None:
+    found = pieces(case, cuts, whole=True)
+    thoughts = [thought for thought, _ in found if thought]
+    assert thoughts == [CASES[case][2]] * bool(CASES[case][2])
+    assert "".join(content for _, content in found) == CASES[case][3]
+    if "</think>" not in CASES[case][1]:
+        assert not any(thought for thought, _ in found[:-1])
 
 
 def test_whether_a_prompt_ends_within_thoughts(thinker: Prompts) -> None:

@@ -315,7 +315,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a conversation": ({"conversation": "conv_1"}, "conversation: .*stores nothing"),
     "a prompt": ({"prompt": {"id": "p"}}, "prompt: .*stores nothing"),
     "background": ({"background": True}, "background"),
-    "truncation": ({"truncation": "auto"}, "truncation"),
+    "truncation": ({"truncation": "auto"}, "truncation: .*send fewer items"),
     "a tool of OpenAI's": ({"tools": [{"type": "web_search"}]}, "'web_search'.*only functions"),
     "a choice of OpenAI's": ({"tool_choice": {"type": "web_search"}}, "'web_search'"),
     "a tool that is not there": (
