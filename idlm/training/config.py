@@ -236,6 +236,7 @@ class TrainConfig:
         save_steps: steps between two checkpoints.
         model: the model.
         lora: the adapter.
+        head: the draft head.
         data: the texts.
         optimizer: the optimizer.
     """
