@@ -33,7 +33,7 @@ from idlm.models.peft_config import refuse_features
 from idlm.models.sources import first_line, read_json
 from idlm.models.tensor_info import TensorInfo
 from idlm.models.transposed import has_transposed
-from idlm.models.weights import embedding_rows, file_tensors, fingerprint
+from idlm.models.weights import embedding_rows, file_tensors, fill, fingerprint, whole
 
 __all__ = ["AdapterInfo", "fingerprint", "load_into", "read", "refill", "save"]
 
@@ -153,13 +153,16 @@ def save(
     mask_id: int,
     block_size: int | None,
 ) -> None:
-    """Write the adapter that is attached to `model` into `folder`, which is created if missing."""
+    """Write the adapter that is attached to `model` into `folder`, which is created if missing.
+
+    Of a model that is sharded over ranks, the others call `whole` on each adapter parameter.
+    """
     name, inner = (
         (model.name, model.model) if isinstance(model, Idlm) else (model.name_or_path, model)
     )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: p.detach().cpu().contiguous() for key, p in adapter_parameters(inner).items()}
+    tensors = {key: whole(p).cpu().contiguous() for key, p in adapter_parameters(inner).items()}
     row = next(t for key, t in tensors.items() if key.endswith("mask_row"))
     loras = {
         f"{PREFIX}{key}.weight": t for key, t in tensors.items() if not key.endswith("mask_row")
@@ -391,7 +394,6 @@ def _stored_row(folder: Path, width: int) -> Tensor:
     return load_file(folder / MASK_ROW)["mask_row"]
 
 
-@torch.no_grad()
 def _fill(model: PreTrainedModel, tensors: Mapping[str, Tensor], row: Tensor) -> None:
     for name, parameter in adapter_parameters(model).items():
-        parameter.copy_(row if name.endswith("mask_row") else tensors[f"{PREFIX}{name}.weight"])
+        fill(parameter, row if name.endswith("mask_row") else tensors[f"{PREFIX}{name}.weight"])

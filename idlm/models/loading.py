@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from idlm.errors import InputError
@@ -25,7 +26,7 @@ from idlm.models.quiet import quiet
 from idlm.models.routes import implementation
 from idlm.models.sources import first_line, resolve
 from idlm.models.tensor_info import TensorInfo
-from idlm.models.transposed import stored_state
+from idlm.models.transposed import stored_layout
 from idlm.models.weights import embedding_rows, model_tensors, output_head
 
 BUFFER = re.compile(
@@ -215,8 +216,15 @@ def ensure_mask_row(idlm: Idlm) -> None:
     model.config.mask_token_id = idlm.mask_id
 
 
-def save_full(idlm: Idlm, folder: str | Path, block_size: int | None) -> None:
+def save_full(
+    idlm: Idlm,
+    folder: str | Path,
+    block_size: int | None,
+    state: dict[str, Tensor] | None = None,
+) -> None:
     """Write a fully fine-tuned model and its tokenizer, with MASK id and block size in the config.
+
+    `state` is written instead of all weights of the model.
 
     Raises:
         InputError: the model has an adapter, or a block size without a MASK row.
@@ -233,7 +241,9 @@ def save_full(idlm: Idlm, folder: str | Path, block_size: int | None) -> None:
     if idlm.mask_id < rows:
         config.mask_token_id = idlm.mask_id
     config.block_size = block_size
+    if state is None:
+        state = stored_layout(idlm.model, idlm.model.state_dict())
     with quiet():
-        idlm.model.save_pretrained(folder, state_dict=stored_state(idlm.model))
+        idlm.model.save_pretrained(folder, state_dict=state)
     if idlm.tokenizer is not None:
         idlm.tokenizer.save_pretrained(folder)

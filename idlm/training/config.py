@@ -150,6 +150,8 @@ class TrainConfig:
     """One training run.
 
     `batch_size` counts sequences for each forward, `accumulation` forwards for each step and rank.
+    Where a launcher starts several processes, each holds the whole model (`parallel: ddp`), or a
+    part of every weight, gradient and optimizer state (`fsdp`); the arithmetic is the same.
     `resume` continues from the newest checkpoint in `output_dir`, or starts from the beginning if
     there is none.
     """
@@ -162,6 +164,7 @@ class TrainConfig:
     seed: int = 0
     resume: bool = False
     device: Literal["auto", "cpu"] = "auto"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     threads: int | None = None
     bf16: bool = False
     batch_size: int = 16

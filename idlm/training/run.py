@@ -7,31 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
-from idlm.errors import InputError
 from idlm.training.checkpoint import prepare_folder, written_whole
 from idlm.training.config import TrainConfig
 from idlm.training.corpus import check_source, corpus
 from idlm.training.loop import Trainer
+from idlm.training.processes import alone, processes
 from idlm.training.setup import base_model, trainee
-
-
-def processes(config: TrainConfig) -> Accelerator:
-    """Join the other processes of the run, if a launcher started several.
-
-    Raises:
-        InputError: several GPUs are visible to a single process.
-    """
-    accelerator = Accelerator(
-        cpu=config.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no"
-    )
-    gpus = torch.cuda.device_count() if accelerator.device.type == "cuda" else 0
-    if gpus > 1 and accelerator.num_processes == 1:
-        raise InputError(
-            f"{gpus} GPUs for one process; start with torchrun, or set CUDA_VISIBLE_DEVICES"
-        )
-    return accelerator
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -50,21 +32,21 @@ def train(config: TrainConfig) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     accelerator = processes(config)
     folder = Path(config.output_dir)
-    torch.manual_seed(config.seed)
-    with accelerator.main_process_first():
-        resume = prepare_folder(config)
-        idlm = base_model(config.model)
-        batch = config.batch_size * config.accumulation * accelerator.num_processes
-        data = corpus(config.data, idlm, config.steps * batch, folder)
-    trainer = Trainer(config, accelerator, trainee(config, idlm), data)
-    if data.cut:
-        cut = f"{data.cut} of {len(data.training)} responses were cut at the length limit"
-        trainer.log.message(cut)
-    if data.bad:
-        trainer.log.message(f"{data.bad} bad rows were left out")
-    measured = trainer.run(resume)
-    if accelerator.is_main_process:
-        with written_whole(folder / "final") as final:
+    with alone(folder, accelerator):
+        torch.manual_seed(config.seed)
+        with accelerator.main_process_first():
+            resume = prepare_folder(config)
+            idlm = base_model(config.model)
+            batch = config.batch_size * config.accumulation * accelerator.num_processes
+            data = corpus(config.data, idlm, config.steps * batch, folder)
+        trainer = Trainer(config, accelerator, trainee(config, idlm), data)
+        if data.cut:
+            cut = f"{data.cut} of {len(data.training)} responses were cut at the length limit"
+            trainer.log.message(cut)
+        if data.bad:
+            trainer.log.message(f"{data.bad} bad rows were left out")
+        measured = trainer.run(resume)
+        with written_whole(folder / "final", accelerator) as final:
             trainer.export(final)
     losses = [entry["loss"] for entry in trainer.log.entries if "loss" in entry]
     return {

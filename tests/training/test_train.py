@@ -42,14 +42,14 @@ from idlm.training import checkpoint
 from idlm.training.config import load_config
 from idlm.training.run import train
 
-save_file = checkpoint.save_file
+save_optimizers = checkpoint.save_optimizers
 
-def save_and_die(tensors, path):
-    save_file(tensors, path)
-    if "checkpoint-24" in str(path):
+def save_and_die(model, optimizers, folder):
+    save_optimizers(model, optimizers, folder)
+    if folder.name == "checkpoint-24":
         os.kill(os.getpid(), signal.SIGKILL)
 
-checkpoint.save_file = save_and_die
+checkpoint.save_optimizers = save_and_die
 train(load_config(sys.argv[1]))
 """
 """By itself, within a checkpoint: whoever watches from outside may come too late."""

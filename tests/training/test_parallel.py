@@ -1,0 +1,146 @@
+"""Several processes compute what one does: DDP and FSDP2, in float64 over gloo; checkpoints go from
+one number of ranks to another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from idlm.models.adapter import fingerprint
+from idlm.models.loading import load
+from idlm.models.weights import whole
+from idlm.training import checkpoint
+from idlm.training.config import TrainConfig
+from idlm.training.corpus import Corpus
+from idlm.training.loop import NotFinite, Trainer
+from idlm.training.processes import processes
+from idlm.training.setup import Trainee
+from tests.training import ranks, tiny
+
+STAGE: dict[str, Any] = {
+    "steps": 3,
+    "block_size": 3,
+    "ce": [1, 0],
+    "kl": 0.5,
+    "tv": [0, 1],
+    "depth_weights": "dpace",
+}
+KINDS = {
+    "full": {**STAGE, "lambda": "auto"},
+    "full without clean rows": {**STAGE, "lambda": 0},
+    "lora": STAGE,
+}
+TEXTS = 8
+"""Texts of a step, however many ranks there are."""
+
+
+def config(folder: Path, kind: str, ranks: int, **changes: Any) -> TrainConfig:
+    """Two micro-batches a step and rank; gradients are clipped."""
+    return tiny.config(
+        folder,
+        **{
+            "method": kind.split()[0],
+            "stages": [KINDS[kind]],
+            "batch_size": TEXTS // ranks // 2,
+            "accumulation": 2,
+            "eval_steps": 2,
+            "optimizer": {"lr": 1e-2, "warmup": 0, "grad_clip": 0.5},
+            **changes,
+        },
+    )
+
+
+def trainer(config: TrainConfig) -> Trainer:
+    idlm = tiny.model(config.method)
+    idlm.model.save_pretrained(Path(config.output_dir))  # so that the base has a fingerprint
+    rows = tiny.examples()
+    student = Trainee(idlm)
+    if config.method == "lora":
+        student = Trainee(idlm, tiny.SPEC, fingerprint(idlm.model))
+    return Trainer(config, processes(config), student, Corpus(rows[:-4], rows[-4:], 0))
+
+
+def trained_state(run: Trainer) -> dict[str, Tensor]:
+    """Weights and the optimizers' tensors, gathered."""
+    names = {p: name for name, p in run.objective.named_parameters()}
+    state = {name: whole(p) for p, name in names.items() if p.requires_grad}
+    for optimizer in run.optimizers:
+        for p, tensors in optimizer.state.items():
+            state |= {f"{names[p]}.{key}": whole(t) for key, t in tensors.items()}
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def train(config: TrainConfig, out: Path) -> None:
+    """Train, and write gradients, reports and the final state."""
+    run, steps = trainer(config), []
+
+    def keep(*_: Any) -> None:
+        parameters = run.objective.named_parameters()
+        steps.append({name: whole(p.grad).clone() for name, p in parameters if p.grad is not None})
+
+    run.optimizers[0].optimizer.register_step_pre_hook(keep)
+    run.run()
+    state = trained_state(run)
+    if run.accelerator.is_main_process:
+        torch.save({"gradients": steps, "reports": run.log.entries, "state": state}, out)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir()
+    return tmp_path
+
+
+def trained(folder: Path, kind: str, number: int, **changes: Any) -> dict[str, Any]:
+    ranks.run(number, train, config(folder, kind, number, **changes), folder / "out.pt")
+    return torch.load(folder / "out.pt")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_norms_and_reports_do_not_depend_on_the_ranks(folder: Path, kind: str) -> None:
+    one = trained(folder, kind, 1)
+    assert len(one["gradients"]) == 3
+    assert [e["grad_norm"] > 0.5 for e in one["reports"] if "loss" in e] == [True] * 3  # clipped
+    for parallel in ("ddp", "fsdp"):
+        two = trained(folder, kind, 2, parallel=parallel)
+        for mine, theirs in zip(one["gradients"], two["gradients"], strict=True):
+            assert mine.keys() == theirs.keys() and len(mine) > 5
+            difference = max(float((mine[n] - theirs[n]).abs().max()) for n in mine)
+            assert difference < 1e-10, (parallel, difference)
+        for mine, theirs in zip(one["reports"], two["reports"], strict=True):
+            if "loss" in mine:  # FSDP without clean rows reports them all the same
+                theirs = {key: theirs[key] for key in mine}
+            assert theirs == pytest.approx(mine, rel=1e-9), parallel
+
+
+def resume(config: TrainConfig, saved: Path, out: Path) -> None:
+    """Load a checkpoint and write the state as it is then; then train to the end."""
+    run = trainer(config)
+    run.load(saved)
+    state = trained_state(run)
+    run.run(saved)
+    last = trained_state(run)
+    if run.accelerator.is_main_process:
+        torch.save({"state": state, "last": last}, out)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_checkpoint_moves_to_another_number_of_ranks(
+    folder: Path, kind: str, before: int, after: int
+) -> None:
+    """The state is equal bit by bit; the steps after it, to the order of sums."""
+    stop = {"stages": [{**KINDS[kind], "steps": 2}]}
+    written = trained(folder, kind, before, parallel="fsdp", **stop)
+    saved = folder / "run" / "checkpoint-2"
+    again = config(folder, kind, after, parallel="fsdp", **stop)
+    ranks.run(after, resume, again, saved, folder / "resumed.pt")
+    read = torch.load(folder / "resumed.pt")
+    assert read["state"].keys() == written["state"].keys()
+    for name, tensor in written["state"].items():
+        assert torch.equal(tensor, read["state"][name]), name
