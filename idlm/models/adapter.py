@@ -218,13 +218,15 @@ def load_into(
     return gate, mask, info.block_size
 
 
-def refill(model: PreTrainedModel, folder: Path) -> None:
+def refill(model: PreTrainedModel, folder: Path, base: str) -> None:
     """Load the tensors of `folder` into the attached adapter, which has the same shape.
+
+    `base` is the fingerprint of the model, which may be sharded.
 
     Raises:
         InputError: as `load_into`.
     """
-    _, row = _mask_row(model, _checked(model, folder), None)
+    _, row = _mask_row(model, _checked(model, folder, base), None)
     _fill(model, load_file(folder / TENSORS), row)
 
 
@@ -306,13 +308,14 @@ def check_fit(model: PreTrainedModel, info: AdapterInfo, base_mask: int | None) 
     _mask_row(model, info, base_mask)
 
 
-def _checked(model: PreTrainedModel, folder: Path) -> AdapterInfo:
-    """Read the folder and check that the adapter is for this model."""
+def _checked(model: PreTrainedModel, folder: Path, base: str | None = None) -> AdapterInfo:
+    """Read the folder and check that the adapter is for this model, whose fingerprint is `base`."""
     info = read(folder)
-    if info.base_fingerprint is not None and info.base_fingerprint != (base := fingerprint(model)):
+    base = base or (fingerprint(model) if info.ours else "")
+    if info.ours and info.base_fingerprint != base:
         raise InputError(
             f"adapter {str(folder)!r} is for base {info.base_name!r} "
-            f"with fingerprint {info.base_fingerprint[:16]}, "
+            f"with fingerprint {str(info.base_fingerprint)[:16]}, "
             f"not {model.name_or_path!r} with {base[:16]}; give the base it was trained on"
         )
     _check_modules(model, info)

@@ -19,9 +19,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from idlm.errors import InputError
 from idlm.models.sources import read_json
+from idlm.models.weights import whole
 from idlm.training import checkpoint
 from idlm.training.checkpoint import STATE, written_whole
 from idlm.training.config import StageConfig, TrainConfig
@@ -112,7 +114,7 @@ class Trainer:
 
         # clip
         limit = config.optimizer.grad_clip if config.optimizer.grad_clip > 0 else math.inf
-        norm = float(accelerator.clip_grad_norm_(self.model.parameters(), limit))
+        norm = float(whole(accelerator.clip_grad_norm_(self.model.parameters(), limit)))
 
         # finite on all ranks, or stop
         mine = Terms(*(sum(part) for part in zip(*parts, strict=True)))
@@ -210,7 +212,10 @@ class Trainer:
 
     def measure(self) -> dict[str, Any]:
         """Held-out measurements at the block size of the current stage."""
-        return measure(self.objective, self.data.held_out, self.config, self.state.step - 1)
+        measured = measure(self.objective, self.data.held_out, self.config, self.state.step - 1)
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # a forward leaves the outermost weights whole for a backward
+        return measured
 
     def evaluate(self) -> dict[str, Any]:
         """Measure on the held-out texts, and log the figures."""

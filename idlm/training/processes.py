@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 from filelock import FileLock, Timeout
@@ -64,7 +64,8 @@ def processes(config: TrainConfig) -> Accelerator:
                 "set CUDA_VISIBLE_DEVICES to nothing"
             )
         # Accelerate turns FSDP on for GPUs only; PyTorch's also runs on CPUs
-        accelerator.state.distributed_type = DistributedType.FSDP
+        for state in (PartialState(), accelerator.state):
+            state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
     gpus = torch.cuda.device_count() if accelerator.device.type == "cuda" else 0
     if gpus > 1 and accelerator.num_processes == 1:
@@ -87,7 +88,7 @@ def _fsdp() -> FullyShardedDataParallelPlugin:
 
 def is_sharded(accelerator: Accelerator) -> bool:
     """Whether each rank holds a part of every weight."""
-    return bool(accelerator.distributed_type == DistributedType.FSDP)
+    return bool(accelerator.is_fsdp2)
 
 
 def prepare(

@@ -66,7 +66,7 @@ class Trainee:
         """
         model = self.idlm.model
         if self.spec is not None:
-            adapter.refill(model, folder)
+            adapter.refill(model, folder, self.fingerprint)
             return
         stored = load(folder, dtype=self.idlm.dtype, max_model_len=self.idlm.max_model_len)
         weights = dict(stored.model.named_parameters())

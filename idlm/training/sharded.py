@@ -8,16 +8,18 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate import Accelerator
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import save_full
+from idlm.models.tensor_info import TensorInfo
 from idlm.models.transposed import stored_layout
 from idlm.models.weights import INDEX, SINGLE, file_tensors, whole
 from idlm.training.processes import together
@@ -36,20 +38,21 @@ def save_sharded(
     """
     rank, ranks = accelerator.process_index, accelerator.num_processes
     mine = _share(idlm.model, rank, ranks)
-    place = folder / f"rank-{rank}"
     with together(accelerator, str(folder)):
-        save_full(idlm, place, block_size, mine)
-        os.replace(place / SINGLE, folder / _file(rank, ranks))
+        if accelerator.is_main_process:  # with the config and the tokenizer
+            save_full(idlm, folder, block_size, mine)
+            os.replace(folder / SINGLE, folder / _part(rank))
+        else:
+            stored = revert_weight_conversion(idlm.model, mine)
+            save_file(stored, folder / _part(rank), metadata={"format": "pt"})
     with together(accelerator, str(folder)):
         if accelerator.is_main_process:
-            for file in place.iterdir():
-                os.replace(file, folder / file.name)
-            _write_index(folder, ranks)
-        shutil.rmtree(place)
+            _join(folder, ranks)
 
 
-def _file(rank: int, ranks: int) -> str:
-    return f"model-{rank + 1:05}-of-{ranks:05}.safetensors"
+def _part(rank: int) -> str:
+    """A name that `save_pretrained` does not take for a file of an earlier save."""
+    return f"rank-{rank}.safetensors"
 
 
 def _share(model: PreTrainedModel, rank: int, ranks: int) -> dict[str, Tensor]:
@@ -79,11 +82,15 @@ def _stored(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in names)
 
 
-def _write_index(folder: Path, ranks: int) -> None:
-    files = [_file(rank, ranks) for rank in range(ranks)]
-    tensors = {name: (file, t) for file in files for name, t in file_tensors(folder / file).items()}
+def _join(folder: Path, ranks: int) -> None:
+    """Name the files of all ranks as transformers does, and write the index of their tensors."""
+    tensors: dict[str, TensorInfo] = {}
+    for rank in range(ranks):
+        file = folder / f"model-{rank + 1:05}-of-{ranks:05}.safetensors"
+        os.replace(folder / _part(rank), file)
+        tensors |= file_tensors(file)
     index = {
-        "metadata": {"total_size": sum(t.stop - t.start for _, t in tensors.values())},
-        "weight_map": {name: file for name, (file, _) in sorted(tensors.items())},
+        "metadata": {"total_size": sum(t.stop - t.start for t in tensors.values())},
+        "weight_map": {name: t.file.name for name, t in sorted(tensors.items())},
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
