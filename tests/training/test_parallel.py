@@ -10,12 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from idlm.errors import InputError
 from idlm.models.adapter import fingerprint
+from idlm.models.loading import load
 from idlm.models.weights import whole
 from idlm.training.config import TrainConfig
 from idlm.training.corpus import Corpus
-from idlm.training.loop import Trainer
-from idlm.training.processes import processes
+from idlm.training.loop import NotFinite, Trainer
+from idlm.training.objective import Terms
+from idlm.training.processes import alone, processes
+from idlm.training.run import train as train_config
 from idlm.training.setup import Trainee
 from tests.training import ranks, tiny
 
@@ -61,7 +65,7 @@ def trainer(config: TrainConfig) -> Trainer:
     return Trainer(config, processes(config), student, Corpus(rows[:-4], rows[-4:], 0))
 
 
-def trained_state(run: Trainer) -> dict[str, Tensor]:
+def gathered(run: Trainer) -> dict[str, Tensor]:
     """Weights and the optimizers' tensors, gathered."""
     names = {p: name for name, p in run.objective.named_parameters()}
     state = {name: whole(p) for p, name in names.items() if p.requires_grad}
@@ -81,7 +85,7 @@ def train(config: TrainConfig, out: Path) -> None:
 
     run.optimizers[0].optimizer.register_step_pre_hook(keep)
     run.run()
-    state = trained_state(run)
+    state = gathered(run)
     if run.accelerator.is_main_process:
         torch.save({"gradients": steps, "reports": run.log.entries, "state": state}, out)
 
@@ -117,9 +121,9 @@ def resume(config: TrainConfig, saved: Path, out: Path) -> None:
     """Load a checkpoint and write the state as it is then; then train to the end."""
     run = trainer(config)
     run.load(saved)
-    state = trained_state(run)
+    state = gathered(run)
     run.run(saved)
-    last = trained_state(run)
+    last = gathered(run)
     if run.accelerator.is_main_process:
         torch.save({"state": state, "last": last}, out)
 
@@ -139,3 +143,55 @@ def test_a_checkpoint_moves_to_another_number_of_ranks(
     assert read["state"].keys() == written["state"].keys()
     for name, tensor in written["state"].items():
         assert torch.equal(tensor, read["state"][name]), name
+    if kind == "full":
+        stored = dict(load(saved).model.named_parameters())
+        for name, tensor in stored.items():
+            assert torch.equal(tensor, written["state"][f"model.{name}"]), name
+
+
+def poisoned(config: TrainConfig, folder: Path) -> None:
+    """Train with a NaN in the second step of the second rank; write the error of each rank."""
+    run, states = trainer(config), []
+    rank = run.accelerator.process_index
+
+    def poison(*arguments: Any) -> Terms:
+        terms: Terms = arguments[-1]
+        broken = rank == 1 and run.state.step == 1
+        return Terms(*(term * torch.nan for term in terms)) if broken else terms
+
+    run.objective.register_forward_hook(poison)
+    run.optimizers[0].optimizer.register_step_post_hook(lambda *_: states.append(gathered(run)))
+    with pytest.raises(NotFinite) as caught:
+        run.run()
+    assert len(states) == 1 and run.state.step == 1
+    for name, tensor in gathered(run).items():
+        assert torch.equal(tensor, states[0][name]), name
+    (folder / f"error-{rank}").write_text(str(caught.value))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_what_is_not_finite_on_one_rank_stops_all_before_the_step(
+    folder: Path, parallel: str
+) -> None:
+    ranks.run(2, poisoned, config(folder, "lora", 2, parallel=parallel), folder)
+    one, two = ((folder / f"error-{rank}").read_text() for rank in (0, 1))
+    assert one == two and one.startswith("the loss of step 1 is nan in the batch of examples [")
+
+
+def test_two_runs_do_not_write_to_one_folder(folder: Path) -> None:
+    run = tiny.config(folder)
+    kept = {file.name: file.read_bytes() for file in (folder / "run").iterdir()}
+    with alone(folder / "run", processes(run)):
+        with pytest.raises(InputError, match="another run writes to output_dir '.*/run'; wait"):
+            train_config(run)
+        left = {file.name: file.read_bytes() for file in (folder / "run").iterdir()}
+    assert left.keys() - kept.keys() == {".lock"}
+
+
+def test_what_a_launcher_would_change_unseen_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="the launcher sets ACCELERATE_USE_FSDP, which .* fsdp"):
+        processes(tiny.config(folder))

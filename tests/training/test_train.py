@@ -25,6 +25,7 @@ from idlm.training.config import TrainConfig, as_tree
 from idlm.training.objective import Objective, Texts
 from idlm.training.run import train
 from tests.training import tiny
+from tests.training.ranks import free_port
 from tests.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
@@ -265,23 +266,28 @@ def test_the_command_prints_one_json_object(folder: Path) -> None:
     assert wrong.stdout == "" and "stages.0.steps" in wrong.stderr and wrong.stderr.count("\n") == 1
 
 
-def test_two_processes_train_as_one(folder: Path) -> None:
+LAUNCHERS = {
+    "ddp": ("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    "fsdp": ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
+}
+
+
+@pytest.mark.parametrize("parallel", LAUNCHERS)
+def test_two_processes_train_as_one(folder: Path, parallel: str) -> None:
     stage = {"steps": 4, "block_size": 3, "lambda": "auto", "tv": 1, "depth_weights": "dpace"}
     alone = config(folder, "full", output_dir=str(folder / "one"), stages=[stage], batch_size=8)
     train(alone)
-    both = config(folder, "full", output_dir=str(folder / "two"), stages=[stage], batch_size=4)
+    split = {"batch_size": 4, "parallel": parallel}
+    both = config(folder, "full", output_dir=str(folder / "two"), stages=[stage], **split)
     (folder / "run.py").write_text(RUN)
-    launcher = (
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(folder / "run.py"),
-    )
+    port = ("--main_process_port", str(free_port())) if parallel == "fsdp" else ()
+    launcher = ("-m", *LAUNCHERS[parallel], *port, str(folder / "run.py"))
     assert start(both, folder, launcher).wait(HANG_SECONDS) == 0
-    one, two = weights(folder / "one" / "final"), weights(folder / "two" / "final")
+    one = dict(load(folder / "one" / "final").model.named_parameters())
+    two = dict(load(folder / "two" / "final").model.named_parameters())
     assert one.keys() == two.keys()
+    files = sorted(file.name for file in (folder / "two" / "final").glob("*.safetensors"))
+    assert len(files) == {"ddp": 1, "fsdp": 2}[parallel]
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
 
