@@ -268,7 +268,7 @@ def test_the_command_prints_one_json_object(folder: Path) -> None:
 
 LAUNCHERS = {
     "ddp": ("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-    "fsdp": ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
+    "fsdp": ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
 }
 
 
