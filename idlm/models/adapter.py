@@ -154,9 +154,7 @@ def save(
     block_size: int | None,
 ) -> None:
     """Write the adapter that is attached to `model` into `folder`, which is created if missing.
-
-    Of a model that is sharded over ranks, the others call `whole` on each adapter parameter.
-    """
+    If it is sharded over ranks, the others call `whole` on each of `adapter_parameters`."""
     name, inner = (
         (model.name, model.model) if isinstance(model, Idlm) else (model.name_or_path, model)
     )
@@ -219,9 +217,8 @@ def load_into(
 
 
 def refill(model: PreTrainedModel, folder: Path, base: str) -> None:
-    """Load the tensors of `folder` into the attached adapter, which has the same shape.
-
-    `base` is the fingerprint of the model, which may be sharded.
+    """Load the tensors of `folder` into the adapter of a model whose fingerprint is `base`; it has
+    the same shape and may be sharded.
 
     Raises:
         InputError: as `load_into`.
@@ -309,13 +306,13 @@ def check_fit(model: PreTrainedModel, info: AdapterInfo, base_mask: int | None) 
 
 
 def _checked(model: PreTrainedModel, folder: Path, base: str | None = None) -> AdapterInfo:
-    """Read the folder and check that the adapter is for this model, whose fingerprint is `base`."""
+    """Read the folder and check that the adapter is for this model, with that fingerprint."""
     info = read(folder)
     base = base or (fingerprint(model) if info.ours else "")
     if info.ours and info.base_fingerprint != base:
+        theirs = str(info.base_fingerprint)[:16]
         raise InputError(
-            f"adapter {str(folder)!r} is for base {info.base_name!r} "
-            f"with fingerprint {str(info.base_fingerprint)[:16]}, "
+            f"adapter {str(folder)!r} is for base {info.base_name!r} with fingerprint {theirs}, "
             f"not {model.name_or_path!r} with {base[:16]}; give the base it was trained on"
         )
     _check_modules(model, info)

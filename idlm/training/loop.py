@@ -106,7 +106,7 @@ class Trainer:
             reduced = i == len(batches) - 1 or is_sharded(accelerator)
             with nullcontext() if reduced else accelerator.no_sync(self.model):
                 with torch.autocast(accelerator.device.type, torch.bfloat16, config.bf16):
-                    terms = self.model(batch.texts, self.wanted())
+                    terms = self.model(batch.texts, wanted(config, state))
                 loss = self.loss(terms, rows, stage)
                 accelerator.backward(loss * accelerator.num_processes)
             losses.append(loss.detach())
@@ -263,15 +263,14 @@ class Trainer:
         block_size = None if self.config.objective == "ar" else self.stage.block_size
         self.student.export(folder, block_size, self.accelerator)
 
-    def wanted(self) -> Wanted:
-        """The terms that the next step needs."""
-        config, state = self.config, self.state
-        if config.objective == "ar":
-            return Wanted(0, clean=True)
-        stage, weights = config.stage(state.step), config.row_weights(state.step, state.acceptance)
-        # FSDP gathers a layer for its backward when a gradient of its output comes. The clean
-        # half's last layer passes gradients on by its keys and values: with a loss of weight 0, by
-        # its output too
-        shown = config.method == "full" and is_sharded(self.accelerator)
-        clean = shown or config.lambda_of(stage) != 0
-        return Wanted(stage.block_size, clean, stage.soft, weights)
+
+def wanted(config: TrainConfig, state: State) -> Wanted:
+    """The terms in the loss of the next step."""
+    if config.objective == "ar":
+        return Wanted(0, clean=True)
+    stage, weights = config.stage(state.step), config.row_weights(state.step, state.acceptance)
+    # FSDP gathers a layer for its backward when a gradient of its output comes. The clean half's
+    # last layer gets gradients of its keys and values only, unless its output has a loss
+    shown = config.method == "full" and config.parallel == "fsdp"
+    clean = shown or config.lambda_of(stage) != 0
+    return Wanted(stage.block_size, clean, stage.soft, weights)
