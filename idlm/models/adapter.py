@@ -20,20 +20,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from idlm.errors import InputError
 from idlm.models.gated_lora import Gate, LoraSpec, adapter_parameters, attach
-from idlm.models.heads import DraftHead, HeadSpec, check_head, load_head, read_spec, save_head
+from idlm.models.heads import (
+    DraftHead,
+    HeadSpec,
+    check_head,
+    head_tensors,
+    load_head,
+    read_spec,
+    save_head,
+)
 from idlm.models.idlm_model import Idlm
 from idlm.models.peft_config import refuse_features
 from idlm.models.sources import read_json
 from idlm.models.tensor_info import TensorInfo
 from idlm.models.transposed import has_transposed
-from idlm.models.weights import embedding_rows, file_tensors, fingerprint
+from idlm.models.weights import embedding_rows, file_tensors, fill, fingerprint, whole
 
 __all__ = ["AdapterInfo", "fingerprint", "load_into", "read", "refill", "save"]
 
@@ -152,13 +159,17 @@ def save(
     mask_id: int,
     block_size: int | None,
 ) -> None:
-    """Write the adapter that is attached to `model` into `folder`, which is created if missing."""
+    """Write the adapter that is attached to `model` into `folder`, which is created if missing.
+    If it is sharded over ranks, the others call `whole` on each of `adapter_parameters`, and
+    then `head_tensors`."""
     name, inner = (
         (model.name, model.model) if isinstance(model, Idlm) else (model.name_or_path, model)
     )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: p.detach().cpu().contiguous() for key, p in adapter_parameters(inner).items()}
+    tensors = {key: whole(p).cpu().contiguous() for key, p in adapter_parameters(inner).items()}
+    head = model.draft_heads.get(0) if isinstance(model, Idlm) else None
+    of_head = {} if head is None else head_tensors(head)
     row = next(t for key, t in tensors.items() if key.endswith("mask_row"))
     loras = {
         f"{PREFIX}{key}.weight": t for key, t in tensors.items() if not key.endswith("mask_row")
@@ -173,9 +184,8 @@ def save(
         "block_size": block_size,
     }
     extra |= {"base_fingerprint": base_fingerprint}
-    head = model.draft_heads.get(0) if isinstance(model, Idlm) else None
     if head is not None:
-        save_head(head, folder)
+        save_head(of_head, folder)
         extra |= {"draft_head": head.spec.to_json()}
     _write_json(folder / EXTRA, extra)
 
@@ -227,13 +237,14 @@ def load_into(
     return gate, mask, info.block_size, head
 
 
-def refill(model: PreTrainedModel, folder: Path) -> None:
-    """Load the tensors of `folder` into the attached adapter, which has the same shape.
+def refill(model: PreTrainedModel, folder: Path, base: str) -> None:
+    """Load the tensors of `folder` into the adapter of a model whose fingerprint is `base`; it has
+    the same shape and may be sharded.
 
     Raises:
         InputError: as `load_into`.
     """
-    _, row = mask_row(model, checked(model, folder), None)
+    _, row = mask_row(model, checked(model, folder, base), None)
     _fill(model, load_file(folder / TENSORS), row)
 
 
@@ -249,13 +260,14 @@ def check_fit(model: PreTrainedModel, info: AdapterInfo, base_mask: int | None) 
         check_head(model, info.head, info.folder)
 
 
-def checked(model: PreTrainedModel, folder: Path) -> AdapterInfo:
-    """Read the folder and check that the adapter is for this model."""
+def checked(model: PreTrainedModel, folder: Path, base: str | None = None) -> AdapterInfo:
+    """Read the folder and check that the adapter is for this model, with that fingerprint."""
     info = read(folder)
-    if info.base_fingerprint is not None and info.base_fingerprint != (base := fingerprint(model)):
+    base = base or (fingerprint(model) if info.ours else "")
+    if info.ours and info.base_fingerprint != base:
+        theirs = str(info.base_fingerprint)[:16]
         raise InputError(
-            f"adapter {str(folder)!r} is for base {info.base_name!r} "
-            f"with fingerprint {info.base_fingerprint[:16]}, "
+            f"adapter {str(folder)!r} is for base {info.base_name!r} with fingerprint {theirs}, "
             f"not {model.name_or_path!r} with {base[:16]}; give the base it was trained on"
         )
     _check_modules(model, info)
@@ -337,7 +349,6 @@ def _stored_row(folder: Path, width: int) -> Tensor:
     return load_file(folder / MASK_ROW)["mask_row"]
 
 
-@torch.no_grad()
 def _fill(model: PreTrainedModel, tensors: Mapping[str, Tensor], row: Tensor) -> None:
     for name, parameter in adapter_parameters(model).items():
-        parameter.copy_(row if name.endswith("mask_row") else tensors[f"{PREFIX}{name}.weight"])
+        fill(parameter, row if name.endswith("mask_row") else tensors[f"{PREFIX}{name}.weight"])

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from idlm.errors import InputError
-from idlm.models.weights import embedding_rows, file_tensors, output_head
+from idlm.models.weights import embedding_rows, file_tensors, fill, output_head, whole
 
 FILE = "draft_head.safetensors"
 """The head's tensors, in the folder of its adapter or model."""
@@ -227,14 +227,20 @@ def refill_head(model: PreTrainedModel, head: DraftHead, folder: Path) -> None:
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise InputError(f"{str(folder / FILE)!r}: {name} is not finite; train it again")
-    head.load_state_dict(tensors)
+    for name, tensor in head.state_dict().items():
+        fill(tensor, tensors[name])
 
 
-def save_head(head: DraftHead, folder: Path) -> None:
+def head_tensors(head: DraftHead) -> dict[str, Tensor]:
+    """The head's tensors; if they are sharded over ranks, all ranks call this."""
+    return {name: whole(tensor) for name, tensor in head.state_dict().items()}
+
+
+def save_head(tensors: dict[str, Tensor], folder: Path) -> None:
     """Write the head's tensors into a folder; its spec goes to the JSON file there."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in head.state_dict().items()}
-    save_file(tensors, folder / FILE, metadata={"format": "pt"})
+    stored = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(stored, folder / FILE, metadata={"format": "pt"})
 
 
 def _sizes(model: PreTrainedModel) -> tuple[int, int]:

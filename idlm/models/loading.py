@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from idlm.errors import InputError
@@ -18,7 +19,7 @@ from idlm.models.check import check_adapter, check_architecture, prepare
 from idlm.models.generation import check_generation_config
 from idlm.models.gguf_checkpoint import auto_dtype, dequantised, origin
 from idlm.models.gguf_header import is_gguf
-from idlm.models.heads import HeadSpec, load_head, read_spec, save_head
+from idlm.models.heads import HeadSpec, head_tensors, load_head, read_spec, save_head
 from idlm.models.idlm_model import Idlm
 from idlm.models.more_adapters import load_first
 from idlm.models.placement import device_of, named_dtype
@@ -26,7 +27,7 @@ from idlm.models.quiet import quiet
 from idlm.models.routes import implementation
 from idlm.models.sources import first_line, resolve
 from idlm.models.tensor_info import TensorInfo
-from idlm.models.transposed import stored_state
+from idlm.models.transposed import stored_layout
 from idlm.models.weights import embedding_rows, model_tensors, output_head
 
 BUFFER = re.compile(
@@ -227,9 +228,16 @@ def ensure_mask_row(idlm: Idlm) -> None:
     model.config.mask_token_id = idlm.mask_id
 
 
-def save_full(idlm: Idlm, folder: str | Path, block_size: int | None) -> None:
+def save_full(
+    idlm: Idlm,
+    folder: str | Path,
+    block_size: int | None,
+    state: dict[str, Tensor] | None = None,
+) -> None:
     """Write a fully fine-tuned model, its tokenizer and its draft head. MASK id, block size and the
     spec of the head are in the config.
+
+    `state` is written instead of all weights of the model.
 
     Raises:
         InputError: the model has an adapter, or a block size without a MASK row.
@@ -247,11 +255,13 @@ def save_full(idlm: Idlm, folder: str | Path, block_size: int | None) -> None:
         config.mask_token_id = idlm.mask_id
     config.block_size = block_size
     if (head := idlm.draft_heads.get(0)) is not None:
-        save_head(head, Path(folder))
+        save_head(head_tensors(head), Path(folder))
         config.draft_head = head.spec.to_json()
     elif hasattr(config, "draft_head"):
         del config.draft_head
+    if state is None:
+        state = stored_layout(idlm.model, idlm.model.state_dict())
     with quiet():
-        idlm.model.save_pretrained(folder, state_dict=stored_state(idlm.model))
+        idlm.model.save_pretrained(folder, state_dict=state)
     if idlm.tokenizer is not None:
         idlm.tokenizer.save_pretrained(folder)

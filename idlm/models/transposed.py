@@ -1,7 +1,7 @@
 """GPT-2's `Conv1D` is a linear layer whose weight is stored as [in, out].
 
 `straighten` makes it an `nn.Linear` when a model is loaded, so that the adapter and the kernels see
-one kind of layer. `stored_state` gives the weights back as a checkpoint has them.
+one kind of layer. `stored_layout` gives the weights back as a checkpoint has them.
 """
 
 from __future__ import annotations
@@ -37,10 +37,7 @@ def has_transposed(model: PreTrainedModel) -> bool:
     return any(isinstance(module, TransposedLinear) for module in model.modules())
 
 
-def stored_state(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The model's `state_dict`, with each weight as its checkpoint stores it."""
-    state: dict[str, Tensor] = model.state_dict()
-    for name, module in model.named_modules():
-        if isinstance(module, TransposedLinear):
-            state[f"{name}.weight"] = module.weight.detach().T.contiguous()
-    return state
+def stored_layout(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the model by name, each as its checkpoint stores it."""
+    turned = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, TransposedLinear)}
+    return {n: t.detach().T.contiguous() if n in turned else t for n, t in state.items()}

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from idlm.errors import InputError
@@ -194,6 +195,21 @@ def _base_parameters(model: PreTrainedModel) -> dict[str, Tensor]:
             stored = parameter.T if id(parameter) in transposed else parameter
             parameters[f"{owner}.{last}" if owner in wrapped else name] = stored
     return parameters
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A weight that training shards over ranks, gathered: all ranks call it. Others as they are."""
+    gathered: Tensor = weight.full_tensor() if isinstance(weight, DTensor) else weight
+    return gathered.detach()
+
+
+@torch.no_grad()
+def fill(weight: Tensor, value: Tensor) -> None:
+    """Copy a whole `value` into a weight, or this rank's part of it into one that is sharded."""
+    if isinstance(weight, DTensor):
+        value = value.to(weight.device)
+        value = distribute_tensor(value, weight.device_mesh, weight.placements, src_data_rank=None)
+    weight.copy_(value)
 
 
 def embedding_rows(model: PreTrainedModel) -> Tensor:

@@ -2,67 +2,136 @@
 
 config.yaml                   the config, which a resumed run must match
 checkpoint-N/                 the adapter or the whole model after N steps, loadable as it is
-    optimizer.safetensors     <parameter>.<key>: the state of the optimizers
+    optimizer/                <parameter>.<key>: the state of the optimizers, a file for each rank
     state.json                the rest: `state.State`
 .writing/                     a folder being written; it is renamed when it is complete
+.lock                         held by the run that writes
+
+PyTorch's distributed checkpoints write the optimizers' tensors as they are, whole or sharded, and
+read them into tensors that are sharded otherwise. So the number of ranks may change.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import yaml
-from safetensors.torch import load_file, save_file
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from idlm.errors import InputError
 from idlm.training.config import TrainConfig, as_tree
+from idlm.training.processes import cannot_write, together
 from idlm.training.strict import read_yaml
 
 STAGING = ".writing"
-OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+OPTIMIZER, STATE = "optimizer", "state.json"
 
-FREE_KEYS = ("resume", "device", "threads", "log_steps", "eval_steps", "save_steps")
-"""Keys that a resumed run may change: they do not affect the weights (threads may, by rounding)."""
+FREE_KEYS = (
+    "resume",
+    "device",
+    "threads",
+    "log_steps",
+    "eval_steps",
+    "save_steps",
+    "parallel",
+    "batch_size",
+    "accumulation",
+    "activation_checkpointing",
+)
+"""Keys that a resumed run may change: they do not affect the weights, but for rounding. The texts
+of a step must stay: `Trainer.load` checks them."""
 
 
 @contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which is renamed to `folder` at the end: a kill leaves no partial
-    folder."""
-    staging = folder.parent / STAGING / folder.name
-    shutil.rmtree(staging.parent, ignore_errors=True)
-    staging.mkdir(parents=True)
-    yield staging
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(staging, folder)
-    staging.parent.rmdir()
+def written_whole(folder: Path, accelerator: Accelerator) -> Iterator[Path]:
+    """A folder for all ranks to write into, which is renamed to `folder` at the end: neither a kill
+    nor an error leaves a partial folder.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    staging, main = folder.parent / STAGING / folder.name, accelerator.is_main_process
+    with together(accelerator, str(folder)):
+        if main:
+            shutil.rmtree(staging.parent, ignore_errors=True)
+            staging.mkdir(parents=True)
+    try:
+        yield staging
+    except InputError:  # all ranks have it
+        if main:
+            shutil.rmtree(staging.parent, ignore_errors=True)
+        raise
+    with together(accelerator, str(folder)):
+        if main:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(staging, folder)
+            staging.parent.rmdir()
 
 
 def save_optimizers(model: nn.Module, optimizers: Iterable[Optimizer], folder: Path) -> None:
-    """Write the optimizers' tensors under the names of their parameters."""
+    """Write the optimizers' tensors under the names of their parameters; all ranks call it.
+
+    Raises:
+        InputError: a rank cannot write.
+    """
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     states = [(names[p], state) for each in optimizers for p, state in each.state.items()]
-    tensors = {
-        f"{name}.{key}": t.contiguous() for name, state in states for key, t in state.items()
-    }
-    save_file(tensors, folder / OPTIMIZER)
+    tensors = {f"{name}.{key}": t for name, state in states for key, t in state.items()}
+    writer = HuggingFaceStorageWriter(str(folder / OPTIMIZER), save_distributed=True)
+    try:
+        with _one_process_is_fine():
+            dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+    except CheckpointException as error:  # all ranks have it
+        raise InputError(cannot_write(str(folder.name), error)) from None
 
 
 def load_optimizers(model: nn.Module, optimizers: Iterable[Optimizer], folder: Path) -> None:
-    """Restore the optimizers from what `save_optimizers` wrote."""
+    """Restore the optimizers from what `save_optimizers` wrote, on any number of ranks."""
+    reader = HuggingFaceStorageReader(str(folder / OPTIMIZER))
+    stored = reader.read_metadata().state_dict_metadata
     parameters = dict(model.named_parameters())
+    tensors = {
+        name: _room(parameters[name.rpartition(".")[0]], about)
+        for name, about in stored.items()
+        if isinstance(about, TensorStorageMetadata)
+    }
+    with _one_process_is_fine():
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     owner = {p: each for each in optimizers for group in each.param_groups for p in group["params"]}
-    for name, tensor in load_file(folder / OPTIMIZER).items():
+    for name, tensor in tensors.items():
         parameter, _, key = name.rpartition(".")
         p = parameters[parameter]
-        owner[p].state[p][key] = tensor.to(p.device)
+        owner[p].state[p][key] = tensor
+
+
+@contextmanager
+def _one_process_is_fine() -> Iterator[None]:
+    """Without DCP's warning that a run has one process only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+def _room(parameter: nn.Parameter, about: TensorStorageMetadata) -> Tensor:
+    """An empty tensor for a stored one: sharded as the parameter is, if it has its shape."""
+    dtype = about.properties.dtype
+    if about.size == parameter.shape:
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    return torch.empty(about.size, dtype=dtype, device=parameter.device)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -76,7 +145,7 @@ def _step(checkpoint: Path) -> str:
 
 
 def prepare_folder(config: TrainConfig) -> Path | None:
-    """Make the output folder, write the config into it, and return the checkpoint to resume from.
+    """Write the config into the output folder, and return the checkpoint to resume from.
 
     Raises:
         InputError: the folder holds a run and `resume` is not set, or that run had another config.
@@ -92,11 +161,10 @@ def prepare_folder(config: TrainConfig) -> Path | None:
             "name another folder"
         )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         _keep_config(config, folder / "config.yaml", resumes=newest is not None)
     except OSError as error:
         raise InputError(
-            f"output_dir {config.output_dir!r} cannot be made: {error}; name another folder"
+            f"output_dir {config.output_dir!r} cannot be written: {error}; name another folder"
         ) from None
     return newest
 

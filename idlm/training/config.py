@@ -223,6 +223,9 @@ class TrainConfig:
         seed: of the order of the texts, the phases and the first weights.
         resume: go on from the newest checkpoint in `output_dir`, if there is one.
         device: `auto` is a GPU if there is one.
+        parallel: where a launcher starts several processes: each holds the whole model (`ddp`), or
+            a part of every weight, gradient and optimizer state (`fsdp`); the arithmetic is the
+            same.
         threads: of PyTorch on a CPU; null: its default.
         bf16: compute in bfloat16; the weights stay as `model.dtype` says.
         activation_checkpointing: compute each layer again for its gradient, which takes less memory
@@ -250,6 +253,7 @@ class TrainConfig:
     seed: int = 0
     resume: bool = False
     device: Literal["auto", "cpu"] = "auto"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     threads: int | None = None
     bf16: bool = False
     activation_checkpointing: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +42,7 @@ class Log:
         """Drop the reports after `step` of a killed run; yields a function that sets the bar to a
         step."""
         if self.main:
-            self.entries = _until(self.file, step)
+            self.entries = read_entries(self.file, step)
             lines = (json.dumps(entry) + "\n" for entry in self.entries)
             self.file.write_text("".join(lines), encoding="utf-8")
         shown = self.main and self.console.is_terminal
@@ -59,8 +60,8 @@ class Log:
         self.message("  ".join(f"{key} {_short(value)}" for key, value in entry.items()))
 
 
-def _until(file: Path, step: int) -> list[dict[str, Any]]:
-    """The reports up to `step`, without a line cut off by a kill."""
+def read_entries(file: Path, step: float = math.inf) -> list[dict[str, Any]]:
+    """The reports up to `step`, by default all, without a line cut off by a kill."""
     entries = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:

@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from idlm.errors import InputError
 from idlm.models.sources import read_json
+from idlm.models.weights import whole
 from idlm.training import checkpoint
 from idlm.training.checkpoint import STATE, written_whole
 from idlm.training.config import StageConfig, TrainConfig
@@ -31,6 +33,7 @@ from idlm.training.log import Log
 from idlm.training.measure import measure
 from idlm.training.objective import Objective, Terms, Wanted
 from idlm.training.optimizer import learning_rate, optimizers
+from idlm.training.processes import is_sharded, prepare, together
 from idlm.training.setup import Trainee
 from idlm.training.state import Rows, State, Sums
 
@@ -57,7 +60,7 @@ class Trainer:
             emits_mask=config.objective == "ar",
         ).train()
         parts = optimizers(self.objective, config.optimizer)
-        self.model, *self.optimizers = accelerator.prepare(self.objective, *parts)
+        self.model, self.optimizers = prepare(accelerator, self.objective, parts)
         self.plan = data.plan(config, config.accumulation * accelerator.num_processes)
         self.texts = Phased(data.training, config.seed, config.random_phase)
 
@@ -97,8 +100,9 @@ class Trainer:
         # step, but data parallelism averages gradients over ranks: hence the factor
         losses, parts = [], []
         for i, batch in enumerate(batches):
-            last = i == len(batches) - 1
-            with nullcontext() if last else accelerator.no_sync(self.model):
+            # whole gradients would not fit where the model is sharded: each forward's are reduced
+            reduced = i == len(batches) - 1 or is_sharded(accelerator)
+            with nullcontext() if reduced else accelerator.no_sync(self.model):
                 with torch.autocast(accelerator.device.type, torch.bfloat16, config.bf16):
                     terms = self.model(batch.texts, wanted(config, state))
                 loss = self.loss(terms, rows, stage)
@@ -108,12 +112,14 @@ class Trainer:
 
         # clip
         limit = config.optimizer.grad_clip if config.optimizer.grad_clip > 0 else math.inf
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        norm = float(whole(accelerator.clip_grad_norm_(self.model.parameters(), limit)))
 
-        # finite, or stop
-        for loss, batch in zip(losses, batches, strict=True):
-            self.check_finite(loss, "loss", batch.indices)
-        self.check_finite(norm, "gradient norm", [n for batch in batches for n in batch.indices])
+        # finite on all ranks, or stop
+        mine = Terms(*(sum(part) for part in zip(*parts, strict=True)))
+        total = accelerator.reduce(mine, reduction="sum")
+        whole_loss = float(self.loss(total, rows, stage))
+        if not (math.isfinite(whole_loss) and math.isfinite(norm)):
+            raise self.not_finite(losses, norm, batches)
 
         # step
         rate = learning_rate(config.optimizer, state.step, config.steps)
@@ -124,9 +130,7 @@ class Trainer:
             optimizer.zero_grad()
 
         # log
-        mine = Terms(*(sum(part) for part in zip(*parts, strict=True)))
-        total = accelerator.reduce(mine, reduction="sum")
-        state.unreported.add(float(self.loss(total, rows, stage)), total, rows)
+        state.unreported.add(whole_loss, total, rows)
         state.count(self.plan.step(state.step))
         if total.ce > 0 and total.clean > 0:
             state.balance = float((total.ce / rows.noisy) / (total.clean / rows.clean))
@@ -134,7 +138,7 @@ class Trainer:
             state.acceptance = 1 - float(total.tv / rows.noisy)
         state.step += 1
         if state.step % config.log_steps == 0:
-            self.report({"grad_norm": float(norm), "learning_rate": rate})
+            self.report({"grad_norm": norm, "learning_rate": rate})
 
     # -- the loss
 
@@ -148,14 +152,23 @@ class Trainer:
         clean = (self.state.balance if weight == "auto" else weight) * terms.clean
         return terms.noisy / max(rows.noisy, 1) + clean / max(rows.clean, 1)
 
-    def check_finite(self, value: Tensor, what: str, examples: list[int]) -> None:
-        """Raise NotFinite with the rows of the batch, if `value` is not finite."""
-        if math.isfinite(float(value)):
-            return
+    def not_finite(self, losses: list[Tensor], norm: float, batches: list[Batch]) -> NotFinite:
+        """The error for a step: the first loss of a micro-batch that is not finite, or the norm of
+        the gradient; the same on all ranks, which all call this."""
+        bad = [
+            (f"loss of step {self.state.step} is {float(loss)}", batch.indices)
+            for loss, batch in zip(losses, batches, strict=True)
+            if not math.isfinite(float(loss))
+        ]
+        bad = gather_object(bad)
+        if not bad:
+            mine = [index for batch in batches for index in batch.indices]
+            bad = [(f"gradient norm of step {self.state.step} is {norm}", gather_object(mine))]
+        what, examples = bad[0]
         rows = ", ".join(self.data.training[i].row for i in examples)
-        raise NotFinite(
-            f"the {what} of step {self.state.step} is {float(value)} in the batch of examples "
-            f"{examples} ({rows}); the step was not taken: look at these rows or lower optimizer.lr"
+        return NotFinite(
+            f"the {what} in the batch of examples {examples} ({rows}); the step was not taken: "
+            "look at these rows or lower optimizer.lr"
         )
 
     # -- the batches
@@ -196,7 +209,10 @@ class Trainer:
 
     def measure(self) -> dict[str, Any]:
         """Held-out measurements at the block size of the current stage."""
-        return measure(self.objective, self.data.held_out, self.config, self.state.step - 1)
+        measured = measure(self.objective, self.data.held_out, self.config, self.state.step - 1)
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # a forward leaves the outermost weights whole for a backward
+        return measured
 
     def evaluate(self) -> dict[str, Any]:
         """Measure on the held-out texts, and log the figures."""
@@ -205,27 +221,44 @@ class Trainer:
         return measured
 
     def save(self) -> None:
-        """Write a checkpoint and remove all but the newest ones."""
+        """Write a checkpoint and remove all but the newest ones; all ranks take part.
+
+        Raises:
+            InputError: it cannot be written.
+        """
+        with written_whole(self.folder / f"checkpoint-{self.state.step}", self.accelerator) as new:
+            self.export(new)
+            checkpoint.save_optimizers(self.objective, self.optimizers, new)
+            with together(self.accelerator, str(new)):
+                if self.accelerator.is_main_process:
+                    state = json.dumps(asdict(self.state) | {"texts": self.plan.bounds.texts})
+                    (new / STATE).write_text(state, encoding="utf-8")
         if self.accelerator.is_main_process:
-            with written_whole(self.folder / f"checkpoint-{self.state.step}") as folder:
-                self.export(folder)
-                checkpoint.save_optimizers(self.objective, self.optimizers, folder)
-                (folder / STATE).write_text(json.dumps(asdict(self.state)), encoding="utf-8")
             for old in checkpoint.checkpoints(self.folder)[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
     def load(self, folder: Path) -> None:
-        """Restore the model, the optimizers and the state from a checkpoint."""
+        """Restore the model, the optimizers and the state from a checkpoint.
+
+        Raises:
+            InputError: it is of another model, or its steps had another number of texts.
+        """
         saved = read_json(folder / STATE)
+        texts, now = saved.pop("texts"), self.plan.bounds.texts
+        if texts != now:
+            raise InputError(
+                f"cannot resume: a step took {texts}, now it takes {now}; "
+                "change batch_size, batch_tokens, accumulation or the number of processes"
+            )
         self.student.load(folder)
         checkpoint.load_optimizers(self.objective, self.optimizers, folder)
         self.state = State(**saved | {"unreported": Sums(**saved["unreported"])})
 
     def export(self, folder: Path) -> None:
-        """Write the adapter or the whole model in its current state."""
+        """Write the adapter or the whole model in its current state; all ranks take part."""
         block_size = None if self.config.objective == "ar" else self.stage.block_size
-        self.student.export(folder, block_size)
+        self.student.export(folder, block_size, self.accelerator)
 
 
 def wanted(config: TrainConfig, state: State) -> Wanted:
@@ -233,5 +266,8 @@ def wanted(config: TrainConfig, state: State) -> Wanted:
     if config.objective == "ar":
         return Wanted(0, clean=True)
     stage, weights = config.stage(state.step), config.row_weights(state.step, state.acceptance)
-    clean = config.lambda_of(stage) != 0
+    # FSDP gathers a layer for its backward when a gradient of its output comes. The clean half's
+    # last layer gets gradients of its keys and values only, unless its output has a loss
+    shown = config.method == "full" and config.parallel == "fsdp"
+    clean = shown or config.lambda_of(stage) != 0
     return Wanted(stage.block_size, clean, stage.soft, weights, config.phases)

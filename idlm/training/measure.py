@@ -48,7 +48,7 @@ def _sums(objective: Objective, texts: Texts, config: TrainConfig, block_size: i
     if config.objective == "idlm":
         return objective.measure(texts, block_size).cpu()
     rows = texts.supervised.sum()
-    terms = objective.forward(texts, Wanted(0, clean=True))
+    terms = objective(texts, Wanted(0, clean=True))
     return torch.stack([rows.double(), terms.clean.double()]).cpu()
 
 

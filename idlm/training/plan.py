@@ -75,6 +75,14 @@ class Bounds:
         return rows == 1 or (few and (self.tokens is None or rows * width <= self.tokens))
 
     @property
+    def texts(self) -> str:
+        """What a step takes; steps that take the same have the same texts, however split."""
+        if self.tokens is None and self.rows is not None:
+            return f"{self.batches * self.rows} rows"
+        rows = "" if self.rows is None else f" in at most {self.rows} rows"
+        return f"{self.batches} batches of at most {self.tokens} tokens{rows}"
+
+    @property
     def window(self) -> tuple[float, float]:
         """How many draws, or else how many tokens, always fill a window."""
         rows, tokens = self.rows or math.inf, self.tokens or math.inf

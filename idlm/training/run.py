@@ -9,29 +9,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from idlm.errors import InputError
 from idlm.training.checkpoint import prepare_folder, written_whole
 from idlm.training.config import TrainConfig
 from idlm.training.corpus import check_source, corpus
 from idlm.training.loop import Trainer
+from idlm.training.processes import alone, processes
 from idlm.training.setup import base_model, trainee
-
-
-def processes(config: TrainConfig) -> Accelerator:
-    """Join the other processes of the run, if a launcher started several.
-
-    Raises:
-        InputError: several GPUs are visible to a single process.
-    """
-    accelerator = Accelerator(
-        cpu=config.device == "cpu" or not torch.cuda.is_available(), mixed_precision="no"
-    )
-    gpus = torch.cuda.device_count() if accelerator.device.type == "cuda" else 0
-    if gpus > 1 and accelerator.num_processes == 1:
-        raise InputError(
-            f"{gpus} GPUs for one process; start with torchrun, or set CUDA_VISIBLE_DEVICES"
-        )
-    return accelerator
 
 
 def draws(config: TrainConfig, accelerator: Accelerator) -> int | None:
@@ -57,17 +40,17 @@ def train(config: TrainConfig) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     accelerator = processes(config)
     folder = Path(config.output_dir)
-    torch.manual_seed(config.seed)
-    with accelerator.main_process_first():
-        resume = prepare_folder(config)
-        idlm = base_model(config.model)
-    data = corpus(config.data, idlm, draws(config, accelerator), folder, resume is not None)
-    trainer = Trainer(config, accelerator, trainee(config, idlm), data)
-    for note in data.tally.notes:
-        trainer.log.message(note)
-    measured = trainer.run(resume)
-    if accelerator.is_main_process:
-        with written_whole(folder / "final") as final:
+    with alone(folder, accelerator):
+        torch.manual_seed(config.seed)
+        with accelerator.main_process_first():
+            resume = prepare_folder(config)
+            idlm = base_model(config.model)
+        data = corpus(config.data, idlm, draws(config, accelerator), folder, resume is not None)
+        trainer = Trainer(config, accelerator, trainee(config, idlm), data)
+        for note in data.tally.notes:
+            trainer.log.message(note)
+        measured = trainer.run(resume)
+        with written_whole(folder / "final", accelerator) as final:
             trainer.export(final)
     losses = [entry["loss"] for entry in trainer.log.entries if "loss" in entry]
     return {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,14 +20,17 @@ from idlm.errors import InputError
 from idlm.models import adapter, experts
 from idlm.models.check import check_adapter, check_architecture, prepare
 from idlm.models.gated_lora import ALL_LINEAR, LoraSpec, adapter_parameters, all_linear, attach
-from idlm.models.heads import HeadSpec, new_head, refill_head
+from idlm.models.heads import HeadSpec, head_tensors, new_head, refill_head
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import ensure_mask_row, load, save_full
 from idlm.models.recomputation import recompute_layers
 from idlm.models.routes import implementation
 from idlm.models.sources import first_line
+from idlm.models.weights import fill, whole
 from idlm.training.config import HeadConfig, ModelConfig, TrainConfig
 from idlm.training.data import SOURCES
+from idlm.training.processes import is_sharded, together
+from idlm.training.sharded import save_sharded
 from idlm.training.strict import nearest
 
 
@@ -38,34 +42,46 @@ class Trainee:
     spec: LoraSpec | None = None
     fingerprint: str = ""
 
-    def export(self, folder: Path, block_size: int | None) -> None:
+    def export(self, folder: Path, block_size: int | None, accelerator: Accelerator) -> None:
         """Write the adapter, or the whole model with its tokenizer, in the form that `idlm.load`
-        reads."""
-        self.idlm.block_size = block_size
-        if self.spec is not None:
-            adapter.save(
-                self.idlm, self.spec, folder, self.fingerprint, self.idlm.mask_id, block_size
-            )
-        else:
-            save_full(self.idlm, folder, block_size)
+        reads; all ranks call it."""
+        idlm, main = self.idlm, accelerator.is_main_process
+        idlm.block_size = block_size
+        if self.spec is None and is_sharded(accelerator):
+            save_sharded(idlm, folder, block_size, accelerator)
+            return
+        with together(accelerator, str(folder)):
+            if self.spec is None:
+                if main:
+                    save_full(idlm, folder, block_size)
+            elif main:
+                adapter.save(idlm, self.spec, folder, self.fingerprint, idlm.mask_id, block_size)
+            else:  # takes part in gathering what the first rank writes
+                for weight in adapter_parameters(idlm.model).values():
+                    whole(weight)
+                if (head := idlm.draft_heads.get(0)) is not None:
+                    head_tensors(head)
 
     def load(self, folder: Path) -> None:
-        """Load the weights that `export` wrote.
+        """Load the weights that `export` wrote, into weights that may be sharded.
 
         Raises:
             InputError: they are of another model.
         """
+        model = self.idlm.model
         if (head := self.idlm.draft_heads.get(0)) is not None:
-            refill_head(self.idlm.model, head, folder)
+            refill_head(model, head, folder)
         if self.spec is not None:
-            adapter.refill(self.idlm.model, folder)
+            adapter.refill(model, folder, self.fingerprint)
             return
         stored = load(folder, dtype=self.idlm.dtype, max_model_len=self.idlm.max_model_len)
-        try:
-            self.idlm.model.load_state_dict(stored.model.state_dict())
-        except RuntimeError:
+        weights = dict(stored.model.named_parameters())
+        shapes = {name: weight.shape for name, weight in weights.items()}
+        if shapes != {name: weight.shape for name, weight in model.named_parameters()}:
             held = f"checkpoint {str(folder)!r} is of another model"
-            raise InputError(f"{held}; name another output_dir") from None
+            raise InputError(f"{held}; name another output_dir")
+        for name, weight in model.named_parameters():
+            fill(weight, weights[name])
 
 
 def base_model(config: ModelConfig) -> Idlm:

@@ -27,6 +27,7 @@ from idlm.training.layout import Texts, mask_rows
 from idlm.training.objective import Objective
 from idlm.training.run import train
 from tests.training import tiny
+from tests.training.ranks import free_port
 from tests.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
@@ -44,14 +45,14 @@ from idlm.training import checkpoint
 from idlm.training.config import load_config
 from idlm.training.run import train
 
-save_file = checkpoint.save_file
+save_optimizers = checkpoint.save_optimizers
 
-def save_and_die(tensors, path):
-    save_file(tensors, path)
-    if "checkpoint-24" in str(path):
+def save_and_die(model, optimizers, folder):
+    save_optimizers(model, optimizers, folder)
+    if folder.name == "checkpoint-24":
         os.kill(os.getpid(), signal.SIGKILL)
 
-checkpoint.save_file = save_and_die
+checkpoint.save_optimizers = save_and_die
 train(load_config(sys.argv[1]))
 """
 """By itself, within a checkpoint: whoever watches from outside may come too late."""
@@ -294,32 +295,35 @@ def test_the_command_prints_one_json_object(folder: Path) -> None:
     assert wrong.stdout == "" and "stages.0.steps" in wrong.stderr and wrong.stderr.count("\n") == 1
 
 
-UNEVEN = {"batch_size": None, "batch_tokens": 60}
+LAUNCHERS = {
+    "ddp": ("torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+    "fsdp": ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+}
+PACKED = {"batch_size": None, "batch_tokens": 60, "packing": True}
 
 
-@pytest.mark.parametrize("keys", [
-    ({"batch_size": 8}, {"batch_size": 4}),
-    ({**UNEVEN, "packing": True, "accumulation": 4}, {**UNEVEN, "packing": True, "accumulation": 2})
-], ids=["rows", "packed"])  # fmt: skip
+@pytest.mark.parametrize("parallel, keys", [
+    ("ddp", ({"batch_size": 8}, {"batch_size": 4})),
+    ("ddp", ({**PACKED, "accumulation": 4}, {**PACKED, "accumulation": 2})),
+    ("fsdp", ({"batch_size": 8}, {"batch_size": 4})),
+], ids=["rows", "packed", "sharded"])  # fmt: skip
 def test_two_processes_train_as_one(
-    folder: Path, keys: tuple[dict[str, Any], dict[str, Any]]
+    folder: Path, parallel: str, keys: tuple[dict[str, Any], dict[str, Any]]
 ) -> None:
     stage = {"steps": 4, "block_size": 3, "lambda": "auto", "tv": 1, "depth_weights": "dpace"}
     alone = config(folder, "full", output_dir=str(folder / "one"), stages=[stage], **keys[0])
     train(alone)
-    both = config(folder, "full", output_dir=str(folder / "two"), stages=[stage], **keys[1])
+    split = {**keys[1], "parallel": parallel}
+    both = config(folder, "full", output_dir=str(folder / "two"), stages=[stage], **split)
     (folder / "run.py").write_text(RUN)
-    launcher = (
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(folder / "run.py"),
-    )
+    port = ("--main_process_port", str(free_port())) if parallel == "fsdp" else ()
+    launcher = ("-m", *LAUNCHERS[parallel], *port, str(folder / "run.py"))
     assert start(both, folder, launcher).wait(HANG_SECONDS) == 0
-    one, two = weights(folder / "one" / "final"), weights(folder / "two" / "final")
+    one = dict(load(folder / "one" / "final").model.named_parameters())
+    two = dict(load(folder / "two" / "final").model.named_parameters())
     assert one.keys() == two.keys()
+    files = sorted(file.name for file in (folder / "two" / "final").glob("*.safetensors"))
+    assert len(files) == {"ddp": 1, "fsdp": 2}[parallel]
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
 

@@ -1,0 +1,176 @@
+"""The processes of a run: Accelerate starts them, shards the model (FSDP2) or copies it (DDP), and
+reduces over ranks."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.optim import Optimizer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from idlm.errors import InputError
+from idlm.models.sources import first_line
+from idlm.training.config import TrainConfig
+
+PATIENCE = timedelta(days=30)
+"""How long a rank waits for the others: the first one prepares the data, and may generate it.
+Launchers stop all ranks when one ends."""
+
+UNREAD = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+"""Switches of `accelerate launch` that would change the run behind the back of its config."""
+
+WRITE_ERRORS = (OSError, SafetensorError, CheckpointException)
+
+
+def processes(config: TrainConfig) -> Accelerator:
+    """Join the other processes of the run, if a launcher started several.
+
+    Raises:
+        InputError: several GPUs are visible to a single process, or the launcher has settings that
+            contradict the config.
+    """
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    for name in UNREAD:
+        if several and os.environ.get(name, "false").lower() == "true":
+            raise InputError(
+                f"the launcher sets {name}, which a run does not read; turn it off there, and set "
+                "parallel: fsdp in the run's config to shard the model"
+            )
+    plugin = _fsdp() if several and config.parallel == "fsdp" else None
+    accelerator = Accelerator(
+        cpu=config.device == "cpu" or not torch.cuda.is_available(),
+        mixed_precision="no",
+        fsdp_plugin=plugin,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        if torch.cuda.is_available():
+            raise InputError(
+                "parallel is 'fsdp' and device 'cpu', but there are GPUs, which FSDP would use; "
+                "set CUDA_VISIBLE_DEVICES to nothing"
+            )
+        # Accelerate turns FSDP on for GPUs only; PyTorch's also runs on CPUs
+        for state in (PartialState(), accelerator.state):
+            state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+    gpus = torch.cuda.device_count() if accelerator.device.type == "cuda" else 0
+    if gpus > 1 and accelerator.num_processes == 1:
+        raise InputError(
+            f"{gpus} GPUs for one process; start with torchrun, or set CUDA_VISIBLE_DEVICES"
+        )
+    return accelerator
+
+
+def _fsdp() -> FullyShardedDataParallelPlugin:
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        reshard_after_forward=True,
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=False,  # each rank maps the files and keeps its part
+        cpu_offload=False,
+        activation_checkpointing=False,
+    )
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether each rank holds a part of every weight."""
+    return bool(accelerator.is_fsdp2)
+
+
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizers: list[Optimizer]
+) -> tuple[nn.Module, list[AcceleratedOptimizer]]:
+    """Wrap a model for data parallelism, with its optimizers. FSDP gathers the weights of one
+    decoder layer at a time, in `forward` and in `measure`."""
+    if is_sharded(accelerator):
+        layers = {type(m).__name__ for m in model.modules() if _is_layer(m)}
+        accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(layers)
+    wrapped, *rest = accelerator.prepare(model, *optimizers)
+    if is_sharded(accelerator):
+        register_fsdp_forward_method(wrapped, "measure")
+    return wrapped, rest
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, GradientCheckpointingLayer)
+
+
+@contextmanager
+def together(accelerator: Accelerator, what: str) -> Iterator[None]:
+    """Write files on all ranks: an error of one is raised on all, so that none waits for it.
+
+    The body must not communicate.
+
+    Args:
+        what: the file or folder, for the message.
+
+    Raises:
+        InputError: a rank could not write; or an InputError of a rank.
+    """
+    problem = None
+    try:
+        yield
+    except InputError as error:
+        problem = str(error)
+    except WRITE_ERRORS as error:
+        problem = cannot_write(what, error)
+    problems = [each for each in gather_object([problem]) if each is not None]
+    if problems:
+        raise InputError(problems[0])
+
+
+def cannot_write(what: str, error: BaseException) -> str:
+    """The message for a file that cannot be written."""
+    if isinstance(error, CheckpointException):  # of all ranks that failed
+        error = next(iter(error.failures.values()))[0]
+    why = (isinstance(error, OSError) and error.strerror) or first_line(Exception(str(error)))
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    fix = "make room" if full or "space" in why else "check its folder"
+    return f"cannot write {what!r} ({why}); {fix}, then continue with resume: true"
+
+
+@contextmanager
+def alone(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the lock of the output folder, which is made: no other run writes to it meanwhile.
+
+    The system gives the lock back when the process ends, however it ends.
+
+    Raises:
+        InputError: another run has it, or the folder cannot be made.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)
+    with together(accelerator, str(folder)):
+        if accelerator.is_main_process:
+            _take(lock, folder)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _take(lock: FileLock, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"another run writes to output_dir {str(folder)!r}; wait for it or name another folder"
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"output_dir {str(folder)!r} cannot be made: {error}; name another folder"
+        ) from None
