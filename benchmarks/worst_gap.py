@@ -23,7 +23,7 @@ from idlm import SamplingParams, load
 from idlm.config import EngineConfig
 from idlm.engine.build import build_engine
 from idlm.engine.engine import Engine
-from idlm.evaluation.environment import environment
+from idlm.environment import environment
 from idlm.models.idlm_model import Idlm
 
 

@@ -1,6 +1,10 @@
 """The output folder of a run.
 
-config.yaml                   the config, which a resumed run must match
+config.yaml                   the config with all defaults, which a resumed run must match
+environment.json              what the run depends on besides it: `training.record`
+metrics.jsonl                 its figures: `training.log`
+best, last                    links to checkpoints: `training.keep`
+final/                        the result
 checkpoint-N/                 the adapter or the whole model after N steps, loadable as it is
     optimizer.safetensors     <parameter>.<key>: the state of the optimizers
     state.json                the rest: `state.State`
@@ -14,7 +18,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from safetensors.torch import load_file, save_file
@@ -23,11 +27,16 @@ from torch.optim import Optimizer
 
 from idlm.errors import InputError
 from idlm.training.config import TrainConfig, as_tree
+from idlm.training.length import extended, of_old_length
 
 STAGING = ".writing"
+PREFIX = "checkpoint-"
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
-FREE_KEYS = ("resume", "device", "threads", "log_steps", "eval_steps", "save_steps")
+FREE_KEYS = (
+    *("resume", "device", "threads", "log_steps", "eval_steps", "save_steps"),
+    *("eval_decode", "keep_checkpoints", "report_to"),
+)
 """Keys that a resumed run may change: they do not affect the weights (threads may, by rounding)."""
 
 
@@ -66,16 +75,29 @@ def load_optimizers(model: nn.Module, optimizers: Iterable[Optimizer], folder: P
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders, oldest first; incomplete ones have another name."""
-    folders = [p for p in folder.glob("checkpoint-*") if _step(p).isdecimal()]
-    return sorted(folders, key=lambda p: int(_step(p)))
+    folders = [p for p in folder.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal()]
+    return sorted(folders, key=step_of)
 
 
-def _step(checkpoint: Path) -> str:
-    return checkpoint.name.removeprefix("checkpoint-")
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """The checkpoint of a run after `step` steps."""
+    return folder / f"{PREFIX}{step}"
 
 
-def prepare_folder(config: TrainConfig) -> Path | None:
-    """Make the output folder, write the config into it, and return the checkpoint to resume from.
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint folder."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+class Prepared(NamedTuple):
+    """The checkpoint to resume from, if any; and what is longer than before, if anything."""
+
+    resume: Path | None
+    longer: str | None
+
+
+def prepare_folder(config: TrainConfig) -> Prepared:
+    """Make the output folder and write the config into it.
 
     Raises:
         InputError: the folder holds a run and `resume` is not set, or that run had another config.
@@ -91,18 +113,29 @@ def prepare_folder(config: TrainConfig) -> Path | None:
         raise InputError(
             f"output_dir {config.output_dir!r} cannot be made: {error}; name another folder"
         ) from None
-    _keep_config(config, folder / "config.yaml", resumes=newest is not None)
-    return newest
+    longer = _keep_config(config, folder / "config.yaml", resumes=newest is not None)
+    return Prepared(newest, longer)
 
 
-def _keep_config(config: TrainConfig, file: Path, resumes: bool) -> None:
+def _keep_config(config: TrainConfig, file: Path, resumes: bool) -> str | None:
     """Write the config unless it is there: several processes may do this at once."""
     written = file.read_text(encoding="utf-8") if file.exists() else None
+    new, longer = as_tree(config), None
     if resumes and written is not None:
-        _same_config(yaml.safe_load(written), as_tree(config), "")
-    text = yaml.safe_dump(as_tree(config), sort_keys=False)
+        old = yaml.safe_load(written)
+        longer = extended(old, new)
+        _same_config(old, of_old_length(old, new), "")
+    text = yaml.safe_dump(new, sort_keys=False)
     if text != written:
-        file.write_text(text, encoding="utf-8")
+        replace_text(file, text)
+    return longer
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file whole: a kill leaves the one before."""
+    staging = file.with_name(f".{file.name}.{os.getpid()}")
+    staging.write_text(text, encoding="utf-8")
+    os.replace(staging, file)
 
 
 def _same_config(old: Any, new: Any, where: str) -> None:

@@ -81,7 +81,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A stretch of the training: the block size b and the weights of the loss for `steps` steps.
+    """A stretch of the training: its length, the block size b and the weights of the loss.
 
     The loss of a MASK row with the law q is `ce` CE + `kl` KL(p || q) + `tv` TV(p, q), where p is
     the law of the clean row that predicts the same token. A weight is a number, or [start, end]: it
@@ -96,9 +96,15 @@ class StageConfig:
     To this is added `lambda` CE_clean, a number or `auto` (CE / CE_clean of the step before, 1 at
     first). Its default is 0.2 for a full fine-tune, and 0 for a gated LoRA, whose clean rows are
     frozen.
+
+    Attributes:
+        steps, epochs, tokens: the length, one of the three: optimizer steps, passes over the
+            training texts, or tokens of texts. The last two end with the step that reaches them.
     """
 
-    steps: int
+    steps: int | None = None
+    epochs: float | None = None
+    tokens: int | None = None
     block_size: int = 1
     ce: float | tuple[float, float] = 1.0
     kl: float | tuple[float, float] = 0.0
@@ -151,7 +157,14 @@ class TrainConfig:
 
     `batch_size` counts sequences for each forward, `accumulation` forwards for each step and rank.
     `resume` continues from the newest checkpoint in `output_dir`, or starts from the beginning if
-    there is none.
+    there is none; the last stage may be longer than before.
+
+    Attributes:
+        warm_start: a folder to start from: an adapter of the same base and shape, or a full model
+            for a full fine-tune.
+        eval_decode: held-out prompts that each evaluation also decodes, with AR and with ISD.
+        keep_checkpoints: how many of the newest checkpoints are kept; the best one is kept too.
+        report_to: where the figures go besides the run's folder.
     """
 
     output_dir: str
@@ -169,6 +182,10 @@ class TrainConfig:
     log_steps: int = 10
     eval_steps: int = 100
     save_steps: int = 100
+    warm_start: str | None = None
+    eval_decode: int = 0
+    keep_checkpoints: int = 2
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -176,8 +193,8 @@ class TrainConfig:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return sum(stage.steps for stage in self.stages)
+        """Optimizer steps of the whole run, whose stages have steps: see `training.length`."""
+        return sum(stage.steps or 0 for stage in self.stages)
 
     def stage(self, step: int) -> StageConfig:
         """The stage of optimizer step `step`, counted from 0; after the end it is the last
@@ -188,15 +205,16 @@ class TrainConfig:
         """The weights of MASK rows at optimizer step `step`, after a step with this acceptance
         rate."""
         stage, done = self._place(step)
-        return stage.row_weights(min(done / max(stage.steps - 1, 1), 1.0), acceptance)
+        return stage.row_weights(min(done / max((stage.steps or 0) - 1, 1), 1.0), acceptance)
 
     def _place(self, step: int) -> tuple[StageConfig, int]:
         """The stage of step `step`, and the steps that it has taken before."""
         for stage in self.stages:
-            if step < stage.steps:
+            steps = stage.steps or 0
+            if step < steps:
                 return stage, step
-            step -= stage.steps
-        return self.stages[-1], self.stages[-1].steps
+            step -= steps
+        return self.stages[-1], self.stages[-1].steps or 0
 
     def lambda_of(self, stage: StageConfig) -> float | Literal["auto"]:
         """The weight of CE_clean in a stage."""
@@ -243,13 +261,14 @@ def parse_config(tree: dict[str, Any]) -> TrainConfig:
 def _check(config: TrainConfig) -> None:
     """Checks that concern several keys; each message names the key to change."""
     positive = {
-        "stages.*.steps": min((s.steps for s in config.stages), default=0),
+        "stages": len(config.stages),
         "stages.*.block_size": min((s.block_size for s in config.stages), default=0),
         "batch_size": config.batch_size,
         "accumulation": config.accumulation,
         "log_steps": config.log_steps,
         "eval_steps": config.eval_steps,
         "save_steps": config.save_steps,
+        "keep_checkpoints": config.keep_checkpoints,
         "model.max_model_len": 1
         if config.model.max_model_len is None
         else config.model.max_model_len,
@@ -260,6 +279,7 @@ def _check(config: TrainConfig) -> None:
         "data.max_length": 2 if config.data.max_length is None else config.data.max_length - 1,
     }
     for number, stage in enumerate(config.stages):
+        _check_length(stage, f"stages.{number}")
         _check_loss(stage, f"stages.{number}")
     for key, value in positive.items():
         if value < 1:
@@ -272,6 +292,10 @@ def _check(config: TrainConfig) -> None:
         raise InputError(
             f"optimizer.decay is {config.optimizer.decay}; "
             "it is a share of the steps, above 0 and up to 1"
+        )
+    if config.eval_decode < 0 or (config.eval_decode and config.objective == "ar"):
+        raise InputError(
+            f"eval_decode is {config.eval_decode}; it must be 0 or more, and 0 with objective: ar"
         )
     if (config.model.path is None) == (config.model.architecture is None):
         raise InputError("model.path and model.architecture: give exactly one of the two")
@@ -286,6 +310,20 @@ def _check(config: TrainConfig) -> None:
             "lambda has no effect with method: lora, whose clean rows are the frozen base; "
             "leave it out"
         )
+
+
+def _check_length(stage: StageConfig, where: str) -> None:
+    """A stage has one length, and it is more than nothing."""
+    given = {key: getattr(stage, key) for key in ("steps", "epochs", "tokens")}
+    given = {key: value for key, value in given.items() if value is not None}
+    if len(given) != 1:
+        names = " and ".join(given) or "no length"
+        raise InputError(
+            f"{where} has {names}; give one of steps, epochs and tokens, and null for others"
+        )
+    ((key, value),) = given.items()
+    if not 0 < value < math.inf:
+        raise InputError(f"{where}.{key} is {value}; it must be above 0")
 
 
 def _check_loss(stage: StageConfig, where: str) -> None:

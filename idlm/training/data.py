@@ -225,9 +225,7 @@ def draw_order(lengths: Sequence[int], draws: int, batch: int, seed: int) -> lis
     order: list[int] = []
     passes = 0
     while len(order) < draws:
-        one_pass = list(range(len(lengths)))
-        random.Random(f"{seed}/pass/{passes}").shuffle(one_pass)
-        order += one_pass
+        order += pass_order(len(lengths), passes, seed)
         passes += 1
     sorted_order: list[int] = []
     for start in range(0, draws, WINDOW * batch):
@@ -236,6 +234,13 @@ def draw_order(lengths: Sequence[int], draws: int, batch: int, seed: int) -> lis
         random.Random(f"{seed}/window/{start}").shuffle(batches)
         sorted_order += [example for b in batches for example in b]
     return sorted_order
+
+
+def pass_order(count: int, number: int, seed: int) -> list[int]:
+    """The shuffled indices of pass `number` over `count` examples."""
+    order = list(range(count))
+    random.Random(f"{seed}/pass/{number}").shuffle(order)
+    return order
 
 
 class Draw(NamedTuple):

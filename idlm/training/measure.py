@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
 
@@ -16,13 +18,18 @@ from idlm.training.objective import Objective, Texts, Wanted, clean_rows
 
 @torch.no_grad()
 def measure(
-    objective: Objective, examples: list[Example], config: TrainConfig, step: int
+    objective: Objective,
+    examples: list[Example],
+    config: TrainConfig,
+    step: int,
+    accelerator: Accelerator,
 ) -> dict[str, Any]:
     """Alpha and argmax acceptance by draft depth, and the TPF that they imply; for AR the
     cross-entropy.
 
     Measured on the true text (teacher forced): acceptance at depth k is not conditioned on the
-    acceptance of the drafts before. The block size is that of the stage of step `step`.
+    acceptance of the drafts before. The block size is that of the stage of step `step`. Each rank
+    measures its share of the texts.
     """
     was_training = objective.training
     objective.eval()
@@ -30,21 +37,31 @@ def measure(
     ordered = sorted(examples, key=lambda e: e.length)
     # always with random phases: decoding drafts from any position
     draws = TrainOrder(ordered, list(range(len(ordered))), config.seed, random_phase=True)
-    size = config.batch_size
-    batches = [draws.batch(index, size) for index in range(math.ceil(len(draws) / size))]
-    sums = [_sums(objective, batch.texts, config, block_size) for batch in batches]
+    sums = [
+        share * _sums(objective, draws.batch(index, config.batch_size).texts, config, block_size)
+        for index, share in _shares(math.ceil(len(draws) / config.batch_size), accelerator)
+    ]
     objective.train(was_training)
-    return summary(torch.stack(sums).sum(0), config.objective, block_size)
+    total = accelerator.reduce(torch.stack(sums).sum(0), reduction="sum")
+    return summary(total.cpu(), config.objective, block_size)
+
+
+def _shares(batches: int, accelerator: Accelerator) -> Iterator[tuple[int, int]]:
+    """The batches of this rank, each with 1; with 0 what it computes so that all ranks run as many
+    forwards, which sharded weights need."""
+    for first in range(0, batches, accelerator.num_processes):
+        index = first + accelerator.process_index
+        yield min(index, batches - 1), int(index < batches)
 
 
 def _sums(objective: Objective, texts: Texts, config: TrainConfig, block_size: int) -> Tensor:
     """Sums over one batch: [3, b] of `Objective.measure`; for AR [2]: rows and nats."""
     texts = send_to_device(texts, objective.idlm.device)
     if config.objective == "idlm":
-        return objective.measure(texts, block_size).cpu()
+        return objective.measure(texts, block_size)
     rows = clean_rows(texts.prompt, texts.length, texts.tokens.shape[1]).sum()
     terms = objective.forward(texts, Wanted(0, clean=True))
-    return torch.stack([rows.double(), terms.clean.double()]).cpu()
+    return torch.stack([rows.double(), terms.clean.double()])
 
 
 def summary(sums: Tensor, objective: str, block_size: int) -> dict[str, Any]:

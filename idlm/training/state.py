@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -9,10 +10,11 @@ from idlm.training.objective import Terms
 
 
 class Rows(NamedTuple):
-    """Supervised rows: MASK rows, and rows of the clean text."""
+    """Supervised rows: MASK rows, and rows of the clean text; and all tokens of the texts."""
 
     noisy: int
     clean: int
+    tokens: int = 0
 
 
 @dataclass
@@ -67,10 +69,22 @@ class State:
         step: optimizer steps taken.
         balance: CE_noisy / CE_clean of the last step: the weight of CE_clean if lambda is auto.
         acceptance: sum min(p, q) of a MASK row in the last step with a soft term, which `lk` needs.
+        tokens: of the texts that were taken, on all ranks.
+        best, best_step: the best score of a held-out measurement, and the step that it was after.
         unreported: sums since the last report.
     """
 
     step: int = 0
+    tokens: int = 0
+    best: float | None = None
+    best_step: int | None = None
     balance: float = 1.0
     acceptance: float = 0.0
     unreported: Sums = field(default_factory=Sums)
+
+    def improves(self, score: float) -> bool:
+        """Whether a score is the best so far, which is then kept."""
+        better = math.isfinite(score) and (self.best is None or score > self.best)
+        if better:
+            self.best, self.best_step = score, self.step
+        return better

@@ -57,6 +57,15 @@ class Tables:
             else:
                 yield from self._dataset(name)
 
+    def files(self) -> Iterator[tuple[str, Path | None]]:
+        """The name of each file that `rows` reads, and its path; a dataset has none."""
+        for name in self.names:
+            path = Path(name).expanduser()
+            if path.is_dir():
+                yield from ((str(file), file) for file in _files(path))
+            else:
+                yield name, path if path.suffix in READERS else None
+
     def _dataset(self, name: str) -> Iterator[Named]:
         if Path(name).expanduser().exists() or not DATASET.fullmatch(name):
             raise InputError(

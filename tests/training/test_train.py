@@ -267,9 +267,14 @@ def test_the_command_prints_one_json_object(folder: Path) -> None:
 
 def test_two_processes_train_as_one(folder: Path) -> None:
     stage = {"steps": 4, "block_size": 3, "lambda": "auto", "tv": 1, "depth_weights": "dpace"}
-    alone = config(folder, "full", output_dir=str(folder / "one"), stages=[stage], batch_size=8)
+    evaluated = {"eval_steps": 2, "eval_decode": 3}
+    alone = config(
+        folder, "full", output_dir=str(folder / "one"), stages=[stage], batch_size=8, **evaluated
+    )
     train(alone)
-    both = config(folder, "full", output_dir=str(folder / "two"), stages=[stage], batch_size=4)
+    both = config(
+        folder, "full", output_dir=str(folder / "two"), stages=[stage], batch_size=4, **evaluated
+    )
     (folder / "run.py").write_text(RUN)
     launcher = (
         "-m",
@@ -284,6 +289,18 @@ def test_two_processes_train_as_one(folder: Path) -> None:
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+    reports = [
+        [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("one", "two")
+    ]
+    assert len(reports[0]) == 6
+    for mine, ours in zip(*reports, strict=True):  # each rank measured a share, one wrote
+        assert mine.keys() == ours.keys()
+        same = ["step", "tokens", "alpha", "decode_prompts", "decode_identical", "block_size"]
+        for key in set(same) & mine.keys():
+            assert ours[key] == pytest.approx(mine[key], rel=1e-2)
+    assert reports[1][-1]["decode_identical"] == reports[1][-1]["decode_prompts"] == 3
+    assert len(json.loads((folder / "two" / "environment.json").read_text())) == 1
 
 
 def test_an_unknown_source_is_refused_before_anything_is_made(folder: Path) -> None:
