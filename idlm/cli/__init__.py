@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from idlm import __version__
-from idlm.cli import bench, chat, demo, distill, generate, inspect, serve, train, verify
+from idlm.cli import bench, chat, demo, distill, generate, inspect, report, serve, train, verify
 from idlm.cli.errors import OneLineErrors
 
 # before transformers and tqdm are imported: no warnings around the one line, bars on terminals only
@@ -51,6 +51,7 @@ app.command("chat")(chat.chat)
 app.command("demo")(demo.demo)
 app.command("distill")(distill.distill)
 app.command("generate")(generate.generate)
+app.command("report")(report.report)
 app.command("serve")(serve.serve)
 app.command("train", context_settings=train.CONTEXT)(train.train)
 app.command("verify")(verify.verify)

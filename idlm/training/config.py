@@ -98,8 +98,9 @@ class StageConfig:
     frozen.
 
     Attributes:
-        steps, epochs, tokens: the length, one of the three: optimizer steps, passes over the
-            training texts, or tokens of texts. The last two end with the step that reaches them.
+        steps: the length in optimizer steps.
+        epochs: the length in passes over the training texts, instead of `steps`.
+        tokens: the length in tokens of training texts, instead of `steps`.
     """
 
     steps: int | None = None

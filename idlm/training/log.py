@@ -4,6 +4,7 @@ the services of `report_to`."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -155,13 +156,13 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def read_entries(file: Path, step: int | None = None) -> list[dict[str, Any]]:
+def read_entries(file: Path, step: float = math.inf) -> list[dict[str, Any]]:
     """The reports up to `step`, without a line cut off by a kill."""
     entries = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         try:
             entry = json.loads(line)
-            if step is None or entry["step"] <= step:
+            if entry["step"] <= step:
                 entries.append(entry)
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
