@@ -19,14 +19,13 @@ from idlm.engine.llm import LLM
 from idlm.engine.request import Result
 from idlm.models.idlm_model import Idlm
 from idlm.params import SamplingParams
-from idlm.training.data import Example
 
 TOKENS = 64
 """The most tokens of each answer."""
 
 
 def decode(
-    idlm: Idlm, examples: Sequence[Example], block_size: int, accelerator: Accelerator
+    idlm: Idlm, prompts: Sequence[list[int]], block_size: int, accelerator: Accelerator
 ) -> dict[str, Any]:
     """Decode the prompts greedily, with AR and at stride b + 1 with drafts for all outcomes.
 
@@ -36,44 +35,39 @@ def decode(
         TPF and acceptance by depth over all prompts; how many prompts there were, and how many gave
         the tokens of AR, which is all of them unless something is broken.
     """
-    mine = examples[accelerator.process_index :: accelerator.num_processes]
+    mine = prompts[accelerator.process_index :: accelerator.num_processes]
     pairs = _decoded(idlm, mine, block_size) if mine else []
-    sums = [torch.zeros(4 + 2 * block_size), *(_counts(*pair, block_size) for pair in pairs)]
+    sums = [torch.zeros(4 + 2 * block_size, dtype=torch.int64), *(_counts(*pair) for pair in pairs)]
     total = accelerator.reduce(torch.stack(sums).sum(0).to(accelerator.device), reduction="sum")
-    prompts, identical, tokens, forwards, *depths = total.tolist()
+    count, identical, tokens, forwards, *depths = total.tolist()
     reached, accepted = depths[:block_size], depths[block_size:]
     return {
         "decode_tpf": tokens / max(forwards, 1),
         "decode_acceptance": [a / max(r, 1) for a, r in zip(accepted, reached, strict=True)],
-        "decode_prompts": int(prompts),
+        "decode_prompts": int(count),
         "decode_identical": int(identical),
     }
 
 
-def _counts(ar: Result, isd: Result, block_size: int) -> Tensor:
+def _counts(ar: Result, isd: Result) -> Tensor:
     """Prompt, whether it is identical, tokens, forwards, drafts reached and accepted by depth."""
-    reached, accepted = (
-        counts[:block_size] + [0] * (block_size - len(counts))
-        for counts in (isd.reached, isd.accepted)
-    )
-    same = ar.token_ids == isd.token_ids
-    return torch.tensor([1, same, len(isd.token_ids), isd.forwards, *reached, *accepted]).float()
+    same, tokens = ar.token_ids == isd.token_ids, len(isd.token_ids)
+    return torch.tensor([1, same, tokens, isd.forwards, *isd.reached, *isd.accepted])
 
 
 def _decoded(
-    idlm: Idlm, examples: Sequence[Example], block_size: int
+    idlm: Idlm, prompts: Sequence[list[int]], block_size: int
 ) -> list[tuple[Result, Result]]:
     """The results of AR and ISD for each prompt; the context is as long as they need."""
-    room = max(len(example.prompt) for example in examples) + TOKENS
+    room = max(map(len, prompts)) + TOKENS
     options: dict[str, Any] = {
-        "max_num_seqs": len(examples),
+        "max_num_seqs": len(prompts),
         "max_model_len": min(room, idlm.context),
         "deterministic": True,
         "record": False,
         "threads": torch.get_num_threads(),
         "generation_config": "none",
     }
-    prompts = [example.prompt for example in examples]
     most = [min(TOKENS, idlm.context - len(prompt)) for prompt in prompts]
     params = [SamplingParams(temperature=0, max_tokens=tokens) for tokens in most]
     with _as_loaded(idlm):

@@ -20,9 +20,9 @@ LENGTHS = ("steps", "epochs", "tokens")
 
 
 class StepSize(NamedTuple):
-    """What a step takes on all ranks: texts and their tokens, without padding."""
+    """What a step takes on all ranks: documents and their tokens, without padding."""
 
-    texts: int
+    documents: int
     tokens: int
 
 
@@ -38,26 +38,26 @@ def step_sizes(lengths: Sequence[int], batch: int, seed: int) -> Iterator[StepSi
         yield StepSize(batch, sum(lengths[text] for text in islice(draws, batch)))
 
 
-def in_steps(config: TrainConfig, texts: int, sizes: Iterable[StepSize]) -> TrainConfig:
+def in_steps(config: TrainConfig, documents: int, sizes: Iterable[StepSize]) -> TrainConfig:
     """The config with the steps of each stage.
 
     Args:
-        texts: of an epoch.
+        documents: of an epoch.
         sizes: of the steps in their order.
     """
     left = iter(sizes)
-    stages = [replace(stage, steps=_steps(stage, texts, left)) for stage in config.stages]
+    stages = [replace(stage, steps=_steps(stage, documents, left)) for stage in config.stages]
     return replace(config, stages=tuple(stages))
 
 
-def _steps(stage: StageConfig, texts: int, sizes: Iterator[StepSize]) -> int:
+def _steps(stage: StageConfig, documents: int, sizes: Iterator[StepSize]) -> int:
     if stage.steps is not None:
         return sum(1 for _ in islice(sizes, stage.steps))
     steps = done = 0
-    goal = stage.tokens or (stage.epochs or 0) * texts
+    goal = stage.tokens or (stage.epochs or 0) * documents
     while done < goal:
         size = next(sizes)
-        done += size.tokens if stage.tokens else size.texts
+        done += size.tokens if stage.tokens else size.documents
         steps += 1
     return steps
 

@@ -212,10 +212,10 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """Measure on the held-out texts, decode some of their prompts, and log the figures."""
-        measured, prompts = self.measure(), self.data.held_out[: self.config.eval_decode]
-        if prompts:
-            idlm, block_size = self.student.idlm, self.stage.block_size
-            measured |= decode(idlm, prompts, block_size, self.accelerator)
+        measured, decoded = self.measure(), self.data.held_out[: self.config.eval_decode]
+        if decoded:
+            prompts, block_size = [example.prompt for example in decoded], self.stage.block_size
+            measured |= decode(self.student.idlm, prompts, block_size, self.accelerator)
         self.log.write({"step": self.state.step, **measured})
         return measured
 

@@ -88,7 +88,9 @@ def test_the_model_is_left_as_it_was() -> None:
         parameter.data = parameter.data.double()
     values = {name: p.detach().clone() for name, p in trained.items()}
     seeded, threads = torch.random.get_rng_state(), torch.get_num_threads()
-    figures = decode(idlm, tiny.examples(3), 2, Accelerator(cpu=True))
+    figures = decode(
+        idlm, [example.prompt for example in tiny.examples(3)], 2, Accelerator(cpu=True)
+    )
     assert figures["decode_identical"] == 3
     assert torch.equal(torch.random.get_rng_state(), seeded) and idlm.model.training
     assert torch.get_num_threads() == threads
