@@ -21,11 +21,11 @@ import torch
 
 import idlm.nano.source  # noqa: F401  # registers its data
 from idlm import LLM, SamplingParams, load
+from idlm.environment import environment
 from idlm.evaluation.accuracy import evaluate
-from idlm.evaluation.environment import environment
 from idlm.evaluation.metrics import summary
 from idlm.nano.problems import held_out_problems
-from idlm.training.config import load_config
+from idlm.training.read_config import load_config
 from idlm.training.run import train
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -21,7 +21,7 @@ import torch
 from benchmarks.shapes import SHAPES, random_model
 from idlm import LLM
 from idlm.decoding.plan import AR, Plan, choose, expected_tokens
-from idlm.evaluation.environment import environment
+from idlm.environment import environment
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import load
 

@@ -25,7 +25,7 @@ from benchmarks.real_model import MODEL
 from idlm import LLM, SamplingParams
 from idlm.cli import prompts
 from idlm.decoding.plan import Plan, candidates
-from idlm.evaluation.environment import environment
+from idlm.environment import environment
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import load
 

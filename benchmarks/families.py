@@ -28,8 +28,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from idlm import LLM, Idlm, SamplingParams, load
+from idlm.environment import environment
 from idlm.errors import InputError
-from idlm.evaluation.environment import environment
 from idlm.models.architecture import read_config
 from idlm.models.checkpoint import inspect_checkpoint
 from idlm.models.quiet import quiet

@@ -42,8 +42,8 @@ import torch
 from benchmarks.gpu_costs import ACCEPTANCE, costs
 from benchmarks.gpu_smoke import Figure, smoke
 from benchmarks.shapes import random_model
+from idlm.environment import environment
 from idlm.evaluation.closed_loop import bench_engines
-from idlm.evaluation.environment import environment
 from idlm.evaluation.serving_bench import bench
 from idlm.evaluation.workload import workload
 from idlm.models.idlm_model import Idlm

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from idlm.evaluation.environment import environment
+from idlm.environment import environment
 from idlm.kernels import compiling, native
 from idlm.kernels.choice import PARAMETERS, Recorded, choose_linears, recorded
 from idlm.kernels.linears import ALWAYS, Layer, Linears

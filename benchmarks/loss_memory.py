@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from idlm.evaluation.environment import environment
+from idlm.environment import environment
 from idlm.models.attention import NAME
 from idlm.models.gated_lora import LoraSpec, attach
 from idlm.models.idlm_model import Idlm

@@ -23,7 +23,7 @@ from idlm.config import EngineConfig
 from idlm.decoding.plan import Plan, expected_tokens
 from idlm.engine.build import build_engine
 from idlm.engine.request import Result
-from idlm.evaluation.environment import environment
+from idlm.environment import environment
 from idlm.evaluation.metrics import summary, tpf_decode
 from idlm.evaluation.workload import Request, workload
 from idlm.models.idlm_model import Idlm

@@ -36,8 +36,8 @@ from idlm import LLM
 from idlm.cli.bench import MODES
 from idlm.cli.common import keep_what_is_loaded
 from idlm.decoding.plan import AR, Plan
+from idlm.environment import environment
 from idlm.evaluation.closed_loop import BenchEngine, Ours, Run
-from idlm.evaluation.environment import environment
 from idlm.evaluation.simulation import simulate_acceptance
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import load

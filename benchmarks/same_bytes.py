@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from idlm import LLM, Idlm, SamplingParams, load
-from idlm.evaluation.environment import environment
+from idlm.environment import environment
 from idlm.evaluation.parity import first_difference, margin, token_scores
 from idlm.models.heads import KINDS, HeadSpec
 from tests.engine.tiny import CLASSES, SLIDING, sliding_idlm, tiny_idlm

@@ -21,8 +21,8 @@ import torch
 from benchmarks.peers.process import Peer
 from idlm.cli.bench import MODES, show
 from idlm.cli.common import keep_what_is_loaded
+from idlm.environment import environment
 from idlm.evaluation.closed_loop import BenchEngine, bench_engines
-from idlm.evaluation.environment import environment
 from idlm.evaluation.serving_bench import bench
 from idlm.evaluation.workload import workload
 from idlm.models.loading import load

@@ -22,7 +22,7 @@ from idlm import SamplingParams, load
 from idlm.config import EngineConfig
 from idlm.engine.build import build_engine
 from idlm.engine.engine import Engine
-from idlm.evaluation.environment import environment
+from idlm.environment import environment
 
 IN_FLIGHT = 48
 

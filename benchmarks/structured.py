@@ -25,7 +25,7 @@ import torch
 
 from idlm import LLM, Guide, Idlm, Result, SamplingParams, load
 from idlm.engine.guide import Guides
-from idlm.evaluation.environment import environment
+from idlm.environment import environment
 
 Schema = dict[str, Any]
 PROMPT = "Mia has 5 boxes."

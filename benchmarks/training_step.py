@@ -25,9 +25,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from idlm.evaluation.environment import environment
 
 from benchmarks.loss_memory import status
-from idlm.evaluation.environment import environment
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Row = dict[str, list[int]]
@@ -66,8 +66,8 @@ class Clock:
 
 def conversion(model: str, rows: list[Row], options: argparse.Namespace) -> dict[str, float]:
     """`idlm train` on the rows."""
-    from idlm.training.config import parse_config
     from idlm.training.loop import Trainer
+    from idlm.training.read_config import parse_config
     from idlm.training.run import train
 
     torch.set_num_threads(options.threads)

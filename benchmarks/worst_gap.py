@@ -24,7 +24,7 @@ from idlm.config import EngineConfig
 from idlm.engine.build import build_engine
 from idlm.engine.engine import Engine
 from idlm.engine.request import Terms
-from idlm.evaluation.environment import environment
+from idlm.environment import environment
 from idlm.models.idlm_model import Idlm
 
 

@@ -15,6 +15,10 @@ MODULES = {
     "data": ("datasets", "pyarrow"),
     "chat": ("openai",),
     "gguf": ("gguf", "accelerate"),
+    "report": ("matplotlib",),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
 }
 """By extra: the modules that the code behind it imports."""
 

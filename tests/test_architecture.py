@@ -13,6 +13,7 @@ ROOT = Path(idlm.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 EVERYWHERE = {
     "chat_template",
+    "environment",
     "errors",
     "extras",
     "guides",

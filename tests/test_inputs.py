@@ -7,7 +7,7 @@ import pytest
 from idlm.cli.prompts import read
 from idlm.errors import InputError
 from idlm.inputs import check_text, read_lines
-from idlm.training.config import load_config
+from idlm.training.read_config import load_config
 from idlm.training.rows import read_fields, read_jsonl
 
 NOT_LINES = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"

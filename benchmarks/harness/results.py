@@ -9,7 +9,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from idlm.evaluation.environment import environment
+from idlm.environment import environment
 
 RESULTS = Path(__file__).parent.parent / "results"
 PACKAGES = ("fastapi", "starlette", "uvicorn", "uvloop", "httptools", "msgspec")

@@ -10,7 +10,8 @@ from inspect import getdoc
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from benchmarks.pages.tables import markdown
-from idlm.training.config import TrainConfig, as_tree
+from idlm.training.config import TrainConfig
+from idlm.training.strict import as_tree
 
 NAMES = {
     str: "text",

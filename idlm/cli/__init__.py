@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 from idlm import __version__
-from idlm.cli import bench, chat, demo, distill, export, generate, inspect, serve, train, verify
+from idlm.cli import (
+    bench,
+    chat,
+    demo,
+    distill,
+    export,
+    generate,
+    inspect,
+    report,
+    serve,
+    train,
+    verify,
+)
 from idlm.cli.errors import OneLineErrors
 
 # before transformers and tqdm are imported: no warnings around the one line, bars on terminals only
@@ -52,6 +64,7 @@ app.command("demo")(demo.demo)
 app.command("distill")(distill.distill)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)
+app.command("report")(report.report)
 app.command("serve")(serve.serve)
 app.command("train", context_settings=train.CONTEXT)(train.train)
 app.command("verify")(verify.verify)

@@ -83,8 +83,8 @@ def bench(
     import torch
 
     from idlm.engine.preflight import Wanted, preflight
+    from idlm.environment import environment
     from idlm.evaluation.closed_loop import bench_engines
-    from idlm.evaluation.environment import environment
     from idlm.evaluation.serving_bench import bench as run
     from idlm.evaluation.workload import workload
     from idlm.models.loading import load

@@ -29,7 +29,7 @@ def train(
     """
     need("train", "idlm train")
     import idlm.nano.source  # noqa: F401  # registers its data
-    from idlm.training.config import load_config
+    from idlm.training.read_config import load_config
     from idlm.training.run import train as run
 
     result = run(load_config(config, context.args))

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from idlm.chat_template import PromptEncoder
 from idlm.engine.llm import LLM
+from idlm.environment import environment
 from idlm.evaluation.accuracy import evaluate
-from idlm.evaluation.environment import environment
 from idlm.evaluation.metrics import summary
 from idlm.models.loading import load
 from idlm.nano.problems import Problem, held_out_problems, read_answer

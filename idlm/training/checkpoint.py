@@ -1,6 +1,10 @@
 """The output folder of a run.
 
-config.yaml                   the config, which a resumed run must match
+config.yaml                   the config with all defaults, which a resumed run must match
+environment.json              what the run depends on besides it: `training.record`
+metrics.jsonl                 its figures: `training.log`
+best, last                    links to checkpoints: `training.keep`
+final/                        the result
 checkpoint-N/                 the adapter or the whole model after N steps, loadable as it is
     optimizer/                <parameter>.<key>: the state of the optimizers, a file for each rank
     state.json                the rest: `state.State`
@@ -19,7 +23,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,24 +37,19 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from idlm.errors import InputError
-from idlm.training.config import TrainConfig, as_tree
+from idlm.training.config import TrainConfig
+from idlm.training.length import extended, of_old_length
 from idlm.training.processes import cannot_write, together
-from idlm.training.strict import read_yaml
+from idlm.training.strict import as_tree, read_yaml
 
 STAGING = ".writing"
+PREFIX = "checkpoint-"
 OPTIMIZER, STATE = "optimizer", "state.json"
 
 FREE_KEYS = (
-    "resume",
-    "device",
-    "threads",
-    "log_steps",
-    "eval_steps",
-    "save_steps",
-    "parallel",
-    "batch_size",
-    "accumulation",
-    "activation_checkpointing",
+    *("resume", "device", "threads", "parallel", "activation_checkpointing"),
+    *("batch_size", "accumulation", "log_steps", "eval_steps", "eval_decode", "save_steps"),
+    *("keep_checkpoints", "report_to"),
 )
 """Keys that a resumed run may change: they do not affect the weights, but for rounding. The texts
 of a step must stay: `Trainer.load` checks them."""
@@ -136,16 +135,29 @@ def _room(parameter: nn.Parameter, about: TensorStorageMetadata) -> Tensor:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders, oldest first; incomplete ones have another name."""
-    folders = [p for p in folder.glob("checkpoint-*") if _step(p).isdecimal()]
-    return sorted(folders, key=lambda p: int(_step(p)))
+    folders = [p for p in folder.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal()]
+    return sorted(folders, key=step_of)
 
 
-def _step(checkpoint: Path) -> str:
-    return checkpoint.name.removeprefix("checkpoint-")
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """The checkpoint of a run after `step` steps."""
+    return folder / f"{PREFIX}{step}"
 
 
-def prepare_folder(config: TrainConfig) -> Path | None:
-    """Write the config into the output folder, and return the checkpoint to resume from.
+def step_of(checkpoint: Path) -> int:
+    """The step of a checkpoint folder."""
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+class Prepared(NamedTuple):
+    """The checkpoint to resume from, if any; and what is longer than before, if anything."""
+
+    resume: Path | None
+    longer: str | None
+
+
+def prepare_folder(config: TrainConfig) -> Prepared:
+    """Write the config into the output folder.
 
     Raises:
         InputError: the folder holds a run and `resume` is not set, or that run had another config.
@@ -161,22 +173,33 @@ def prepare_folder(config: TrainConfig) -> Path | None:
             "name another folder"
         )
     try:
-        _keep_config(config, folder / "config.yaml", resumes=newest is not None)
+        longer = _keep_config(config, folder / "config.yaml", resumes=newest is not None)
     except OSError as error:
         raise InputError(
             f"output_dir {config.output_dir!r} cannot be written: {error}; name another folder"
         ) from None
-    return newest
+    return Prepared(newest, longer)
 
 
-def _keep_config(config: TrainConfig, file: Path, resumes: bool) -> None:
+def _keep_config(config: TrainConfig, file: Path, resumes: bool) -> str | None:
     """Write the config unless it is there: several processes may do this at once."""
     written = file.read_text(encoding="utf-8") if file.exists() else None
+    new, longer = as_tree(config), None
     if resumes and written is not None:
-        _same_config(read_yaml(written, str(file)), as_tree(config), "")
-    text = yaml.safe_dump(as_tree(config), sort_keys=False)
+        old = read_yaml(written, str(file))
+        longer = extended(old, new)
+        _same_config(old, of_old_length(old, new), "")
+    text = yaml.safe_dump(new, sort_keys=False)
     if text != written:
-        file.write_text(text, encoding="utf-8")
+        replace_text(file, text)
+    return longer
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file whole: a kill leaves the one before."""
+    staging = file.with_name(f".{file.name}.{os.getpid()}")
+    staging.write_text(text, encoding="utf-8")
+    os.replace(staging, file)
 
 
 def _same_config(old: Any, new: Any, where: str) -> None:

@@ -1,24 +1,12 @@
-"""The training config: YAML, read strictly into dataclasses.
-
-An unknown key is refused with the nearest known key, and a value of the wrong type with the type
-expected. `--a.b=c` on the command line overrides the key b of section a; items of lists have
-numbers: `--stages.0.steps=5`.
-"""
+"""The training config: its keys and what follows from them."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from idlm.errors import InputError
 from idlm.training.losses import RowWeights
-from idlm.training.ranges import check_ranges
-from idlm.training.strict import as_tree, build, override_key, read_yaml
-
-__all__ = ["TrainConfig", "as_tree", "load_config", "parse_config"]
-
 
 UNUSED = (0.0, (0.0, 0.0))
 """Weights of a term that a stage does not have."""
@@ -124,7 +112,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A stretch of the training: the block size b and the weights of the loss for `steps` steps.
+    """A stretch of the training: its length, the block size b and the weights of the loss.
 
     The loss of a MASK row with the law q is `ce` CE + `kl` KL(p || q) + `tv` TV(p, q), where p is
     the law of the clean row that predicts the same token. A weight is a number, or [start, end]: it
@@ -141,7 +129,9 @@ class StageConfig:
     frozen.
 
     Attributes:
-        steps: of the optimizer in this stage.
+        steps: the length in optimizer steps.
+        epochs: the length in passes over the training texts, instead of `steps`.
+        tokens: the length in tokens of training texts, instead of `steps`.
         block_size: b, the MASK rows of a block; it serves strides up to b + 1.
         ce: the weight of cross entropy.
         kl: the weight of KL(p, q).
@@ -153,7 +143,9 @@ class StageConfig:
         lambda_: the weight of the AR loss on clean rows; full fine-tune only.
     """
 
-    steps: int
+    steps: int | None = None
+    epochs: float | None = None
+    tokens: int | None = None
     block_size: int = 1
     ce: float | tuple[float, float] = 1.0
     kl: float | tuple[float, float] = 0.0
@@ -221,7 +213,8 @@ class TrainConfig:
         phases: how often the MASK rows of a text are computed, each time with other blocks, over
             one clean half; at most b.
         seed: of the order of the texts, the phases and the first weights.
-        resume: go on from the newest checkpoint in `output_dir`, if there is one.
+        resume: go on from the newest checkpoint in `output_dir`, if there is one; the last stage
+            may be longer than before.
         device: `auto` is a GPU if there is one.
         parallel: where a launcher starts several processes: each holds the whole model (`ddp`), or
             a part of every weight, gradient and optimizer state (`fsdp`); the arithmetic is the
@@ -237,6 +230,11 @@ class TrainConfig:
         log_steps: steps between two lines of the log.
         eval_steps: steps between two measurements on held-out texts.
         save_steps: steps between two checkpoints.
+        warm_start: a folder to start from: an adapter of the same base and shape, or a full model
+            for a full fine-tune.
+        eval_decode: held-out prompts that each evaluation also decodes, with AR and with ISD.
+        keep_checkpoints: how many of the newest checkpoints are kept; the best one is kept too.
+        report_to: where the figures go besides the run's folder.
         model: the model.
         lora: the adapter.
         head: the draft head.
@@ -264,6 +262,10 @@ class TrainConfig:
     log_steps: int = 10
     eval_steps: int = 100
     save_steps: int = 100
+    warm_start: str | None = None
+    eval_decode: int = 0
+    keep_checkpoints: int = 2
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
@@ -277,8 +279,8 @@ class TrainConfig:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return sum(stage.steps for stage in self.stages)
+        """Optimizer steps of the whole run, whose stages have steps: see `training.length`."""
+        return sum(stage.steps or 0 for stage in self.stages)
 
     def stage(self, step: int) -> StageConfig:
         """The stage of optimizer step `step`, counted from 0; after the end it is the last
@@ -289,119 +291,19 @@ class TrainConfig:
         """The weights of MASK rows at optimizer step `step`, after a step with this acceptance
         rate."""
         stage, done = self._place(step)
-        return stage.row_weights(min(done / max(stage.steps - 1, 1), 1.0), acceptance)
+        return stage.row_weights(min(done / max((stage.steps or 0) - 1, 1), 1.0), acceptance)
 
     def _place(self, step: int) -> tuple[StageConfig, int]:
         """The stage of step `step`, and the steps that it has taken before."""
         for stage in self.stages:
-            if step < stage.steps:
+            steps = stage.steps or 0
+            if step < steps:
                 return stage, step
-            step -= stage.steps
-        return self.stages[-1], self.stages[-1].steps
+            step -= steps
+        return self.stages[-1], self.stages[-1].steps or 0
 
     def lambda_of(self, stage: StageConfig) -> float | Literal["auto"]:
         """The weight of CE_clean in a stage."""
         if stage.lambda_ is not None:
             return stage.lambda_
         return 0.2 if self.method == "full" else 0.0
-
-
-def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainConfig:
-    """Read a YAML file and apply `--a.b=c` overrides.
-
-    Raises:
-        InputError: the file is missing or not YAML, or a key or value in it or in an override is
-            wrong.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"cannot read the config {str(path)!r} ({error}); give the path of a YAML file"
-        ) from None
-    tree = read_yaml(text, str(path))
-    if not isinstance(tree, dict):
-        raise InputError(
-            f"the config {str(path)!r} is a {type(tree).__name__}, not a mapping of keys; "
-            "see configs/"
-        )
-    for override in overrides:
-        override_key(tree, override)
-    return parse_config(tree)
-
-
-def parse_config(tree: dict[str, Any]) -> TrainConfig:
-    """Convert plain values to a validated config.
-
-    Raises:
-        InputError: as in `load_config`.
-    """
-    config: TrainConfig = build(TrainConfig, tree, "")
-    check_ranges(as_tree(config))
-    _check(config)
-    return config
-
-
-def _check(config: TrainConfig) -> None:
-    """Checks that concern several keys; each message names the key to change."""
-    if not config.stages:
-        raise InputError("stages is empty; it must have at least 1")
-    for number, stage in enumerate(config.stages):
-        _check_loss(stage, f"stages.{number}")
-    for key, text in (("output_dir", config.output_dir), ("model.path", config.model.path)):
-        if text == "":
-            raise InputError(f"{key} is empty; give the path of a folder")
-    if config.lora.targets == ():
-        raise InputError("lora.targets is empty; name linear layers, or write all-linear")
-    if (config.model.path is None) == (config.model.architecture is None):
-        raise InputError("model.path and model.architecture: give exactly one of the two")
-    _check_data(config.data)
-    if config.objective == "ar" and config.head.kind != "none":
-        raise InputError(
-            f"head.kind is {config.head.kind!r}; objective: ar has no drafts, leave it out"
-        )
-    if config.objective == "ar" and config.method == "lora":
-        raise InputError("method is 'lora'; objective: ar trains all weights, set method: full")
-    if config.method == "full" and config.model.dtype == "bfloat16":
-        raise InputError(
-            "model.dtype is 'bfloat16'; method: full trains the weights, which bfloat16 rounds "
-            "away: set bf16: true, which computes in bfloat16 and keeps them in float32"
-        )
-    if config.method == "lora" and any(stage.lambda_ for stage in config.stages):
-        raise InputError(
-            "lambda has no effect with method: lora, whose clean rows are the frozen base; "
-            "leave it out"
-        )
-
-
-def _check_data(data: DataConfig) -> None:
-    """The paths and settings of a source."""
-    if data.source == "jsonl" and not data.path:
-        raise InputError("data.path is missing; data.source: jsonl needs the file's path")
-    if data.source != "jsonl" and data.path:
-        raise InputError(
-            f"data.path is for data.source: jsonl, and it is {data.source}; leave one of them out"
-        )
-    paths = data.path if isinstance(data.path, tuple) else ()
-    weighted = [path for path in paths if isinstance(path, WeightedPath)]
-    if weighted and len(weighted) < len(paths):
-        raise InputError("data.path has paths with a weight and without; give each one, or none")
-
-
-def _check_loss(stage: StageConfig, where: str) -> None:
-    """The weights of the loss are numbers that make sense, and each has an effect."""
-    for key in ("ce", "kl", "tv", "lk"):
-        value = getattr(stage, key)
-        numbers = value if isinstance(value, tuple) else (value or 0.0,)
-        if not all(0 <= number < math.inf for number in numbers):
-            raise InputError(f"{where}.{key} is {as_tree(value)}; weights are finite and 0 or more")
-    if stage.lk is not None and (stage.kl in UNUSED or stage.tv in UNUSED):
-        raise InputError(
-            f"{where}.lk mixes KL and TV; give {where}.kl and {where}.tv weights, as 1"
-        )
-    if not 0 < stage.depth_gamma < math.inf:
-        raise InputError(f"{where}.depth_gamma is {stage.depth_gamma}; it must be above 0")
-    if not 0 < stage.dpace_alpha <= 1:
-        raise InputError(
-            f"{where}.dpace_alpha is {stage.dpace_alpha}; it must be above 0 and at most 1"
-        )

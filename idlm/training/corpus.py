@@ -22,7 +22,7 @@ from idlm.engine.engine import Engine
 from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 from idlm.models.sources import read_json
-from idlm.training.config import DataConfig, TrainConfig, WeightedPath, as_tree
+from idlm.training.config import DataConfig, TrainConfig, WeightedPath
 from idlm.training.data import SOURCES, Example, chat_examples, fit
 from idlm.training.distill import Recipe, distill
 from idlm.training.origin import difference, origin
@@ -30,6 +30,7 @@ from idlm.training.plan import Bounds, Plan, Share
 from idlm.training.prompts import Encoding, Prompts
 from idlm.training.reading import Reader, Tally
 from idlm.training.store import META, Chosen, Store, Writer, lengths, written
+from idlm.training.strict import as_tree
 from idlm.training.tables import Named, Tables
 
 FOLDER, LOCK = "data", ".data.lock"

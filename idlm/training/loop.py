@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import random
-import shutil
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -29,15 +29,15 @@ from idlm.training.checkpoint import STATE, written_whole
 from idlm.training.config import StageConfig, TrainConfig
 from idlm.training.corpus import Corpus
 from idlm.training.data import Batch, Phased
-from idlm.training.log import Log
+from idlm.training.decode import decode
+from idlm.training.keep import keep, score
+from idlm.training.log import Log, Meter
 from idlm.training.measure import measure
 from idlm.training.objective import Objective, Terms, Wanted
 from idlm.training.optimizer import learning_rate, optimizers
 from idlm.training.processes import is_sharded, prepare, together
 from idlm.training.setup import Trainee
 from idlm.training.state import Rows, State, Sums
-
-KEPT_CHECKPOINTS = 2
 
 
 class NotFinite(InputError):
@@ -52,7 +52,7 @@ class Trainer:
     ) -> None:
         self.config, self.accelerator, self.student, self.data = config, accelerator, student, data
         self.folder = Path(config.output_dir)
-        self.log = Log(self.folder, accelerator.is_main_process)
+        self.log = Log(self.folder, accelerator.is_main_process, accelerator.trackers)
         self.state = State()
         self.objective = Objective(
             student.idlm,
@@ -70,19 +70,25 @@ class Trainer:
         if resume is not None:
             self.load(resume)
         config, state, measured = self.config, self.state, None
+        meter = Meter(state.tokens)
         with self.log.running(state.step, config.steps) as show:
             while state.step < config.steps:
-                self.train_step()
+                began = perf_counter()
+                figures = self.train_step()
+                meter.seconds += perf_counter() - began
                 show(state.step)
-                last = state.step == config.steps
+                if state.step % config.log_steps == 0:
+                    self.report(figures, meter)
+                last, better = state.step == config.steps, False
                 if last or state.step % config.eval_steps == 0:
                     measured = self.evaluate()
-                if last or state.step % config.save_steps == 0:
+                    better = state.improves(score(measured))
+                if last or better or state.step % config.save_steps == 0:
                     self.save()
         return measured or self.measure()
 
-    def train_step(self) -> None:
-        """One optimizer step.
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step; returns its figures for the log.
 
         Raises:
             NotFinite: before the step is taken.
@@ -137,8 +143,7 @@ class Trainer:
         if total.tv > 0:
             state.acceptance = 1 - float(total.tv / rows.noisy)
         state.step += 1
-        if state.step % config.log_steps == 0:
-            self.report({"grad_norm": norm, "learning_rate": rate})
+        return {"grad_norm": norm, "learning_rate": rate}
 
     # -- the loss
 
@@ -200,42 +205,49 @@ class Trainer:
         """The stage of the last step that was taken."""
         return self.config.stage(max(self.state.step - 1, 0))
 
-    def report(self, more: dict[str, float]) -> None:
+    def report(self, more: dict[str, float], meter: Meter) -> None:
         """Log the means since the last report, and `more`."""
-        means = self.state.unreported.means()
-        entry = {"step": self.state.step, "loss": means.pop("loss")}
-        self.log.write(entry | more | means)
-        self.state.unreported = Sums()
+        state, means = self.state, self.state.unreported.means()
+        entry = {"step": state.step, "loss": means.pop("loss")}
+        speed = meter.read(state.tokens, self.accelerator.device)
+        self.log.write(entry | more | means | {"tokens": state.tokens} | speed)
+        state.unreported = Sums()
 
     def measure(self) -> dict[str, Any]:
         """Held-out measurements at the block size of the current stage."""
-        measured = measure(self.objective, self.data.held_out, self.config, self.state.step - 1)
+        step = self.state.step - 1
+        measured = measure(self.objective, self.data.held_out, self.config, step, self.accelerator)
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # a forward leaves the outermost weights whole for a backward
         return measured
 
     def evaluate(self) -> dict[str, Any]:
-        """Measure on the held-out texts, and log the figures."""
-        measured = self.measure()
+        """Measure on the held-out texts, decode some of their prompts, and log the figures."""
+        measured, held_out = self.measure(), self.data.held_out
+        examples = [held_out[at] for at in range(min(self.config.eval_decode, len(held_out)))]
+        if examples:
+            prompts = [example.tokens[: example.answers[0][0]] for example in examples]
+            idlm, block_size = self.student.idlm, self.stage.block_size
+            measured |= decode(idlm, prompts, block_size, self.accelerator)
         self.log.write({"step": self.state.step, **measured})
         return measured
 
     def save(self) -> None:
-        """Write a checkpoint and remove all but the newest ones; all ranks take part.
+        """Write a checkpoint, and remove all but the newest ones and the best; all ranks take part.
 
         Raises:
             InputError: it cannot be written.
         """
-        with written_whole(self.folder / f"checkpoint-{self.state.step}", self.accelerator) as new:
-            self.export(new)
-            checkpoint.save_optimizers(self.objective, self.optimizers, new)
+        new = checkpoint.checkpoint_of(self.folder, self.state.step)
+        with written_whole(new, self.accelerator) as folder:
+            self.export(folder)
+            checkpoint.save_optimizers(self.objective, self.optimizers, folder)
             with together(self.accelerator, str(new)):
                 if self.accelerator.is_main_process:
                     state = json.dumps(asdict(self.state) | {"texts": self.plan.bounds.texts})
-                    (new / STATE).write_text(state, encoding="utf-8")
+                    (folder / STATE).write_text(state, encoding="utf-8")
         if self.accelerator.is_main_process:
-            for old in checkpoint.checkpoints(self.folder)[:-KEPT_CHECKPOINTS]:
-                shutil.rmtree(old, ignore_errors=True)
+            keep(self.folder, self.state.best_step, self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
     def load(self, folder: Path) -> None:
@@ -254,6 +266,11 @@ class Trainer:
         self.student.load(folder)
         checkpoint.load_optimizers(self.objective, self.optimizers, folder)
         self.state = State(**saved | {"unreported": Sums(**saved["unreported"])})
+        best = self.state.best_step
+        if best is not None and not checkpoint.checkpoint_of(self.folder, best).exists():
+            self.state.best = self.state.best_step = None
+        if self.accelerator.is_main_process:
+            keep(self.folder, self.state.best_step, self.config.keep_checkpoints)
 
     def export(self, folder: Path) -> None:
         """Write the adapter or the whole model in its current state; all ranks take part."""

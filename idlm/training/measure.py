@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor
 
@@ -19,13 +20,18 @@ from idlm.training.store import lengths
 
 @torch.no_grad()
 def measure(
-    objective: Objective, examples: Sequence[Example], config: TrainConfig, step: int
+    objective: Objective,
+    examples: Sequence[Example],
+    config: TrainConfig,
+    step: int,
+    accelerator: Accelerator,
 ) -> dict[str, Any]:
     """Alpha and argmax acceptance by draft depth, and the TPF that they imply; for AR the
     cross-entropy.
 
     Measured on the true text (teacher forced): acceptance at depth k is not conditioned on the
-    acceptance of the drafts before. The block size is that of the stage of step `step`.
+    acceptance of the drafts before. The block size is that of the stage of step `step`. Each rank
+    measures its share of the texts.
     """
     was_training = objective.training
     objective.eval()
@@ -34,22 +40,32 @@ def measure(
     rows = [[Drawn(number, at, length)] for number, (length, at) in enumerate(sizes)]
     # always with random phases: decoding drafts from any position
     texts = Phased(examples, config.seed, random_phase=True)
+    planned = list(batches(rows, Bounds(config.batch_rows, config.batch_tokens)))
     sums = [
-        _sums(objective, texts.batch(batch).texts, config, block_size)
-        for batch in batches(rows, Bounds(config.batch_rows, config.batch_tokens))
+        share * _sums(objective, texts.batch(planned[index]).texts, config, block_size)
+        for index, share in _shares(len(planned), accelerator)
     ]
     objective.train(was_training)
-    return summary(torch.stack(sums).sum(0), config.objective, block_size)
+    total = accelerator.reduce(torch.stack(sums).sum(0), reduction="sum")
+    return summary(total.cpu(), config.objective, block_size)
+
+
+def _shares(batches: int, accelerator: Accelerator) -> Iterator[tuple[int, int]]:
+    """The batches of this rank, each with 1; with 0 what it computes so that all ranks run as many
+    forwards, which sharded weights need."""
+    for first in range(0, batches, accelerator.num_processes):
+        index = first + accelerator.process_index
+        yield min(index, batches - 1), int(index < batches)
 
 
 def _sums(objective: Objective, texts: Texts, config: TrainConfig, block_size: int) -> Tensor:
     """Sums over one batch: [3, b] of `Objective.measure`; for AR [2]: rows and nats."""
     texts = send_to_device(texts, objective.idlm.device)
     if config.objective == "idlm":
-        return objective.measure(texts, block_size).cpu()
+        return objective.measure(texts, block_size)
     rows = texts.supervised.sum()
     terms = objective(texts, Wanted(0, clean=True))
-    return torch.stack([rows.double(), terms.clean.double()]).cpu()
+    return torch.stack([rows.double(), terms.clean.double()])
 
 
 def summary(sums: Tensor, objective: str, block_size: int) -> dict[str, Any]:

@@ -13,7 +13,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    gather_object,
+)
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import nn
@@ -33,6 +38,9 @@ Launchers stop all ranks when one ends."""
 UNREAD = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 """Switches of `accelerate launch` that would change the run behind the back of its config."""
 
+TENSORBOARD = "tensorboard"
+"""The folder of event files in the run's."""
+
 WRITE_ERRORS = (OSError, SafetensorError, CheckpointException)
 
 
@@ -40,8 +48,9 @@ def processes(config: TrainConfig) -> Accelerator:
     """Join the other processes of the run, if a launcher started several.
 
     Raises:
-        InputError: several GPUs are visible to a single process, or the launcher has settings that
-            contradict the config.
+        InputError: several GPUs are visible to a single process, the launcher has settings that
+            contradict the config, or `eval_decode` is asked for and no process has the whole
+            model.
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     for name in UNREAD:
@@ -55,6 +64,8 @@ def processes(config: TrainConfig) -> Accelerator:
         cpu=config.device == "cpu" or not torch.cuda.is_available(),
         mixed_precision="no",
         fsdp_plugin=plugin,
+        log_with=list(config.report_to) or None,
+        project_config=ProjectConfiguration(logging_dir=str(Path(config.output_dir) / TENSORBOARD)),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
@@ -67,6 +78,10 @@ def processes(config: TrainConfig) -> Accelerator:
         for state in (PartialState(), accelerator.state):
             state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
+    if config.eval_decode and is_sharded(accelerator):
+        raise InputError(
+            f"eval_decode is {config.eval_decode}, and FSDP splits the model; set it to 0"
+        )
     gpus = torch.cuda.device_count() if accelerator.device.type == "cuda" else 0
     if gpus > 1 and accelerator.num_processes == 1:
         raise InputError(

@@ -34,6 +34,8 @@ COUNT, NOT_NEGATIVE, POSITIVE = Range(1), Range(0), Range(0, without_low=True)
 SEED = Range(0, 2**63 - 1)
 RANGES = {
     "stages.*.steps": COUNT,
+    "stages.*.epochs": POSITIVE,
+    "stages.*.tokens": COUNT,
     "stages.*.block_size": Range(1, MAX_STRIDE - 1),
     "seed": SEED,
     "threads": Range(1, MOST_THREADS),
@@ -45,6 +47,8 @@ RANGES = {
     "log_steps": COUNT,
     "eval_steps": COUNT,
     "save_steps": COUNT,
+    "eval_decode": NOT_NEGATIVE,
+    "keep_checkpoints": COUNT,
     "model.max_model_len": Range(2),
     "lora.rank": Range(1, 2**16),
     "lora.alpha": POSITIVE,

@@ -84,6 +84,38 @@ class Trainee:
             fill(weight, weights[name])
 
 
+def warm_start(student: Trainee, folder: Path) -> None:
+    """Take the weights of `warm_start`: an adapter of the same base, rank, alpha and targets; for a
+    full fine-tune a whole model of the same shape.
+
+    Raises:
+        InputError: they are of another kind, base or shape, or not finite.
+    """
+    where = f"warm_start {str(folder)!r}"
+    if student.spec is None and (folder / adapter.CONFIG).exists():
+        raise InputError(f"{where} is an adapter; set method: lora, or give a whole model")
+    if student.spec is not None:
+        _same_shape(where, adapter.read(folder).spec, student.spec)
+    try:
+        student.load(folder)
+    except InputError as error:
+        raise InputError(f"{where} cannot be used: {error}") from None
+    for name, weight in student.idlm.model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise InputError(f"{where}: {name} is not finite; give other weights")
+
+
+def _same_shape(where: str, given: LoraSpec, wanted: LoraSpec) -> None:
+    for key in ("rank", "alpha", "targets"):
+        theirs, ours = getattr(given, key), getattr(wanted, key)
+        if key == "targets":
+            theirs, ours = sorted(theirs), sorted(ours)
+        if theirs != ours:
+            raise InputError(
+                f"{where} has {key} {theirs}, and lora.{key} is {ours}; set lora.{key} to its own"
+            )
+
+
 def base_model(config: ModelConfig) -> Idlm:
     """The model before training: a checkpoint, or a new model of an architecture."""
     if config.architecture is not None:

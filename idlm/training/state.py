@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -74,12 +75,15 @@ class State:
         documents, tokens: trained on, over all ranks.
         balance: CE_noisy / CE_clean of the last step: the weight of CE_clean if lambda is auto.
         acceptance: sum min(p, q) of a MASK row in the last step with a soft term, which `lk` needs.
+        best, best_step: the best score of a held-out measurement, and the step that it was after.
         unreported: sums since the last report.
     """
 
     step: int = 0
     documents: int = 0
     tokens: int = 0
+    best: float | None = None
+    best_step: int | None = None
     balance: float = 1.0
     acceptance: float = 0.0
     unreported: Sums = field(default_factory=Sums)
@@ -90,3 +94,10 @@ class State:
         self.tokens += step.tokens
         self.unreported.tokens += step.tokens
         self.unreported.padded += step.padded
+
+    def improves(self, score: float) -> bool:
+        """Whether a score is the best so far, which is then kept."""
+        better = math.isfinite(score) and (self.best is None or score > self.best)
+        if better:
+            self.best, self.best_step = score, self.step
+        return better

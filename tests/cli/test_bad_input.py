@@ -16,7 +16,7 @@ from idlm import LLM, InputError, SamplingParams, load
 from idlm.cli import app
 from idlm.decoding.window import parse_branches
 from idlm.models.gated_lora import LoraSpec
-from idlm.training.config import load_config
+from idlm.training.read_config import load_config
 from tests.waiting import HANG_SECONDS
 
 COMMANDS: dict[str, tuple[list[str], str]] = {

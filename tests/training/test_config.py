@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 from idlm.errors import InputError
-from idlm.training.config import WeightedPath, as_tree, load_config, parse_config
+from idlm.training.config import WeightedPath
+from idlm.training.read_config import load_config, parse_config
+from idlm.training.strict import as_tree
 
 TREE = {
     "output_dir": "out",
@@ -123,6 +125,14 @@ def test_overrides(file: Path) -> None:
         ("--stages.0.steps.x=2", ["--stages.0.steps.x"]),
         ("--stages=[]", ["stages", "at least 1"]),
         ("--stages=3", ["stages", "3", "list"]),
+        ("--stages.0.epochs=1", ["stages.0", "steps and epochs", "one of"]),
+        ("--stages.0.steps=null", ["stages.0", "no length"]),
+        ("--stages.0.steps=0", ["stages.0.steps is 0", "above 0"]),
+        ("--stages.0={tokens: -5}", ["stages.0.tokens is -5", "above 0"]),
+        ("--stages.0={epochs: .inf}", ["stages.0.epochs is inf", "above 0"]),
+        ("--keep_checkpoints=0", ["keep_checkpoints", "at least 1"]),
+        ("--eval_decode=-1", ["eval_decode is -1", "0 or more"]),
+        ("--report_to=[wand]", ["report_to.0", "'wand'", "tensorboard or wandb or mlflow"]),
         ("--optimizer=3", ["optimizer", "3", "section"]),
         ("--optimizer.lr=fast", ["optimizer.lr", "'fast'", "float"]),
         ("--optimizer.lr=-1", ["optimizer.lr", "-1", "positive"]),

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from idlm.models.check import prepare
 from idlm.models.gated_lora import LoraSpec, adapter_parameters, all_linear, attach
-from idlm.training.config import TrainConfig, load_config
+from idlm.training.config import TrainConfig
+from idlm.training.read_config import load_config
 from idlm.training.run import train
 from tests.training import tiny
 

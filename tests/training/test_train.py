@@ -22,10 +22,11 @@ from idlm.cli import app
 from idlm.errors import InputError
 from idlm.models.loading import load
 from idlm.nano.tokenizer import train_tokenizer
-from idlm.training.config import TrainConfig, as_tree
+from idlm.training.config import TrainConfig
 from idlm.training.layout import Texts, mask_rows
 from idlm.training.objective import Objective
 from idlm.training.run import train
+from idlm.training.strict import as_tree
 from tests.training import tiny
 from tests.training.ranks import free_port
 from tests.waiting import HANG_SECONDS
@@ -33,7 +34,7 @@ from tests.waiting import HANG_SECONDS
 ROOT = Path(__file__).parents[2]
 RUN = """
 import sys
-from idlm.training.config import load_config
+from idlm.training.read_config import load_config
 from idlm.training.run import train
 train(load_config(sys.argv[1]))
 """
@@ -42,7 +43,7 @@ import os
 import signal
 import sys
 from idlm.training import checkpoint
-from idlm.training.config import load_config
+from idlm.training.read_config import load_config
 from idlm.training.run import train
 
 save_optimizers = checkpoint.save_optimizers
@@ -311,10 +312,11 @@ def test_two_processes_train_as_one(
     folder: Path, parallel: str, keys: tuple[dict[str, Any], dict[str, Any]]
 ) -> None:
     stage = {"steps": 4, "block_size": 3, "lambda": "auto", "tv": 1, "depth_weights": "dpace"}
-    alone = config(folder, "full", output_dir=str(folder / "one"), stages=[stage], **keys[0])
-    train(alone)
-    split = {**keys[1], "parallel": parallel}
-    both = config(folder, "full", output_dir=str(folder / "two"), stages=[stage], **split)
+    evaluated = {"eval_steps": 2, "eval_decode": 0 if parallel == "fsdp" else 3}
+    one, two = (str(folder / name) for name in ("one", "two"))
+    train(config(folder, "full", output_dir=one, stages=[stage], **keys[0], **evaluated))
+    split = {**keys[1], "parallel": parallel, **evaluated}
+    both = config(folder, "full", output_dir=two, stages=[stage], **split)
     (folder / "run.py").write_text(RUN)
     port = ("--main_process_port", str(free_port())) if parallel == "fsdp" else ()
     launcher = ("-m", *LAUNCHERS[parallel], *port, str(folder / "run.py"))
@@ -326,6 +328,20 @@ def test_two_processes_train_as_one(
     assert len(files) == {"ddp": 1, "fsdp": 2}[parallel]
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)
+    reports = [
+        [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("one", "two")
+    ]
+    assert len(reports[0]) == 6
+    for mine, ours in zip(*reports, strict=True):  # each rank measured a share, one wrote
+        assert mine.keys() == ours.keys()
+        same = ["step", "tokens", "alpha", "decode_prompts", "decode_identical", "block_size"]
+        for key in set(same) & mine.keys():
+            assert ours[key] == pytest.approx(mine[key], rel=1e-2)
+    last = reports[1][-1]
+    if evaluated["eval_decode"]:
+        assert last["decode_identical"] == last["decode_prompts"] == 3
+    assert len(json.loads((folder / "two" / "environment.json").read_text())) == 1
 
 
 def test_an_unknown_source_is_refused_before_anything_is_made(folder: Path) -> None:

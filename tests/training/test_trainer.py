@@ -48,9 +48,13 @@ def trainer(config: TrainConfig, idlm: Idlm) -> Trainer:
 
 
 def log(folder: Path) -> list[dict[str, Any]]:
-    """Every report of the run."""
+    """Every report of the run, without what depends on the clock and the process."""
     lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    entries = [json.loads(line) for line in lines]
+    for entry in entries:
+        measured = {entry.pop("tokens_per_second", 1.0), entry.pop("memory_gib", 1.0)}
+        assert ("loss" in entry) == (measured != {1.0}) and min(measured) > 0
+    return entries
 
 
 def gradients(folder: Path, method: str, **keys: Any) -> list[dict[str, Tensor]]:

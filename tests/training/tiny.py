@@ -17,9 +17,10 @@ from idlm.models.check import prepare
 from idlm.models.gated_lora import LoraSpec, adapter_parameters, attach
 from idlm.models.idlm_model import Idlm
 from idlm.models.routes import implementation
-from idlm.training.config import DataConfig, TrainConfig, parse_config
+from idlm.training.config import DataConfig, TrainConfig
 from idlm.training.data import Draw, Example, collate, exchange
 from idlm.training.layout import Texts
+from idlm.training.read_config import parse_config
 from idlm.training.reading import Reader
 from idlm.training.run import train
 from idlm.training.tables import Tables

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from idlm.evaluation.environment import VECTORS, command, environment
+from idlm.environment import VECTORS, command, environment
 
 
 def test_a_result_names_the_cpu_its_vector_instructions_and_the_versions() -> None:
