@@ -143,7 +143,9 @@ def main() -> int:
     for script in options.only:
         environment(SCRIPTS[script][0])
     model = chat_model(options.folder)
-    serve = idlm_serve(str(model), "--name", NAME, "--max-model-len", "4096")
+    serve = idlm_serve(
+        *(str(model), "--name", NAME, "--max-model-len", "4096", "--max-num-seqs", "16")
+    )
     features: dict[str, Any] = {}
     if options.out.exists():
         features = json.loads(options.out.read_text())["features"]

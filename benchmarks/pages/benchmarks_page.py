@@ -56,6 +56,9 @@ SECTIONS = {
         Section("Random models, float64", "same_bytes_random.json",
                 "python -m benchmarks.same_bytes random-llama random-mistral random-qwen2 random-qwen3 "
                 "--prompts 24 --max-tokens 10", SAME_BYTES, tables.same_bytes),
+        Section("Sliding windows shorter than a draft, float64", "same_bytes_windows.json",
+                "python -m benchmarks.same_bytes sliding-mistral-3 sliding-gemma2-5 --prompts 6 --max-tokens 24",
+                SAME_BYTES, tables.same_bytes),
         Section("nano, float64", "same_bytes_nano.json",
                 "python -m benchmarks.same_bytes nano --prompts 2 --max-tokens 20", SAME_BYTES, tables.same_bytes),
         Section("nano-full, float64", "same_bytes_full.json",
