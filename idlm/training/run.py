@@ -12,7 +12,7 @@ from idlm.training.checkpoint import prepare_folder, written_whole
 from idlm.training.config import TrainConfig
 from idlm.training.corpus import check_source, corpus
 from idlm.training.loop import Trainer
-from idlm.training.processes import alone, processes
+from idlm.training.processes import alone, placement, processes
 from idlm.training.setup import base_model, trainee
 
 
@@ -36,7 +36,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         torch.manual_seed(config.seed)
         with accelerator.main_process_first():
             resume = prepare_folder(config)
-            idlm = base_model(config.model)
+            idlm = base_model(config.model, *placement(accelerator))
             batch = config.batch_size * config.accumulation * accelerator.num_processes
             data = corpus(config.data, idlm, config.steps * batch, folder)
         trainer = Trainer(config, accelerator, trainee(config, idlm), data)
