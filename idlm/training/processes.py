@@ -3,7 +3,6 @@ reduces over ranks."""
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -151,8 +150,8 @@ def cannot_write(what: str, error: BaseException) -> str:
     if isinstance(error, CheckpointException):  # of all ranks that failed
         error = next(iter(error.failures.values()))[0]
     why = (isinstance(error, OSError) and error.strerror) or first_line(Exception(str(error)))
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    fix = "make room" if full or "space" in why else "check its folder"
+    full = any(words in why for words in ("space", "quota", "too large"))  # libraries have no errno
+    fix = "make room" if full else "check its folder"
     return f"cannot write {what!r} ({why}); {fix}, then continue with resume: true"
 
 
