@@ -3,7 +3,6 @@ reduces over ranks."""
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,17 +105,30 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return bool(accelerator.is_fsdp2)
 
 
+def placement(accelerator: Accelerator) -> tuple[torch.device, bool]:
+    """Where a rank loads the base, and whether it stays in 16 bits: what will be sharded stays in
+    its files, mapped, until each rank has taken its part."""
+    if is_sharded(accelerator):
+        return torch.device("cpu"), True
+    return torch.device(accelerator.device), False
+
+
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizers: list[Optimizer]
 ) -> tuple[nn.Module, list[AcceleratedOptimizer]]:
-    """Wrap a model for data parallelism, with its optimizers. FSDP gathers the weights of one
-    decoder layer at a time, in `forward` and in `measure`."""
+    """Wrap a model for data parallelism, with its optimizers.
+
+    FSDP gathers the weights of one decoder layer at a time, in `forward` and in `measure`. Trained
+    weights in 16 bits become float32; each rank widens its part.
+    """
     if is_sharded(accelerator):
         layers = {type(m).__name__ for m in model.modules() if _is_layer(m)}
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(layers)
     wrapped, *rest = accelerator.prepare(model, *optimizers)
     if is_sharded(accelerator):
         register_fsdp_forward_method(wrapped, "measure")
+        if any(p.requires_grad and p.itemsize < 4 for p in wrapped.parameters()):
+            wrapped.float()
     return wrapped, rest
 
 
@@ -153,8 +165,8 @@ def cannot_write(what: str, error: BaseException) -> str:
     if isinstance(error, CheckpointException):  # of all ranks that failed
         error = next(iter(error.failures.values()))[0]
     why = (isinstance(error, OSError) and error.strerror) or first_line(Exception(str(error)))
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    fix = "make room" if full or "space" in why else "check its folder"
+    full = any(words in why for words in ("space", "quota", "too large"))  # libraries have no errno
+    fix = "make room" if full else "check its folder"
     return f"cannot write {what!r} ({why}); {fix}, then continue with resume: true"
 
 

@@ -17,7 +17,7 @@ from idlm.training.config import TrainConfig
 from idlm.training.corpus import Corpus, check_source, corpus
 from idlm.training.data import SOURCES
 from idlm.training.loop import Trainer
-from idlm.training.processes import alone, processes
+from idlm.training.processes import alone, placement, processes
 from idlm.training.record import record
 from idlm.training.track import check_packages, tracked
 
@@ -62,7 +62,7 @@ def _trainer(config: TrainConfig, accelerator: Accelerator, prepared: Prepared) 
     """Load the model and the data, and say in the log and in environment.json what they are."""
     torch.manual_seed(config.seed)
     with accelerator.main_process_first():
-        idlm = setup.base_model(config.model)
+        idlm = setup.base_model(config.model, *placement(accelerator))
     folder, resumes = Path(config.output_dir), prepared.resume is not None
     data = corpus(config.data, idlm, _draws(config, accelerator), folder, resumes)
     if length.needs_texts(config):

@@ -20,13 +20,14 @@ from idlm.errors import InputError
 from idlm.models import adapter, experts
 from idlm.models.check import check_adapter, check_architecture, prepare
 from idlm.models.gated_lora import ALL_LINEAR, LoraSpec, adapter_parameters, all_linear, attach
+from idlm.models.gguf_header import is_gguf
 from idlm.models.heads import HeadSpec, head_tensors, new_head, refill_head
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import ensure_mask_row, load, save_full
 from idlm.models.recomputation import recompute_layers
 from idlm.models.routes import implementation
-from idlm.models.sources import first_line
-from idlm.models.weights import fill, whole
+from idlm.models.sources import first_line, resolve
+from idlm.models.weights import DTYPES, fill, model_tensors, whole
 from idlm.training.config import HeadConfig, ModelConfig, TrainConfig
 from idlm.training.data import SOURCES
 from idlm.training.processes import is_sharded, together
@@ -116,12 +117,31 @@ def _same_shape(where: str, given: LoraSpec, wanted: LoraSpec) -> None:
             )
 
 
-def base_model(config: ModelConfig) -> Idlm:
-    """The model before training: a checkpoint, or a new model of an architecture."""
+def base_model(
+    config: ModelConfig, device: str | torch.device = "cpu", keep_narrow: bool = False
+) -> Idlm:
+    """The model before training: a checkpoint, or a new model of an architecture.
+
+    Weights in 16 bits are mapped from their files and widened on the device, one after the other,
+    if `config.dtype` is float32; or stay so (`keep_narrow`).
+    """
     if config.architecture is not None:
-        return _from_scratch(config)
+        idlm = _from_scratch(config)
+        idlm.model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides it
+        return idlm
     dtype = getattr(torch, config.dtype)
-    return load(str(config.path), dtype=dtype, max_model_len=config.max_model_len)
+    narrow = _narrow(str(config.path)) if dtype == torch.float32 else None
+    idlm = load(str(config.path), None, narrow or dtype, device, config.max_model_len)
+    if narrow is not None and not keep_narrow:
+        idlm.model.to(dtype)
+    return idlm
+
+
+def _narrow(path: str) -> torch.dtype | None:
+    """The type of all weights of a checkpoint, if it has 16 bits."""
+    folder = resolve(path)[0]
+    stored = set() if is_gguf(folder) else {t.dtype for t in model_tensors(folder).values()}
+    return DTYPES[stored.pop()] if stored in ({"BF16"}, {"F16"}) else None
 
 
 def trainee(config: TrainConfig, idlm: Idlm) -> Trainee:

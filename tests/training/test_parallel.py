@@ -3,6 +3,8 @@ one number of ranks to another."""
 
 from __future__ import annotations
 
+import errno
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from idlm.training.config import TrainConfig
 from idlm.training.corpus import Corpus
 from idlm.training.loop import NotFinite, Trainer
 from idlm.training.objective import Terms
-from idlm.training.processes import alone, processes
+from idlm.training.processes import alone, cannot_write, processes
 from idlm.training.run import train as train_config
 from idlm.training.setup import Trainee
 from tests.training import ranks, tiny
@@ -195,3 +197,46 @@ def test_what_a_launcher_would_change_unseen_is_refused(
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="the launcher sets ACCELERATE_USE_FSDP, which .* fsdp"):
         processes(tiny.config(folder))
+
+
+def with_a_full_disk(config: TrainConfig, full: int, folder: Path) -> None:
+    """Train; after the first checkpoint no file of rank `full` may be long. Write the error."""
+    run = trainer(config)
+    rank, save = run.accelerator.process_index, run.save
+
+    def saved() -> None:
+        save()
+        if rank == full:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+
+    run.save = saved  # type: ignore[method-assign]
+    with pytest.raises(InputError) as caught:
+        run.run()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    (folder / f"error-{rank}").write_text(str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "parallel"), [("lora", 1, "ddp"), ("full", 2, "ddp"), ("full", 2, "fsdp")]
+)
+def test_a_full_disk_of_one_rank_stops_all_and_leaves_the_checkpoint_before(
+    folder: Path, kind: str, number: int, parallel: str
+) -> None:
+    settings = {"parallel": parallel, "save_steps": 1, "log_steps": 100}
+    run = config(folder, kind, number, **settings)
+    ranks.run(number, with_a_full_disk, run, number - 1, folder)
+    errors = {(folder / f"error-{rank}").read_text() for rank in range(number)}
+    (error,) = errors
+    assert "cannot write" in error and "checkpoint-2" in error and "File too large" in error
+    assert "make room" in error and "\n" not in error
+    left = {file.name for file in (folder / "run").iterdir()}
+    assert "checkpoint-1" in left and not left & {"checkpoint-2", ".writing"}
+    ranks.run(number, resume, run, folder / "run" / "checkpoint-1", folder / "resumed.pt")
+
+
+def test_a_disk_without_space_is_named() -> None:
+    error = OSError(errno.ENOSPC, "No space left on device")
+    assert cannot_write("run/checkpoint-3", error) == (
+        "cannot write 'run/checkpoint-3' (No space left on device); make room, then continue with "
+        "resume: true"
+    )
