@@ -171,7 +171,7 @@ def test_overrides(file: Path) -> None:
         ("--model.path=null", ["model.path", "model.architecture"]),
         ("--objective=ar", ["method", "full"]),
         ("--optimizer.decay=1.5", ["optimizer.decay", "1.5"]),
-        ("--model.dtype=bfloat16", ["model.dtype", "float32 or float64"]),
+        ("--model.dtype=float16", ["model.dtype", "float32 or float64"]),
         ("--batch_size", ["--batch_size", "--key=value"]),
         ("batch_size=3", ["batch_size=3", "--key=value"]),
         ("--batch_size=[", ["--batch_size=[", "YAML"]),
