@@ -5,8 +5,9 @@
 Each figure is the peak of a process of its own, beyond what it held when the model and the texts
 were there; malloc maps every large tensor by itself, so it is what tensors take. The model is one
 small layer, so nearly all of it is the loss: CE + KL + TV with the weights of D-PACE, with a gated
-LoRA and with all weights trained (then the gradient of the head is in it), in chunks and, where
-that fits in `--limit` GB, with all rows at once.
+LoRA and with all weights trained, in chunks and, where that fits in `--limit` GB, with all rows at
+once. With all weights trained every trainer holds the gradient of the head when it is done;
+`without_head_bytes` leaves it out.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ def main() -> None:
                     found = process.apply(peak, (method, vocabulary, options.rows, whole))
                 row = {"method": method, "vocabulary": vocabulary, "whole": whole}
                 figures.append(row | {"logits_bytes": logits, "peak_bytes": found})
-                figures[-1]["head_bytes"] = vocabulary * HIDDEN * 4
+                head = vocabulary * HIDDEN * 4 if method == "full" else 0
+                figures[-1] |= {"head_bytes": head, "without_head_bytes": found - head}
                 print(figures[-1], file=sys.stderr)
     report = {"environment": environment(), "rows": options.rows, "hidden": HIDDEN}
     text = json.dumps(report | {"figures": figures}, indent=1)

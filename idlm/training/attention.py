@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from idlm.decoding.scores import Scores
 from idlm.models.attention import attend
-from idlm.training.blocks import attend_in_blocks, block_mask
+from idlm.training.blocks import SMALLEST, attend_in_blocks, block_mask
 from idlm.training.layout import MaskRows, Seen, Texts, dense, seen_by_masks, seen_by_text
 from idlm.training.tiles import Part, attend_in_tiles
 
@@ -62,7 +62,7 @@ class Half:
             # padding is on the right, so a causal row sees none of it
             mask = None if self._plain(scores) else self._mask(None, self.seen, parts, scores)
             return attend(query, *_joined(parts), mask, scores)
-        if query.is_cuda and query.dtype != torch.float64:
+        if query.is_cuda and query.dtype != torch.float64 and query.shape[-1] >= SMALLEST:
             return attend_in_blocks(query, *_joined(parts), self._blocks(scores.window), scores)
         return torch.cat(
             [self._row(b, *each, scores) for b, each in enumerate(_by_row(query, parts))]

@@ -21,6 +21,9 @@ from idlm.training.layout import Seen
 BLOCK = 128
 """Rows and columns of a block."""
 
+SMALLEST = 16
+"""The smallest E that the kernels take. They do not take float64 either."""
+
 
 def block_mask(seen: list[Seen], keys: list[int]) -> BlockMask:
     """What rows see of the parts of keys, one after the other.

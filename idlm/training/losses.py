@@ -8,13 +8,15 @@ Shapes: n rows, D hidden size, V logit columns, b the block size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 
 CHUNK = {"cpu": 2**23}
 """Logits in a chunk, by device. On a GPU a chunk has more, because each reads the whole head."""
@@ -90,24 +92,25 @@ def sum_in_chunks(
 
 
 class _SumInChunks(torch.autograd.Function):
-    """`sum_in_chunks` with gradients, which `forward` computes."""
+    """`sum_in_chunks` with gradients, which `forward` computes and `backward` gives away, so that
+    the head's exists once."""
 
     @staticmethod
     def forward(
         ctx: Any, loss: ChunkLoss, parts: list[slice], hidden: Tensor, *trained: nn.Parameter
     ) -> tuple[Tensor, Tensor]:
-        gradients = [torch.zeros_like(each) for each in (hidden, *trained)]
+        ctx.gradients = [torch.zeros_like(each) for each in (hidden, *trained)]
+        of_rows, *of_trained = ctx.gradients
         totals = []
         for part in parts:
-            with torch.enable_grad():
+            with torch.enable_grad(), _InPlace(trained, of_trained):
                 rows = hidden[part].detach().requires_grad_()
                 total, terms = loss(rows, part)
-            found = torch.autograd.grad(total, (rows, *trained), materialize_grads=True)
-            gradients[0][part] = found[0]
-            for gradient, more in zip(gradients[1:], found[1:], strict=True):
-                gradient += more
+            of_rows[part], *found = torch.autograd.grad(total, (rows, *trained), allow_unused=True)
+            for gradient, more in zip(of_trained, found, strict=True):
+                if more is not None:
+                    gradient += more
             totals.append((total.detach(), terms.detach()))
-        ctx.save_for_backward(*gradients)
         sums = torch.stack([terms for _, terms in totals]).sum(0)
         ctx.mark_non_differentiable(sums)
         return torch.stack([total for total, _ in totals]).sum(), sums
@@ -115,4 +118,48 @@ class _SumInChunks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *(scale * gradient for gradient in ctx.saved_tensors))
+        gradients = ctx.gradients
+        del ctx.gradients
+        return (None, None, *(gradient.mul_(scale) for gradient in gradients))
+
+
+class _InPlace(TorchFunctionMode):
+    """Linear layers add the gradients of their weights to given tensors."""
+
+    def __init__(self, weights: Sequence[Tensor], gradients: list[Tensor]) -> None:
+        super().__init__()
+        self._gradients = {
+            id(each): gradient for each, gradient in zip(weights, gradients, strict=True)
+        }
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is F.linear and not kwargs and id(args[1]) in self._gradients:
+            rows, weight, *bias = args
+            # autocast casts a leaf once for all chunks
+            if rows.dtype == weight.dtype and not torch.is_autocast_enabled(rows.device.type):
+                product = _Linear.apply(rows, weight.detach(), self._gradients[id(weight)])
+                return product if not bias or bias[0] is None else product + bias[0]
+        return func(*args, **(kwargs or {}))
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer whose backward adds the gradient of the weight [N, K] to `gradient`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        ctx.gradient = gradient
+        return F.linear(rows, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, back: Tensor) -> tuple[Tensor, None, None]:
+        rows, weight = ctx.saved_tensors
+        ctx.gradient.addmm_(back.flatten(0, -2).mT, rows.flatten(0, -2))
+        return back @ weight, None, None

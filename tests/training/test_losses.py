@@ -186,6 +186,39 @@ def test_no_tensor_has_rows_times_vocabulary(
     assert largest.elements <= max(hidden_rows, head) < len(noisy) * tiny.VOCAB
 
 
+class Made(TorchDispatchMode):
+    """The operations that make a tensor with so many elements in memory of its own."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.by = elements, list[str]()
+
+    def __torch_dispatch__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        given = {place(each) for each in tree_leaves(args) if isinstance(each, Tensor)}
+        for each in tree_leaves(made):
+            if isinstance(each, Tensor) and each.numel() == self.elements:
+                self.by += [str(function)] * (place(each) not in given)
+        return made
+
+
+def place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def test_the_gradient_of_the_head_exists_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    idlm = tiny.model(tied=False)
+    objective, batch = Objective(idlm, trains_clean=True), tiny.texts([(4, 40)] * 4, [0] * 4)
+    monkeypatch.setitem(losses.CHUNK, "cpu", 8 * tiny.VOCAB)
+    (head,) = idlm.head_parameters()
+    rows = objective.noisy_rows(objective.clean_half(batch)[0], Wanted(3, False))
+    hidden = rows.hidden.detach().requires_grad_()
+    with Made(head.numel()) as made:
+        objective._noisy_loss(rows._replace(hidden=hidden), None, Wanted(3, False))[0].backward()
+    assert head.grad is not None and len(objective.parts(hidden)) > 10
+    assert made.by == ["aten.zeros_like.default"]
+
+
 def test_the_clean_half_has_no_dense_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     masks = []
 
