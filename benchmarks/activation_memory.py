@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from idlm.evaluation.environment import environment
+from idlm.environment import environment
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.loss_memory import status

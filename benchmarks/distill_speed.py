@@ -22,7 +22,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from idlm.evaluation.environment import environment
+from idlm.environment import environment
 from transformers import AutoModelForCausalLM
 
 from idlm import SamplingParams, load

@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from idlm.evaluation.environment import environment
+from idlm.environment import environment
 
 from benchmarks.loss_memory import status
 

@@ -157,6 +157,10 @@ SECTIONS = {
         Section("Memory of the loss", "loss_memory.json", "python -m benchmarks.loss_memory --limit 0.1",
                 "The peak of CE + KL + TV with the weights of D-PACE, forward and backward, over 2,048 MASK rows. With "
                 "all weights trained, it has the gradient of the head.", tables.loss_memory),
+        Section("Packing", "packing.json", "python -m benchmarks.packing MODEL TEXTS --cut 6",
+                "Training on gsm8k's texts, forward and backward, one thread: random batches padded to their longest, "
+                "batches sorted by length in windows as without `packing`, and packed rows. A sixth of SmolLM2-135M.",
+                tables.packing),
     ),
 }  # fmt: skip
 """By heading."""

@@ -413,6 +413,22 @@ def loss_memory(report: Report) -> Iterator[str]:
     )
 
 
+def packing(report: Report) -> Iterator[str]:
+    base = report["arms"]["padded"]["median"]
+    yield from markdown(
+        ("batches", "padding", "tokens a CPU second", "to padded"),
+        [
+            (
+                arm,
+                f"{100 * figure['padding']:.0f} %",
+                f"{figure['median']:.0f}",
+                f"{figure['median'] / base:.2f}",
+            )
+            for arm, figure in report["arms"].items()
+        ],
+    )
+
+
 def soak(report: Report) -> Iterator[str]:
     memory = report["memory_mb"]
     yield from markdown(
