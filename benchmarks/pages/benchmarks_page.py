@@ -57,7 +57,9 @@ SECTIONS = {
                 "python -m benchmarks.same_bytes random-llama random-mistral random-qwen2 random-qwen3 "
                 "--prompts 24 --max-tokens 10", SAME_BYTES, tables.same_bytes),
         Section("nano, float64", "same_bytes_nano.json",
-                "python -m benchmarks.same_bytes nano --prompts 2 --max-tokens 20", SAME_BYTES, tables.same_bytes),
+                "python -m benchmarks.same_bytes nano --prompts 2 --max-tokens 20",
+                SAME_BYTES + " After the model's name: the build of the C kernels; 0 is without them. The builds come "
+                "from two runs.", tables.same_bytes),
         Section("nano-full, float64", "same_bytes_full.json",
                 "python -m benchmarks.same_bytes nano-full --prompts 2 --max-tokens 20", SAME_BYTES,
                 tables.same_bytes),
