@@ -60,7 +60,9 @@ SECTIONS = {
                 "python -m benchmarks.same_bytes sliding-mistral-3 sliding-gemma2-5 --prompts 6 --max-tokens 24",
                 SAME_BYTES, tables.same_bytes),
         Section("nano, float64", "same_bytes_nano.json",
-                "python -m benchmarks.same_bytes nano --prompts 2 --max-tokens 20", SAME_BYTES, tables.same_bytes),
+                "python -m benchmarks.same_bytes nano --prompts 2 --max-tokens 20",
+                SAME_BYTES + " After the model's name: the build of the C kernels; 0 is without them. The builds come "
+                "from two runs.", tables.same_bytes),
         Section("nano-full, float64", "same_bytes_full.json",
                 "python -m benchmarks.same_bytes nano-full --prompts 2 --max-tokens 20", SAME_BYTES,
                 tables.same_bytes),
