@@ -102,8 +102,9 @@ def main() -> None:
                     found = process.apply(peak, (method, vocabulary, options.rows, whole))
                 row = {"method": method, "vocabulary": vocabulary, "whole": whole}
                 figures.append(row | {"logits_bytes": logits, "peak_bytes": found})
-                head = vocabulary * HIDDEN * 4 if method == "full" else 0
-                figures[-1] |= {"head_bytes": head, "without_head_bytes": found - head}
+                head = vocabulary * HIDDEN * 4
+                held = head if method == "full" else 0
+                figures[-1] |= {"head_bytes": head, "without_head_bytes": found - held}
                 print(figures[-1], file=sys.stderr)
     report = {"environment": environment(), "rows": options.rows, "hidden": HIDDEN}
     text = json.dumps(report | {"figures": figures}, indent=1)
