@@ -17,10 +17,10 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from idlm.environment import environment
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.loss_memory import status
+from idlm.environment import environment
 from idlm.models.attention import NAME
 from idlm.models.gated_lora import LoraSpec, all_linear, attach
 from idlm.models.idlm_model import Idlm

@@ -22,12 +22,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from idlm.environment import environment
 from transformers import AutoModelForCausalLM
 
 from idlm import SamplingParams, load
 from idlm.config import EngineConfig
 from idlm.engine.build import build_engine
+from idlm.environment import environment
 from idlm.models.idlm_model import Idlm
 from idlm.training.distill import Recipe, distill
 from idlm.training.prompts import Encoding, Prompts

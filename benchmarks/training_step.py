@@ -25,9 +25,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from idlm.environment import environment
 
 from benchmarks.loss_memory import status
+from idlm.environment import environment
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Row = dict[str, list[int]]

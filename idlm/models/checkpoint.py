@@ -20,6 +20,7 @@ from idlm.models.architecture import (
 )
 from idlm.models.gguf_checkpoint import auto_dtype, quantisation
 from idlm.models.gguf_header import is_gguf, read_header
+from idlm.models.heads import model_head
 from idlm.models.sources import read_json, resolve
 from idlm.models.tensor_info import TensorInfo
 from idlm.models.trial import try_config
@@ -41,6 +42,7 @@ class Inspection:
         quantisation: GGUF only: the types of the tensors, by falling number of elements.
         context: the most positions of a sequence.
         mask_source: "config.json", "tokenizer", "adapter", or "added" (a new row after the last).
+        draft_head: the kind of the draft head that the adapter or the model has.
         base_fingerprint: the fingerprint of the base that the adapter was trained on.
         can_decode_isd: whether it was trained to draft and can be loaded.
         reason: why it can decode ISD or not.
@@ -70,6 +72,7 @@ class Inspection:
     adapter_rslora: bool | None = None
     adapter_targets: tuple[str, ...] | None = None
     adapter_base: str | None = None
+    draft_head: str | None = None
     base_fingerprint: str | None = None
     can_decode_isd: bool = False
     reason: str = ""
@@ -119,6 +122,8 @@ def _model(inspection: Inspection, folder: Path, max_model_len: int | None) -> I
         inspection = replace(
             inspection, mask_id=mask, mask_source=source, block_size=trained_block_size(config)
         )
+        if (head := model_head(config, folder)) is not None:
+            inspection = replace(inspection, draft_head=head.kind)
         untried = try_config(config, inspection.name, max_model_len)
     except InputError as error:
         return replace(inspection, reason=f"refused: {error}")
@@ -197,6 +202,7 @@ def _adapter(inspection: Inspection, folder: Path) -> Inspection:
         adapter_rslora=info.spec.rslora,
         adapter_targets=info.spec.targets,
         adapter_base=info.base_name,
+        draft_head=None if info.head is None else info.head.kind,
         base_fingerprint=info.base_fingerprint,
         block_size=info.block_size,
     )

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from idlm.errors import InputError
 from idlm.models.weights import embedding_rows, file_tensors, fill, output_head, whole
@@ -187,6 +187,11 @@ def read_spec(value: object, where: str) -> HeadSpec | None:
             "both must be positive integers"
         )
     return HeadSpec(str(kind), int(str(size)), int(str(top)))
+
+
+def model_head(config: PreTrainedConfig, folder: Path) -> HeadSpec | None:
+    """The draft head that a model's config names, as `read_spec` does."""
+    return read_spec(getattr(config, "draft_head", None), f"{str(folder / 'config.json')!r}")
 
 
 def check_head(model: PreTrainedModel, spec: HeadSpec, folder: Path) -> None:

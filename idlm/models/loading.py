@@ -19,7 +19,7 @@ from idlm.models.check import check_adapter, check_architecture, prepare
 from idlm.models.generation import check_generation_config
 from idlm.models.gguf_checkpoint import auto_dtype, dequantised, origin
 from idlm.models.gguf_header import is_gguf
-from idlm.models.heads import HeadSpec, head_tensors, load_head, read_spec, save_head
+from idlm.models.heads import head_tensors, load_head, model_head, save_head
 from idlm.models.idlm_model import Idlm
 from idlm.models.more_adapters import load_first
 from idlm.models.placement import device_of, named_dtype
@@ -100,18 +100,9 @@ def load(
         base_mask = mask_id if mask_id < config.vocab_size else None
         load_first(idlm, extra, base_mask)
         check_adapter(idlm)
-    elif (head := load_head(model, head_spec(config, folder), folder)) is not None:
+    elif (head := load_head(model, model_head(config, folder), folder)) is not None:
         idlm.draft_heads = {0: head}
     return idlm
-
-
-def head_spec(config: PreTrainedConfig, folder: Path) -> HeadSpec | None:
-    """The draft head that a model's config names, if it names one.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    return read_spec(getattr(config, "draft_head", None), f"{str(folder / 'config.json')!r}")
 
 
 def _read_model(

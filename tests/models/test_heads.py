@@ -14,6 +14,7 @@ from torch import Tensor
 import idlm
 from idlm.errors import InputError
 from idlm.models import adapter, heads, loading
+from idlm.models.checkpoint import inspect_checkpoint
 from idlm.models.heads import KINDS, HeadSpec, RowsBefore
 from idlm.models.idlm_model import Idlm
 from idlm.models.more_adapters import attach_loaded, detach_loaded, read_more
@@ -75,6 +76,7 @@ def test_a_head_is_saved_beside_its_adapter(tmp_path: Path, kind: str) -> None:
     assert torch.equal(scores(again, hidden, before), scores(model, hidden, before))
     assert not any(p.requires_grad for p in again.draft_heads[0].parameters())
     assert adapter.read(folder).head == HeadSpec(kind, 5, TOP)
+    assert inspect_checkpoint(base, folder).draft_head == kind
 
 
 def test_an_adapter_without_a_head_has_none(tmp_path: Path) -> None:
@@ -102,6 +104,7 @@ def test_a_full_model_keeps_its_head(tmp_path: Path, kind: str) -> None:
     model.draft_heads[0] = random_head(model.model, HeadSpec(kind, 5, TOP))
     loading.save_full(model, tmp_path / "full", block_size=3)
     again = idlm.load(tmp_path / "full")
+    assert inspect_checkpoint(tmp_path / "full").draft_head == kind
     hidden, before = torch.randn(7, 32, dtype=torch.float64), torch.arange(7)
     assert torch.equal(scores(again, hidden, before), scores(model, hidden, before))
 
