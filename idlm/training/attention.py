@@ -87,10 +87,8 @@ class Half:
             if rows.shape[2]:
                 at = slice(starts[0], starts[0] + rows.shape[2])
                 seen = tuple(
-                    Seen(each.first[b : b + 1, at] - start, each.stop[b : b + 1, at] - start,
-                         each.at[b : b + 1, at] - start)
-                    for each, start in zip(self.seen, starts, strict=True)
-                )  # fmt: skip
+                    each.part(b, at, start) for each, start in zip(self.seen, starts, strict=True)
+                )
                 mixed.append(self._document((b, document), rows, mine, seen, scores))
             starts = [start + one.key.shape[2] for start, one in zip(starts, mine, strict=True)]
         return torch.cat([*mixed, torch.zeros_like(queries[-1]).transpose(1, 2)], dim=1)

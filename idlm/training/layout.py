@@ -106,6 +106,10 @@ class Seen(NamedTuple):
             return self
         return self._replace(first=torch.maximum(self.first, self.at - window + 1))
 
+    def part(self, b: int, rows: slice, start: int) -> Seen:
+        """What some rows of row b of the batch see, by columns counted from `start`: [1, rows]."""
+        return Seen(*(each[b : b + 1, rows] - start for each in self))
+
 
 def columns(tokens: Tensor) -> Tensor:
     """The column of each of `tokens` [B, L]: [B, L]."""

@@ -134,12 +134,6 @@ class Objective(nn.Module):
         hidden = self.idlm.hidden(masks, rows.position, None, gate, cache)
         return hidden[rows.real]
 
-    def hidden(self, texts: Texts, rows: MaskRows | None) -> tuple[Tensor, Tensor]:
-        """Hidden states of the MASK rows [n, D] (none without `rows`) and of the supervised clean
-        rows [n', D]."""
-        half, clean = self.clean_half(texts)
-        return clean[:0] if rows is None else self.mask_half(half, rows), clean
-
     def _noisy_loss(
         self, noisy: NoisyRows, clean: Tensor | None, wanted: Wanted
     ) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from idlm.decoding.scores import Scores
 from idlm.training.layout import Seen
 
-ROWS, COLUMNS = 256, 1024
+ROWS, COLUMNS = 128, 1024
 """The most rows and columns of a tile."""
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from idlm.models.idlm_model import Idlm
-from idlm.training.layout import Texts
-from idlm.training.objective import EXCLUDED
+from idlm.training.layout import MaskRows, Texts, mask_rows
+from idlm.training.objective import EXCLUDED, Objective
 
 
 class Document(NamedTuple):
@@ -130,6 +130,18 @@ def slow_depths(document: Document, block_size: int) -> list[int]:
             new = i == start or (i + document.phase) % block_size == 0
             found.append(1 if new else found[-1] + 1)
     return found
+
+
+def hidden_of(
+    objective: Objective, texts: Texts, block_size: int
+) -> tuple[MaskRows | None, Tensor, Tensor]:
+    """The MASK rows and their hidden states (none for block size 0), and the hidden states of the
+    supervised clean rows."""
+    half, clean = objective.clean_half(texts)
+    if not block_size:
+        return None, clean[:0], clean
+    rows = mask_rows(texts, block_size)
+    return rows, objective.mask_half(half, rows), clean
 
 
 def gradients(idlm: Idlm, loss: Tensor) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from idlm.training.losses import (
 )
 from idlm.training.objective import EXCLUDED, Objective, Wanted
 from tests.training import tiny
-from tests.training.reference import documents, gradients, slow_depths, slow_terms
+from tests.training.reference import documents, gradients, hidden_of, slow_depths, slow_terms
 from tests.training.test_objective import BATCHES, PHASES, SHAPES
 
 CPU = torch.device("cpu")
@@ -172,8 +172,8 @@ def test_no_tensor_has_rows_times_vocabulary(
 ) -> None:
     idlm, batch = tiny.model(method), tiny.texts([(4, 40)] * 4, [0, 1, 2, 3])
     objective = Objective(idlm, trains_clean=method == "full")
-    half, clean = objective.clean_half(batch)
-    noisy = objective.mask_half(half, mask_rows(batch, 3))
+    half, _ = objective.clean_half(batch)
+    _, noisy, clean = hidden_of(objective, batch, 3)
     wanted = Wanted(3, method == "full", True, RowWeights(0.3, 0.5, 0.7, depth))
     monkeypatch.setitem(losses.CHUNK, "cpu", 2 * tiny.VOCAB)
     monkeypatch.setattr(objective, "clean_half", lambda *_: (half, clean))
@@ -228,7 +228,7 @@ def test_the_clean_half_has_no_dense_mask(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr("idlm.training.attention.attend", keep)
     batch = tiny.texts(SHAPES, PHASES)
-    Objective(tiny.model(), trains_clean=True).hidden(batch, mask_rows(batch, 3))
+    hidden_of(Objective(tiny.model(), trains_clean=True), batch, 3)
     assert [mask is None for mask in masks] == [True, True, False, False]  # two layers
 
 

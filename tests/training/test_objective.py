@@ -16,6 +16,7 @@ from tests.training.reference import (
     documents,
     full_layout_mask,
     gradients,
+    hidden_of,
     slow_depths,
     slow_logits,
     slow_terms,
@@ -144,8 +145,7 @@ def test_mask_row_depends_on_nothing_it_may_not_see(
     other.tokens[0, change] = (other.tokens[0, change] + 1) % tiny.MASK
     with torch.no_grad():
         before, after = (
-            objective.log_law(objective.hidden(b, mask_rows(b, block_size))[0])[row]
-            for b in (batch, other)
+            objective.log_law(hidden_of(objective, b, block_size)[1])[row] for b in (batch, other)
         )
     seen = full_layout_mask([(4, 14)], 14, block_size, phase % block_size)[4 + row]
     sees = bool(seen[14 + change] or (change < 4 and seen[change]))

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from idlm.training.data import Draw, Example, collate
-from idlm.training.layout import Texts, mask_rows
+from idlm.training.layout import Texts
 from idlm.training.losses import RowWeights
 from idlm.training.objective import Objective, Wanted
 from tests.training import tiny
-from tests.training.reference import gradients
+from tests.training.reference import gradients, hidden_of
 from tests.training.test_attention import FAMILIES, loss_and_gradients
 
 SHAPES: list[tuple[int, ...]] = [(3, 9), (1, 7), (2, 3, 4, 5, 1), (6, 1), (4, 8, 0, 3), (2, 12)]
@@ -61,12 +61,12 @@ def test_a_gated_lora_learns_the_same_packed(weights: RowWeights) -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-def hidden_of(objective: Objective, draws: list[Draw], document: int) -> list[Tensor]:
+def hidden_rows(objective: Objective, draws: list[Draw], document: int) -> list[Tensor]:
     """The hidden states of a document's MASK rows and supervised clean rows, in a row of all."""
     texts = in_rows(draws, [list(range(len(draws)))])
-    rows = mask_rows(texts, 4)
     with torch.no_grad():
-        noisy, clean = objective.hidden(texts, rows)
+        rows, noisy, clean = hidden_of(objective, texts, 4)
+    assert rows is not None
     of_rows = texts.document.gather(1, rows.column)[rows.real]
     return [noisy[of_rows == document], clean[texts.document[texts.supervised] == document]]
 
@@ -76,17 +76,17 @@ def hidden_of(objective: Objective, draws: list[Draw], document: int) -> list[Te
 @pytest.mark.parametrize("document", [0, 2, 5])
 def test_neighbours_change_nothing(method: str, window: Any, document: int) -> None:
     objective, draws = Objective(tiny.model(method, window=window), False), documents()
-    before = hidden_of(objective, draws, document)
+    before = hidden_rows(objective, draws, document)
     others = [
         draw
         if i == document
         else Draw(0, Example([9] * draw.example.length, draw.example.answers), 5)
         for i, draw in enumerate(draws)
     ]
-    for one, other in zip(before, hidden_of(objective, others, document), strict=True):
+    for one, other in zip(before, hidden_rows(objective, others, document), strict=True):
         assert len(one) and torch.equal(one, other)
     others[document - 1] = Draw(0, Example([9] * 20, ((1, 2), (5, 15))), 1)  # other lengths
-    for one, other in zip(before, hidden_of(objective, others, document), strict=True):
+    for one, other in zip(before, hidden_rows(objective, others, document), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 

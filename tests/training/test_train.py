@@ -23,10 +23,11 @@ from idlm.errors import InputError
 from idlm.models.loading import load
 from idlm.nano.tokenizer import train_tokenizer
 from idlm.training.config import TrainConfig, as_tree
-from idlm.training.layout import Texts, mask_rows
+from idlm.training.layout import Texts
 from idlm.training.objective import Objective
 from idlm.training.run import train
 from tests.training import tiny
+from tests.training.reference import hidden_of
 from tests.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
@@ -147,8 +148,7 @@ def test_resume_without_a_checkpoint_starts(folder: Path) -> None:
 
 def laws(objective: Objective, texts: Texts, block_size: int) -> list[Tensor]:
     """Log-probabilities of the supervised MASK rows and clean rows."""
-    rows = mask_rows(texts, block_size) if block_size else None
-    return [objective.log_law(hidden) for hidden in objective.hidden(texts, rows)]
+    return [objective.log_law(rows) for rows in hidden_of(objective, texts, block_size)[1:]]
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
