@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from idlm.models.gated_lora import LoraSpec, adapter_parameters, all_linear, att
 from idlm.training.config import TrainConfig
 from idlm.training.read_config import load_config
 from idlm.training.run import train
-from tests.training import tiny
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 HEADS = {"num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 4096}
@@ -110,7 +110,10 @@ def test_its_stages_run_on_a_small_model_of_the_family(
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**keys))
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    tiny.write_jsonl(tmp_path / "rows.jsonl", tiny.examples())
+    rows = [
+        {"prompt": f"Mia has {at}", "response": f" apples, and {at} pears."} for at in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = CONFIGS / f"{name}.yaml"
     stages = range(len(load_config(path).stages))
     small = {"model.path": tmp_path / "model", "data.path": tmp_path / "rows.jsonl"}
