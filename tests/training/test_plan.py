@@ -64,8 +64,9 @@ def test_a_step_is_a_function_of_its_number(lengths: list[int], of: Bounds, seed
         assert step.tokens == sum(one.length for one in drawn(step)) <= step.padded
     seen = sorted(one.draw for step in steps for one in drawn(step))
     assert len(set(seen)) == len(seen)
-    # only what waits for a later window is missing
-    assert len(seen) > 0.8 * seen[-1] - 200
+    # of windows that are over, only what waits for a later one is missing
+    early = seen[-1] // 3
+    assert sum(draw < early for draw in seen) > 0.8 * early - 20
 
 
 def test_no_document_waits_forever() -> None:
