@@ -223,7 +223,7 @@ class Request:
         drafts: list[int] = []
         laws: list[Tensor] = []
         for row in rows:
-            before = (output + drafts)[-1]  # a window has committed a token
+            before = (*self.prompt, *output, *drafts)[-1]
             log_p = self.law(self.head(row, before), output + drafts)
             if log_p.max() == NEVER:
                 break

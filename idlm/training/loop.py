@@ -64,11 +64,8 @@ class Trainer:
         self.plan = data.plan(config, config.accumulation * accelerator.num_processes)
         self.texts = Phased(data.training, config.seed, config.random_phase)
 
-    def run(self, resume: Path | None = None) -> dict[str, Any]:
-        """Train to the last step, from the checkpoint `resume` if any; returns the held-out
-        measurements."""
-        if resume is not None:
-            self.load(resume)
+    def run(self) -> dict[str, Any]:
+        """Train to the last step; returns the held-out measurements."""
         config, state, measured = self.config, self.state, None
         meter = Meter(state.tokens)
         with self.log.running(state.step, config.steps) as show:

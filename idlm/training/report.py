@@ -43,7 +43,7 @@ COLUMNS, WIDTH, HEIGHT = 2, 11.0, 2.6
 """Pictures beside each other; inches of all, and of one."""
 STYLES = ("solid", "dashed", "dotted", "dashdot")
 """Of lines, by depth."""
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "idlm",  # the same page each time
     "text.parse_math": False,

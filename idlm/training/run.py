@@ -45,7 +45,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             prepared = prepare_folder(config)
         with tracked(accelerator, config, prepared.resume):
             trainer = _trainer(config, accelerator, prepared)
-            measured = trainer.run(prepared.resume)
+            measured = trainer.run()
             with written_whole(folder / "final", accelerator) as final:
                 trainer.export(final)
     losses = [entry["loss"] for entry in trainer.log.entries if "loss" in entry]
@@ -63,18 +63,22 @@ def _trainer(config: TrainConfig, accelerator: Accelerator, prepared: Prepared) 
     torch.manual_seed(config.seed)
     with accelerator.main_process_first():
         idlm = setup.base_model(config.model, *placement(accelerator))
-    folder, resumes = Path(config.output_dir), prepared.resume is not None
-    data = corpus(config.data, idlm, _draws(config, accelerator), folder, resumes)
+    folder, resumed = Path(config.output_dir), prepared.resume is not None
+    data = corpus(config.data, idlm, _draws(config, accelerator), folder, resumed)
     if length.needs_texts(config):
         plan = data.plan(config, config.accumulation * accelerator.num_processes)
         config = length.in_steps(config, len(data.training), plan)
     student = setup.trainee(config, idlm)
-    if accelerator.is_main_process:
-        base = student.fingerprint or fingerprint(idlm.model)
-        record(config, base, accelerator.num_processes, prepared.resume)
-    if config.warm_start is not None and not resumes:
+    main, base = accelerator.is_main_process, student.fingerprint
+    if main and not base:
+        base = fingerprint(idlm.model)  # before other weights come
+    if config.warm_start is not None and not resumed:
         setup.warm_start(student, Path(config.warm_start).expanduser())
     trainer = Trainer(config, accelerator, student, data)
+    if prepared.resume is not None:
+        trainer.load(prepared.resume)
+    if main:
+        record(config, base, accelerator.num_processes, prepared.resume)
     for message in _messages(config, data, prepared):
         trainer.log.message(message)
     return trainer

@@ -140,7 +140,10 @@ def base_model(
 def _narrow(path: str) -> torch.dtype | None:
     """The type of all weights of a checkpoint, if it has 16 bits."""
     folder = resolve(path)[0]
-    stored = set() if is_gguf(folder) else {t.dtype for t in model_tensors(folder).values()}
+    try:
+        stored = set() if is_gguf(folder) else {t.dtype for t in model_tensors(folder).values()}
+    except InputError:  # `load` says what the folder is
+        return None
     return DTYPES[stored.pop()] if stored in ({"BF16"}, {"F16"}) else None
 
 

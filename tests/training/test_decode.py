@@ -48,7 +48,7 @@ def test_the_figures_are_those_of_the_exported_model(folder: Path, method: str) 
     assert all(entry["decode_identical"] == entry["decode_prompts"] == 3 for entry in measured)
     final = folder / "run" / "final"
     idlm = load(final) if method == "full" else load(folder / "model", adapter=final)
-    prompts = [example.prompt for example in tiny.examples()[-4:-1]]
+    prompts = [tiny.prompt(example) for example in tiny.examples()[-4:-1]]
     params = [SamplingParams(temperature=0, max_tokens=48 - len(prompt)) for prompt in prompts]
     results = [
         result
@@ -89,7 +89,7 @@ def test_the_model_is_left_as_it_was() -> None:
     values = {name: p.detach().clone() for name, p in trained.items()}
     seeded, threads = torch.random.get_rng_state(), torch.get_num_threads()
     figures = decode(
-        idlm, [example.prompt for example in tiny.examples(3)], 2, Accelerator(cpu=True)
+        idlm, [tiny.prompt(example) for example in tiny.examples(3)], 2, Accelerator(cpu=True)
     )
     assert figures["decode_identical"] == 3
     assert torch.equal(torch.random.get_rng_state(), seeded) and idlm.model.training

@@ -115,7 +115,8 @@ def test_gradients_norms_and_reports_do_not_depend_on_the_ranks(folder: Path, ki
             difference = max(float((mine[n] - theirs[n]).abs().max()) for n in mine)
             assert difference < 1e-10, (parallel, difference)
         for mine, theirs in zip(one["reports"], two["reports"], strict=True):
-            for key in mine:  # FSDP without clean rows reports them all the same
+            # FSDP without clean rows reports them all the same
+            for key in set(mine) - {"tokens_per_second", "memory_gib"}:
                 assert theirs[key] == pytest.approx(mine[key], rel=1e-9), (parallel, key)
 
 
@@ -124,7 +125,8 @@ def resume(config: TrainConfig, saved: Path, out: Path) -> None:
     run = trainer(config)
     run.load(saved)
     state = gathered(run)
-    run.run(saved)
+    run.load(saved)
+    run.run()
     last = gathered(run)
     if run.accelerator.is_main_process:
         torch.save({"state": state, "last": last}, out)
