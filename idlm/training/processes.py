@@ -3,6 +3,7 @@ reduces over ranks."""
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +68,9 @@ def processes(config: TrainConfig) -> Accelerator:
         project_config=ProjectConfiguration(logging_dir=str(Path(config.output_dir) / TENSORBOARD)),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+    if several:
+        # its threads must end before the interpreter does, or the process may abort at its end
+        atexit.register(accelerator.state.destroy_process_group)
     if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
         if torch.cuda.is_available():
             raise InputError(
