@@ -163,6 +163,14 @@ SECTIONS = {
                 "Training on gsm8k's texts, forward and backward, one thread: random batches padded to their longest, "
                 "batches sorted by length in windows as without `packing`, and packed rows. A sixth of SmolLM2-135M.",
                 tables.packing),
+        Section("A step, against transformers' Trainer with PEFT", "training_step.json",
+                "python -m benchmarks.training_step MODEL TEXTS",
+                "SmolLM2-135M-Instruct, the same texts: a conversion by a gated LoRA, and plain fine-tuning by PEFT's "
+                "LoRA on the same layers. Memory is what a step takes beside the weights.", tables.training_step),
+        Section("Distillation, against transformers' generate", "distill_speed.json",
+                "python -m benchmarks.distill_speed MODEL QUESTIONS",
+                "SmolLM2-135M-Instruct answers questions of gsm8k. Tokens of responses that ended, a second; the other "
+                "engine decodes static batches of 32.", tables.distill_speed),
     ),
 }  # fmt: skip
 """By heading."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 Report = Mapping[str, Any]
@@ -426,6 +427,46 @@ def packing(report: Report) -> Iterator[str]:
             )
             for arm, figure in report["arms"].items()
         ],
+    )
+
+
+def training_step(report: Report) -> Iterator[str]:
+    rounds, ratio = report["rounds"], report["ratio"]
+    yield from markdown(
+        ("engine", "CPU seconds a step", "memory of a step, MiB"),
+        [
+            (
+                name,
+                f"{median(one[name]['cpu_seconds'] for one in rounds):.2f}",
+                f"{median(one[name]['step_bytes'] for one in rounds) / 2**20:,.0f}",
+            )
+            for name in rounds[0]
+        ],
+    )
+    yield ""
+    yield (
+        f"idlm over the other: {ratio['cpu_seconds']:.2f} of the CPU time, "
+        f"{ratio['step_bytes']:.2f} of the memory."
+    )
+
+
+def distill_speed(report: Report) -> Iterator[str]:
+    rounds, ratio = report["rounds"], report["ratio"]
+    yield from markdown(
+        ("engine", "finished tokens/s", "responses that ended"),
+        [
+            (
+                name,
+                f"{median(one[name]['finished_tokens_per_second'] for one in rounds):.1f}",
+                f"{median(one[name]['finished_rows'] for one in rounds):.0f}",
+            )
+            for name in rounds[0]
+        ],
+    )
+    yield ""
+    yield (
+        f"idlm over the other: {ratio['median']:.2f}x "
+        f"({ratio['min']:.2f}-{ratio['max']:.2f}, {len(rounds)} rounds)."
     )
 
 
