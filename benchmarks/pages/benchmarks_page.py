@@ -59,6 +59,9 @@ SECTIONS = {
         Section("Sliding windows shorter than a draft, float64", "same_bytes_windows.json",
                 "python -m benchmarks.same_bytes sliding-mistral-3 sliding-gemma2-5 --prompts 6 --max-tokens 24",
                 SAME_BYTES, tables.same_bytes),
+        Section("Mixtures of experts, float64", "same_bytes_experts.json",
+                "python -m benchmarks.same_bytes sliding-gpt_oss-4 random-qwen3_moe --prompts 4 --max-tokens 16",
+                SAME_BYTES, tables.same_bytes),
         Section("nano, float64", "same_bytes_nano.json",
                 "python -m benchmarks.same_bytes nano --prompts 2 --max-tokens 20",
                 SAME_BYTES + " After the model's name: the build of the C kernels; 0 is without them. The builds come "
