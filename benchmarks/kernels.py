@@ -52,6 +52,7 @@ MODELS: dict[str, tuple[Shape, ...]] = {
     ),
 }
 """Inputs, outputs and count of each shape: q with k and v, o, gate with up, down, the head."""
+PACKED = "oneDNN packed"
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 
@@ -102,12 +103,23 @@ def candidates(
     products_by_name["chosen"] = [ours(layer, layer.choice) for layer in formats["float32"].layers]
     products_by_name["torch"] = [partial(F.linear, weight=weight) for weight in weights]
     if sum(weight.nbytes for weight in weights) < limit:
-        products_by_name["oneDNN packed"] = [packed(weight, rows) for weight in weights]
+        products_by_name[PACKED] = [packed(weight, rows) for weight in weights]
     few, inner = max(1, PARAMETERS // weights[0].numel()), weights[0].shape[1]
     return {
-        name: [recorded(products[at : at + few], inner) for at in range(0, len(products), few)]
+        name: [
+            # weights in oneDNN's layout cannot be recorded
+            eager(products[at : at + few])
+            if name == PACKED
+            else recorded(products[at : at + few], inner)
+            for at in range(0, len(products), few)
+        ]
         for name, products in products_by_name.items()
     }
+
+
+def eager(products: Sequence[Product]) -> Recorded:
+    """Products of the same rows, one call of Python each."""
+    return lambda x: [product(x) for product in products]
 
 
 @torch.inference_mode()
@@ -125,9 +137,7 @@ def measure(model: str, shape: Shape, options: argparse.Namespace) -> list[dict[
         calls = candidates(weights, formats, rows, options.packed_limit)
         whole = best(calls, torch.randn(rows, inner), options.rounds)
         seconds = {name: each / count for name, each in whole.items()}
-        float32 = min(
-            seconds[name] for name in ("C float32", "torch", "oneDNN packed") if name in seconds
-        )
+        float32 = min(seconds[name] for name in ("C float32", "torch", PACKED) if name in seconds)
         for name, each in seconds.items():
             size = BYTES.get(name.removeprefix("C "), 4) * inner * out
             gflops, gbps = 2e-9 * rows * inner * out / each, 1e-9 * size / each
