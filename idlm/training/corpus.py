@@ -51,6 +51,7 @@ class Corpus:
         sources: the parts of `training` that have weights; () is one of all documents.
         tally: what happened to the rows.
         limit: the most tokens of a document.
+        files: what the rows came from, as `training.origin` has it.
     """
 
     training: Sequence[Example]
@@ -58,6 +59,7 @@ class Corpus:
     sources: tuple[Share, ...] = ()
     tally: Tally = field(default_factory=Tally)
     limit: int = 0
+    files: dict[str, Any] = field(default_factory=dict)
 
     @property
     def shares(self) -> tuple[Share, ...]:
@@ -234,6 +236,7 @@ def _split(store: Store, config: DataConfig) -> Corpus:
         tuple(shares),
         Tally(**store.meta["tally"]),
         store.meta["origin"]["keys"][LIMIT],
+        store.meta["origin"]["files"],
     )
 
 

@@ -12,8 +12,8 @@ from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 
 Origin = dict[str, Any]
-"""`files`: {path: {size, mtime, digest}}; `text`: a digest of what turns rows into ids; `keys`:
-those of the config."""
+"""`files`: {path: {size, mtime, digest}}, digests by sha256; `text`: a digest of what turns rows into
+ids; `keys`: those of the config."""
 
 
 def origin(files: Iterable[Path], idlm: Idlm, keys: dict[str, Any], known: Origin) -> Origin:
@@ -58,7 +58,7 @@ def _file(path: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
         if known is not None and {**known, **seen} == known:
             return dict(known)
         with open(path, "rb") as file:
-            digest = file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
+            digest = file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"cannot read {str(path)!r} ({error.strerror}); check the path") from None
     return {**seen, "digest": digest}

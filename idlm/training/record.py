@@ -18,6 +18,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -35,13 +36,20 @@ from idlm.training.tables import Tables
 ENVIRONMENT = "environment.json"
 
 
-def record(config: TrainConfig, fingerprint: str, ranks: int, resume: Path | None) -> None:
+def record(
+    config: TrainConfig,
+    fingerprint: str,
+    ranks: int,
+    resume: Path | None,
+    files: Mapping[str, Mapping[str, Any]],
+) -> None:
     """Add an entry to the run's environment.json.
 
     Args:
         config: with steps.
         fingerprint: of the base.
         resume: the checkpoint that the run goes on from.
+        files: the data's, with digests, as `training.origin` has them.
     """
     file = Path(config.output_dir) / ENVIRONMENT
     entry = {
@@ -57,7 +65,12 @@ def record(config: TrainConfig, fingerprint: str, ranks: int, resume: Path | Non
         "model": config.model.path or "from scratch",
         "fingerprint": fingerprint,
         "steps": [stage.steps for stage in config.stages],
-        "data": {name: digest(file) for name, file in _read(config).items()},
+        "data": {
+            name: {"sha256": files[name]["digest"], "bytes": files[name]["size"]}
+            if name in files
+            else digest(path)
+            for name, path in _read(config).items()
+        },
     }
     entries = [*starts(file.parent), entry]
     replace_text(file, json.dumps(entries, indent=1) + "\n")

@@ -78,7 +78,7 @@ def _trainer(config: TrainConfig, accelerator: Accelerator, prepared: Prepared) 
     if prepared.resume is not None:
         trainer.load(prepared.resume)
     if main:
-        record(config, base, accelerator.num_processes, prepared.resume)
+        record(config, base, accelerator.num_processes, prepared.resume, data.files)
     for message in _messages(config, data, prepared):
         trainer.log.message(message)
     return trainer
