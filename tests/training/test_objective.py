@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from idlm.training.layout import Texts, dense, mask_rows, seen_by_masks
 from idlm.training.losses import RowWeights
@@ -14,12 +13,11 @@ from idlm.training.objective import Objective, Wanted
 from tests.training import tiny
 from tests.training.reference import (
     documents,
+    equals_the_loops,
     full_layout_mask,
-    gradients,
     hidden_of,
     slow_depths,
     slow_logits,
-    slow_terms,
 )
 
 SHAPES, PHASES = [(1, 7), (5, 9), (3, 1), (4, 12), (2, 2)], [0, 2, 1, 4, 3]
@@ -54,22 +52,7 @@ def test_loss_and_gradient_equal_the_full_layout(
     idlm = tiny.model(method, mask_id=mask_id, window=window)
     batch = BATCHES[layout]
     wanted = Wanted(block_size, clean=True, soft=True, weights=RowWeights(*weights))
-    fast = Objective(idlm, trains_clean=method == "full")(batch, wanted)
-    clean, *rows = slow_terms(idlm, batch, block_size)
-    terms = [row.sum() for row in rows]
-    noisy = sum(weight * term for weight, term in zip(weights, terms, strict=True))
-    for mine, reference in zip(fast, (noisy, clean, *terms), strict=True):
-        assert mine.item() == pytest.approx(reference.item(), rel=1e-12)
-
-    def total(noisy: Tensor, clean: Tensor) -> Tensor:
-        # the clean rows of a gated LoRA are the frozen base: no gradient flows there in either form
-        return noisy + (0.2 * clean if method == "full" else 0.0)
-
-    reference_gradients = gradients(idlm, total(noisy, clean))
-    assert len(reference_gradients) > 5
-    for name, mine in gradients(idlm, total(fast.noisy, fast.clean)).items():
-        assert mine.abs().max() > 0, name
-        torch.testing.assert_close(mine, reference_gradients[name], rtol=1e-9, atol=1e-11)
+    equals_the_loops(idlm, method, batch, wanted)
 
 
 def test_clean_rows_of_a_gated_lora_have_no_gradient_and_are_the_base() -> None:
