@@ -12,8 +12,8 @@ from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 
 Origin = dict[str, Any]
-"""`files`: {path: {size, mtime, digest}}, digests by sha256; `text`: a digest of what turns rows into
-ids; `keys`: those of the config."""
+"""`files`: {path: {size, mtime, digest}}, digests by sha256; `text`: a digest of what turns rows
+into ids; `keys`: those of the config."""
 
 
 def origin(files: Iterable[Path], idlm: Idlm, keys: dict[str, Any], known: Origin) -> Origin:
