@@ -1,4 +1,4 @@
-"""The terms of the loss, row by row of hidden states, and their sum in chunks of rows.
+"""The weights of the loss, and its sum in chunks of rows of hidden states.
 
 The gradient of a chunk is computed with its loss, and its logits are gone before the next chunk: so
 memory grows neither with rows x vocabulary, nor is anything computed twice.
@@ -41,19 +41,6 @@ class RowWeights:
     depth: Literal["uniform", "exponential", "dpace"] = "uniform"
     gamma: float = 4.0
     alpha: float = 0.5
-
-
-def row_terms(log_q: Tensor, log_p: Tensor | None, target: Tensor) -> list[Tensor]:
-    """CE, and with `log_p` also KL(p || q) and TV(p, q) of each row: [n] each.
-
-    log_q and log_p [n, V] are the laws of a MASK row and of the clean row that predicts the same
-    token. TV is one minus the acceptance rate, sum min(p, q).
-    """
-    ce = -log_q.gather(-1, target[:, None])[:, 0]
-    if log_p is None:
-        return [ce]
-    p = log_p.exp()
-    return [ce, (p * (log_p - log_q)).sum(-1), 0.5 * (p - log_q.exp()).abs().sum(-1)]
 
 
 def continuation(accepted: Tensor, depth: Tensor, block_size: int) -> Tensor:

@@ -26,13 +26,9 @@ from idlm.training.losses import (
     RowWeights,
     chunks,
     continuation,
-    row_terms,
     sum_in_chunks,
 )
-
-EXCLUDED = -1e30
-"""The logit of MASK, which is never emitted; finite, because 0 * infinity is NaN in the soft terms.
-"""
+from idlm.training.terms import Laws, log_law, weighted_terms
 
 
 @dataclass(frozen=True)
@@ -145,20 +141,15 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The weighted loss of the MASK rows, and the sums of its terms: [1], or [3] with the
         hidden states `clean` [n', D] of their teachers."""
-        weights, target = wanted.weights, noisy.target
-        of_row = self._weights_of_rows(noisy, wanted)
+        terms = [wanted.weights.ce, wanted.weights.kl, wanted.weights.tv]
+        by_depth = self._weights_of_rows(noisy, wanted)
+        weights = by_depth[:, None] * by_depth.new_tensor(terms[: 1 if clean is None else 3])
 
         def loss(rows: Tensor, part: slice) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
-                log_p = None if clean is None else self.log_law(clean[noisy.teacher[part]])
-            terms = row_terms(self.log_law(rows, noisy.before[part]), log_p, target[part])
-            weighted = [
-                weight * (of_row[part] * term).sum()
-                for weight, term in zip((weights.ce, weights.kl, weights.tv), terms, strict=False)
-                if weight
-            ]
-            sums = torch.stack([term.sum() for term in terms])
-            return sum(weighted, 0 * rows.sum()), sums
+                teacher = None if clean is None else self.idlm.head(clean[noisy.teacher[part]])
+            laws = Laws(noisy.target[part], teacher, self.excluded)
+            return weighted_terms(self.logits(rows, noisy.before[part]), laws, weights[part])
 
         return self._summed(loss, noisy.hidden)
 
@@ -172,7 +163,7 @@ class Objective(nn.Module):
             return (-depth.to(dtype) / weights.gamma).exp()
         with torch.no_grad():
             q = [
-                (-row_terms(self._drafted(noisy, part), None, noisy.target[part])[0]).exp()
+                self._drafted(noisy, part).gather(1, noisy.target[part, None])[:, 0].exp()
                 for part in self.parts(noisy.hidden)
             ]
         accepted = (1 - weights.alpha) * torch.cat(q) + weights.alpha
@@ -183,8 +174,9 @@ class Objective(nn.Module):
         target = texts.tokens[texts.answer >= 0]
 
         def loss(rows: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-            total = row_terms(self.log_law(rows), None, target[part])[0].sum()
-            return total, total
+            logits = self.logits(rows)
+            laws = Laws(target[part], None, self.excluded)
+            return weighted_terms(logits, laws, torch.ones_like(logits[:, :1]))
 
         return self._summed(loss, hidden)[0]
 
@@ -228,20 +220,26 @@ class Objective(nn.Module):
             sums.index_add_(1, noisy.depth[part], found.double())
         return sums
 
-    def log_law(self, hidden: Tensor, before: Tensor | None = None) -> Tensor:
-        """Log-probabilities [n, V] of hidden rows [n, D], in float32 or more; MASK has none.
+    @property
+    def excluded(self) -> int | None:
+        """The column of MASK, if the model has one and never emits it."""
+        has = self.idlm.mask_id < self.idlm.vocab_size
+        return self.idlm.mask_id if has and not self.emits_mask else None
+
+    def logits(self, hidden: Tensor, before: Tensor | None = None) -> Tensor:
+        """Logits [n, V] of hidden rows [n, D], in float32 or more.
 
         The draft head corrects MASK rows by the text's tokens `before` [n].
         """
         logits = self.idlm.head(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.draft_head is not None and before is not None:
-            rows = RowsBefore(logits, hidden, before)
-            logits = corrected(self.model, self.draft_head, rows)
-        if not self.emits_mask and self.idlm.mask_id < logits.shape[-1]:
-            mask = torch.tensor(self.idlm.mask_id, device=logits.device)
-            logits = logits.index_fill(-1, mask, EXCLUDED)
-        return logits.log_softmax(-1)
+        if self.draft_head is None or before is None:
+            return logits
+        return corrected(self.model, self.draft_head, RowsBefore(logits, hidden, before))
+
+    def log_law(self, hidden: Tensor, before: Tensor | None = None) -> Tensor:
+        """Log-probabilities [n, V] of hidden rows [n, D]; MASK has none."""
+        return log_law(self.logits(hidden, before), self.excluded)
 
 
 def teachers(texts: Texts, rows: MaskRows) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from idlm.models.idlm_model import Idlm
 from idlm.training.layout import MaskRows, Texts, mask_rows
-from idlm.training.objective import EXCLUDED, Objective, Wanted
+from idlm.training.objective import Objective, Wanted
+from idlm.training.terms import EXCLUDED
 from tests.heads import slow_head
 
 

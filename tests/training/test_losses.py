@@ -22,47 +22,14 @@ from idlm.training.losses import (
     RowWeights,
     chunks,
     continuation,
-    row_terms,
     sum_in_chunks,
 )
-from idlm.training.objective import EXCLUDED, Objective, Wanted
+from idlm.training.objective import Objective, Wanted
 from tests.training import tiny
 from tests.training.reference import documents, gradients, hidden_of, slow_depths, slow_terms
 from tests.training.test_objective import BATCHES, PHASES, SHAPES
 
 CPU = torch.device("cpu")
-
-
-def random_laws(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Two random laws, the first of which has a token that is never emitted."""
-    torch.manual_seed(0)
-    logits = torch.randn(2, rows, columns, dtype=torch.float64)
-    logits[0, :, 1] = EXCLUDED
-    q, p = logits.log_softmax(-1)
-    return q, p
-
-
-def test_terms_are_their_definitions() -> None:
-    log_q, log_p = random_laws(5, 7)
-    log_p[:, 1] = log_q[:, 1] = EXCLUDED
-    log_p = log_p.log_softmax(-1)
-    target = torch.tensor([0, 2, 6, 3, 0])
-    ce, kl, tv = row_terms(log_q, log_p, target)
-    for i in range(5):
-        q, p = ([math.exp(x) for x in law[i].tolist()] for law in (log_q, log_p))
-        pairs = [(a, b) for a, b in zip(p, q, strict=True) if a > 0]
-        assert ce[i].item() == pytest.approx(-math.log(q[target[i]]), rel=1e-12)
-        assert kl[i].item() == pytest.approx(sum(a * math.log(a / b) for a, b in pairs), rel=1e-12)
-        accepted = sum(min(a, b) for a, b in pairs)
-        assert tv[i].item() == pytest.approx(1 - accepted, rel=1e-12)
-
-
-def test_terms_and_their_gradients_are_finite_beside_an_excluded_token() -> None:
-    logits = torch.tensor([[0.5, EXCLUDED, 1.0]], requires_grad=True)
-    law = torch.tensor([[1.0, EXCLUDED, 0.0]]).log_softmax(-1)
-    for term in row_terms(logits.log_softmax(-1), law, torch.tensor([2])):
-        (gradient,) = torch.autograd.grad(term.sum(), logits, retain_graph=True)
-        assert torch.isfinite(term).all() and torch.isfinite(gradient).all()
 
 
 def slow_weights(q: list[float], depth: list[int], weights: RowWeights) -> list[float]:
@@ -240,7 +207,7 @@ def test_hidden_states_and_head_get_their_gradient(rows: int) -> None:
     target = torch.randint(11, (9,))
 
     def loss(each: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        total = row_terms(head(each).log_softmax(-1), None, target[part])[0].square().sum()
+        total = F.cross_entropy(head(each), target[part], reduction="none").square().sum()
         return total, total[None]
 
     inputs = (hidden, *head.parameters())
