@@ -39,7 +39,7 @@ from idlm.engine.products import Products
 from idlm.engine.slots import Slots, State, select, store
 from idlm.kernels.batch_invariant import batch_invariant
 from idlm.kernels.choose import chooser
-from idlm.models.gated_lora import NO_ROWS, Gate
+from idlm.models.gate import NO_ROWS, Gate
 from idlm.models.idlm_model import Idlm
 
 Guided = GuidedRows | None  # the guides of a step's slots, if any has one

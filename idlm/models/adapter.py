@@ -1,9 +1,10 @@
 """Gated LoRA on disk: PEFT's two files, and two for what PEFT has no field for.
 
-    adapter_config.json         PEFT: rank, alpha, targets
+    adapter_config.json         PEFT: rank, alpha, targets, layers
     adapter_model.safetensors   PEFT: base_model.model.<module>.lora_A.weight [r, in]
                                       base_model.model.<module>.lora_B.weight [out, r]
-    idlm.json                   format, gating, MASK id, block size, fingerprint of the base, head
+    idlm.json                   format, gating, MASK id, block size, fingerprint of the base, head,
+                                entry
     mask_row.safetensors        mask_row [D]
     draft_head.safetensors      the draft head, if idlm.json names one (`idlm.models.heads`)
 
@@ -18,14 +19,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from idlm.errors import InputError
-from idlm.models.gated_lora import Gate, LoraSpec, adapter_parameters, attach
+from idlm.models.entry import below_entry
+from idlm.models.gate import Gate
+from idlm.models.gated_lora import LoraSpec, adapter_parameters, attach
 from idlm.models.heads import (
     DraftHead,
     HeadSpec,
@@ -85,7 +88,9 @@ def read(folder: Path) -> AdapterInfo:
     """
     if folder.is_file():
         raise InputError(f"adapter {str(folder)!r} is a file; give the folder of a gated LoRA")
-    config = read_json(folder / CONFIG)
+    config, extra = read_json(folder / CONFIG), _read_extra(folder)
+    entry = 0 if extra is None else extra.entry
+    config = _whole_layers(config, entry, folder)
     refuse_features(config, f"{str(folder / CONFIG)!r}")
     if not (folder / TENSORS).exists():
         raise InputError(
@@ -93,11 +98,26 @@ def read(folder: Path) -> AdapterInfo:
             "save the adapter as safetensors (pickle is never read)"
         )
     targets = sorted({module.rpartition(".")[2] for module, _ in _modules(folder)})
-    spec = LoraSpec(*_rank_alpha(config, folder), tuple(targets), bool(config.get("use_rslora")))
+    rslora = bool(config.get("use_rslora"))
+    spec = LoraSpec(*_rank_alpha(config, folder), tuple(targets), rslora, entry)
     base = config.get("base_model_name_or_path")
-    if not (folder / EXTRA).exists():
+    if extra is None:
         return AdapterInfo(folder, spec, base)
-    return AdapterInfo(folder, spec, base, *_read_extra(folder))
+    return AdapterInfo(folder, spec, base, extra.mask_id, extra.block_size, extra.base, extra.head)
+
+
+def _whole_layers(config: dict[str, Any], entry: int, folder: Path) -> dict[str, Any]:
+    """An adapter_config.json without PEFT's list of the adapted layers, if they are those from
+    `entry` on."""
+    layers = config.get("layers_to_transform")
+    if not entry:
+        return config
+    if not isinstance(layers, list) or layers != [*range(entry, entry + len(layers))]:
+        raise InputError(
+            f"{str(folder / CONFIG)!r} has layers_to_transform {layers!r}, and {EXTRA} has entry "
+            f"{entry}; use the idlm that wrote them"
+        )
+    return {key: value for key, value in config.items() if key != "layers_to_transform"}
 
 
 def _rank_alpha(config: dict[str, Any], folder: Path) -> tuple[int, float]:
@@ -110,8 +130,20 @@ def _rank_alpha(config: dict[str, Any], folder: Path) -> tuple[int, float]:
     return rank, alpha
 
 
-def _read_extra(folder: Path) -> tuple[int, int | None, str, HeadSpec | None]:
-    """MASK id, block size, fingerprint of the base and draft head, from idlm.json."""
+class _Extra(NamedTuple):
+    """idlm.json; `base` is the fingerprint of the base."""
+
+    mask_id: int
+    block_size: int | None
+    base: str
+    head: HeadSpec | None
+    entry: int
+
+
+def _read_extra(folder: Path) -> _Extra | None:
+    """The content of idlm.json; None if there is none."""
+    if not (folder / EXTRA).exists():
+        return None
     extra, where = read_json(folder / EXTRA), f"{str(folder / EXTRA)!r}"
     if extra.get("format") != FORMAT:
         raise InputError(
@@ -132,7 +164,10 @@ def _read_extra(folder: Path) -> tuple[int, int | None, str, HeadSpec | None]:
         raise InputError(
             f"{where} has base_fingerprint {base!r}; it must be a sha256 in hexadecimal"
         )
-    return mask, block, base, read_spec(extra.get("draft_head"), where)
+    entry = extra.get("entry", 0)
+    if type(entry) is not int or entry < 0:
+        raise InputError(f"{where} has entry {entry!r}; it must be a layer, 0 or more")
+    return _Extra(mask, block, base, read_spec(extra.get("draft_head"), where), entry)
 
 
 def _modules(folder: Path) -> dict[tuple[str, str], TensorInfo]:
@@ -176,7 +211,10 @@ def save(
     }
     save_file(loras, folder / TENSORS, metadata={"format": "pt"})
     save_file({"mask_row": row}, folder / MASK_ROW, metadata={"format": "pt"})
-    _write_json(folder / CONFIG, _peft_config(spec, name or "", has_transposed(inner)))
+    config = _peft_config(spec, name or "", has_transposed(inner))
+    if spec.entry:
+        config |= {"layers_to_transform": [*range(spec.entry, inner.config.num_hidden_layers)]}
+    _write_json(folder / CONFIG, config)
     extra: dict[str, Any] = {
         "format": FORMAT,
         "gated": True,
@@ -184,6 +222,8 @@ def save(
         "block_size": block_size,
     }
     extra |= {"base_fingerprint": base_fingerprint}
+    if spec.entry:
+        extra |= {"entry": spec.entry}
     if head is not None:
         save_head(of_head, folder)
         extra |= {"draft_head": head.spec.to_json()}
@@ -284,6 +324,7 @@ def _check_modules(model: PreTrainedModel, info: AdapterInfo) -> None:
         if isinstance(module, nn.Linear)
     }
     tensors, rank, where = _modules(info.folder), info.spec.rank, f"adapter {str(info.folder)!r}"
+    below = below_entry(model, info.spec.entry)
     for (module, kind), tensor in tensors.items():
         if module not in linear:
             raise InputError(
@@ -294,6 +335,11 @@ def _check_modules(model: PreTrainedModel, info: AdapterInfo) -> None:
             raise InputError(
                 f"{where} targets {module!r} of the output head, which is not supported; "
                 "train it without"
+            )
+        if below(module):
+            raise InputError(
+                f"{where} targets {module!r}, below its entry at layer {info.spec.entry}; "
+                "use the idlm that wrote it"
             )
         layer = linear[module]
         shape = (rank, layer.in_features) if kind == "lora_A" else (layer.out_features, rank)
@@ -306,7 +352,7 @@ def _check_modules(model: PreTrainedModel, info: AdapterInfo) -> None:
         (m, kind)
         for m, layer in linear.items()
         for kind in ("lora_A", "lora_B")
-        if m.rpartition(".")[2] in info.spec.targets and layer in backbone
+        if m.rpartition(".")[2] in info.spec.targets and layer in backbone and not below(m)
     }
     if missing := sorted(wanted - set(tensors)):
         raise InputError(

@@ -47,6 +47,7 @@ class Visible:
     def __init__(self, rows: Tensor, queries: Tensor, keys: Tensor) -> None:
         self.queries, self.keys = queries, keys
         self._by_window: dict[int | None, Tensor] = {None: rows}
+        self._without: tuple[slice, Visible] | None = None
 
     def within(self, window: int | None) -> Tensor:
         """What a layer with this sliding window sees: broadcastable to [B, H, Q, S]."""
@@ -54,6 +55,15 @@ class Visible:
             distance = self.queries[:, None, :, None] - self.keys[:, None, None]
             self._by_window[window] = self._by_window[None] & (distance < window)
         return self._by_window[window]
+
+    def without(self, rows: slice) -> Visible:
+        """What the rows but `rows` see of each other, if queries and keys are the same rows."""
+        if self._without is None or self._without[0] != rows:
+            kept = torch.ones_like(self.queries[0], dtype=torch.bool)
+            kept[rows] = False
+            seen = self._by_window[None][..., kept, :][..., kept]
+            self._without = rows, Visible(seen, self.queries[:, kept], self.keys[:, kept])
+        return self._without[1]
 
 
 class Options(TypedDict, total=False):

@@ -42,6 +42,7 @@ class Inspection:
         quantisation: GGUF only: the types of the tensors, by falling number of elements.
         context: the most positions of a sequence.
         mask_source: "config.json", "tokenizer", "adapter", or "added" (a new row after the last).
+        adapter_entry: the layer that its MASK rows enter at, if not the first.
         draft_head: the kind of the draft head that the adapter or the model has.
         base_fingerprint: the fingerprint of the base that the adapter was trained on.
         can_decode_isd: whether it was trained to draft and can be loaded.
@@ -71,6 +72,7 @@ class Inspection:
     adapter_alpha: float | None = None
     adapter_rslora: bool | None = None
     adapter_targets: tuple[str, ...] | None = None
+    adapter_entry: int | None = None
     adapter_base: str | None = None
     draft_head: str | None = None
     base_fingerprint: str | None = None
@@ -201,6 +203,7 @@ def _adapter(inspection: Inspection, folder: Path) -> Inspection:
         adapter_alpha=info.spec.alpha,
         adapter_rslora=info.spec.rslora,
         adapter_targets=info.spec.targets,
+        adapter_entry=info.spec.entry or None,
         adapter_base=info.base_name,
         draft_head=None if info.head is None else info.head.kind,
         base_fingerprint=info.base_fingerprint,

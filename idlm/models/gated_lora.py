@@ -12,8 +12,7 @@ Shapes: B batch, Q rows of a forward, D hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,8 +22,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from idlm.errors import InputError
+from idlm.models.entry import below_entry, enter_late
+from idlm.models.gate import NO_ROWS, Gate
 
-NO_ROWS = slice(0, 0)
 ALL_LINEAR = "all-linear"
 ROUTERS = {"router", "gate", "shared_expert_gate", "altup"}
 """Names of modules that weigh experts, or Gemma 3n's streams."""
@@ -39,12 +39,14 @@ class LoraSpec:
         alpha: the update is scaled by alpha / r, or by alpha / sqrt(r) with `rslora`.
         targets: the last name components of the adapted linear layers, such as q_proj.
         rslora: whether the scale is rank-stabilised.
+        entry: the layer that MASK rows enter at, from 0; lower layers are not adapted.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
     rslora: bool = False
+    entry: int = 0
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -58,44 +60,6 @@ class LoraSpec:
     def scale(self) -> float:
         """The factor of the update B A x."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
-
-
-class Gate:
-    """Which rows of the running forward are MASK rows, and which adapter each uses.
-
-    All gated layers of a model share it.
-
-    Attributes:
-        rows: the MASK rows, a slice of the Q rows.
-        shape: B and Q of the running forward.
-        adapters: the number of adapters of the model.
-        adapter: int64 [MASK rows], the adapter of each MASK row; used if there are several.
-        merged: whether the linear layers' products include the update already.
-        free: indexes below `adapters` whose adapter was detached.
-    """
-
-    def __init__(self) -> None:
-        self.rows = NO_ROWS
-        self.shape: tuple[int, ...] = 1, -1
-        self.adapters = 1
-        self.adapter: Tensor | None = None
-        self.merged = False
-        self.free: set[int] = set()
-
-    @contextmanager
-    def open(self, rows: slice, shape: tuple[int, ...] = (1, -1)) -> Iterator[None]:
-        """Run a forward of tokens of `shape` [B, Q] whose MASK rows are `rows`, a slice of Q."""
-        self.rows, self.shape = rows, shape
-        try:
-            yield
-        finally:
-            self.rows = NO_ROWS
-
-    def select(self, x: Tensor) -> Tensor:
-        """The MASK rows of `x` [B, Q, ...], or [B Q, D] as some models flatten it, as a view."""
-        if x.dim() == 2:
-            x = x.view(*self.shape, x.shape[1])
-        return x[:, self.rows]
 
 
 class LowRank(NamedTuple):
@@ -132,8 +96,7 @@ class GatedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, Q, in] to [B, Q, out], or [B Q, in] to [B Q, out]."""
         y: Tensor = self.base(x)
-        rows = self.gate.rows
-        if rows.start == rows.stop or self.gate.merged:  # AR does not compute the adapter
+        if self.gate.shut or self.gate.merged:  # AR does not compute the adapter
             return y
         mask_x, mask_y = self.gate.select(x), self.gate.select(y)
         a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
@@ -195,13 +158,27 @@ class MaskEmbedding(nn.Module):
         """Embed tokens [B, Q]: [B, Q, D]. MASK rows get the MASK row of their adapter."""
         is_mask = tokens == self.mask_id
         rows: Tensor = self.base(tokens.masked_fill(is_mask, 0))  # MASK may be past the last row
+        if self.gate.entry and not self.gate.shut:
+            self.gate.entering = self._entering(rows)
+            return rows
         if not self.more:
             return torch.where(is_mask.unsqueeze(-1), self.mask_row.to(rows.dtype), rows)
         masks = self.gate.rows
         if masks == NO_ROWS:
             return rows
-        mask_rows = torch.stack([self.mask_row, *self.more])[self.gate.adapter]
+        mask_rows = self._of_adapters()
         return torch.cat([rows[:, : masks.start], mask_rows[None], rows[:, masks.stop :]], dim=1)
+
+    def _of_adapters(self) -> Tensor:
+        """The MASK row of each MASK row's adapter, [M, D]."""
+        return torch.stack([self.mask_row, *self.more])[self.gate.adapter]
+
+    def _entering(self, rows: Tensor) -> Tensor:
+        """The hidden states [B, M, D] with which MASK rows enter late, beside `rows` [B, Q, D]."""
+        if self.more:
+            return self._of_adapters()[None]
+        shape = self.gate.select(rows).shape
+        return self.mask_row.to(rows.dtype).expand(shape)
 
 
 def attach(model: PreTrainedModel, spec: LoraSpec | None, mask_id: int) -> Gate:
@@ -210,8 +187,8 @@ def attach(model: PreTrainedModel, spec: LoraSpec | None, mask_id: int) -> Gate:
     Without `spec`, adapter 0 changes no layer; others can be attached beside it.
 
     Raises:
-        InputError: a target names no linear layer of the model, or the MASK id is not in 0 to the
-            number of embedding rows.
+        InputError: a target names no linear layer of the model, the MASK id is not in 0 to the
+            number of embedding rows, or MASK rows cannot enter late.
     """
     embedding = model.get_input_embeddings()
     if not isinstance(embedding, nn.Embedding):
@@ -221,10 +198,12 @@ def attach(model: PreTrainedModel, spec: LoraSpec | None, mask_id: int) -> Gate:
         raise InputError(
             f"mask_token_id {mask_id} is outside 0..{rows}, the embedding's rows and one more"
         )
-    targets = () if spec is None else spec.targets
-    layers = [found for target in targets for found in _find_layers(model, target)]
-    model.requires_grad_(False)
+    targets, entry = ((), 0) if spec is None else (spec.targets, spec.entry)
+    layers = [found for target in targets for found in _find_layers(model, target, entry)]
     gate = Gate()
+    if entry:
+        enter_late(model, gate, entry)
+    model.requires_grad_(False)
     for parent, name, layer in layers:
         assert spec is not None  # noqa: S101
         setattr(parent, name, GatedLinear(layer, spec, gate))
@@ -232,37 +211,44 @@ def attach(model: PreTrainedModel, spec: LoraSpec | None, mask_id: int) -> Gate:
     return gate
 
 
-def all_linear(model: PreTrainedModel) -> tuple[str, ...]:
-    """The names of all linear layers in the backbone but the routers of experts: PEFT's
-    `all-linear`.
+def all_linear(model: PreTrainedModel, entry: int = 0) -> tuple[str, ...]:
+    """The names of all linear layers in the backbone, from layer `entry` on, but the routers of
+    experts: PEFT's `all-linear`.
 
     A layer of a list has a number for a name, which would be that of whole blocks too.
     """
-    backbone: nn.Module = model.base_model
-    paths = [
-        name.split(".") for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear)
-    ]
+    paths = [name.split(".") for name, _ in _linear_layers(model, entry)]
     names = (path[-1] for path in paths if ROUTERS.isdisjoint(path))
     return tuple(dict.fromkeys(name for name in names if not name.isdigit()))
 
 
-def _find_layers(model: PreTrainedModel, target: str) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """The backbone's linear layers named `target`: parent, name, layer.
+def _linear_layers(model: PreTrainedModel, entry: int) -> list[tuple[str, nn.Linear]]:
+    """The linear layers of the backbone from layer `entry` on, with their names in the model."""
+    inside, below = set(model.base_model.modules()), below_entry(model, entry)
+    return [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and layer in inside and not below(name)
+    ]
+
+
+def _find_layers(
+    model: PreTrainedModel, target: str, entry: int
+) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """The backbone's linear layers named `target`, from layer `entry` on: parent, name, layer.
 
     The output head is not in the backbone: it runs on selected rows, which the gate does not fit.
     """
-    backbone: nn.Module = model.base_model
     layers = [
-        (parent, name, child)
-        for parent in backbone.modules()
-        for name, child in parent.named_children()
-        if name == target and isinstance(child, nn.Linear)
+        (model.get_submodule(name.rpartition(".")[0]), target, layer)
+        for name, layer in _linear_layers(model, entry)
+        if name.rpartition(".")[2] == target
     ]
     if not layers:
-        what = type(backbone).__name__
+        what = type(model.base_model).__name__ + (f" from layer {entry} on" if entry else "")
         raise InputError(
             f"LoRA target {target!r} names no linear layer inside {what}; "
-            f"name some of {', '.join(all_linear(model))}"
+            f"name some of {', '.join(all_linear(model, entry))}"
         )
     return layers
 

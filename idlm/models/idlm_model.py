@@ -20,7 +20,8 @@ from idlm.errors import InputError
 from idlm.models import generation
 from idlm.models.architecture import context_length
 from idlm.models.attention import Cache, Visible
-from idlm.models.gated_lora import NO_ROWS, Gate, gated_layers
+from idlm.models.gate import NO_ROWS, Gate
+from idlm.models.gated_lora import gated_layers
 from idlm.models.head import head_of
 from idlm.models.heads import DraftHead
 from idlm.models.routes import routed
@@ -71,6 +72,11 @@ class Idlm:
     def can_draft(self) -> bool:
         """Whether the base or an adapter has a MASK row."""
         return self.gate is not None or self.mask_id < self.vocab_size
+
+    @property
+    def entry(self) -> int:
+        """The layer that MASK rows enter at, from 0."""
+        return 0 if self.gate is None else self.gate.entry
 
     @property
     def context(self) -> int:

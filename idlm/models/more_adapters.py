@@ -62,6 +62,11 @@ def read_more(idlm: Idlm, folder: Path) -> Loaded:
             f"adapter {str(folder)!r} has mask_token_id {mask}, the first one {idlm.mask_id}; "
             "serve it apart"
         )
+    if info.spec.entry != idlm.entry:
+        raise InputError(
+            f"adapter {str(folder)!r} has its entry at layer {info.spec.entry}, the first one at "
+            f"layer {idlm.entry}; serve it apart"
+        )
     try:
         # copies: a file that is mapped must not change
         tensors = {

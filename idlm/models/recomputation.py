@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from idlm.errors import InputError
-from idlm.models.gated_lora import Gate
+from idlm.models.gate import Gate
 from idlm.models.idlm_model import Idlm
 from idlm.models.routes import same_route
 
@@ -42,7 +42,7 @@ def _surroundings(
     gate: Gate,
 ) -> tuple[AbstractContextManager[object], AbstractContextManager[object]]:
     """Contexts for a layer's forward, which has what it needs, and for its recomputation."""
-    return nullcontext(), _again(same_route(), gate.open(gate.rows, gate.shape))
+    return nullcontext(), _again(same_route(), gate.open(gate.rows, gate.shape, gate.entering))
 
 
 @contextmanager

@@ -98,6 +98,17 @@ def same_route() -> AbstractContextManager[None]:
 
 
 @contextmanager
+def without_rows(rows: slice) -> Iterator[None]:
+    """Inside `routed`: run a layer on the forward's rows but `rows`. A cache has to know it."""
+    route = _route.get()
+    if route is None or route.visible is None:
+        yield
+        return
+    with _on(replace(route, visible=route.visible.without(rows))):
+        yield
+
+
+@contextmanager
 def _on(route: _Route) -> Iterator[None]:
     token = _route.set(route)
     calls: AbstractContextManager[object] = nullcontext()

@@ -42,12 +42,15 @@ class LoraConfig:
         rslora: scale it by `alpha` / sqrt(`rank`) instead (rank-stabilised LoRA, arXiv 2312.03732).
         targets: names of linear layers, such as `[q_proj, v_proj]`; or `all-linear`, all but the
             output head and the routers of experts.
+        entry: the layer, from 0, that MASK rows enter at; lower layers do not compute them, and
+            have no adapter.
     """
 
     rank: int = 32
     alpha: float = 64.0
     rslora: bool = False
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    entry: int = 0
 
 
 @dataclass(frozen=True)

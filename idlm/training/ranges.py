@@ -52,6 +52,7 @@ RANGES = {
     "model.max_model_len": Range(2),
     "lora.rank": Range(1, 2**16),
     "lora.alpha": POSITIVE,
+    "lora.entry": NOT_NEGATIVE,
     "head.size": COUNT,
     "head.top": COUNT,
     "data.examples": COUNT,

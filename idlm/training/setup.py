@@ -107,7 +107,7 @@ def warm_start(student: Trainee, folder: Path) -> None:
 
 
 def _same_shape(where: str, given: LoraSpec, wanted: LoraSpec) -> None:
-    for key in ("rank", "alpha", "targets"):
+    for key in ("rank", "alpha", "targets", "entry"):
         theirs, ours = getattr(given, key), getattr(wanted, key)
         if key == "targets":
             theirs, ours = sorted(theirs), sorted(ours)
@@ -151,9 +151,9 @@ def trainee(config: TrainConfig, idlm: Idlm) -> Trainee:
     """Attach the gated LoRA; or, for a full fine-tune, add the MASK row and make all weights
     trainable."""
     if config.method == "lora":
-        named = config.lora.targets
-        targets = all_linear(idlm.model) if named == ALL_LINEAR else tuple(named)
-        spec = LoraSpec(config.lora.rank, config.lora.alpha, targets, config.lora.rslora)
+        lora = config.lora
+        linear = all_linear(idlm.model, lora.entry) if lora.targets == ALL_LINEAR else lora.targets
+        spec = LoraSpec(lora.rank, lora.alpha, tuple(linear), lora.rslora, lora.entry)
         base = adapter.fingerprint(idlm.model)
         idlm.gate = attach(idlm.model, spec, idlm.mask_id)
         check_adapter(idlm)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from idlm.errors import InputError
 from idlm.models import attention
 from idlm.models.check import check_adapter
-from idlm.models.gated_lora import Gate, GatedLinear, LoraSpec, adapter_parameters, attach
+from idlm.models.gate import Gate
+from idlm.models.gated_lora import GatedLinear, LoraSpec, adapter_parameters, attach
 from idlm.models.idlm_model import Idlm
 from tests.models import tiny
 

@@ -48,9 +48,10 @@ def model(
     mask_id: int = MASK,
     tied: bool = True,
     window: int | None = None,
+    spec: LoraSpec = SPEC,
 ) -> Idlm:
-    """A random model; "lora" attaches a gated LoRA whose B is not zero, so that every trained value
-    has a gradient.
+    """A random model; "lora" attaches a gated LoRA of the shape `spec`, whose B is not zero, so
+    that every trained value has a gradient.
 
     Starcoder2, because its norms stay in float64: those of Llama and Qwen go through float32, which
     would hide errors.
@@ -61,7 +62,7 @@ def model(
     stock = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=dtype)
     idlm = Idlm(stock, None, mask_id, name="tiny")
     if method == "lora":
-        idlm.gate = attach(idlm.model, SPEC, mask_id)
+        idlm.gate = attach(idlm.model, spec, mask_id)
         for p in adapter_parameters(idlm.model).values():
             torch.nn.init.normal_(p, std=0.3)
     return idlm
