@@ -29,6 +29,7 @@ from idlm.training.losses import (
     row_terms,
     sum_in_chunks,
 )
+from idlm.training.path import draft_runs, walked
 
 EXCLUDED = -1e30
 """The logit of MASK, which is never emitted; finite, because 0 * infinity is NaN in the soft terms.
@@ -227,6 +228,20 @@ class Objective(nn.Module):
             found = torch.stack([torch.ones_like(accepted), accepted, agree])
             sums.index_add_(1, noisy.depth[part], found.double())
         return sums
+
+    @torch.no_grad()
+    def walk(self, texts: Texts, block_size: int) -> Tensor:
+        """`training.path.walked` of the texts, which takes the MASK rows of all b phases."""
+        half, clean = self.clean_half(texts)
+        noisy = self.noisy_rows(half, Wanted(block_size, clean=False, phases=block_size))
+        agree = [
+            self.log_law(clean[noisy.teacher[part]]).argmax(-1)
+            == self._drafted(noisy, part).argmax(-1)
+            for part in self.parts(noisy.hidden)
+        ]
+        of_phases = (block_size, len(noisy.depth) // block_size)
+        rows = (each.view(of_phases) for each in (torch.cat(agree), noisy.depth))
+        return walked(texts, *draft_runs(texts, *rows), block_size)
 
     def log_law(self, hidden: Tensor, before: Tensor | None = None) -> Tensor:
         """Log-probabilities [n, V] of hidden rows [n, D], in float32 or more; MASK has none.
