@@ -13,19 +13,15 @@ import json
 import os
 import sys
 import time
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.loss_memory import status
+from benchmarks.memory import alone, forget_the_peak, random_llama, random_texts, status
+from benchmarks.training_step import TARGETS
 from idlm.environment import environment
-from idlm.models.attention import NAME
-from idlm.models.gated_lora import LoraSpec, all_linear, attach
-from idlm.models.idlm_model import Idlm
+from idlm.models.gated_lora import LoraSpec
 from idlm.models.recomputation import recompute_layers
-from idlm.training.data import Draw, collate, exchange
 from idlm.training.layout import Texts
 from idlm.training.objective import Objective, Wanted
 
@@ -33,9 +29,8 @@ VOCABULARY, HIDDEN = 4096, 256
 
 
 def build(method: str, tokens: int, texts: int, layers: int) -> tuple[Objective, Texts]:
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "llama",
+    objective = random_llama(
+        LoraSpec(16, 32.0, TARGETS) if method == "lora" else None,
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         intermediate_size=3 * HIDDEN,
@@ -43,15 +38,8 @@ def build(method: str, tokens: int, texts: int, layers: int) -> tuple[Objective,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=tokens,
-        tie_word_embeddings=True,
     )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
-    idlm = Idlm(model, None, VOCABULARY - 1)
-    if method == "lora":
-        idlm.gate = attach(model, LoraSpec(16, 32.0, all_linear(model)), idlm.mask_id)
-    rows = torch.randint(VOCABULARY - 1, (texts, tokens)).tolist()
-    batch = collate([[Draw(0, exchange(row[:32], row[32:]), i)] for i, row in enumerate(rows)])
-    return Objective(idlm, trains_clean=method == "full").train(), batch.texts
+    return objective, random_texts(objective.idlm, texts, tokens, prompt=32)
 
 
 def step(method: str, recomputed: bool, shape: tuple[int, int, int]) -> dict[str, float]:
@@ -62,7 +50,7 @@ def step(method: str, recomputed: bool, shape: tuple[int, int, int]) -> dict[str
         recompute_layers(objective.idlm)
     wanted = Wanted(4, clean=method == "full")
     before, began = status("VmRSS"), time.process_time()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    forget_the_peak()
     terms = objective(texts, wanted)
     (terms.noisy + 0.2 * terms.clean).backward()
     seconds, trained = time.process_time() - began, objective.parameters()
@@ -83,8 +71,7 @@ def main() -> None:
     shape, figures = (options.tokens, options.texts, options.layers), []
     for method in ("lora", "full"):
         for recomputed in (False, True):
-            with get_context("spawn").Pool(1) as process:
-                found = process.apply(step, (method, recomputed, shape))
+            found = alone(step, method, recomputed, shape)
             figures.append({"method": method, "recomputed": recomputed, **found})
             print(figures[-1], file=sys.stderr)
     report = {"environment": environment(), "shape": shape, "figures": figures}

@@ -16,27 +16,19 @@ import os
 import tempfile
 import threading
 import time
-from pathlib import Path
 
 import torch
 import torch.multiprocessing as spawning
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from idlm.training.config import parse_config
+from benchmarks.memory import status
+from idlm.training.read_config import parse_config
 
 KINDS = {
     "whole in float32": None,
     "fsdp full, float32 masters": {"method": "full", "parallel": "fsdp"},
     "fsdp lora": {"method": "lora", "parallel": "fsdp"},
 }
-
-
-def anonymous() -> int:
-    """Anonymous memory of this process in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 def rank(index: int, port: int, folder: str, kind: str, peaks: dict[str, float]) -> None:
@@ -52,12 +44,12 @@ def rank(index: int, port: int, folder: str, kind: str, peaks: dict[str, float])
     tree = {"output_dir": folder, "model": {"path": folder}, "stages": stages, **changes}
     config = parse_config(tree)
     accelerator = processes.processes(config)
-    start, highest, done = anonymous(), 0, threading.Event()
+    start, highest, done = status("RssAnon"), 0, threading.Event()
 
     def watch() -> None:
         nonlocal highest
         while not done.is_set():
-            highest = max(highest, anonymous() - start)
+            highest = max(highest, status("RssAnon") - start)
             time.sleep(0.002)
 
     watcher = threading.Thread(target=watch)
@@ -73,7 +65,7 @@ def rank(index: int, port: int, folder: str, kind: str, peaks: dict[str, float])
     watcher.join()
     if index == 0:
         peaks[kind] = round(highest / 1e9, 3)
-        peaks[f"{kind}, at the end"] = round((anonymous() - start) / 1e9, 3)
+        peaks[f"{kind}, at the end"] = round((status("RssAnon") - start) / 1e9, 3)
     del model
 
 

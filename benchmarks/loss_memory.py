@@ -16,18 +16,14 @@ import argparse
 import json
 import os
 import sys
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.memory import alone, forget_the_peak, random_llama, random_texts, status
 from idlm.environment import environment
-from idlm.models.attention import NAME
-from idlm.models.gated_lora import LoraSpec, attach
-from idlm.models.idlm_model import Idlm
+from idlm.models.gated_lora import LoraSpec
 from idlm.training import losses
-from idlm.training.data import Draw, collate, exchange
 from idlm.training.layout import Texts
 from idlm.training.losses import RowWeights
 from idlm.training.objective import Objective, Wanted
@@ -39,10 +35,9 @@ WANTED = Wanted(4, clean=False, soft=True, weights=RowWeights(1.0, 1.0, 1.0, "dp
 
 def build(method: str, vocabulary: int, rows: int) -> tuple[Objective, Texts]:
     """A model and texts with `rows` MASK rows together."""
-    torch.manual_seed(0)
     length = rows // TEXTS + 2
-    config = AutoConfig.for_model(
-        "llama",
+    objective = random_llama(
+        LoraSpec(4, 8.0, ("q_proj", "v_proj")) if method == "lora" else None,
         vocab_size=vocabulary,
         hidden_size=HIDDEN,
         intermediate_size=HIDDEN,
@@ -50,22 +45,8 @@ def build(method: str, vocabulary: int, rows: int) -> tuple[Objective, Texts]:
         num_attention_heads=1,
         num_key_value_heads=1,
         max_position_embeddings=length,
-        tie_word_embeddings=True,
     )
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=NAME)
-    idlm = Idlm(model, None, vocabulary - 1)
-    if method == "lora":
-        idlm.gate = attach(model, LoraSpec(4, 8.0, ("q_proj", "v_proj")), idlm.mask_id)
-    tokens = torch.randint(vocabulary - 1, (TEXTS, length)).tolist()
-    draws = [[Draw(0, exchange(row[:1], row[1:]), phase)] for phase, row in enumerate(tokens)]
-    texts = collate(draws).texts
-    return Objective(idlm, trains_clean=method == "full"), texts
-
-
-def status(key: str) -> int:
-    """Bytes of this process by Linux: VmRSS is what it holds, VmHWM the most it held."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+    return objective, random_texts(objective.idlm, TEXTS, length, prompt=1)
 
 
 def peak(method: str, vocabulary: int, rows: int, whole: bool) -> int:
@@ -76,7 +57,7 @@ def peak(method: str, vocabulary: int, rows: int, whole: bool) -> int:
     if whole:
         losses.CHUNK["cpu"] = rows * vocabulary
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    forget_the_peak()
     objective(texts, WANTED).noisy.backward()
     return status("VmHWM") - before
 
@@ -98,8 +79,7 @@ def main() -> None:
                 logits = options.rows * vocabulary * 4
                 if whole and logits * COPIES > options.limit * 1e9:
                     continue
-                with get_context("spawn").Pool(1) as process:
-                    found = process.apply(peak, (method, vocabulary, options.rows, whole))
+                found = alone(peak, method, vocabulary, options.rows, whole)
                 row = {"method": method, "vocabulary": vocabulary, "whole": whole}
                 figures.append(row | {"logits_bytes": logits, "peak_bytes": found})
                 head = vocabulary * HIDDEN * 4

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.loss_memory import status
+from benchmarks.memory import status
 from idlm.environment import environment
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

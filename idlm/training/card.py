@@ -119,8 +119,8 @@ def _acceptance(facts: Facts) -> str:
     return "\n".join(
         [
             "## Acceptance by draft depth",
-            f"On held-out texts after step {measured['step']}, teacher-forced. Greedy decoding has "
-            f"{measured['tpf']:.2f} tokens per forward if drafts are accepted so.\n",
+            f"On held-out texts after step {measured['step']}, teacher-forced. Greedy decoding of "
+            f"them takes a forward for {measured['tpf']:.2f} tokens.\n",
             "| depth | accepted, greedy | sum min(p, q) |",
             "|---|---|---|",
             *rows,

@@ -196,10 +196,14 @@ def _keep_config(config: TrainConfig, file: Path, resumes: bool) -> str | None:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Write a file whole: a kill leaves the one before."""
+    """Write a file whole: a kill or an error leaves the one before."""
     staging = file.with_name(f".{file.name}.{os.getpid()}")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, file)
+    try:
+        staging.write_text(text, encoding="utf-8")
+        os.replace(staging, file)
+    except OSError:
+        staging.unlink(missing_ok=True)
+        raise
 
 
 def _same_config(old: Any, new: Any, where: str) -> None:

@@ -221,9 +221,10 @@ class TrainConfig:
         device: `auto` is a GPU if there is one.
         parallel: where a launcher starts several processes: each holds the whole model (`ddp`), or
             a part of every weight, gradient and optimizer state (`fsdp`); the arithmetic is the
-            same.
+            same, but for bfloat16.
         threads: of PyTorch on a CPU; null: its default.
-        bf16: compute in bfloat16; the weights stay as `model.dtype` says.
+        bf16: compute in bfloat16; the weights stay as `model.dtype` says. `fsdp` gathers them in
+            bfloat16 and sums gradients in float32.
         activation_checkpointing: compute each layer again for its gradient, which takes less memory
             and a third more time.
         batch_size: the most rows of a forward; 16 if `batch_tokens` is null too.

@@ -84,6 +84,21 @@ class Corpus:
         return Plan(lengths(self.training), self.shares, bounds, config.seed)
 
 
+def check_drafts(corpus: Corpus) -> None:
+    """Refuse texts that have nothing to draft: the MASK row of a response's last token predicts
+    nothing, so a response of one token has none.
+
+    Raises:
+        InputError: no response to train on, or none that is held out, has a second token.
+    """
+    for what, part in (("to train on", corpus.training), ("held out", corpus.held_out)):
+        if not any(stop - start > 1 for text in part for start, stop in text.answers):
+            raise InputError(
+                f"all responses {what} have one token, as that of {part[0].row}, and a draft needs "
+                "a second; give longer ones, or raise data.max_length if it cut them"
+            )
+
+
 def check_source(config: DataConfig) -> None:
     """Refuse an unknown `data.source` before anything is made or loaded."""
     known = (*SOURCES, "jsonl", "self")

@@ -18,8 +18,8 @@ BEST, LAST = "best", "last"
 
 
 def score(measured: Mapping[str, Any]) -> float:
-    """How good a held-out measurement is, larger is better: the implied TPF; for AR the negative
-    cross entropy."""
+    """How good a held-out measurement is, larger is better: the TPF along the texts; for AR the
+    negative cross entropy."""
     return float(measured["tpf"] if "tpf" in measured else -measured["held_out_ce"])
 
 

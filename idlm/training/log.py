@@ -27,6 +27,7 @@ from rich.progress import (
 
 from idlm.models.sources import first_line
 from idlm.training.checkpoint import replace_text
+from idlm.training.processes import writing
 
 METRICS = "metrics.jsonl"
 SHOWN = {
@@ -88,7 +89,9 @@ class Log:
         a step."""
         if self.main:
             self.entries = read_entries(self.file, step)
-            replace_text(self.file, "".join(json.dumps(entry) + "\n" for entry in self.entries))
+            with writing(self.file):
+                lines = "".join(json.dumps(entry) + "\n" for entry in self.entries)
+                replace_text(self.file, lines)
         shown, began = self.main and self.console.is_terminal, perf_counter()
         with Progress(*_columns(), console=self.console, disable=not shown) as bar:
             task = bar.add_task("train", total=steps, completed=step, figures="")
@@ -102,11 +105,15 @@ class Log:
             yield advance
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Add a report; its key `step` counts the optimizer steps taken."""
+        """Add a report; its key `step` counts the optimizer steps taken.
+
+        Raises:
+            InputError: it cannot be written.
+        """
         self.entries.append(entry)
         if not self.main:
             return
-        with self.file.open("a", encoding="utf-8") as out:
+        with writing(self.file), self.file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(entry) + "\n")
         line = "  ".join(f"{key} {_short(value)}" for key, value in entry.items())
         self.message(line if self.console.is_terminal else f"{line}  left {self._left}")

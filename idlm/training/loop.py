@@ -35,7 +35,7 @@ from idlm.training.log import Log, Meter
 from idlm.training.measure import measure
 from idlm.training.objective import Objective, Terms, Wanted
 from idlm.training.optimizer import learning_rate, optimizers
-from idlm.training.processes import is_sharded, prepare, together
+from idlm.training.processes import is_sharded, prepare, together, writing
 from idlm.training.setup import Trainee
 from idlm.training.state import Rows, State, Sums
 
@@ -243,8 +243,7 @@ class Trainer:
                 if self.accelerator.is_main_process:
                     state = json.dumps(asdict(self.state) | {"texts": self.plan.bounds.texts})
                     (folder / STATE).write_text(state, encoding="utf-8")
-        if self.accelerator.is_main_process:
-            keep(self.folder, self.state.best_step, self.config.keep_checkpoints)
+        self.keep()
         self.accelerator.wait_for_everyone()
 
     def load(self, folder: Path) -> None:
@@ -266,8 +265,13 @@ class Trainer:
         best = self.state.best_step
         if best is not None and not checkpoint.checkpoint_of(self.folder, best).exists():
             self.state.best = self.state.best_step = None
+        self.keep()
+
+    def keep(self) -> None:
+        """Link the best and the newest checkpoint, and remove the others."""
         if self.accelerator.is_main_process:
-            keep(self.folder, self.state.best_step, self.config.keep_checkpoints)
+            with writing(self.folder):
+                keep(self.folder, self.state.best_step, self.config.keep_checkpoints)
 
     def export(self, folder: Path) -> None:
         """Write the adapter or the whole model in its current state; all ranks take part."""

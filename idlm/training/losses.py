@@ -86,7 +86,12 @@ class _SumInChunks(torch.autograd.Function):
     def forward(
         ctx: Any, loss: ChunkLoss, parts: list[slice], hidden: Tensor, *trained: nn.Parameter
     ) -> tuple[Tensor, Tensor]:
-        ctx.gradients = [torch.zeros_like(each) for each in (hidden, *trained)]
+        # what FSDP gathered in bfloat16 has a gradient in it, but a sum of many would lose digits
+        sums_of = [torch.promote_types(each.dtype, torch.float32) for each in trained]
+        ctx.gradients = [
+            torch.zeros_like(each, dtype=dtype)
+            for each, dtype in zip((hidden, *trained), (hidden.dtype, *sums_of), strict=True)
+        ]
         of_rows, *of_trained = ctx.gradients
         totals = []
         for part in parts:
@@ -128,10 +133,11 @@ class _InPlace(TorchFunctionMode):
     ) -> Any:
         if func is F.linear and not kwargs and id(args[1]) in self._gradients:
             rows, weight, *bias = args
+            gradient = self._gradients[id(weight)]
             # autocast casts a leaf once for all chunks; rows without a gradient have no backward
-            plain = rows.dtype == weight.dtype and rows.requires_grad
+            plain = rows.dtype == weight.dtype == gradient.dtype and rows.requires_grad
             if plain and not torch.is_autocast_enabled(rows.device.type):
-                product = _Linear.apply(rows, weight.detach(), self._gradients[id(weight)])
+                product = _Linear.apply(rows, weight.detach(), gradient)
                 return product if not bias or bias[0] is None else product + bias[0]
         return func(*args, **(kwargs or {}))
 

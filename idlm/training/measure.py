@@ -26,12 +26,12 @@ def measure(
     step: int,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    """Alpha and argmax acceptance by draft depth, and the TPF that they imply; for AR the
+    """Alpha and argmax acceptance by draft depth, and what greedy decoding will see; for AR the
     cross-entropy.
 
-    Measured on the true text (teacher forced): acceptance at depth k is not conditioned on the
-    acceptance of the drafts before. The block size is that of the stage of step `step`. Each rank
-    measures its share of the texts.
+    Alpha and acceptance are of all drafts, reached or not. `training.path` has the others: it walks
+    along one of b texts in all b phases, which takes as long as the former. The block size is that
+    of the stage of step `step`. Each rank measures its share of the texts.
     """
     was_training = objective.training
     objective.eval()
@@ -59,10 +59,13 @@ def _shares(batches: int, accelerator: Accelerator) -> Iterator[tuple[int, int]]
 
 
 def _sums(objective: Objective, texts: Texts, config: TrainConfig, block_size: int) -> Tensor:
-    """Sums over one batch: [3, b] of `Objective.measure`; for AR [2]: rows and nats."""
+    """Sums over one batch: [3 b] of `Objective.measure` and [3 + 2 b] of `Objective.walk`; for AR
+    [2]: rows and nats."""
     texts = send_to_device(texts, objective.idlm.device)
     if config.objective == "idlm":
-        return objective.measure(texts, block_size)
+        some = Texts(*(part[::block_size] for part in texts))
+        path = objective.walk(some, block_size).to(texts.tokens.device)
+        return torch.cat([objective.measure(texts, block_size).flatten(), path.double()])
     rows = texts.supervised.sum()
     terms = objective(texts, Wanted(0, clean=True))
     return torch.stack([rows.double(), terms.clean.double()])
@@ -72,23 +75,15 @@ def summary(sums: Tensor, objective: str, block_size: int) -> dict[str, Any]:
     """The means of the sums of `measure`, by name."""
     if objective == "ar":
         return {"held_out_ce": float(sums[1] / sums[0])}
-    rows, alpha, agree = sums
-    shares = {
-        "alpha": (alpha / rows.clamp(min=1)).tolist(),
-        "acceptance": (agree / rows.clamp(min=1)).tolist(),
-    }
+    by_depth, path = sums[: 3 * block_size].view(3, block_size), sums[3 * block_size :]
+    rows, alpha, agree = by_depth
+    tokens, forwards, of_chain = path[:3].tolist()
+    reached, accepted = path[3:].view(2, block_size)
     return {
         "block_size": block_size,
-        **shares,
-        "tpf": tpf(shares["acceptance"]),
-        "tpf_sampled": tpf(shares["alpha"]),
+        "alpha": (alpha / rows.clamp(min=1)).tolist(),
+        "acceptance": (agree / rows.clamp(min=1)).tolist(),
+        "acceptance_reached": (accepted / reached.clamp(min=1)).tolist(),
+        "tpf": max(tokens, 1) / max(forwards, 1),
+        "tpf_chain": max(tokens, 1) / max(of_chain, 1),
     }
-
-
-def tpf(acceptance: list[float]) -> float:
-    """Tokens per forward with drafts for all outcomes: 1 + a_1 + a_1 a_2 + ... ."""
-    total = reached = 1.0
-    for share in acceptance:
-        reached *= share
-        total += reached
-    return total

@@ -28,6 +28,7 @@ from idlm.training.losses import (
     continuation,
     sum_in_chunks,
 )
+from idlm.training.path import draft_runs, walked
 from idlm.training.terms import Laws, log_law, weighted_terms
 
 
@@ -219,6 +220,20 @@ class Objective(nn.Module):
             found = torch.stack([torch.ones_like(accepted), accepted, agree])
             sums.index_add_(1, noisy.depth[part], found.double())
         return sums
+
+    @torch.no_grad()
+    def walk(self, texts: Texts, block_size: int) -> Tensor:
+        """`training.path.walked` of the texts, which takes the MASK rows of all b phases."""
+        half, clean = self.clean_half(texts)
+        noisy = self.noisy_rows(half, Wanted(block_size, clean=False, phases=block_size))
+        agree = [
+            self.log_law(clean[noisy.teacher[part]]).argmax(-1)
+            == self._drafted(noisy, part).argmax(-1)
+            for part in self.parts(noisy.hidden)
+        ]
+        of_phases = (block_size, len(noisy.depth) // block_size)
+        rows = (each.view(of_phases) for each in (torch.cat(agree), noisy.depth))
+        return walked(texts, *draft_runs(texts, *rows), block_size)
 
     @property
     def excluded(self) -> int | None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from idlm.training.config import OptimizerConfig
+from idlm.training.muon import Muon
 
 
 def optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
     """AdamW; or Muon for the hidden matrices and AdamW without weight decay for the rest.
 
-    Muon's update is scaled to the size of AdamW's (`match_rms_adamw`), so one learning rate serves
-    both.
+    Muon's update is scaled to the size of AdamW's, so one learning rate serves both.
     """
     lr, decay = config.lr, config.weight_decay
     if config.name == "adamw":
@@ -25,7 +24,7 @@ def optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
     matrices, rest = split_parameters(model)
     chosen: list[Optimizer] = []
     if matrices:
-        chosen.append(torch.optim.Muon(matrices, lr, decay, adjust_lr_fn="match_rms_adamw"))
+        chosen.append(Muon(matrices, lr, decay))
     if rest:
         chosen.append(AdamW(rest, lr, config.betas, weight_decay=0.0, fused=True))
     return chosen

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.optim import Optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -59,7 +59,7 @@ def processes(config: TrainConfig) -> Accelerator:
                 f"the launcher sets {name}, which a run does not read; turn it off there, and set "
                 "parallel: fsdp in the run's config to shard the model"
             )
-    plugin = _fsdp() if several and config.parallel == "fsdp" else None
+    plugin = _fsdp(config) if several and config.parallel == "fsdp" else None
     accelerator = Accelerator(
         cpu=config.device == "cpu" or not torch.cuda.is_available(),
         mixed_precision="no",
@@ -93,15 +93,26 @@ def processes(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def _fsdp() -> FullyShardedDataParallelPlugin:
+def _fsdp(config: TrainConfig) -> FullyShardedDataParallelPlugin:
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
+        mixed_precision_policy=gathered_types(config),
         reshard_after_forward=True,
         auto_wrap_policy="transformer_based_wrap",
         cpu_ram_efficient_loading=False,  # each rank maps the files and keeps its part
         cpu_offload=False,
         activation_checkpointing=False,
     )
+
+
+def gathered_types(config: TrainConfig) -> MixedPrecisionPolicy:
+    """What FSDP gathers and computes in, whatever type a rank holds its part in: bfloat16 with
+    `bf16`, else `model.dtype`. A float32 base whose files have 16 bits is held so and widened layer
+    by layer. Gradients are summed over ranks in float32 or more."""
+    held = {"float32": torch.float32, "float64": torch.float64}
+    computed = torch.bfloat16 if config.bf16 else held.get(config.model.dtype)
+    summed = None if computed is None else torch.promote_types(computed, torch.float32)
+    return MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=summed)
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -122,15 +133,16 @@ def prepare(
 ) -> tuple[nn.Module, list[AcceleratedOptimizer]]:
     """Wrap a model for data parallelism, with its optimizers.
 
-    FSDP gathers the weights of one decoder layer at a time, in `forward` and in `measure`. Trained
-    weights in 16 bits become float32; each rank widens its part.
+    FSDP gathers the weights of one decoder layer at a time, in `forward`, `measure` and `walk`.
+    Trained weights in 16 bits become float32; each rank widens its part.
     """
     if is_sharded(accelerator):
         layers = {type(m).__name__ for m in model.modules() if _is_layer(m)}
         accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = sorted(layers)
     wrapped, *rest = accelerator.prepare(model, *optimizers)
     if is_sharded(accelerator):
-        register_fsdp_forward_method(wrapped, "measure")
+        for method in ("measure", "walk"):
+            register_fsdp_forward_method(wrapped, method)
         if any(p.requires_grad and p.itemsize < 4 for p in wrapped.parameters()):
             wrapped.float()
     return wrapped, rest
@@ -162,6 +174,19 @@ def together(accelerator: Accelerator, what: str) -> Iterator[None]:
     problems = [each for each in gather_object([problem]) if each is not None]
     if problems:
         raise InputError(problems[0])
+
+
+@contextmanager
+def writing(what: str | Path) -> Iterator[None]:
+    """Write a file on one rank; its launcher stops the others.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(cannot_write(str(what), error)) from None
 
 
 def cannot_write(what: str, error: BaseException) -> str:

@@ -31,6 +31,7 @@ import idlm
 from idlm.environment import environment
 from idlm.training.checkpoint import replace_text
 from idlm.training.config import TrainConfig, WeightedPath
+from idlm.training.processes import writing
 from idlm.training.tables import Tables
 
 ENVIRONMENT = "environment.json"
@@ -50,6 +51,9 @@ def record(
         fingerprint: of the base.
         resume: the checkpoint that the run goes on from.
         files: the data's, with digests, as `training.origin` has them.
+
+    Raises:
+        InputError: it cannot be written.
     """
     file = Path(config.output_dir) / ENVIRONMENT
     entry = {
@@ -73,7 +77,8 @@ def record(
         },
     }
     entries = [*starts(file.parent), entry]
-    replace_text(file, json.dumps(entries, indent=1) + "\n")
+    with writing(file):
+        replace_text(file, json.dumps(entries, indent=1) + "\n")
 
 
 def starts(folder: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from idlm.models.adapter import fingerprint
 from idlm.training import length, setup
 from idlm.training.checkpoint import Prepared, prepare_folder, written_whole
 from idlm.training.config import TrainConfig
-from idlm.training.corpus import Corpus, check_source, corpus
+from idlm.training.corpus import Corpus, check_drafts, check_source, corpus
 from idlm.training.data import SOURCES
 from idlm.training.loop import Trainer
 from idlm.training.processes import alone, placement, processes
@@ -65,6 +65,8 @@ def _trainer(config: TrainConfig, accelerator: Accelerator, prepared: Prepared) 
         idlm = setup.base_model(config.model, *placement(accelerator))
     folder, resumed = Path(config.output_dir), prepared.resume is not None
     data = corpus(config.data, idlm, _draws(config, accelerator), folder, resumed)
+    if config.objective == "idlm":
+        check_drafts(data)
     if length.needs_texts(config):
         plan = data.plan(config, config.accumulation * accelerator.num_processes)
         config = length.in_steps(config, len(data.training), plan)

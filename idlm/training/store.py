@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -95,7 +96,31 @@ class Writer(AbstractContextManager["Writer"]):
         self.counts[name] += len(column)
 
 
-class Store(Sequence[Example]):
+class Documents(Sequence[Example], ABC):
+    """Documents that are read when they are asked for."""
+
+    @property
+    @abstractmethod
+    def lengths(self) -> Tensor:
+        """The tokens of each document."""
+
+    @abstractmethod
+    def document(self, at: int) -> Example:
+        """The document with the number `at`, which is in range."""
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self.document(at) for at in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.document(index % len(self))
+
+
+class Store(Documents):
     """The documents of a folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -120,19 +145,9 @@ class Store(Sequence[Example]):
 
     @property
     def lengths(self) -> Tensor:
-        """The tokens of each document."""
         return self._stops.diff(prepend=torch.zeros(1, dtype=torch.int64))
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        at = index % len(self)
+    def document(self, at: int) -> Example:
         places = iter(_part(self._answers, self._answer_stops, at))
         return Example(
             tokens=_part(self._tokens, self._stops, at),
@@ -141,7 +156,7 @@ class Store(Sequence[Example]):
         )
 
 
-class Chosen(Sequence[Example]):
+class Chosen(Documents):
     """Documents of a store by their indices, an integer tensor."""
 
     def __init__(self, store: Store, indices: Tensor) -> None:
@@ -150,24 +165,17 @@ class Chosen(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self.store[at] for at in self.indices[index].tolist()]
-        return self.store[int(self.indices[index])]
-
     @property
     def lengths(self) -> Tensor:
-        """The tokens of each document."""
         return self.store.lengths[self.indices]
+
+    def document(self, at: int) -> Example:
+        return self.store.document(int(self.indices[at]))
 
 
 def lengths(examples: Sequence[Example]) -> Tensor:
     """The tokens of each example, int64 [n]."""
-    if isinstance(examples, Chosen):
+    if isinstance(examples, Documents):
         return examples.lengths
     return torch.tensor([example.length for example in examples], dtype=torch.int64)
 

@@ -25,6 +25,7 @@ from idlm.models.sources import first_line
 from idlm.training.checkpoint import replace_text, step_of
 from idlm.training.config import TrainConfig
 from idlm.training.log import flat
+from idlm.training.processes import writing
 from idlm.training.strict import as_tree
 
 log = logging.getLogger("idlm")
@@ -48,7 +49,7 @@ def tracked(accelerator: Accelerator, config: TrainConfig, resume: Path | None) 
         resume: the checkpoint that the run goes on from.
 
     Raises:
-        InputError: a service cannot be started.
+        InputError: a service cannot be started, or the ids cannot be written.
     """
     if config.report_to and accelerator.is_main_process:
         _start(accelerator, config, resume)
@@ -94,5 +95,6 @@ def _ids(folder: Path) -> tuple[dict[str, Any], bool]:
     known = file.exists()
     ids = json.loads(file.read_text(encoding="utf-8")) if known else {}
     ids.setdefault("wandb", secrets.token_hex(4))
-    replace_text(file, json.dumps(ids))
+    with writing(file):
+        replace_text(file, json.dumps(ids))
     return ids, known

@@ -10,7 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,14 @@ CASES: dict[str, tuple[Change, list[str]]] = {
     "a byte order mark inside": (row("\ufeff" + json.dumps(ROW)), [LINE, "BOM"]),
     "half of a surrogate pair": (row('{"prompt": "a", "response": "\\ud800"}'), ["\\ud800"]),
     "an empty file": (raw(b""), ["0 rows"]),
+    "responses of one token": (
+        raw(b'{"prompt": [5, 6], "response": [7]}\n' * ROWS),
+        ["all responses to train on have one token", "data.jsonl line 1"],
+    ),
+    "one token held out": (
+        row({"prompt": [5], "response": [7]}),
+        ["all responses held out have one token", LINE],
+    ),
     "fewer rows than are held out": (keys(data__held_out=99), ["data.held_out is 99"]),
     "a folder without rows": (
         lambda place: ((place.folder / "e").mkdir(), keys(data__path=f"{place.folder}/e")(place)),
@@ -395,6 +404,49 @@ def test_training(case: str, checkpoint: Path, tmp_path: Path) -> None:
     assert {name: left.get(name) for name in there} == there, "something was overwritten"
     new = left.keys() - there.keys()
     assert not any(name.startswith(("run/final", "run/checkpoint")) for name in new)
+
+
+def padded(line: dict[str, Any], bytes_: int) -> str:
+    """A JSON object of so many bytes."""
+    return json.dumps(line | {"x": "x" * (bytes_ - len(json.dumps(line | {"x": ""})))})
+
+
+@contextmanager
+def full_disk(most: int) -> Iterator[None]:
+    """No file of this process may be longer than `most` bytes; Python ignores SIGXFSZ."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+FULL = {
+    # what the run's folder holds before, as an earlier start left it; and what cannot be written
+    "the config": ("config.yaml", None, 100),
+    "the environment": ("environment.json", f"[{padded({}, MOST_BYTES)}]\n", MOST_BYTES),
+    "figures, kept": ("metrics.jsonl", padded({"step": 0}, MOST_BYTES) + "\n", MOST_BYTES),
+    "figures, added": ("metrics.jsonl", padded({"step": 0}, MOST_BYTES - 9) + "\n", MOST_BYTES),
+}
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_training_on_a_full_disk(case: str, checkpoint: Path, tmp_path: Path) -> None:
+    name, held, most = FULL[case]
+    place = Place(tmp_path, checkpoint)
+    file = tmp_path / "run" / name
+    file.parent.mkdir()
+    if held is not None:
+        file.write_text(held)
+    command = [*place.ready(), "--log_steps=1"]
+    with full_disk(most):
+        refused(command, ["cannot", name if held else "output_dir", "File too large"])
+    left = file.read_text() if file.exists() else None
+    assert left == held if held is None else (left or "").startswith(held)
+    assert not {
+        p.name for p in file.parent.iterdir() if p.name.startswith((".conf", ".env", ".met"))
+    }
 
 
 def refused(command: list[str], words: list[str]) -> None:

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from transformers import get_scheduler
 
 from idlm.training.checkpoint import load_optimizers, save_optimizers
 from idlm.training.config import OptimizerConfig
+from idlm.training.muon import Muon
 from idlm.training.optimizer import learning_rate, optimizers, split_by_decay, split_parameters
 from tests.training import tiny
 
@@ -51,6 +53,24 @@ def test_one_learning_rate_reaches_all_parts_also_after_a_reload(tmp_path: Path,
     assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
     take_step(loaded, 0.1)
     assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_a_step_of_muon_is_pytorchs_bit_by_bit() -> None:
+    torch.manual_seed(0)
+    shapes, ours, theirs = [(8, 24), (24, 8), (16, 16)], list[nn.Parameter](), list[nn.Parameter]()
+    for shape in shapes:
+        ours.append(nn.Parameter(torch.randn(shape)))
+        theirs.append(nn.Parameter(ours[-1].detach().clone()))
+    muon = Muon(ours, 0.1, 0.01)
+    stock = torch.optim.Muon(theirs, 0.1, 0.01, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape)
+            other.grad = mine.grad.clone()
+        muon.step()
+        stock.step()
+        for mine, other in zip(ours, theirs, strict=True):
+            assert torch.equal(mine, other)
 
 
 def take_step(parts: list[Optimizer], rate: float) -> None:

@@ -37,6 +37,7 @@ KINDS = {
     "full": {**STAGE, "lambda": "auto"},
     "full without clean rows": {**STAGE, "lambda": 0},
     "lora": STAGE,
+    "full by Muon": {**STAGE, "lambda": 0.2},
 }
 TEXTS = 8
 """Texts of a step, however many ranks there are."""
@@ -48,11 +49,15 @@ def config(folder: Path, kind: str, ranks: int, **changes: Any) -> TrainConfig:
         folder,
         **{
             "method": kind.split()[0],
+            "model": {"path": "tiny", "dtype": "float64"},
             "stages": [KINDS[kind]],
             "batch_size": TEXTS // ranks // 2,
             "accumulation": 2,
             "eval_steps": 2,
-            "optimizer": {"lr": 1e-2, "warmup": 0, "grad_clip": 0.5},
+            "optimizer": {
+                "name": "muon" if "Muon" in kind else "adamw",
+                **{"lr": 1e-2, "warmup": 0, "grad_clip": 0.5},
+            },
             **changes,
         },
     )
@@ -118,6 +123,10 @@ def test_gradients_norms_and_reports_do_not_depend_on_the_ranks(folder: Path, ki
             # FSDP without clean rows reports them all the same
             for key in set(mine) - {"tokens_per_second", "memory_gib"}:
                 assert theirs[key] == pytest.approx(mine[key], rel=1e-9), (parallel, key)
+        if "Muon" in kind:  # whose updates are of one size, however small a gradient is
+            assert one["state"].keys() == two["state"].keys()
+            for name, tensor in one["state"].items():
+                assert torch.allclose(tensor, two["state"][name], rtol=0, atol=1e-10), name
 
 
 def resume(config: TrainConfig, saved: Path, out: Path) -> None:
