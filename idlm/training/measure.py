@@ -14,7 +14,7 @@ from idlm.training.config import TrainConfig
 from idlm.training.data import Example, Phased
 from idlm.training.layout import Texts
 from idlm.training.objective import Objective, Wanted
-from idlm.training.plan import Bounds, Drawn, batches
+from idlm.training.plan import Bounds, Drawn, Row, batches
 from idlm.training.store import lengths
 
 
@@ -42,7 +42,7 @@ def measure(
     texts = Phased(examples, config.seed, random_phase=True)
     planned = list(batches(rows, Bounds(config.batch_rows, config.batch_tokens)))
     sums = [
-        share * _sums(objective, texts.batch(planned[index]).texts, config, block_size)
+        share * _sums(objective, texts, planned[index], config, block_size)
         for index, share in _shares(len(planned), accelerator)
     ]
     objective.train(was_training)
@@ -58,13 +58,17 @@ def _shares(batches: int, accelerator: Accelerator) -> Iterator[tuple[int, int]]
         yield min(index, batches - 1), int(index < batches)
 
 
-def _sums(objective: Objective, texts: Texts, config: TrainConfig, block_size: int) -> Tensor:
+def _sums(
+    objective: Objective, data: Phased, drawn: Sequence[Row], config: TrainConfig, block_size: int
+) -> Tensor:
     """Sums over one batch: [3 b] of `Objective.measure` and [3 + 2 b] of `Objective.walk`; for AR
     [2]: rows and nats."""
-    texts = send_to_device(texts, objective.idlm.device)
+    texts = send_to_device(data.batch(drawn).texts, objective.idlm.device)
     if config.objective == "idlm":
-        some = Texts(*(part[::block_size] for part in texts))
-        path = objective.walk(some, block_size).to(texts.tokens.device)
+        # one of b texts, whatever the batches are; if this one has none, ranks still run together
+        chosen = [row for row, (each,) in enumerate(drawn) if each.draw % block_size == 0]
+        some = Texts(*(part[chosen or [0]] for part in texts))
+        path = bool(chosen) * objective.walk(some, block_size).to(texts.tokens.device)
         return torch.cat([objective.measure(texts, block_size).flatten(), path.double()])
     rows = texts.supervised.sum()
     terms = objective(texts, Wanted(0, clean=True))
