@@ -209,13 +209,12 @@ def _look(now: Figure, other: Figure) -> tuple[int, float]:
     """The number of steps of a look at another plan, and its expected cost in seconds against
     staying with the plan that runs.
 
-    From AR a look takes two steps: the first makes drafts, the second verifies them. AR makes no
-    drafts, so the step after a look at AR commits one token.
+    From AR a look takes two steps: the first makes drafts, the second verifies them. From another
+    plan it takes one, and the step after it verifies only what the look has drafted.
     """
     if now.plan == AR:
         steps, spent, gained = 2, 2 * other.seconds, 1 + other.tokens
-    elif other.plan == AR:
-        steps, spent, gained = 1, other.seconds + now.seconds, 2.0
     else:
-        steps, spent, gained = 1, other.seconds, min(other.tokens, now.tokens)
+        steps, spent = 1, other.seconds + now.seconds
+        gained = 2 * min(other.tokens, now.tokens)
     return steps, max(spent - gained / now.rate, 0.1 * other.seconds)

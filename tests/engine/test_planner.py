@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from idlm.decoding.costs import CostTable
-from idlm.decoding.plan import AR, Plan, expected_tokens
+from idlm.decoding.plan import AR, Plan, candidates, expected_tokens
 from idlm.engine.planner import LOOK_SHARE, Planner
 
 CHAIN = Plan(4, "chain")
@@ -132,6 +132,20 @@ def test_ar_is_tried_every_other_time() -> None:
     tried = [plan for plan in run(five, 4000, 1, slow) if plan != CHAIN]
     assert len(tried) >= 12 and {*tried} == {*slow} - {CHAIN}
     assert all((one == AR) != (other == AR) for one, other in zip(tried, tried[1:], strict=False))
+
+
+@pytest.mark.parametrize("batch, best", [(1, "chain-4"), (32, "ar")])
+def test_trials_cost_a_hundredth_of_the_time(batch: int, best: str) -> None:
+    """Each step verifies no more drafts than the step before has left."""
+    costs = {plan: 1 + 0.08 * plan.width * batch for plan in candidates(4)}
+    brought = {plan: expected_tokens(plan, [0.8]) for plan in costs}
+    all_plans = planner({plan: {batch: seconds} for plan, seconds in costs.items()})
+    plans = run(all_plans, 4000, batch, costs)
+    assert all_plans.current.name == best and len(set(plans)) > 1
+    pairs = zip(plans[:1] + plans, plans, strict=False)
+    tokens = sum(min(brought[before], brought[plan]) for before, plan in pairs)
+    rate = tokens / sum(costs[plan] for plan in plans)
+    assert rate >= 0.988 * brought[all_plans.current] / costs[all_plans.current]
 
 
 def test_likely_plans_come_first() -> None:
