@@ -87,7 +87,6 @@ def main() -> None:
             f"({ratios[0]:.2f}-{ratios[-1]:.2f})",
             flush=True,
         )
-        print(f"    {engine.planner.reason}", flush=True)
 
 
 if __name__ == "__main__":
