@@ -7,7 +7,8 @@ The seconds of a step of plan p for b requests are estimated as
 `drift` is the state of the machine and the load: other processes, clock rate, longer prefixes, a
 slower law. It is learned from the steps of the running plan. `own` is the error of the table for
 one plan. It is learned from the first steps after a switch to that plan and from trial steps, since
-the machine has hardly changed between the two.
+the machine has hardly changed between the two. A part of it counts at all batch sizes: an error at
+one size is likely to be one at others too, where the plan may not have been tried yet.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from idlm.decoding.plan import Plan
 
 OWN_RATE, DRIFT_RATE = 0.5, 0.1
 """Learning rates: the share of a step's log error that a correction takes over."""
+PLAN_SHARE = 0.5
+"""The part of a plan's own error that is taken over for all batch sizes."""
 MOST = log(2.0)
 """Bound on the log error of a single step, since a step may have waited for something else."""
 
@@ -112,7 +115,7 @@ class RunningCosts:
     def __init__(self, table: CostTable) -> None:
         self.table = table
         self._drift = 0.0
-        self._own: dict[tuple[Plan, int], float] = {}
+        self._own: dict[Plan | tuple[Plan, int], float] = {}
 
     def cost(self, batch: int, plan: Plan) -> float:
         """Corrected seconds per step.
@@ -120,9 +123,8 @@ class RunningCosts:
         Raises:
             KeyError: the plan was never measured.
         """
-        return self.table.cost(batch, plan) * exp(
-            self._drift + self._own.get(_key(plan, batch), 0.0)
-        )
+        own = self._own.get(plan, 0.0) + self._own.get(_key(plan, batch), 0.0)
+        return self.table.cost(batch, plan) * exp(self._drift + own)
 
     def costs(self, batch: int) -> Mapping[Plan, float]:
         """The corrected cost of every plan, for `choose`."""
@@ -133,8 +135,8 @@ class RunningCosts:
         error = log(seconds / self.cost(batch, plan))
         error = min(max(error, -MOST), MOST)
         if own:
-            key = _key(plan, batch)
-            self._own[key] = self._own.get(key, 0.0) + OWN_RATE * error
+            for key, share in ((plan, PLAN_SHARE), (_key(plan, batch), 1 - PLAN_SHARE)):
+                self._own[key] = self._own.get(key, 0.0) + OWN_RATE * share * error
         else:
             self._drift += DRIFT_RATE * error
 

@@ -6,8 +6,8 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -18,11 +18,11 @@ from idlm.engine.runner import Runner
 from idlm.kernels import native
 
 MEASURE_SECONDS = 3.0
-"""The time limit for measuring; on a GPU recording does not count. Batch sizes that were not
-measured get the costs of the nearest size."""
+"""The time limit for measuring, by the runner's clock; on a GPU recording does not count. Batch
+sizes that were not measured get their costs from those that were."""
 MEASURE_ROUNDS, KEPT_ROUNDS = 5, 3
-"""How often each plan is measured. The shortest time counts, since noise only adds time. A table
-with fewer than KEPT_ROUNDS rounds is not saved for the next start."""
+"""How often each plan is measured at each size. The shortest time counts, since noise only adds
+time. A table with fewer than KEPT_ROUNDS whole rounds is not saved for the next start."""
 
 
 def measured_costs(
@@ -31,28 +31,26 @@ def measured_costs(
     """Step costs of every plan at several batch sizes. They are read from the cache folder if this
     machine has measured them before.
 
-    The smallest and the largest batch size are measured first, then sizes between them, so that
-    the range is covered when the time is up. The steps of requests correct the other costs later.
+    The first round begins with the smallest and the largest batch size, so that the range is
+    covered if the time is up early. The steps of requests correct the costs later.
     """
     place = _cache_file(runner, plans, slots)
     if (known := _read(place)) is not None:
         return known
-    table, cuda, spent, rounds = CostTable(), runner.idlm.device.type == "cuda", 0.0, MEASURE_ROUNDS
-    for batch in _batches(slots, cuda):
-        best = dict.fromkeys(plans, float("inf"))
-        for number in range(MEASURE_ROUNDS):
-            for plan in plans:  # in turn, so that other load on the machine affects all alike
-                started = perf_counter()
-                step = runner.measure(plan, batch)
-                best[plan] = min(best[plan], step)
-                spent += step if cuda else perf_counter() - started
-            if spent > seconds:
-                rounds = min(rounds, number + 1)
-                break
-        for plan, least in best.items():
-            table.put(batch, plan, least)
+    table, cuda, spent = CostTable(), runner.idlm.device.type == "cuda", 0.0
+    best: dict[tuple[int, Plan], float] = {}
+    rounds = 0  # whole ones
+    for number, batch in product(range(MEASURE_ROUNDS), _batches(slots, cuda)):
+        rounds = number
         if spent > seconds:
             break
+        for plan in plans:  # in turn, so that other load on the machine affects all alike
+            started = runner.clock()
+            step = runner.measure(plan, batch)
+            best[batch, plan] = min(best.get((batch, plan), step), step)
+            spent += step if cuda else runner.clock() - started
+    for (batch, plan), least in best.items():
+        table.put(batch, plan, least)
     if rounds >= KEPT_ROUNDS:
         native.write_cache(place, table.to_json())
     return table
@@ -78,7 +76,7 @@ def _cache_file(runner: Runner, plans: Sequence[Plan], slots: int) -> Path:
     node = None if idlm.device.type == "cuda" else platform.node()  # a container's is not stable
     facts = [config, str(idlm.dtype), idlm.gate is not None, where, node, torch.__version__]
     linears = runner.model_step.products.linears
-    facts += [torch.get_num_threads(), slots, [plan.name for plan in plans]]
+    facts += [runner.clock.__name__, torch.get_num_threads(), slots, [plan.name for plan in plans]]
     facts += [] if linears is None else [linears.format, linears.drafts]
     facts.append(native.facts() if idlm.device.type == "cpu" and native.loaded() else None)
     key = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]

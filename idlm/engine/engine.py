@@ -238,10 +238,11 @@ class Engine:
         running = scheduler.decoding or scheduler.prefilling
         if not running:
             return False
+        prefilling = bool(scheduler.prefilling)  # then the planner learns nothing from the step
         plan = self.planner.choose(
             len(running),
-            any(request.drafting for request in running),
-            lambda plan: self.runner.ready(self._key(plan)),
+            sum(request.drafting for request in running),
+            lambda plan: not prefilling and self.runner.ready(self._key(plan)),
         )
         self._grow(plan)
         budget = self.budget.tokens(len(scheduler.decoding), len(scheduler.prefilling))
@@ -249,9 +250,10 @@ class Engine:
         requests = list(scheduler.decoding)
         if not requests and not prompts:
             return False
-        started = perf_counter()
+        started, used = perf_counter(), self.runner.clock()
         pending = self._run(plan, requests, [chunk for _, chunk in prompts])
-        self._count(plan, requests, prompts, perf_counter() - started)
+        self.metrics.device_seconds += perf_counter() - started
+        self._count(plan, requests, prompts, self.runner.clock() - used)
         self._in_flight.append(InFlight(pending, plan, requests, prompts, self._last))
         self._last = plan
         return True
@@ -278,7 +280,7 @@ class Engine:
     ) -> None:
         """Count a step in the metrics, and give its time to the budget and the planner."""
         batch, prompt_tokens = len(requests), sum(len(chunk.tokens) for _, chunk in prompts)
-        self.metrics.count_launch(plan, batch, prompt_tokens, seconds)
+        self.metrics.count_launch(plan, batch, prompt_tokens)
         self.budget.observe(plan, batch, prompt_tokens, seconds)
         guided = any(map(self._constraint, requests))
         if not prompts and not guided and self.runner.steady:
@@ -339,7 +341,8 @@ class Engine:
             done = request.finished or request.slot is None
             if done or (slot.committed == 0 and not slot.stuck):
                 continue
-            windows, tokens = windows + 1, tokens + slot.committed
+            if request.drafting:
+                windows, tokens = windows + 1, tokens + slot.committed
             for depth in range(min(slot.drafted, slot.accepted + 1)):
                 reached[depth] += 1
                 accepted[depth] += depth < slot.accepted

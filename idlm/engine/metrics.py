@@ -46,9 +46,8 @@ class Metrics:
         self.steps += 1
         self.step_seconds += seconds
 
-    def count_launch(self, plan: Plan, batch: int, prompt_tokens: int, seconds: float) -> None:
+    def count_launch(self, plan: Plan, batch: int, prompt_tokens: int) -> None:
         """Count a forward of `batch` windows and `prompt_tokens` prompt tokens."""
-        self.device_seconds += seconds
         if batch:
             self.decode_steps += 1
             self.rows += batch

@@ -36,8 +36,11 @@ class Planner:
     """Chooses the only plan, or the best of several by measured cost and running acceptance.
 
     Costs are measured when the engine starts. Every step corrects them. From time to time a step
-    tries another plan (a look): of the plans that could be the best, the least recently used. The
-    expected cost of looks stays below `LOOK_SHARE` of the time.
+    tries another plan (a look): in turn AR, and of the other plans that could be the best the least
+    recently used. The expected cost of looks stays below `LOOK_SHARE` of the time.
+
+    While no request drafts, AR is the current plan, and its steps correct the costs of all plans.
+    The next choice is then as free as the first one: no request has drafts to lose.
     """
 
     def __init__(self, plans: Sequence[Plan], costs: CostTable | None = None) -> None:
@@ -49,10 +52,11 @@ class Planner:
         self._brought = self._expected = GAIN_WEIGHT
         self._choice: Choice | None = None
         self._lost = 0.0
-        self._batch = 0
+        self._batch = (0, 0)
         self._age = 0
         self._settling = 0
         self._look: Plan | None = None
+        self._looked = False  # whether the last look was at AR
         self._look_steps = 0
         self._allowance = 0.0
         self._seen: dict[Plan, int] = {}
@@ -61,11 +65,14 @@ class Planner:
     @property
     def reason(self) -> str:
         """The reason for the current plan, in one line."""
-        return f"{self.current.name}: fixed" if self._choice is None else self._choice.reason
+        if self.costs is None:
+            return f"{self.current.name}: fixed"
+        return "ar: no request drafts" if self._choice is None else self._choice.reason
 
     @property
     def gain(self) -> float:
-        """The running share of the expected tokens beyond one per step that steps bring."""
+        """The running share of the expected tokens beyond one per step that steps bring to requests
+        that draft."""
         return self._brought / self._expected
 
     def likely(self, largest: int) -> list[Plan]:
@@ -83,53 +90,67 @@ class Planner:
     def choose(
         self,
         batch: int,
-        drafting: bool = True,
+        drafting: int,
         ready: Callable[[Plan], bool] = lambda _: True,
     ) -> Plan:
-        """The plan for a step of `batch` requests; AR if none of them is `drafting`.
+        """The plan for a step of `batch` requests, of which `drafting` draft; AR if none does.
 
-        `ready` tells whether a step with a plan runs at its full speed at once. Other plans are
-        not tried; they are only chosen.
+        `ready` tells whether a step with a plan runs at its full speed at once, and whether its
+        time would be observed. Other plans are not tried; they are only chosen.
         """
-        if not drafting:
-            return AR
         if self.costs is None:
-            return self.current
+            return self.current if drafting else AR
+        if not drafting:
+            self._rest()
+            return AR
         if self._look is not None and self._look_steps:
             self._look_steps -= 1
             return self._look
         self._look = None
         self._age += 1
-        if batch != self._batch or self._age >= CHOOSE_EVERY:
+        if (batch, drafting) != self._batch or self._age >= CHOOSE_EVERY:
             values, costs = self.acceptance.values, self.costs.costs(batch)
-            self._change(choose(self.plans, costs, values, self.gain))
-            self._batch, self._age = batch, 0
+            # the windows of requests that do not draft commit one token
+            self._change(choose(self.plans, costs, values, self.gain * drafting / batch))
+            self._batch, self._age = (batch, drafting), 0
             if self._start_look(ready):
                 self._look_steps -= 1
                 return self._look or self.current
         return self.current
+
+    def _rest(self) -> None:
+        """Make AR the current plan, until a request drafts again."""
+        self._settle(AR)
+        self._choice, self._look, self._batch = None, None, (0, 0)
+
+    def _settle(self, plan: Plan) -> None:
+        """Make `plan` the current one. Its first steps tell its cost beside that of the plan before
+        it, unless it is the first of all."""
+        if plan != self.current:
+            self._settling = SETTLING if self._steps else 0
+        self._lost, self.current = 0.0, plan
 
     def _change(self, choice: Choice) -> None:
         """Change to the best plan once the time lost without it has reached the price of the
         change. So plans of nearly the same speed do not alternate."""
         best = choice.figures[0]
         now = next(figure for figure in choice.figures if figure.plan == self.current)
-        # the first choice has nothing to lose: no request has drafts yet
+        # without an earlier choice there is nothing to lose: no request has drafts yet
         if self._choice is not None and best.plan != now.plan:
             self._lost += self._age * now.seconds * (1 - now.rate / best.rate)
             if self._lost < _price(now, best):
                 self._choice = choice.keep(now.plan)
                 return
-            self._settling = SETTLING
-        self._lost, self.current, self._choice = 0.0, best.plan, choice
+        self._settle(best.plan)
+        self._choice = choice
 
     def observe(self, reached: Sequence[int], accepted: Sequence[int]) -> None:
         """Count a step's reached and accepted drafts, by depth, of all requests."""
         self.acceptance.update(reached, accepted)
 
     def observe_tokens(self, plan: Plan, windows: int, tokens: int) -> None:
-        """Correct the gain with the tokens that a step's windows committed. Do not call it for a
-        step after AR, which left no drafts."""
+        """Correct the gain with the tokens that the windows of requests that draft committed in a
+        step. Do not call it for a step after AR, which left no drafts."""
         if self.costs is None or not plan.drafts:
             return
         expected = windows * (expected_tokens(plan, self.acceptance.values) - 1)
@@ -147,7 +168,8 @@ class Planner:
             self._settling -= 1
         self._steps += 1
         self._seen[plan] = self._steps
-        self._allowance += LOOK_SHARE * seconds
+        if self._choice is not None:
+            self._allowance += LOOK_SHARE * seconds
 
     def _start_look(self, ready: Callable[[Plan], bool]) -> bool:
         """Begin a look at another plan if its expected cost is within the allowance. True if it
@@ -159,13 +181,18 @@ class Planner:
         ]
         if not others:
             return False
-        other = min(others, key=lambda figure: self._seen.get(figure.plan, 0))
+
+        def order(figure: Figure) -> tuple[bool, int]:
+            # AR every other time, since no plan may be slower than AR
+            return self._looked == (figure.plan == AR), self._seen.get(figure.plan, 0)
+
+        other = min(others, key=order)
         steps, loss = _look(now, other)
         if loss > self._allowance:
             return False
         self._allowance -= loss
         self._look, self._look_steps = other.plan, steps
-        self._seen[other.plan] = self._steps
+        self._seen[other.plan], self._looked = self._steps, other.plan == AR
         return True
 
 
@@ -182,13 +209,12 @@ def _look(now: Figure, other: Figure) -> tuple[int, float]:
     """The number of steps of a look at another plan, and its expected cost in seconds against
     staying with the plan that runs.
 
-    From AR a look takes two steps: the first makes drafts, the second verifies them. AR makes no
-    drafts, so the step after a look at AR commits one token.
+    From AR a look takes two steps: the first makes drafts, the second verifies them. From another
+    plan it takes one, and the step after it verifies only what the look has drafted.
     """
     if now.plan == AR:
         steps, spent, gained = 2, 2 * other.seconds, 1 + other.tokens
-    elif other.plan == AR:
-        steps, spent, gained = 1, other.seconds + now.seconds, 2.0
     else:
-        steps, spent, gained = 1, other.seconds, min(other.tokens, now.tokens)
+        steps, spent = 1, other.seconds + now.seconds
+        gained = 2 * min(other.tokens, now.tokens)
     return steps, max(spent - gained / now.rate, 0.1 * other.seconds)

@@ -283,8 +283,11 @@ def test_one_step_that_waited_for_something_counts_little():
     assert costs.cost(1, AR) < 0.011
 
 
-def test_batches_are_corrected_apart():
+def test_an_error_at_one_batch_size_counts_half_at_others():
     costs = running_costs(0.01, 0.02)
-    for _ in range(6):
+    error = 0.08 / costs.cost(32, AR)
+    for _ in range(12):
         costs.observe(32, AR, 0.08, own=True)
-    assert costs.cost(32, AR) > 0.05 and costs.cost(1, AR) == pytest.approx(0.01)
+    assert costs.cost(32, AR) == pytest.approx(0.08, rel=0.05)
+    assert costs.cost(1, AR) == pytest.approx(0.01 * error**0.5, rel=0.05)
+    assert costs.cost(1, CHAIN) == 0.02

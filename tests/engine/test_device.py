@@ -191,14 +191,29 @@ def test_what_is_as_large_as_the_logits_is_copied_only_where_needed() -> None:
 def test_what_recording_takes_is_not_counted_on_a_gpu(
     device: str, batches: set[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    clock = [0.0]
+    monkeypatch.setattr(costs, "_cache_file", lambda *_: tmp_path / "costs")
+    table = costs.measured_costs(_measured(device, 1.0), [AR, Plan(2, "all")], 64, seconds=1.5)
+    assert {row["batch"] for row in table.to_json()} == batches
+
+
+@pytest.mark.parametrize("seconds, kept", [(1.5, False), (10.0, True)])
+def test_a_short_time_to_measure_covers_all_batch_sizes(
+    seconds: float, kept: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """All sizes are measured once before any is measured again."""
+    monkeypatch.setattr(costs, "_cache_file", lambda *_: tmp_path / "costs")
+    table = costs.measured_costs(_measured("cpu", 0.1), [AR, Plan(2, "all")], 64, seconds)
+    assert {row["batch"] for row in table.to_json()} == {1, 2, 4, 8, 16, 32, 64}
+    assert (tmp_path / "costs").exists() == kept
+
+
+def _measured(device: str, seconds: float) -> Any:
+    """A runner on whose clock each measurement takes so long; a step takes a millisecond."""
+    now = [0.0]
 
     def measure(plan: Plan, batch: int) -> float:
-        clock[0] += 1.0
+        now[0] += seconds
         return 1e-3
 
-    monkeypatch.setattr(costs, "_cache_file", lambda *_: tmp_path / "costs")
-    monkeypatch.setattr(costs, "perf_counter", lambda: clock[0])
-    fake = SimpleNamespace(idlm=SimpleNamespace(device=torch.device(device)), measure=measure)
-    table = costs.measured_costs(fake, [AR, Plan(2, "all")], 64, seconds=1.5)  # type: ignore[arg-type]
-    assert {row["batch"] for row in table.to_json()} == batches
+    model = SimpleNamespace(device=torch.device(device))
+    return SimpleNamespace(idlm=model, measure=measure, clock=lambda: now[0])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from idlm import LLM, Idlm, InputError, SamplingParams, load
 from idlm.config import EngineConfig, parse_memory
-from idlm.decoding.plan import Plan
+from idlm.decoding.plan import AR, Plan
 from idlm.engine.build import build_engine
 from idlm.engine.request import Terms
 from idlm.evaluation.simulation import simulate_acceptance
@@ -318,12 +319,13 @@ def test_the_first_to_decode_does_not_hold_up_the_many_that_came_with_it(
     """With the times of a machine that does nothing else: how many prompt tokens a step takes
     follows from them."""
     engine = LLM(nano, max_num_seqs=32, branches="all").engine
-    count = engine.metrics.count_launch
+    observe = engine.budget.observe
 
     def timed(plan: Plan, batch: int, prompt_tokens: int, seconds: float) -> None:
-        count(plan, batch, prompt_tokens, 2e-3 * bool(batch) + 5e-4 * batch + 5e-5 * prompt_tokens)
+        seconds = 2e-3 * bool(batch) + 5e-4 * batch + 5e-5 * prompt_tokens
+        observe(plan, batch, prompt_tokens, seconds)
 
-    monkeypatch.setattr(engine.metrics, "count_launch", timed)
+    monkeypatch.setattr(engine.budget, "observe", timed)
     params = SamplingParams(max_tokens=200, ignore_eos=True)
     engine.add([5] * 12, params, 0)
     while not engine.scheduler.decoding:
@@ -346,3 +348,27 @@ def test_where_nobody_wants_drafts_every_step_is_ar(nano: Idlm) -> None:
         )
         assert all(update.result is None or update.result.token_ids for update in engine.run())
         assert set(engine.metrics.plans) == plans
+
+
+def test_the_planner_learns_from_requests_that_draft_and_tries_plans_beside_no_prompt(
+    nano: Idlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = LLM(nano, stride=4, max_num_seqs=8).engine
+    planner, scheduler = engine.planner, engine.scheduler
+    choose, asked, windows = planner.choose, [], set()
+
+    def chosen(batch: int, drafting: int, ready: Callable[[Plan], bool]) -> Plan:
+        asked.append((batch, drafting, bool(scheduler.prefilling), ready(AR)))
+        choose(batch, drafting, ready)
+        return Plan(4, "all")
+
+    monkeypatch.setattr(planner, "choose", chosen)
+    monkeypatch.setattr(planner, "observe_tokens", lambda plan, count, tokens: windows.add(count))
+    monkeypatch.setattr(engine.runner, "ready", lambda key: True)
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    for drafting in (True, False, False):
+        engine.add([5] * 12, params, 0, Terms(drafting=drafting))
+    for _ in engine.run():
+        pass
+    assert (3, 1, False, True) in asked and all(before != ready for *_, before, ready in asked)
+    assert windows == {0, 1}  # 0 once the request that drafts has ended
