@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import psutil
@@ -18,6 +19,7 @@ from idlm.kernels.choice import choose_linears, drafts_pay
 from idlm.kernels.fused import OPERATORS, faster_operators
 from idlm.kernels.huge_pages import give_back
 from idlm.kernels.linears import Linears
+from idlm.kernels.merged import Merged
 from idlm.kernels.prefetch import choose_prefetch
 from idlm.models.idlm_model import Idlm
 
@@ -34,11 +36,18 @@ class Products:
 
     Attributes:
         linears: the linear layers as C kernels with a copy of the weights; None: PyTorch's.
+        merged: layers with the same input as one product of PyTorch's; on a GPU.
         fused: the operators for which recorded steps use C kernels.
     """
 
     linears: Linears | None = None
     fused: frozenset[str] = OPERATORS
+    merged: Merged | None = None
+
+    def use(self) -> AbstractContextManager[None]:
+        """A context for model code that multiplies by these kernels."""
+        products = self.linears or self.merged
+        return nullcontext() if products is None else products.use()
 
 
 def products_for(
@@ -61,7 +70,14 @@ def products_for(
         if drafting:
             _add_drafts(idlm, linears)
     floats = idlm.device.type == "cpu" and idlm.dtype == torch.float32
-    return Products(linears, _fused(idlm, shapes[0]) if floats else frozenset())
+    fused = _fused(idlm, shapes[0]) if floats else frozenset()
+    return Products(linears, fused, None if config.deterministic else merged(idlm))
+
+
+def merged(idlm: Idlm) -> Merged | None:
+    """The layers with the same input as one product, if the model is on a GPU. On a CPU the C
+    kernels do that; kernels of `deterministic` have a sum for each output anyway."""
+    return None if idlm.device.type == "cpu" else Merged(idlm.same_input())
 
 
 def free_weights(idlm: Idlm, linears: Linears) -> None:
