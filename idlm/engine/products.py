@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import psutil
@@ -20,6 +20,7 @@ from idlm.kernels.fused import OPERATORS, faster_operators
 from idlm.kernels.huge_pages import give_back
 from idlm.kernels.linears import Linears
 from idlm.kernels.merged import Merged
+from idlm.kernels.norms import Norms, rms_norms
 from idlm.kernels.prefetch import choose_prefetch
 from idlm.models.idlm_model import Idlm
 
@@ -36,18 +37,24 @@ class Products:
 
     Attributes:
         linears: the linear layers as C kernels with a copy of the weights; None: PyTorch's.
-        merged: layers with the same input as one product of PyTorch's; on a GPU.
+        merged: layers with the same input as one product of PyTorch's; norms: RMS norms as one
+            operator of PyTorch's. Both on a GPU alone.
         fused: the operators for which recorded steps use C kernels.
     """
 
     linears: Linears | None = None
     fused: frozenset[str] = OPERATORS
     merged: Merged | None = None
+    norms: Norms | None = None
 
-    def use(self) -> AbstractContextManager[None]:
-        """A context for model code that multiplies by these kernels."""
-        products = self.linears or self.merged
-        return nullcontext() if products is None else products.use()
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Run model code inside on these kernels."""
+        with ExitStack() as stack:
+            for kernels in (self.linears, self.merged, self.norms):
+                if kernels is not None:
+                    stack.enter_context(kernels.use())
+            yield
 
 
 def products_for(
@@ -71,13 +78,9 @@ def products_for(
             _add_drafts(idlm, linears)
     floats = idlm.device.type == "cpu" and idlm.dtype == torch.float32
     fused = _fused(idlm, shapes[0]) if floats else frozenset()
-    return Products(linears, fused, None if config.deterministic else merged(idlm))
-
-
-def merged(idlm: Idlm) -> Merged | None:
-    """The layers with the same input as one product, if the model is on a GPU. On a CPU the C
-    kernels do that; kernels of `deterministic` have a sum for each output anyway."""
-    return None if idlm.device.type == "cpu" else Merged(idlm.same_input())
+    if idlm.device.type == "cpu" or config.deterministic:
+        return Products(linears, fused)
+    return Products(linears, fused, Merged(idlm.same_input()), Norms(rms_norms(idlm.model)))
 
 
 def free_weights(idlm: Idlm, linears: Linears) -> None:

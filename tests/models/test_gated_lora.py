@@ -206,7 +206,7 @@ def test_a_second_adapter_is_refused() -> None:
 def test_the_way_of_few_launches_adds_the_same(
     adapters: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a GPU runs: the updates of all adapters by stacked matrices, into a slice of a product."""
+    """What a GPU runs: the updates of all adapters by stacked matrices."""
     torch.manual_seed(0)
     gate = Gate()
     layer = GatedLinear(nn.Linear(6, 5, dtype=torch.float64), LoraSpec(2, 3.0, ("x",)), gate)
