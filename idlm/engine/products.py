@@ -50,8 +50,10 @@ class Products:
     @contextmanager
     def use(self) -> Iterator[None]:
         """Run model code inside on these kernels."""
+        chosen: tuple[Linears | Merged | Norms | None, ...]
+        chosen = self.linears, self.merged, self.norms
         with ExitStack() as stack:
-            for kernels in (self.linears, self.merged, self.norms):
+            for kernels in chosen:
                 if kernels is not None:
                     stack.enter_context(kernels.use())
             yield

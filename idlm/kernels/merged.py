@@ -83,9 +83,9 @@ def _fit(layers: Sequence[nn.Linear]) -> bool:
     return len(layers) > 1 and len(biased) == len(kinds) == 1
 
 
-def _merge(parts: Sequence[nn.Parameter]) -> Tensor:
+def _merge(parts: Sequence[Tensor]) -> Tensor:
     """The parameters as slices of one tensor."""
     whole = torch.cat([part.detach() for part in parts])
-    for part, slice in zip(parts, whole.split([len(part) for part in parts]), strict=True):
-        part.data = slice
+    for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+        part.data = rows
     return whole

@@ -20,7 +20,7 @@ class Norms:
     """Computes the norms `modules`; see `rms_norms`."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.modules = list(modules)
+        self.modules: list[Any] = list(modules)
 
     @contextmanager
     def use(self) -> Iterator[None]:

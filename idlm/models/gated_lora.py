@@ -215,10 +215,8 @@ class GatedLinear(nn.Module):
         a = torch.cat([update.a for update in updates])
         b = torch.cat([update.b for update in updates], dim=1)
         ranks = [len(update.a) for update in updates]
-        (self.lora_A.data, *more_a), (self.lora_B.data, *more_b) = (
-            a.split(ranks),
-            b.split(ranks, dim=1),
-        )
+        self.lora_A.data, *more_a = a.split_with_sizes(ranks)
+        self.lora_B.data, *more_b = b.split_with_sizes(ranks, dim=1)
         self.more = [
             more._replace(a=a, b=b) for more, a, b in zip(self.more, more_a, more_b, strict=True)
         ]

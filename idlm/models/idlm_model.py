@@ -212,7 +212,7 @@ class Idlm:
         """The weights [N, K] of `same_input`, and that of the head. The matrices of adapters are
         not included."""
         groups = [[layer.weight for layer in group] for group in self.same_input()]
-        return [*groups, [self._output.weight]]  # type: ignore[list-item]
+        return [*groups, [self._output.weight]]
 
     def leave_file(self) -> None:
         """Copy all weights out of the memory-mapped checkpoint, which a single one would keep
