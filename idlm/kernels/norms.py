@@ -38,7 +38,8 @@ class Norms:
 @torch.no_grad()
 def rms_norms(model: nn.Module) -> list[nn.Module]:
     """The modules of the model that compute weight * x / rms(x). Their names say that they may, and
-    a few rows that they do: some families add 1 to the weight."""
+    a few rows that they do: some families add 1 to the weight, and in float64 transformers computes
+    in float32."""
     return [
         module
         for module in model.modules()
