@@ -17,7 +17,7 @@ SMOLLM   := $(MODELS)/SmolLM2-135M-Instruct
 FOREIGN := gcc-aarch64-linux-gnu=/usr/bin/aarch64-linux-gnu-gcc \
 	libc6-dev-arm64-cross=/usr/aarch64-linux-gnu/include/stdio.h qemu-user=/usr/bin/qemu-aarch64
 
-.PHONY: demo test test-lowest kernels-everywhere foreign-packages lint wheel bench cost-curve gpu-check soak server-faults server-bytes server-fuzz server-speed clients \
+.PHONY: demo test test-lowest kernels-everywhere foreign-packages lint wheel bench cost-curve gpu-check gpu-kernels soak server-faults server-bytes server-fuzz server-speed clients \
 	real-model peers vllm llamacpp models families docs clean
 .DELETE_ON_ERROR:
 
@@ -69,6 +69,9 @@ cost-curve: $(STAMP)
 
 gpu-check: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
+
+gpu-kernels: $(STAMP)
+	$(BIN)/python -m benchmarks.kernel_budgets $(ARGS)
 
 soak: $(STAMP)
 	IDLM_SCHEDULE_STEPS=250000 $(BIN)/python -m pytest tests/engine/test_schedules.py --timeout 0

@@ -430,6 +430,65 @@ def packing(report: Report) -> Iterator[str]:
     )
 
 
+def law(report: Report) -> Iterator[str]:
+    wanted = ("top_k", "top_p", "min_p")
+    yield from markdown(
+        ("vocabulary", "slots", "top-k, top-p, min-p", "sort, ms", "candidates, ms", "ratio"),
+        [
+            (
+                f"{row['vocabulary']:,}",
+                row["slots"],
+                ", ".join(f"{row[name]:g}" for name in wanted),
+                f"{row['sort']:.2f}",
+                f"{row['candidates']:.2f}",
+                f"{row['ratio']:.2f}",
+            )
+            for row in report["times"]
+        ],
+    )
+    yield ""
+    yield from markdown(
+        ("a row of 151,936, top-p", "MB touched", "comparisons", "the kernel's passes, MB"),
+        [
+            (
+                p,
+                f"{row['sort bytes'] / 1e6:.0f}, {row['candidates bytes'] / 1e6:.0f}",
+                f"{row['sort comparisons']:,}, {row['candidates comparisons']:,}",
+                f"{row['kernel passes']}, {row['kernel bytes'] / 1e6:.0f}",
+            )
+            for p, row in report["work"].items()
+        ],
+    )
+    yield ""
+    counts = ("rows", "sorted", "kept differ", "tokens differ")
+    yield from markdown(
+        ("rows of 151,936", *counts[:1], "sorted after all", *counts[2:]),
+        [(kind, *(row.get(name, 0) for name in counts)) for kind, row in report["same"].items()],
+    )
+
+
+def kernel_budgets(report: Report) -> Iterator[str]:
+    rows = report["kernels"]
+    cards = sorted({row["processor"] for row in rows})
+    by_kernel: dict[str, dict[int, Report]] = {}
+    for row in rows:
+        by_kernel.setdefault(row["kernel"], {})[row["processor"]] = row
+    yield from markdown(
+        ("kernel", *(f"sm_{card}" for card in cards)),
+        [
+            (
+                kernel,
+                *(
+                    f"{of['shared'] / 1024:.0f} / {of['registers']} / {of['stack']}"
+                    for card in cards
+                    if (of := found.get(card))
+                ),
+            )
+            for kernel, found in by_kernel.items()
+        ],
+    )
+
+
 def training_step(report: Report) -> Iterator[str]:
     rounds, ratio = report["rounds"], report["ratio"]
     yield from markdown(

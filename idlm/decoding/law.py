@@ -36,6 +36,9 @@ from idlm.params import SamplingParams
 Chooser = Callable[[Tensor, Settings, bool, Stream, Tensor], Tensor]
 """The signature of `choose`, which a GPU kernel implements too."""
 
+Filter = Callable[[Tensor, Settings, Features], Tensor]
+"""The signature of `filtered`, which `idlm.kernels.keep` implements without a sort."""
+
 
 def positions(position: Tensor, rows: int) -> Tensor:
     """The positions [B, R] of the tokens that the rows give."""
@@ -71,6 +74,43 @@ def choose(
     return scores.argmax(dim=-1)
 
 
+def filtered(scores: Tensor, settings: Settings, features: Features) -> Tensor:
+    """Set the tokens that top-k, top-p or min-p drop to -inf; the scores [B, R, V] of the others
+    do not change.
+
+    This is the definition, by a sort.
+    """
+    scaled = scores / divisor(settings)
+    if features.ranked:
+        dropped = past_rank(scaled, settings.top_k, settings.top_p)
+        scores, scaled = scores.masked_fill(dropped, NEVER), scaled.masked_fill(dropped, NEVER)
+    probabilities = scaled.softmax(dim=-1)  # of the tokens that are left
+    floor = settings.min_p[:, None, None] * probabilities.amax(dim=-1, keepdim=True)
+    return scores.masked_fill(probabilities < floor, NEVER)
+
+
+def past_rank(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The tokens that top-k, then top-p [B] drop: bool [B, R, V].
+
+    Tokens equal to the k-th are kept, so the order of equal scores has no influence. The most
+    likely token is always kept.
+    """
+    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
+    # [B, R, 1]: the k-th largest score of each row, with the slot's own k
+    kth = ordered.gather(2, (top_k - 1)[:, None, None].expand(-1, ordered.shape[1], 1))
+    ordered = ordered.masked_fill(ordered < kth, NEVER)
+    probabilities = ordered.softmax(dim=-1)
+    # the mass before a token: it is dropped if the tokens before it reach top_p already
+    mass_before = probabilities.cumsum(dim=-1) - probabilities
+    drop = (mass_before >= top_p[:, None, None]) | (ordered < kth)
+    return torch.zeros_like(drop).scatter(2, order, drop)  # back to the order of the vocabulary
+
+
+def divisor(settings: Settings) -> Tensor:
+    """The temperature [B, 1, 1]; 1 for greedy slots."""
+    return torch.where(settings.temperature > 0, settings.temperature, 1.0)[:, None, None]
+
+
 @dataclass(frozen=True)
 class Law:
     """The law of each slot in one step.
@@ -79,11 +119,13 @@ class Law:
         settings: the settings of the B slots.
         features: what any of the slots needs, `settings.features`.
         chooser: the implementation of `choose`; a GPU has a kernel.
+        filter: the implementation of `filtered`; an engine has one without a sort.
     """
 
     settings: Settings
     features: Features
     chooser: Chooser = choose
+    filter: Filter = filtered
 
     @classmethod
     def of_one(
@@ -125,7 +167,7 @@ class Law:
             scores = scores.masked_fill(settings.stop[:, None] & early[..., None], NEVER)
         if features.worded:
             scores = scores.masked_fill(completing(settings, ahead, logits.shape[1]), NEVER)
-        return _filtered(scores, settings, features) if features.filtered else scores
+        return self.filter(scores, settings, features) if features.filtered else scores
 
     def choose(self, scores: Tensor, stream: Stream, position: Tensor) -> Tensor:
         """Choose a token for each row of `scores` [B, R, V]: int64 [B, R]."""
@@ -140,7 +182,7 @@ class Law:
 
     def soft_log_p(self, scores: Tensor) -> Tensor:
         """Log-probabilities, float64 [B, R, V]; for greedy slots those at temperature 1."""
-        return (scores / _divisor(self.settings)).log_softmax(dim=-1)
+        return (scores / divisor(self.settings)).log_softmax(dim=-1)
 
     def raw_log_p(self, logits: Tensor) -> Tensor:
         """The model's own log-probabilities, float64 [B, R, V]: without any setting of the request
@@ -194,37 +236,3 @@ def _penalised(scores: Tensor, settings: Settings, ahead: Tensor | None) -> Tens
     scores = torch.where(seen, torch.where(scores > 0, scores / rate, scores * rate), scores)
     scores = scores - settings.frequency[:, None, None] * times.to(torch.float64)
     return scores - settings.presence[:, None, None] * (times > 0)
-
-
-def _filtered(scores: Tensor, settings: Settings, features: Features) -> Tensor:
-    """Set the tokens that top-k, top-p or min-p drop to -inf; the scores [B, R, V] of the others
-    do not change."""
-    scaled = scores / _divisor(settings)
-    if features.ranked:
-        dropped = _past_rank(scaled, settings)
-        scores, scaled = scores.masked_fill(dropped, NEVER), scaled.masked_fill(dropped, NEVER)
-    probabilities = scaled.softmax(dim=-1)  # of the tokens that are left
-    floor = settings.min_p[:, None, None] * probabilities.amax(dim=-1, keepdim=True)
-    return scores.masked_fill(probabilities < floor, NEVER)
-
-
-def _past_rank(scaled: Tensor, settings: Settings) -> Tensor:
-    """The tokens that top-k, then top-p drop: bool [B, R, V].
-
-    Tokens equal to the k-th are kept, so the order of equal scores has no influence. The most
-    likely token is always kept.
-    """
-    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
-    # [B, R, 1]: the k-th largest score of each row, with the slot's own k
-    kth = ordered.gather(2, (settings.top_k - 1)[:, None, None].expand(-1, ordered.shape[1], 1))
-    ordered = ordered.masked_fill(ordered < kth, NEVER)
-    probabilities = ordered.softmax(dim=-1)
-    # the mass before a token: it is dropped if the tokens before it reach top_p already
-    mass_before = probabilities.cumsum(dim=-1) - probabilities
-    drop = (mass_before >= settings.top_p[:, None, None]) | (ordered < kth)
-    return torch.zeros_like(drop).scatter(2, order, drop)  # back to the order of the vocabulary
-
-
-def _divisor(settings: Settings) -> Tensor:
-    """The temperature [B, 1, 1]; 1 for greedy slots."""
-    return torch.where(settings.temperature > 0, settings.temperature, 1.0)[:, None, None]

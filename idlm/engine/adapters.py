@@ -7,7 +7,6 @@ at once; its adapter is detached when no request uses it any more.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 from idlm.engine.products import Products
 from idlm.errors import InputError
@@ -61,7 +60,7 @@ class Adapters:
         index = attach_loaded(self.idlm, loaded)
         self.idlm.model.requires_grad_(False)  # a recording takes no tensor that wants a gradient
         try:
-            with nullcontext() if products.linears is None else products.linears.use():
+            with products.use():
                 check_adapter(self.idlm, index)
         except InputError:
             detach_loaded(self.idlm, index)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import psutil
@@ -18,6 +19,8 @@ from idlm.kernels.choice import choose_linears, drafts_pay
 from idlm.kernels.fused import OPERATORS, faster_operators
 from idlm.kernels.huge_pages import give_back
 from idlm.kernels.linears import Linears
+from idlm.kernels.merged import Merged
+from idlm.kernels.norms import Norms, rms_norms
 from idlm.kernels.prefetch import choose_prefetch
 from idlm.models.idlm_model import Idlm
 
@@ -34,11 +37,26 @@ class Products:
 
     Attributes:
         linears: the linear layers as C kernels with a copy of the weights; None: PyTorch's.
+        merged: layers with the same input as one product of PyTorch's; norms: RMS norms as one
+            operator of PyTorch's. Both on a GPU alone.
         fused: the operators for which recorded steps use C kernels.
     """
 
     linears: Linears | None = None
     fused: frozenset[str] = OPERATORS
+    merged: Merged | None = None
+    norms: Norms | None = None
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Run model code inside on these kernels."""
+        chosen: tuple[Linears | Merged | Norms | None, ...]
+        chosen = self.linears, self.merged, self.norms
+        with ExitStack() as stack:
+            for kernels in chosen:
+                if kernels is not None:
+                    stack.enter_context(kernels.use())
+            yield
 
 
 def products_for(
@@ -61,7 +79,10 @@ def products_for(
         if drafting:
             _add_drafts(idlm, linears)
     floats = idlm.device.type == "cpu" and idlm.dtype == torch.float32
-    return Products(linears, _fused(idlm, shapes[0]) if floats else frozenset())
+    fused = _fused(idlm, shapes[0]) if floats else frozenset()
+    if idlm.device.type == "cpu" or config.deterministic:
+        return Products(linears, fused)
+    return Products(linears, fused, Merged(idlm.same_input()), Norms(rms_norms(idlm.model)))
 
 
 def free_weights(idlm: Idlm, linears: Linears) -> None:

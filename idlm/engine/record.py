@@ -32,7 +32,7 @@ Replay = Callable[..., tuple[Tensor, ...]]
 
 WARM = {"cpu": 4, "cuda": 1}
 """How often a step runs before it is recorded. A recording takes as long as dozens of steps."""
-MOST_GRAPHS = 64
+MOST_GRAPHS = 60
 """The most CUDA graphs that are kept. The least recently used graph is dropped first."""
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from idlm.config import EngineConfig
+from idlm.decoding.law import filtered
 from idlm.decoding.plan import AR, Plan
 from idlm.decoding.settings import Features, Settings
 from idlm.engine.guide import Constraint, GuidedRows
@@ -36,7 +37,8 @@ WARM_UP = 2
 MEASURE_PREFIX = 256
 """The cached tokens of each window when step costs are measured."""
 SHORT_CONTEXT = 512
-"""The smallest context of a CUDA graph, in tokens. Each larger context is four times as long."""
+"""The smallest context of a CUDA graph, in tokens, if the context matters. Each larger one is four
+times as long."""
 
 
 @dataclass
@@ -161,10 +163,9 @@ class Runner:
         matchers: Sequence[Constraint | None],
     ) -> StepResult:
         """Run windows, and the pieces of prompts in the same forward."""
-        slots = slots or [self.slots.spare]
-        batch, tokens = (
-            (_round_up(len(slots)), _context(tokens)) if self._graphs else (len(slots), tokens)
-        )
+        slots, batch = slots or [self.slots.spare], max(1, len(slots))
+        if self._graphs:
+            key, batch, tokens = self._shared(key), _round_up(batch), self._context(tokens)
         columns = min(self.model_step.cache.columns(tokens), self.slots.state.table.shape[1])
         rows = self._on_device([*slots, *[self.slots.spare] * (batch - len(slots))])
         taken = torch.arange(columns, device=self.idlm.device)
@@ -174,6 +175,20 @@ class Runner:
             )
             return self.model_step.step(key, rows, taken, prompts, guided)
         return self._steps.step(key, rows, taken, prompts)
+
+    def _shared(self, key: StepKey) -> StepKey:
+        """The key of a CUDA graph that serves this step too. A graph for sampling also filters, if
+        that takes a kernel and no sort: it copies the scores of slots without a filter."""
+        features, by_sort = key.features, self.model_step.rules[1] is filtered
+        if by_sort or not (features.sampled or features.filtered):
+            return key
+        return replace(key, features=replace(features, sampled=True, filtered=True, ranked=True))
+
+    def _context(self, tokens: int) -> int:
+        """The tokens of a graph's page tables. A kernel that takes pieces reads no page past a
+        prefix, so a single graph serves all contexts."""
+        whole = self.model_step.cache.backend.takes_pieces
+        return self.idlm.context if whole else _context(tokens)
 
     def _on_device(self, numbers: Sequence[int]) -> Tensor:
         return staged(numbers, self.idlm.device)
@@ -228,8 +243,11 @@ class Runner:
 
 
 def _round_up(number: int) -> int:
-    """The next of 1, 2, 4, 8, 16, 24, 32, 40, ..."""
-    return 1 << (number - 1).bit_length() if number <= 8 else -(-number // 8) * 8
+    """The next of 1, 2, 4, 8, 16, 24, 32, 48, 64, ..."""
+    if number <= 8:
+        return 1 << (number - 1).bit_length()
+    step = 8 if number <= 32 else 16
+    return -(-number // step) * step
 
 
 def _context(tokens: int) -> int:

@@ -38,7 +38,7 @@ from idlm.engine.prefill import PrefillBatch
 from idlm.engine.products import Products
 from idlm.engine.slots import Slots, State, select, store
 from idlm.kernels.batch_invariant import batch_invariant
-from idlm.kernels.choose import chooser
+from idlm.kernels.keep import rules
 from idlm.models.gate import NO_ROWS, Gate
 from idlm.models.idlm_model import Idlm
 
@@ -153,7 +153,7 @@ class ModelStep:
         verify: the rule that accepts drafts: `idlm.decoding.verify.verify`, unless a bench
             simulates acceptance.
         kernels: a context for every step: batch-invariant kernels if the engine is deterministic.
-        chooser: chooses tokens on the model's device.
+        rules: choose and filter tokens on the model's device.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class ModelStep:
         self.products = products
         self.verify: Verify = verify
         self.kernels = batch_invariant if deterministic else nullcontext
-        self.chooser = chooser(idlm.device)
+        self.rules = rules(idlm.device)
         self._tables: dict[Plan, WindowTables] = {}
 
     def tables(self, plan: Plan) -> WindowTables:
@@ -197,13 +197,13 @@ class ModelStep:
 
         `columns` [C] are the page-table columns that the slots' texts occupy.
         """
-        with self.kernels(), self._multiplied():
+        with self.kernels(), self.products.use():
             return self._step(key, slots, columns, prompts, guided)
 
     def prefill(self, prompts: PrefillBatch) -> Tensor:
         """Prefill prompt tokens without windows; returns their hidden states [T, D]."""
         context = StepContext([self._pieces(prompts)])
-        with self.kernels(), self._multiplied():
+        with self.kernels(), self.products.use():
             return self._hidden(prompts.tokens, prompts.positions, context)
 
     def _step(
@@ -291,10 +291,6 @@ class ModelStep:
         finally:
             gate.merged = False
 
-    def _multiplied(self) -> AbstractContextManager[None]:
-        linears = self.products.linears
-        return nullcontext() if linears is None else linears.use()
-
     def _verify(
         self,
         key: StepKey,
@@ -306,7 +302,7 @@ class ModelStep:
     ) -> Verified:
         """Verify the drafts by the slots' laws, and choose the tokens that follow."""
         features, log_q = key.features, self.slots.log_q
-        law, own = Law(select(self.settings, slots, features), features, self.chooser), logits
+        law, own = Law(select(self.settings, slots, features), features, *self.rules), logits
         if guided is not None:
             logits = guided.restrict(logits, drafts.tokens, drafts.valid)
         if log_q is not None and features.ratio and drafts.tokens.shape[1]:

@@ -109,6 +109,16 @@ def _attend(  # type: ignore[no-untyped-def]
     tl.store(out + offset, mixed / tl.where(total > 0, total, 1.0)[:, None], mask=alive)
 
 
+def keys_of(size: int, dtype: torch.dtype) -> int:
+    """Keys of a block, which must fit shared memory; the same on every GPU."""
+    return 16 if size > 128 or dtype == torch.float32 else 32
+
+
+def stages_of(size: int, dtype: torch.dtype) -> int:
+    """Stages of the loop over keys; two would not fit shared memory if numbers are large."""
+    return 1 if size > 128 and dtype == torch.float32 else 2
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -125,7 +135,6 @@ def attend(
     batch, width, heads, size = query.shape
     pages, table, lengths = prefix
     groups, fold = key.shape[2], heads // key.shape[2]
-    keys = 16 if query.dtype == torch.float32 else 32  # fits shared memory at head size 256
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     _attend[batch * groups, width](
         query.contiguous(), key.contiguous(), value.contiguous(),
@@ -133,7 +142,8 @@ def attend(
         *base_2(scores), pages.stride(0), table.shape[1], width, scores.window or 0,
         WINDOWED=scores.window is not None, CAPPED=scores.softcap is not None,
         SINKS=scores.sinks is not None, PAGE=pages.shape[2], G=groups, F=fold, E=size,
-        HEADS=max(16, triton.next_power_of_2(fold)), KEYS=keys,
-        SIZE=max(16, triton.next_power_of_2(size)), num_warps=4, num_stages=2,
+        HEADS=max(16, triton.next_power_of_2(fold)), KEYS=keys_of(size, query.dtype),
+        SIZE=max(16, triton.next_power_of_2(size)), num_warps=4,
+        num_stages=stages_of(size, query.dtype),
     )  # fmt: skip
     return out

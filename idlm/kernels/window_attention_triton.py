@@ -239,11 +239,12 @@ def base_2(scores: Scores) -> tuple[float, float]:
 def tile_sizes(rows: int, size: int, dtype: torch.dtype) -> tuple[int, int]:
     """Query rows and keys of a tile.
 
-    float32 gets half of both: it needs twice the shared memory, and tf32x3 is three products.
+    float32 gets half of both: it needs twice the shared memory, and tf32x3 is three products. The
+    tiles of every size fit the 99 KiB of consumer GPUs (`benchmarks.kernel_budgets`).
     """
     divisor = 2 if dtype == torch.float32 else 1
-    keys = 64 if size <= 128 else 32
-    return min(64 // divisor, max(16, triton.next_power_of_2(rows))), keys // divisor
+    keys, most = (64, 64 // divisor) if size <= 128 else (32, 64 // divisor**2)
+    return min(most, max(16, triton.next_power_of_2(rows))), keys // divisor
 
 
 def split_number(programs: int, prefix: int, keys: int, processors: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 NO_ROWS = slice(0, 0)
@@ -36,6 +37,8 @@ class Gate:
         self.adapter: Tensor | None = None
         self.merged = False
         self.free: set[int] = set()
+        self._factors: dict[tuple[tuple[int, float], ...], Tensor] = {}
+        self._columns: dict[tuple[tuple[int, float], ...], tuple[Tensor, Tensor]] = {}
 
     @property
     def shut(self) -> bool:
@@ -51,7 +54,23 @@ class Gate:
         try:
             yield
         finally:
-            self.rows, self.entering = NO_ROWS, None
+            self.rows, self.entering, self._factors = NO_ROWS, None, {}
+
+    def factors(self, columns: tuple[tuple[int, float], ...], dtype: torch.dtype) -> Tensor:
+        """For each MASK row and each of the `columns`, (adapter, scale): the scale if the row's
+        adapter is that of the column, else 0. The layers of a forward share it."""
+        if columns not in self._factors:
+            assert self.adapter is not None  # noqa: S101
+            place = self.adapter.device
+            if columns not in self._columns:
+                numbers, scales = zip(*columns, strict=True)
+                self._columns[columns] = (
+                    torch.tensor(numbers, device=place),
+                    torch.tensor(scales, device=place, dtype=dtype),
+                )
+            owner, scale = self._columns[columns]
+            self._factors[columns] = self.adapter[:, None].eq(owner) * scale
+        return self._factors[columns]
 
     def select(self, x: Tensor) -> Tensor:
         """The MASK rows of `x` [B, Q, ...], or [B Q, D] as some models flatten it, as a view."""

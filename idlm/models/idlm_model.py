@@ -197,13 +197,13 @@ class Idlm:
             if isinstance(layer, nn.Linear)
         ]
 
-    def linear_groups(self) -> list[list[Tensor]]:
-        """The weights [N, K] of the linear layers and the head, in groups with the same input.
+    def same_input(self) -> list[list[nn.Linear]]:
+        """The linear layers of the backbone, in groups with the same input.
 
-        The layers of `SAME_ROWS` share a group; every other layer is a group of its own. A shared
-        weight is listed once. The matrices of adapters are not included.
+        The layers of `SAME_ROWS` share a group; every other layer is a group of its own. A layer
+        with a shared weight is listed once.
         """
-        groups: dict[object, dict[int, Tensor]] = {}
+        groups: dict[object, dict[int, nn.Linear]] = {}
         for name, layer in self.linear_layers():
             parent, _, last = name.removesuffix(".base").rpartition(".")
             key = (
@@ -211,8 +211,14 @@ class Idlm:
                 next((names for names in SAME_ROWS if last in names), last),
                 layer.in_features,
             )
-            groups.setdefault(key, {})[id(layer.weight)] = layer.weight
-        return [*(list(group.values()) for group in groups.values()), [self._output.weight]]
+            groups.setdefault(key, {})[id(layer.weight)] = layer
+        return [list(group.values()) for group in groups.values()]
+
+    def linear_groups(self) -> list[list[Tensor]]:
+        """The weights [N, K] of `same_input`, and that of the head. The matrices of adapters are
+        not included."""
+        groups = [[layer.weight for layer in group] for group in self.same_input()]
+        return [*groups, [self._output.weight]]
 
     def leave_file(self) -> None:
         """Copy all weights out of the memory-mapped checkpoint, which a single one would keep

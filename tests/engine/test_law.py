@@ -132,7 +132,7 @@ def test_the_kernel_obeys_the_law(
         raise AssertionError("the PyTorch twin made noise")
 
     monkeypatch.setattr(law, "gumbel", never)
-    monkeypatch.setattr(step, "chooser", lambda device: counted)
+    monkeypatch.setattr(step, "rules", lambda device: (counted, law.filtered))
     check(decode(idlm, plan, list(REQUESTS.values()), record=False), plan, letters)
     assert used
 

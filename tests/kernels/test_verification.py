@@ -11,8 +11,8 @@ from torch import Tensor
 
 from idlm import SamplingParams
 from idlm.decoding import reference
-from idlm.decoding.law import Law, choose
-from idlm.decoding.noise import Stream
+from idlm.decoding.law import Law, choose, positions
+from idlm.decoding.noise import MANTISSA, Stream, gumbel
 from idlm.decoding.settings import Settings
 from idlm.decoding.verify import Drafts, draft, verify
 from idlm.kernels import choose as kernels_choose
@@ -174,3 +174,35 @@ def test_verification_and_drafting_use_the_choice() -> None:
             assert ours is twin is None or torch.equal(ours, twin)
         proposed, plain = (draft(law, logits, position) for law in laws)
         assert torch.equal(proposed[0], plain[0])
+
+
+def test_the_error_of_the_rough_noise_is_below_its_bound() -> None:
+    """At the ends, where 1 - u has no digits in float32, where the series takes over, between."""
+    triton_rows()
+    from idlm.kernels import choose_triton
+    from tests.kernels.rough import noises
+
+    top, near = 2**MANTISSA, 2 ** (MANTISSA - 6)
+    ends = [0, 1, 2, 3, 2**20, 2**28, top // 2, near, top - near]
+    bits = torch.tensor(sorted({bit + step for bit in ends for step in (-2, -1, 0, 1)} - {-2, -1}))
+    bits = torch.cat([bits, top - 1 - bits[bits < top]])
+    random = torch.Generator().manual_seed(0)
+    shifts = torch.randint(0, MANTISSA, (4000,), generator=random)
+    some = torch.randint(0, top, (4000,), generator=random) >> shifts
+    exact, rough = noises(torch.cat([bits, some, top - 1 - some]).clamp(0, top - 1).to(DEVICE))
+    assert (exact - rough.to(torch.float64)).abs().max() < choose_triton.BOUND.value / 16
+
+
+@pytest.mark.parametrize("heat", [0.0625, 40.0])
+def test_tokens_that_float32_cannot_tell_apart_are_told_apart(heat: float) -> None:
+    """Every token reaches the same, but for less than float32 sees."""
+    vocab = 3000
+    rows, _, position = table(vocab, vocab, [SamplingParams(temperature=heat)] * 4)
+    at = positions(position, ROWS)
+    noise = gumbel(rows.keys[:, Stream.TOKEN], at, rows.steps)
+    random = torch.Generator().manual_seed(1)
+    apart = torch.randint(0, 1000, noise.shape, generator=random).to(DEVICE) * 1e-9 * heat
+    scores = apart - heat * noise
+    twin = choose(scores, rows, True, Stream.TOKEN, position)
+    assert len(twin.unique()) == twin.numel()
+    assert torch.equal(triton_choose(scores, rows, Stream.TOKEN, position, splits=2), twin)

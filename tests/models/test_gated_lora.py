@@ -13,7 +13,7 @@ from idlm.errors import InputError
 from idlm.models import attention
 from idlm.models.check import check_adapter
 from idlm.models.gate import Gate
-from idlm.models.gated_lora import GatedLinear, LoraSpec, adapter_parameters, attach
+from idlm.models.gated_lora import GatedLinear, LoraSpec, LowRank, adapter_parameters, attach
 from idlm.models.idlm_model import Idlm
 from tests.models import tiny
 
@@ -194,3 +194,32 @@ def test_a_second_adapter_is_refused() -> None:
     _, adapted = pair("llama")
     with pytest.raises(InputError, match="has an adapter already"):
         attach(adapted.model, SPEC, tiny.VOCAB)
+
+
+@pytest.mark.parametrize("adapters", [1, 3])
+def test_the_way_of_few_launches_adds_the_same(
+    adapters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU runs: the updates of all adapters by stacked matrices."""
+    torch.manual_seed(0)
+    gate = Gate()
+    layer = GatedLinear(nn.Linear(6, 5, dtype=torch.float64), LoraSpec(2, 3.0, ("x",)), gate)
+    nn.init.normal_(layer.lora_B)
+    for number, rank in enumerate([3, 1][: adapters - 1], start=1):
+        matrices = torch.randn(rank, 6).double(), torch.randn(5, rank).double()
+        layer.more.append(LowRank(number, *matrices, 0.5 * number))
+    gate.adapters, gate.adapter = adapters, torch.arange(4) % adapters
+    x = torch.randn(1, 7, 6, dtype=torch.float64)
+    with torch.no_grad(), gate.open(slice(3, 7), (1, 7)):
+        expected, weights = layer(x), layer.merged()
+        monkeypatch.setattr(GatedLinear, "_launches_few", lambda *_: True)
+        assert torch.allclose(layer(x), expected, atol=1e-12)
+        assert torch.equal(layer(x)[:, :3], expected[:, :3])
+        assert torch.allclose(layer(x), expected, atol=1e-12), "and again, from the slices"
+        assert all(map(torch.equal, layer.merged(), weights))
+        if adapters > 1:  # another adapter in the same place
+            matrices = torch.randn(4, 6).double(), torch.randn(5, 4).double()
+            layer.more[0] = LowRank(1, *matrices, 2.0)
+            few = layer(x)
+            monkeypatch.undo()
+            assert torch.allclose(few, layer(x), atol=1e-12) and not torch.equal(few, expected)
