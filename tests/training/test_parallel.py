@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import resource
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ KINDS = {
     "full": {**STAGE, "lambda": "auto"},
     "full without clean rows": {**STAGE, "lambda": 0},
     "lora": STAGE,
+    "lora with a late entry": STAGE,
 }
 TEXTS = 8
 """Texts of a step, however many ranks there are."""
@@ -49,6 +51,7 @@ def config(folder: Path, kind: str, ranks: int, **changes: Any) -> TrainConfig:
         **{
             "method": kind.split()[0],
             "stages": [KINDS[kind]],
+            "lora": {"entry": int("late" in kind)},
             "batch_size": TEXTS // ranks // 2,
             "accumulation": 2,
             "eval_steps": 2,
@@ -59,11 +62,12 @@ def config(folder: Path, kind: str, ranks: int, **changes: Any) -> TrainConfig:
 
 
 def trainer(config: TrainConfig) -> Trainer:
-    idlm = tiny.model(config.method)
+    spec = replace(tiny.SPEC, entry=config.lora.entry)
+    idlm = tiny.model(config.method, spec=spec)
     rows = tiny.examples()
     student = Trainee(idlm)
     if config.method == "lora":
-        student = Trainee(idlm, tiny.SPEC, fingerprint(idlm.model))
+        student = Trainee(idlm, spec, fingerprint(idlm.model))
     return Trainer(config, processes(config), student, Corpus(rows[:-4], rows[-4:], 0))
 
 
