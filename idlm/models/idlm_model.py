@@ -239,8 +239,10 @@ class Idlm:
 
     def weights_below_entry(self) -> set[int]:
         """The ids of the weights of the layers that compute no MASK rows."""
-        layers = decoder_layers(self.model)[1][: self.entry] if self.entry else []
-        return {id(weight) for layer in layers for weight in layer.parameters()}
+        if not self.entry:
+            return set()
+        layers = decoder_layers(self.model)[1][: self.entry]
+        return {id(weight) for weight in layers.parameters()}
 
     def adapter_weights(self) -> list[tuple[Tensor, list[Tensor]]]:
         """The weight of each adapted layer, with A [r, in] and B [out, r] of its adapters."""
