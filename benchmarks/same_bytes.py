@@ -78,15 +78,15 @@ def real_tokens(idlm: Idlm) -> list[int]:
 
 def named(name: str, dtype: str) -> Idlm:
     """A checkpoint, `FOLDER+ADAPTER` with an adapter, or a new random model such as `random-
-    qwen3`, `sliding-gemma2-5` with the sliding window 5, or `chained-mlp-qwen3` with a random draft
-    head."""
+    qwen3`, `sliding-gemma2-5` with the sliding window 5, `chained-mlp-qwen3` with a random draft
+    head, or `late-mlp-qwen3` whose MASK rows skip the first layer too."""
     family = name.removeprefix("random-")
     if family in CLASSES and family != name:
         return tiny_idlm(family)
     kind, _, family = name.partition("-")
     head, _, of = family.partition("-")
-    if kind == "chained" and head in KINDS and of in CLASSES:
-        idlm = tiny_idlm(of)
+    if kind in ("chained", "late") and head in KINDS and of in CLASSES:
+        idlm = tiny_idlm(of, entry=int(kind == "late"))
         idlm.draft_heads[0] = random_head(idlm.model, HeadSpec(head, 6, 7))
         return idlm
     family, _, window = family.rpartition("-")

@@ -17,7 +17,7 @@ C columns of a page table, S = C * page prefix tokens that a table can hold.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -64,6 +64,14 @@ class Segment:
     def width(self) -> int:
         """W, the rows of a window; undefined for chunks."""
         return self.cache_rows.shape[1] + self.num_masks
+
+    def without_masks(self) -> Segment:
+        """The same segment for a layer without MASK rows."""
+        if not self.num_masks:
+            return self
+        real = self.cache_rows.shape[1]
+        visible = None if self.visible is None else self.visible[:, :real]
+        return replace(self, visible=visible, num_masks=0)
 
     def windows(self) -> list[Segment]:
         """A segment of chunks as segments of one causal window each, since their widths differ."""

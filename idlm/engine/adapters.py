@@ -57,14 +57,14 @@ class Adapters:
             raise InputError(f"adapter {name!r} is loaded already; unload it first")
         if len(self._numbers) + len(self.retired) >= MOST:
             raise InputError(f"there are {MOST} adapters, the most; unload one first")
-        index = attach_loaded(self.idlm, loaded)
-        self.idlm.model.requires_grad_(False)  # a recording takes no tensor that wants a gradient
-        try:
-            with products.use():
+        with products.use():
+            index = attach_loaded(self.idlm, loaded)
+            self.idlm.model.requires_grad_(False)  # a recording wants no gradients
+            try:
                 check_adapter(self.idlm, index)
-        except InputError:
-            detach_loaded(self.idlm, index)
-            raise
+            except InputError:
+                detach_loaded(self.idlm, index)
+                raise
         self._numbers[name] = index
 
     def remove(self, name: str) -> None:

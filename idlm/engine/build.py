@@ -42,8 +42,6 @@ def build_engine(
     Raises:
         InputError: an option cannot be used with this model or on this machine.
     """
-    if idlm.entry:
-        raise InputError("adapters with a late entry cannot decode yet; use one with entry 0")
     plans = _plans(idlm, config)
     idlm.model.requires_grad_(False)
     depth = max(plan.drafts for plan in plans)

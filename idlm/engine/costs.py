@@ -74,7 +74,8 @@ def _cache_file(runner: Runner, plans: Sequence[Plan], slots: int) -> Path:
         else platform.processor()
     )
     node = None if idlm.device.type == "cuda" else platform.node()  # a container's is not stable
-    facts = [config, str(idlm.dtype), idlm.gate is not None, where, node, torch.__version__]
+    facts = [config, str(idlm.dtype), idlm.gate is not None, idlm.entry]
+    facts += [where, node, torch.__version__]
     linears = runner.model_step.products.linears
     facts += [runner.clock.__name__, torch.get_num_threads(), slots, [plan.name for plan in plans]]
     facts += [] if linears is None else [linears.format, linears.drafts]

@@ -55,8 +55,10 @@ class KVCache:
         self.pages = [like.new_zeros(2, pages, page_size, groups, size) for _ in shapes]
         self.backend = choose(self.pages[0], heads, deterministic)
         self._segments: list[Segment] = []
-        self._prepared: dict[int | None, list[tuple[int, Any]]] = {}
-        """By sliding window: flat rows and metadata of each segment."""
+        self._entry = 0
+        self._prepared: dict[tuple[int | None, bool], list[tuple[int, Any]]] = {}
+        """By sliding window, and whether there are MASK rows: flat rows and metadata of each
+        segment."""
 
     def columns(self, tokens: int) -> int:
         """The number of page-table columns that `tokens` tokens need."""
@@ -83,11 +85,13 @@ class KVCache:
         )
         return Segment(table, batch.starts, rows, ends=batch.ends, widths=batch.widths)
 
-    def prepare(self, segments: Sequence[Segment]) -> None:
-        """Set the segments of the next forward, in the order of its rows."""
+    def prepare(self, segments: Sequence[Segment], entry: int) -> None:
+        """Set the segments of the next forward, in the order of its rows. Its MASK rows are in the
+        layers from `entry` on."""
         if not self.backend.takes_pieces:
             segments = [window for segment in segments for window in segment.windows()]
         self._segments, self._prepared = list(segments), {}
+        self._entry = entry if any(segment.num_masks for segment in segments) else 0
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores
@@ -98,7 +102,8 @@ class KVCache:
             self.pages[layer],
             QKV(*(rows[0].transpose(0, 1) for rows in (query, key, value))),
         )
-        prepared = self._prepared.get(scores.window) or self._prepare(scores.window)
+        at = scores.window, layer >= self._entry
+        prepared = self._prepared.get(at) or self._prepare(*at)
         if len(prepared) == 1:
             return self.backend.attend(prepared[0][1], pages, qkv, scores)[None]
         mixed, start = [], 0
@@ -108,10 +113,9 @@ class KVCache:
             start = start + size
         return torch.cat(mixed)[None]
 
-    def _prepare(self, window: int | None) -> list[tuple[int, Any]]:
-        """What all layers with this sliding window share."""
-        prepared = [
-            (segment.size, self.backend.prepare(segment, window)) for segment in self._segments
-        ]
-        self._prepared[window] = prepared
+    def _prepare(self, window: int | None, masks: bool) -> list[tuple[int, Any]]:
+        """What all layers share with this sliding window, with MASK rows or without."""
+        segments = [each if masks else each.without_masks() for each in self._segments]
+        prepared = [(segment.size, self.backend.prepare(segment, window)) for segment in segments]
+        self._prepared[window, masks] = prepared
         return prepared

@@ -146,12 +146,16 @@ def _no_kernels(device: torch.device, dtype: torch.dtype, deterministic: bool) -
 def _add_drafts(idlm: Idlm, linears: Linears) -> None:
     """Add int8 weights for MASK rows if they fit and make steps faster on this machine."""
     adapters = 1 if idlm.gate is None else idlm.gate.adapters
-    size, free = adapters * _multiplied(idlm), psutil.virtual_memory().available
-    beside = idlm.adapter_weights()
+    lower = idlm.weights_below_entry()
+    used = [w for layer in linears.layers for w in layer.group if id(w) not in lower]
+    size = adapters * sum(weight.numel() for weight in used)
+    free, beside = psutil.virtual_memory().available, idlm.adapter_weights()
+    ranks = {id(weight): 0 for weight in used}
+    ranks |= {id(weight): sum(m.shape[0] for m in low[::2]) for weight, low in beside}
     if size > DRAFT_SHARE * free:
         why = "int8 weights of their own would take %.0f MiB, over a quarter of what is free"
         log.info(f"MASK rows: the model's weights and the adapter; {why}", size / 2**20)
-    elif drafts_pay(linears, {id(w): sum(m.shape[0] for m in low[::2]) for w, low in beside}):
+    elif drafts_pay(linears, ranks):
         linears.add_drafts(idlm.mask_weights())
         return
     if linears.format == "float32":

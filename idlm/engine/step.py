@@ -278,7 +278,7 @@ class ModelStep:
     def _entered(self, context: StepContext) -> Iterator[None]:
         """Set attention, gate and products for model code that runs on the rows of `context`."""
         if context.segments:
-            self.cache.prepare(context.segments)
+            self.cache.prepare(context.segments, self.idlm.entry)
         gate, linears, adapter = self.idlm.gate or Gate(), self.products.linears, context.adapter
         drafting: AbstractContextManager[None] = nullcontext()
         if adapter is not None:

@@ -210,16 +210,16 @@ def drafts_pay(linears: Linears, ranks: Mapping[int, int]) -> bool:
     adapter; the log has both times.
 
     Args:
-        ranks: the sum of the ranks of a layer's adapters, by the id of its weight.
+        ranks: the sum of the ranks of a layer's adapters, by the id of its weight; those that have
+            none are multiplied by no MASK row.
     """
     merged = separate = 0.0
     timed: dict[object, tuple[float, float]] = {}
     for layer in linears.layers:
-        key = (
-            tuple(layer.widths),
-            layer.shape,
-            tuple(ranks.get(id(weight), 0) for weight in layer.group),
-        )
+        if id(layer.group[0]) not in ranks:
+            continue
+        of_group = tuple(ranks[id(weight)] for weight in layer.group)
+        key = (tuple(layer.widths), layer.shape, of_group)
         if key not in timed:
             timed[key] = _time_drafts(layer, key[2])
         merged, separate = merged + timed[key][0], separate + timed[key][1]

@@ -158,14 +158,14 @@ class Linears:
             self._by_weight |= {id(weight): layer for weight in group}
 
     def add_drafts(self, merged: Callable[[Tensor], Sequence[Tensor]]) -> None:
-        """Give MASK rows int8 weights; `merged(weight)` is the weight of each adapter, merged."""
+        """Give MASK rows int8 weights; `merged(weight)` is the weight of each adapter, merged; none
+        if no MASK row is multiplied by it."""
         format = draft_format()
-        built = [
-            stacked(_by_adapter([merged(weight) for weight in layer.group]), format)
-            for layer in self.layers
-        ]
+        weights = [[merged(weight) for weight in layer.group] for layer in self.layers]
+        given = [(layer, each) for layer, each in zip(self.layers, weights, strict=True) if each[0]]
+        built = [stacked(_by_adapter(each), format) for _, each in given]
         memory = in_huge_pages([codes for codes, _ in built])
-        for layer, codes, (_, scales) in zip(self.layers, memory, built, strict=True):
+        for (layer, _), codes, (_, scales) in zip(given, memory, built, strict=True):
             layer.drafts = codes, scales
 
     @contextmanager

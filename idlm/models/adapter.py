@@ -90,8 +90,7 @@ def read(folder: Path) -> AdapterInfo:
         raise InputError(f"adapter {str(folder)!r} is a file; give the folder of a gated LoRA")
     config, extra = read_json(folder / CONFIG), _read_extra(folder)
     entry = 0 if extra is None else extra.entry
-    config = _whole_layers(config, entry, folder)
-    refuse_features(config, f"{str(folder / CONFIG)!r}")
+    refuse_features(config, f"{str(folder / CONFIG)!r}", entry)
     if not (folder / TENSORS).exists():
         raise InputError(
             f"no {TENSORS} in {str(folder)!r}; "
@@ -104,20 +103,6 @@ def read(folder: Path) -> AdapterInfo:
     if extra is None:
         return AdapterInfo(folder, spec, base)
     return AdapterInfo(folder, spec, base, extra.mask_id, extra.block_size, extra.base, extra.head)
-
-
-def _whole_layers(config: dict[str, Any], entry: int, folder: Path) -> dict[str, Any]:
-    """An adapter_config.json without PEFT's list of the adapted layers, if they are those from
-    `entry` on."""
-    layers = config.get("layers_to_transform")
-    if not entry:
-        return config
-    if not isinstance(layers, list) or layers != [*range(entry, entry + len(layers))]:
-        raise InputError(
-            f"{str(folder / CONFIG)!r} has layers_to_transform {layers!r}, and {EXTRA} has entry "
-            f"{entry}; use the idlm that wrote them"
-        )
-    return {key: value for key, value in config.items() if key != "layers_to_transform"}
 
 
 def _rank_alpha(config: dict[str, Any], folder: Path) -> tuple[int, float]:

@@ -20,6 +20,7 @@ from idlm.errors import InputError
 from idlm.models import generation
 from idlm.models.architecture import context_length
 from idlm.models.attention import Cache, Visible
+from idlm.models.entry import decoder_layers
 from idlm.models.gate import NO_ROWS, Gate
 from idlm.models.gated_lora import gated_layers
 from idlm.models.head import head_of
@@ -229,10 +230,25 @@ class Idlm:
     def mask_weights(self) -> Callable[[Tensor], list[Tensor]]:
         """A function from a linear layer's weight to the merged weight of each adapter.
 
-        A weight that no adapter changes gives a list of itself alone.
+        A weight that no adapter changes gives a list of itself alone, one that MASK rows do not
+        meet none.
         """
         gated = {id(layer.base.weight): layer for layer in gated_layers(self.model)}
-        return lambda weight: gated[id(weight)].merged() if id(weight) in gated else [weight]
+        lower = self.weights_below_entry()
+
+        def merged(weight: Tensor) -> list[Tensor]:
+            if id(weight) in gated:
+                return gated[id(weight)].merged()
+            return [] if id(weight) in lower else [weight]
+
+        return merged
+
+    def weights_below_entry(self) -> set[int]:
+        """The ids of the weights of the layers that compute no MASK rows."""
+        if not self.entry:
+            return set()
+        layers = decoder_layers(self.model)[1][: self.entry]
+        return {id(weight) for weight in layers.parameters()}
 
     def adapter_weights(self) -> list[tuple[Tensor, list[Tensor]]]:
         """The weight of each adapted layer, with A [r, in] and B [out, r] of its adapters."""

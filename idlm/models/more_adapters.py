@@ -12,7 +12,15 @@ from torch import Tensor
 
 from idlm.errors import InputError
 from idlm.models.adapter import TENSOR_NAME, TENSORS, checked, load_into, mask_row
-from idlm.models.gated_lora import LoraSpec, adapter_parameters, attach, attach_more, detach
+from idlm.models.entry import enter_late
+from idlm.models.gated_lora import (
+    LoraSpec,
+    adapter_parameters,
+    attach,
+    attach_more,
+    detach,
+    gated_layers,
+)
 from idlm.models.heads import DraftHead, load_head
 from idlm.models.idlm_model import Idlm
 from idlm.models.sources import first_line
@@ -62,11 +70,6 @@ def read_more(idlm: Idlm, folder: Path) -> Loaded:
             f"adapter {str(folder)!r} has mask_token_id {mask}, the first one {idlm.mask_id}; "
             "serve it apart"
         )
-    if info.spec.entry != idlm.entry:
-        raise InputError(
-            f"adapter {str(folder)!r} has its entry at layer {info.spec.entry}, the first one at "
-            f"layer {idlm.entry}; serve it apart"
-        )
     try:
         # copies: a file that is mapped must not change
         tensors = {
@@ -86,9 +89,21 @@ def read_more(idlm: Idlm, folder: Path) -> Loaded:
 
 
 def attach_loaded(idlm: Idlm, loaded: Loaded) -> int:
-    """Attach a further adapter with its head; returns its index."""
+    """Attach a further adapter with its head; returns its index.
+
+    Raises:
+        InputError: its MASK rows enter at another layer than those that are there.
+    """
     assert idlm.gate is not None  # noqa: S101
     spec, tensors, row, head = loaded
+    if spec.entry != idlm.entry:
+        alone = not gated_layers(idlm.model) and idlm.block_size is None
+        if not alone:
+            raise InputError(
+                f"the adapter's MASK rows enter at layer {spec.entry}, those of the first at layer "
+                f"{idlm.entry}; serve it apart"
+            )
+        enter_late(idlm.model, idlm.gate, spec.entry)
     index = attach_more(idlm.model, idlm.gate, spec, tensors, row)
     if head is not None:
         idlm.draft_heads[index] = head

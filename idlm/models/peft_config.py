@@ -21,14 +21,16 @@ HARMLESS = frozenset(
         "task_type",
     ]
 )
+LAYERS = "layers_to_transform"
 OFF: tuple[Any, ...] = (None, False, 0, "", "none", [], {})
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that keep the base's weights; pissa, olora, corda and loftq change
 them."""
 
 
-def refuse_features(config: dict[str, Any], where: str) -> None:
-    """Check the content of an adapter_config.json; `where` is the file, for messages.
+def refuse_features(config: dict[str, Any], where: str, entry: int = 0) -> None:
+    """Check the content of an adapter_config.json; `where` is the file, for messages. It may list
+    the adapted layers if those are the ones from `entry` on.
 
     Raises:
         InputError: it uses a PEFT feature that is not implemented; the message has key and value.
@@ -44,6 +46,8 @@ def refuse_features(config: dict[str, Any], where: str) -> None:
             "convert it to plain LoRA with peft"
         )
     for key, value in config.items():
+        if key == LAYERS and entry and value == [*range(entry, entry + len(value or ()))]:
+            continue
         if key not in UNDERSTOOD | HARMLESS and value not in OFF:
             raise InputError(
                 f"{where} has {key} {value!r}, which is not supported; train the adapter without it"

@@ -44,8 +44,9 @@ ORACLE: dict[str, tuple[int, ...]] = {}
 
 
 @lru_cache
-def model(window: int | None = None, heads: bool = False) -> Idlm:
-    idlm = tiny_idlm("qwen3") if window is None else sliding_idlm("mistral", window)
+def model(window: int | None = None, heads: bool = False, entry: int = 0) -> Idlm:
+    plain = window is None
+    idlm = tiny_idlm("qwen3", entry=entry) if plain else sliding_idlm("mistral", window, entry)
     idlm = with_second_adapter(idlm)
     if heads:
         for adapter, spec in enumerate((HeadSpec("mlp", 6, 7), HeadSpec("markov", 4, 5))):
@@ -102,6 +103,8 @@ class Schedules(RuleBasedStateMachine):
     """The sliding window of all layers: pages before it are freed."""
     heads = False
     """Whether drafts are chained."""
+    entry = 0
+    """The layer that MASK rows enter at."""
     steps = 0
 
     def __init__(self) -> None:
@@ -119,7 +122,7 @@ class Schedules(RuleBasedStateMachine):
     def build(self, plan: tuple[int, str], late: bool, pages: int, prefill: int | None) -> None:
         page_bytes = 2 * 2 * 4 * 2 * 8 * DTYPE.itemsize
         self.engine: Engine = build_engine(
-            model(self.window, self.heads),
+            model(self.window, self.heads, self.entry),
             EngineConfig(
                 *plan,
                 max_num_seqs=4,
@@ -229,6 +232,19 @@ class ChainedSchedules(Schedules):
     heads = True
 
 
+class LateSchedules(ChainedSchedules):
+    """With MASK rows that skip the first layer."""
+
+    entry = 1
+
+
+class LateSlidingSchedules(Schedules):
+    """So too with a sliding window, and every step run anew."""
+
+    window = 3
+    entry = 1
+
+
 class SlidingSchedules(Schedules):
     """With layers that see less than a page and less than a window, or a little more."""
 
@@ -253,6 +269,8 @@ LIMITS = settings(
         (ChainedSchedules, STEPS // 5),
         (SlidingSchedules, STEPS // 10),
         (WiderSlidingSchedules, STEPS // 10),
+        (LateSchedules, STEPS // 10),
+        (LateSlidingSchedules, STEPS // 20),
     ],
 )
 def test_any_schedule(machine: type[Schedules], steps: int) -> None:

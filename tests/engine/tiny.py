@@ -109,20 +109,21 @@ def tiny_model(family: str) -> PreTrainedModel:
     return model_class(config).to(DEVICE, DTYPE).eval()
 
 
-def tiny_idlm(family: str, adapter: bool = True) -> Idlm:
-    """The model with a random gated LoRA and a virtual MASK, or bare and without a MASK row."""
+def tiny_idlm(family: str, adapter: bool = True, entry: int = 0) -> Idlm:
+    """The model with a random gated LoRA and a virtual MASK, or bare and without a MASK row. MASK
+    rows enter at layer `entry` of two."""
     model = tiny_model(family)
     if not adapter:
         return Idlm(model, None, VOCAB, name=family)
     there = all_linear(model)  # experts have no linear layers
     targets = tuple(name for name in ("q_proj", "v_proj", "down_proj") if name in there)
-    gate = attach(model, LoraSpec(4, 8.0, targets), VOCAB)
+    gate = attach(model, LoraSpec(4, 8.0, targets, entry=entry), VOCAB)
     for parameter in adapter_parameters(model).values():
         torch.nn.init.normal_(parameter, std=0.3)
     return Idlm(model, None, VOCAB, gate, block_size=3, name=family)
 
 
-def sliding_idlm(family: str, window: int) -> Idlm:
+def sliding_idlm(family: str, window: int, entry: int = 0) -> Idlm:
     """A random model of `SLIDING` with a random gated LoRA on its attention."""
     config = AutoConfig.for_model(family, **SIZES, **SLIDING[family], sliding_window=window)
     torch.manual_seed(0)
@@ -137,18 +138,18 @@ def sliding_idlm(family: str, window: int) -> Idlm:
         if name.endswith("sinks"):
             torch.nn.init.normal_(sinks)
     targets = ("qkv_proj", "o_proj") if family == "phi3" else ("q_proj", "v_proj", "o_proj")
-    gate = attach(model, LoraSpec(4, 8.0, targets), VOCAB)
+    gate = attach(model, LoraSpec(4, 8.0, targets, entry=entry), VOCAB)
     for parameter in adapter_parameters(model).values():
         torch.nn.init.normal_(parameter, std=0.3)
     return Idlm(model, None, VOCAB, gate, block_size=7, name=f"{family} {window}")
 
 
 def with_second_adapter(idlm: Idlm) -> Idlm:
-    """Another random adapter beside the first: of another rank, on other layers."""
+    """Another random adapter beside the first: of another rank, on other modules."""
     assert idlm.gate is not None
     generator = torch.Generator().manual_seed(7)
     tensors = {}
-    for layer in range(2):
+    for layer in range(idlm.entry, 2):
         for name, shape in (("self_attn.k_proj", (32, 16)), ("mlp.down_proj", (48, 32))):
             module = f"model.layers.{layer}.{name}"
             tensors[module, "lora_A"] = (
@@ -158,5 +159,6 @@ def with_second_adapter(idlm: Idlm) -> Idlm:
                 torch.randn(shape[1], 3, generator=generator, dtype=torch.float64) * 0.3
             )
     row = torch.randn(32, generator=generator, dtype=torch.float64) * 0.3
-    attach_more(idlm.model, idlm.gate, LoraSpec(3, 6.0, ("k_proj", "down_proj")), tensors, row)
+    spec = LoraSpec(3, 6.0, ("k_proj", "down_proj"), entry=idlm.entry)
+    attach_more(idlm.model, idlm.gate, spec, tensors, row)
     return idlm

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from idlm import InputError, load
 from idlm.models.adapter import read
@@ -72,6 +74,29 @@ def config(folder: Path, **changes: Any) -> Any:
         tiny.write_jsonl(folder / "data.jsonl", tiny.examples())
     lora = {"rank": 2, "entry": 2}
     return tiny.config(folder, **{"method": "lora", "lora": lora, **changes})
+
+
+def test_peft_adapts_the_same_layers(tmp_path: Path) -> None:
+    """And a list of other layers than those from the entry on is refused."""
+    train(config(tmp_path))
+    final = tmp_path / "run" / "final"
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model"), final
+    )
+    stored = load_file(final / "adapter_model.safetensors")
+    assert {n: t.tolist() for n, t in get_peft_model_state_dict(theirs).items()} == {
+        n: t.tolist() for n, t in stored.items()
+    }
+    checkpoints.edit(final / "adapter_config.json", layers_to_transform=[1, 2])
+    with pytest.raises(InputError, match=r"has layers_to_transform \[1, 2\]"):
+        read(final)
+    checkpoints.edit(final / "adapter_config.json", layers_to_transform=None)
+    checkpoints.edit(final / "idlm.json", entry="2")
+    with pytest.raises(InputError, match="has entry '2'; it must be a layer"):
+        read(final)
+    checkpoints.edit(final / "idlm.json", entry=1)
+    with pytest.raises(InputError, match="lacks 14 tensors"):
+        load(tmp_path / "model", adapter=final)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

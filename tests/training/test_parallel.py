@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import resource
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ KINDS = {
     "full without clean rows": {**STAGE, "lambda": 0},
     "lora": STAGE,
     "full by Muon": {**STAGE, "lambda": 0.2},
+    "lora with a late entry": STAGE,
 }
 TEXTS = 8
 """Texts of a step, however many ranks there are."""
@@ -51,6 +53,7 @@ def config(folder: Path, kind: str, ranks: int, **changes: Any) -> TrainConfig:
             "method": kind.split()[0],
             "model": {"path": "tiny", "dtype": "float64"},
             "stages": [KINDS[kind]],
+            "lora": {"entry": int("late" in kind)},
             "batch_size": TEXTS // ranks // 2,
             "accumulation": 2,
             "eval_steps": 2,
@@ -64,11 +67,12 @@ def config(folder: Path, kind: str, ranks: int, **changes: Any) -> TrainConfig:
 
 
 def trainer(config: TrainConfig) -> Trainer:
-    idlm = tiny.model(config.method)
+    spec = replace(tiny.SPEC, entry=config.lora.entry)
+    idlm = tiny.model(config.method, spec=spec)
     rows = tiny.examples()
     student = Trainee(idlm)
     if config.method == "lora":
-        student = Trainee(idlm, tiny.SPEC, fingerprint(idlm.model))
+        student = Trainee(idlm, spec, fingerprint(idlm.model))
     return Trainer(config, processes(config), student, Corpus(rows[:-4], rows[-4:], 0))
 
 
