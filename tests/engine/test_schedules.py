@@ -28,7 +28,14 @@ from idlm.engine.engine import Engine
 from idlm.engine.request import Result, Terms
 from idlm.models.heads import HeadSpec
 from idlm.models.idlm_model import Idlm
-from tests.engine.tiny import DTYPE, VOCAB, sliding_idlm, tiny_idlm, with_second_adapter
+from tests.engine.tiny import (
+    DTYPE,
+    VOCAB,
+    sliding_idlm,
+    tiny_idlm,
+    with_lookups,
+    with_second_adapter,
+)
 from tests.heads import random_head
 
 STEPS = int(os.environ.get("IDLM_SCHEDULE_STEPS", "5000"))
@@ -102,6 +109,8 @@ class Schedules(RuleBasedStateMachine):
     """The sliding window of all layers: pages before it are freed."""
     heads = False
     """Whether drafts are chained."""
+    lookups = False
+    """Whether drafts are also looked up: alone in place of all outcomes, else beside MASK rows."""
     steps = 0
 
     def __init__(self) -> None:
@@ -117,6 +126,8 @@ class Schedules(RuleBasedStateMachine):
         prefill=st.sampled_from([3, 16, None]),
     )
     def build(self, plan: tuple[int, str], late: bool, pages: int, prefill: int | None) -> None:
+        if self.lookups and plan[1] == "all":
+            plan = (plan[0] + 1, "lookup")
         page_bytes = 2 * 2 * 4 * 2 * 8 * DTYPE.itemsize
         self.engine: Engine = build_engine(
             model(self.window, self.heads),
@@ -131,6 +142,8 @@ class Schedules(RuleBasedStateMachine):
             ),
             adapters=["first", "second"],
         )
+        if self.lookups and plan[1] != "lookup":
+            with_lookups(self.engine)
 
     @rule(
         prompt=st.sampled_from(PROMPTS),
@@ -229,6 +242,13 @@ class ChainedSchedules(Schedules):
     heads = True
 
 
+class LookupSchedules(Schedules):
+    """With drafts looked up, alone and beside those of MASK rows, in recorded steps."""
+
+    record = True
+    lookups = True
+
+
 class SlidingSchedules(Schedules):
     """With layers that see less than a page and less than a window, or a little more."""
 
@@ -251,6 +271,7 @@ LIMITS = settings(
         (RecordedSchedules, STEPS),
         (EagerSchedules, STEPS),
         (ChainedSchedules, STEPS // 5),
+        (LookupSchedules, STEPS // 5),
         (SlidingSchedules, STEPS // 10),
         (WiderSlidingSchedules, STEPS // 10),
     ],

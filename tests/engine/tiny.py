@@ -26,6 +26,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from idlm.engine.engine import Engine
+from idlm.engine.lookup import Lookup
 from idlm.models import attention, experts
 from idlm.models.gated_lora import LoraSpec, adapter_parameters, all_linear, attach, attach_more
 from idlm.models.idlm_model import Idlm
@@ -160,3 +162,12 @@ def with_second_adapter(idlm: Idlm) -> Idlm:
     row = torch.randn(32, generator=generator, dtype=torch.float64) * 0.3
     attach_more(idlm.model, idlm.gate, LoraSpec(3, 6.0, ("k_proj", "down_proj")), tensors, row)
     return idlm
+
+
+def with_lookups(engine: Engine) -> Engine:
+    """The engine, with lookup drafts beside its one plan of MASK rows, as engines with a planner
+    have them."""
+    runner = engine.runner
+    lookup = Lookup(runner.slots, engine.config.page_size)
+    runner.lookup = runner.model_step.lookup = lookup
+    return engine
