@@ -1,12 +1,13 @@
 """Lookup drafts on a model that was not trained to draft: TPF and speed-up over AR.
 
     python -m benchmarks.lookup --data DATA [--model FOLDER] [--prompts 16] [--tokens 100]
-                                [--concurrency 1 8] [--output FILE]
+                                [--concurrency 8 1] [--output FILE]
 
 Three kinds of prompts (`benchmarks.lookup_prompts`): edits of code and summaries repeat text that
 the prompt gives, answers to chat questions hardly do. Greedy. AR and lookup drafts run in turn on
 the same prompts, `concurrency` at a time, on one thread; times are CPU times of the process, since
-other jobs may run beside it. The file is written anew after every eight prompts of each kind.
+other jobs may run beside it. The file is written anew after every eight prompts of a kind, so a run
+that is stopped leaves what it has measured.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -25,12 +27,12 @@ from benchmarks.lookup_prompts import prompts
 from idlm import LLM, SamplingParams
 from idlm.cli.common import keep_what_is_loaded
 from idlm.environment import environment
-from idlm.models.loading import load
 
 ROOT = Path(__file__).parent
 MODEL = ROOT.parent / "build" / "models" / "SmolLM2-135M-Instruct"
+LOOKUP = {"drafts": "lookup"}
 ROUND = 8
-"""Prompts of each kind between two writes of the file."""
+"""Prompts of a kind that are measured before the next kind has its turn."""
 
 
 @dataclass
@@ -92,35 +94,37 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--prompts", type=int, default=16, help="of each kind")
     parser.add_argument("--tokens", type=int, default=100)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[8, 1])
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "lookup.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    idlm = load(options.model, dtype="float32")
     given = prompts(options.data, options.prompts)
-    ar, lookup = (engine(idlm, kind, max(options.concurrency)) for kind in ("ar", "lookup"))
+    slots = max(options.concurrency)
+    ar, lookup = (engine(options.model, slots, **kind) for kind in ({"stride": 1}, LOOKUP))
     keep_what_is_loaded()
     params = SamplingParams(temperature=0, max_tokens=options.tokens)
     tallies: dict[tuple[str, int], Tally] = {}
     for first in range(0, options.prompts, ROUND):
-        for kind, texts in given.items():
-            messages = [[{"role": "user", "content": text}] for text in texts]
+        for size, kind in product(options.concurrency, given):
+            messages = [[{"role": "user", "content": text}] for text in given[kind]]
             ids = [ar.encode_chat(one) for one in messages[first : first + ROUND]]
-            for size in options.concurrency:
-                tally = tallies.setdefault((kind, size), Tally())
-                for at in range(0, len(ids), size):
-                    tally.run(ar, lookup, ids[at : at + size], params)
-                print(json.dumps(tally.row(kind, size)), flush=True)
-        rows = [tally.row(*key) for key, tally in tallies.items()]
-        settings = {"threads": 1, "dtype": "float32", "max_tokens": options.tokens}
-        report = {"rows": rows, "environment": environment() | settings}
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+            tally = tallies.setdefault((kind, size), Tally())
+            for at in range(0, len(ids), size):
+                tally.run(ar, lookup, ids[at : at + size], params)
+            write(tallies, options)
 
 
-def engine(idlm: Any, kind: str, slots: int) -> LLM:
+def write(tallies: dict[tuple[str, int], Tally], options: argparse.Namespace) -> None:
+    rows = [tally.row(*key) for key, tally in tallies.items()]
+    settings = {"threads": 1, "dtype": "float32", "max_tokens": options.tokens}
+    report = {"rows": rows, "environment": environment() | settings}
+    options.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def engine(model: Path, slots: int, **settings: Any) -> LLM:
     """An engine whose steps are recorded before it is measured."""
-    settings: dict[str, Any] = {"stride": 1} if kind == "ar" else {"drafts": "lookup"}
-    llm = LLM(idlm, max_num_seqs=slots, kv_memory="256MiB", threads=1, **settings)
+    memory = {"max_num_seqs": slots, "kv_memory": "128MiB"}
+    llm = LLM(model, dtype="float32", threads=1, **memory, **settings)
     llm.engine.warm_up(600)
     return llm
 

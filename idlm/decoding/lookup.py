@@ -87,6 +87,13 @@ class RunningMatches:
             self._reached[at] = DECAY * self._reached[at] + keep + 1
             self._accepted[at] = DECAY * self._accepted[at] + keep * PRIOR[at] + (depth < accepted)
 
+    def forget(self) -> None:
+        """Let all estimates return to the prior a little: where drafts are no longer tried, they
+        will be again."""
+        for at, share in enumerate(PRIOR):
+            self._reached[at] = DECAY * self._reached[at] + (1 - DECAY) * WEIGHT
+            self._accepted[at] = DECAY * self._accepted[at] + (1 - DECAY) * WEIGHT * share
+
     @property
     def values(self) -> list[float]:
         """The estimates, by m."""

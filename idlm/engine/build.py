@@ -63,9 +63,10 @@ def build_engine(
         free_weights(idlm, products.linears)  # before recording: a recording keeps them alive
     costs = measured_costs(runner, plans, config.max_num_seqs) if len(plans) > 1 else None
     planner = Planner(usual, costs)
-    if not lookups or planner.costs is None:
+    if not lookups or planner.costs is None or runner.lookup is None:
         return Engine(runner, planner, config, adapters, window)
-    second = LookupPlanner(lookups, planner.costs, planner.acceptance)
+    replace_from = runner.lookup.replace_from
+    second = LookupPlanner(lookups, planner.costs, planner.acceptance, replace_from)
     return Engine(runner, planner, config, adapters, window, second)
 
 

@@ -18,7 +18,7 @@ from idlm.decoding.lookup import look_up
 from idlm.engine.slots import Slots, State, staged
 
 LONG = 4
-"""The tokens of a match whose drafts take the place of those that MASK rows drew."""
+"""The first value of `Lookup.long`."""
 
 
 class Lookup:
@@ -27,6 +27,8 @@ class Lookup:
     Attributes:
         texts: int32 [slots, tokens], the tokens of each slot. Those past a slot's length mean
             nothing.
+        long: int64 [1], the tokens of a match whose drafts take the place of those that MASK rows
+            drew.
     """
 
     def __init__(self, slots: Slots, page_size: int) -> None:
@@ -34,6 +36,18 @@ class Lookup:
         drafts, columns = slots.state.drafts, slots.state.table.shape[1]
         wide = columns * page_size + 1 + drafts.shape[1]  # a step writes R tokens, needed or not
         self.texts = torch.zeros(len(drafts), wide, dtype=torch.int32, device=drafts.device)
+        self.long, self._long = torch.full((1,), LONG, device=drafts.device), LONG
+
+    @property
+    def written(self) -> list[Tensor]:
+        """What steps write, or what changes between them."""
+        return [self.texts, self.long]
+
+    def replace_from(self, long: int) -> None:
+        """Set `long`, for the steps that are launched from now on."""
+        if long != self._long:
+            self._long = long
+            self.long.fill_(long)
 
     def put(self, slot: int, text: Sequence[int]) -> None:
         """Write the text of a slot's request."""
@@ -54,7 +68,7 @@ class Lookup:
         drafts, valid = (of.index_select(0, rows) for of in (state.drafts, state.valid))
         depth = drafts.shape[1]
         found = look_up(self.texts[rows[:, None], columns], length, depth)
-        taken = before.looking & (found.matched >= torch.where(valid > 0, LONG, 1))
+        taken = before.looking & (found.matched >= torch.where(valid > 0, self.long, 1))
         self.slots.write(
             rows,
             drafts=torch.where(taken[:, None], found.drafts, drafts),

@@ -9,13 +9,14 @@ host knows: on a GPU those of a step before.
     a lookup plan          lookup drafts alone: less costly, often more of them, and no drafts
                            for the next step where the match ends
 
-The one with the most expected tokens per second runs. So where nothing matches, nothing is lost.
+The one with the most expected tokens per second runs. So where nothing matches, nothing is lost. In
+a plan of MASK rows, drafts are looked up where the match is long enough to promise more tokens.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from idlm.decoding.costs import RunningCosts
 from idlm.decoding.lookup import LONGEST, RunningMatches, tokens_after
@@ -23,6 +24,11 @@ from idlm.decoding.plan import Figure, Plan, RunningAcceptance, expected_tokens
 from idlm.engine.planner import LOOK_SHARE
 from idlm.engine.request import Request
 from idlm.engine.results import SlotResult
+
+COMPARE_EVERY = 16
+"""Steps between two comparisons of lookup drafts with those of MASK rows."""
+MOST_SAVED = 20.0
+"""The most time, in steps, that is saved up for trials. Without a match there are none."""
 
 
 class LookupPlanner:
@@ -32,12 +38,19 @@ class LookupPlanner:
         plans: the lookup plans.
         costs: of all plans, which the steps of `Planner`'s plans correct too.
         acceptance: of the drafts of MASK rows, which `Planner` estimates.
+        replace_from: is called with the length of matches whose drafts shall take the place of
+            those of MASK rows.
     """
 
     def __init__(
-        self, plans: Sequence[Plan], costs: RunningCosts, acceptance: RunningAcceptance
+        self,
+        plans: Sequence[Plan],
+        costs: RunningCosts,
+        acceptance: RunningAcceptance,
+        replace_from: Callable[[int], None],
     ) -> None:
         self.plans, self.costs, self.acceptance = list(plans), costs, acceptance
+        self._replace_from, self._age = replace_from, 0
         self.chances = RunningMatches()
         self._depth = max(plan.drafts for plan in plans)
         self._allowance = 0.0
@@ -50,6 +63,12 @@ class LookupPlanner:
 
     def choose(self, usual: Plan, requests: Sequence[Request]) -> Plan:
         """The plan for a step of the decoding `requests`, where `Planner` has chosen `usual`."""
+        if usual.masks:
+            self._age -= 1
+            if self._age < 0:
+                self._age = COMPARE_EVERY
+                self.chances.forget()
+                self._replace_from(self.long(usual))
         matches = Counter(request.matched for request in requests if request.matched)
         if not matches:
             return usual
@@ -63,6 +82,18 @@ class LookupPlanner:
             return usual
         self._allowance -= loss
         return best.plan
+
+    def long(self, usual: Plan) -> int:
+        """The least length of matches after which lookup drafts promise more tokens than those of
+        MASK rows in a window of the plan; more than `LONGEST` if none do."""
+        depth, chances = usual.drafts, self.chances.values
+        masks = expected_tokens(Plan(usual.stride, "all"), self.acceptance.values)
+        better = (
+            matched
+            for matched in range(1, LONGEST + 1)
+            if tokens_after({matched: 1}, chances, depth)[depth] > masks
+        )
+        return next(better, LONGEST + 1)
 
     def _figures(self, usual: Plan, matches: Mapping[int, int], batch: int) -> list[Figure]:
         """Tokens and seconds of the step, for the usual plan and then for each lookup plan."""
@@ -93,4 +124,4 @@ class LookupPlanner:
         """Correct the cost of a lookup plan with the time of a step, or save up for trials."""
         if plan in self.plans:
             self.costs.observe(batch, plan, seconds, own=True)
-        self._allowance += LOOK_SHARE * seconds
+        self._allowance = min(self._allowance + LOOK_SHARE * seconds, MOST_SAVED * seconds)

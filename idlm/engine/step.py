@@ -145,8 +145,8 @@ class ModelStep:
     def written(self) -> list[Tensor]:
         """Every tensor that a step writes to and a later one reads."""
         settings = self.settings
-        texts = None if self.lookup is None else self.lookup.texts
-        optional = (self.slots.log_q, settings.seen, settings.counts, settings.recent, texts)
+        looked_up = [] if self.lookup is None else self.lookup.written
+        optional = (self.slots.log_q, settings.seen, settings.counts, settings.recent, *looked_up)
         state = [getattr(self.slots.state, field.name) for field in fields(State)]
         return [*self.cache.pages, *state, *(tensor for tensor in optional if tensor is not None)]
 

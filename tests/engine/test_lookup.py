@@ -13,6 +13,7 @@ from idlm import LLM, Idlm, InputError, SamplingParams
 from idlm.config import EngineConfig
 from idlm.decoding import reference
 from idlm.decoding.costs import CostTable, RunningCosts
+from idlm.decoding.lookup import LONGEST, PRIOR, RunningMatches
 from idlm.decoding.plan import AR, LOOKUPS, Plan, RunningAcceptance
 from idlm.engine.build import build_engine
 from idlm.engine.lookup import LONG
@@ -157,13 +158,14 @@ def test_the_planner_keeps_the_bytes_with_lookups_and_masks(adapted: Idlm) -> No
 
 
 ACCEPTANCE = RunningAcceptance(3)
+replaced: list[int] = []
 
 
 def planner(ar: float, lookup: Sequence[float]) -> LookupPlanner:
     table = CostTable()
     for plan, seconds in zip((AR, *LOOKUPS), (ar, *lookup), strict=True):
         table.put(1, plan, seconds)
-    return LookupPlanner(LOOKUPS, RunningCosts(table), ACCEPTANCE)
+    return LookupPlanner(LOOKUPS, RunningCosts(table), ACCEPTANCE, replaced.append)
 
 
 def matched(*lengths: int) -> list[Request]:
@@ -194,6 +196,27 @@ def test_plans_of_mask_rows_run_on_where_they_are_better() -> None:
     for plan, cost in zip(LOOKUPS, (2.0, 2.5, 3.5), strict=True):
         lookups.costs.table.put(4, plan, cost)
     assert lookups.choose(masks, matched(8, 0, 0, 0)) == masks, "three requests would lose drafts"
+
+
+@pytest.mark.parametrize(("share", "long"), [(0.1, 1), (0.55, 3), (0.75, 4), (0.99, LONGEST + 1)])
+def test_lookup_drafts_take_the_place_of_worse_ones(share: float, long: int) -> None:
+    """By the priors; a draft of a MASK row is accepted with the chance `share`."""
+    lookups = planner(1.0, [1.2, 1.5, 2.0])
+    lookups.acceptance = RunningAcceptance(3, prior=share)
+    lookups.costs.table.put(1, Plan(4, "all"), 1.1)
+    replaced.clear()
+    lookups.choose(Plan(4, "all"), [])
+    assert replaced == [long]
+
+
+def test_what_is_not_tried_is_forgotten() -> None:
+    running = RunningMatches()
+    for _ in range(200):
+        running.update(LONGEST, 1, 0)
+    assert running.values[-1] < 0.3
+    for _ in range(400):
+        running.forget()
+    assert running.values == pytest.approx(PRIOR, abs=0.01)
 
 
 def test_steps_of_ar_teach_what_drafts_are_worth() -> None:
