@@ -198,7 +198,7 @@ def test_plans_of_mask_rows_run_on_where_they_are_better() -> None:
     assert lookups.choose(masks, matched(8, 0, 0, 0)) == masks, "three requests would lose drafts"
 
 
-@pytest.mark.parametrize(("share", "long"), [(0.1, 1), (0.55, 3), (0.75, 4), (0.99, LONGEST + 1)])
+@pytest.mark.parametrize(("share", "long"), [(0.1, 1), (0.58, 3), (0.75, 4), (0.99, LONGEST + 1)])
 def test_lookup_drafts_take_the_place_of_worse_ones(share: float, long: int) -> None:
     """By the priors; a draft of a MASK row is accepted with the chance `share`."""
     lookups = planner(1.0, [1.2, 1.5, 2.0])
