@@ -14,6 +14,7 @@ from typing import Any
 from idlm.errors import InputError
 
 CHOICES = {
+    "drafts": ("auto", "masks", "lookup"),
     "weights": ("auto", "float32", "bfloat16", "int8"),
     "generation_config": ("auto", "none"),
     "logprobs_mode": ("processed_logprobs", "raw_logprobs"),
@@ -28,11 +29,17 @@ class EngineConfig:
     """How an engine runs a model.
 
     Attributes:
-        stride: N, the most tokens that one forward commits; 1 is plain AR.
+        stride: N, the most tokens that one forward commits with drafts of MASK rows; 1 is plain AR.
         branches: "planner" chooses stride (up to `stride`) and branches at each step, by measured
             costs and running acceptance; it chooses AR if nothing is faster. "all" drafts for every
             outcome of the verification, "chain" only for full acceptance. A tuple of numbers of
-            accepted drafts: drafts for these outcomes.
+            accepted drafts: drafts for these outcomes. "lookup": N - 1 lookup drafts in every step.
+        drafts: where drafts come from. "masks": from MASK rows. "lookup": from the request's own
+            text, prompt and output: what followed the last occurrence of its end, up to 8 tokens.
+            It needs no training and helps where the output repeats the text. "auto": from MASK
+            rows if the model has any, and from a longer match in the text in their place; with a
+            single plan of MASK rows, from these alone. The planner decides at each step whether
+            drafts are worth their time.
         max_num_seqs: the most running requests; others wait.
         kv_memory: the size of the KV cache: bytes, or a string such as "512MiB". None: twice the
             need of `max_num_seqs` requests of full length, so that as many pages can stay cached;
@@ -65,6 +72,7 @@ class EngineConfig:
 
     stride: int = 4
     branches: str | tuple[int, ...] = "planner"
+    drafts: str = "auto"
     max_num_seqs: int = 64
     kv_memory: int | str | None = None
     page_size: int = 16
@@ -100,6 +108,12 @@ class EngineConfig:
         from idlm.decoding.plan import plans_for  # here, because torch takes seconds to import
 
         plans_for(self.stride, self.branches)
+        wrong = "masks" if self.branches == "lookup" else "lookup"
+        if self.drafts == wrong and self.branches not in ("planner", self.drafts):
+            raise InputError(
+                f"drafts={self.drafts!r} with branches={self.branches!r}, which draft otherwise; "
+                "use branches='planner', or leave out one of them"
+            )
 
     def with_options(self, options: Mapping[str, Any]) -> EngineConfig:
         """A copy with some options changed.

@@ -1,4 +1,4 @@
-"""`idlm bench MODEL`: AR, chain, all outcomes and the planner under load, in turn, on one model."""
+"""`idlm bench MODEL`: AR, chain, all outcomes, the planner and lookup drafts under load."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from idlm.models.idlm_model import Idlm
 
 MODES = ("ar", "chain", "all", "planner")
+ORDINARY = ("ar", "lookup")
+"""Of a model that was not trained to draft."""
 
 
 def bench(
@@ -28,7 +30,8 @@ def bench(
         typer.Option(
             metavar="A,B",
             help="What to compare, and in which order.",
-            show_default=",".join(MODES) + "; ar for a model that was not trained to draft",
+            show_default=f"{','.join(MODES)}; {','.join(ORDINARY)} for a model that was not "
+            "trained to draft",
         ),
     ] = None,
     concurrency: Annotated[str, typer.Option(metavar="C,D", help="Requests in flight.")] = "1,8,32",
@@ -90,23 +93,24 @@ def bench(
     from idlm.models.loading import load
 
     torch.set_num_threads(threads)
-    largest = 1 if chosen == ["ar"] else stride
+    ordinary = set(chosen) <= set(ORDINARY)
+    largest = 1 if ordinary else stride
     engine = EngineConfig(
         largest, max_num_seqs=max(in_flight), weights=weights, max_model_len=max_model_len
     )
     adapters = [] if adapter is None else [adapter]
     found = preflight(Wanted(model, adapters, dtype, device), engine)
-    if not found.trained and chosen != ["ar"]:
+    if not found.trained and not ordinary:
         if modes is None and shares is None:
-            chosen = ["ar"]
+            chosen = list(ORDINARY)
         elif not found.possible:
             asked = "--simulate-acceptance" if modes is None else f"--modes {modes}"
-            drafts.refuse(model, asked, "--modes ar")
+            drafts.refuse(model, asked, f"--modes {','.join(ORDINARY)}")
     idlm = load(model, adapter, dtype, device, max_model_len)
     draw = workload(idlm, [prompt.encode(idlm, chat=True) for prompt in given])
     engines = bench_engines(idlm, chosen, stride, max(in_flight), shares, weights=weights)
-    if chosen == ["ar"] and modes is None:
-        drafts.say_ar(model)
+    if chosen == list(ORDINARY) and modes is None:
+        drafts.say_lookup(model)
     common.keep_what_is_loaded()
     runs = len(in_flight) * (repeats + 1) * len(engines)
     with common.progress("measuring in turn", runs) as advance:
@@ -144,10 +148,11 @@ def _split(name: str, text: str) -> list[str]:
 
 def _modes(text: str) -> list[str]:
     chosen = _split("modes", text)
-    unknown = [mode for mode in chosen if mode not in MODES]
+    known = (*MODES, "lookup")
+    unknown = [mode for mode in chosen if mode not in known]
     if unknown:
         raise InputError(
-            f"--modes: {unknown[0]!r} is unknown; use {', '.join(MODES)}, joined by commas"
+            f"--modes: {unknown[0]!r} is unknown; use {', '.join(known)}, joined by commas"
         )
     return chosen
 

@@ -31,6 +31,7 @@ def chat(
     adapter: common.Adapter = None,
     stride: drafts.Stride = None,
     branches: drafts.Branches = None,
+    draft_source: drafts.Source = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
     max_model_len: common.MaxModelLen = None,
@@ -82,7 +83,7 @@ def chat(
         from idlm.models.loading import load
         from idlm.ui.chat_local import LocalBackend
 
-        wanted = drafts.Drafts(stride, branches)
+        wanted = drafts.Drafts(stride, branches, draft_source)
         config = wanted.config(
             max_model_len=max_model_len,
             max_num_seqs=1,
@@ -95,7 +96,7 @@ def chat(
         idlm = load(str(model), adapter, dtype, device, max_model_len)
         backend = LocalBackend(LLM(idlm, config=config), sampling.of(idlm))
         if ordinary:
-            drafts.say_ar(str(model))
+            drafts.say_lookup(str(model))
     Chat(backend, colors).run(reader())
 
 

@@ -61,10 +61,10 @@ Stride = Annotated[
     ),
 ]
 BranchesOption = Annotated[
-    Literal["all", "chain", "planner"],
+    Literal["all", "chain", "lookup", "planner"],
     typer.Option(
-        help="Draft for every outcome, or for full acceptance only; "
-        "or whichever plan up to stride N is fastest here.",
+        help="Draft for every outcome, or for full acceptance only; look N - 1 drafts up in the "
+        "request's own text; or whichever plan up to stride N is fastest here.",
         rich_help_panel="Decoding",
     ),
 ]

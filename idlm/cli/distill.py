@@ -65,6 +65,7 @@ def distill(
     adapter: common.Adapter = None,
     stride: drafts.Stride = None,
     branches: drafts.Branches = None,
+    draft_source: drafts.Source = None,
     max_num_seqs: Annotated[
         int, typer.Option(help="Responses that run at once.", min=1, rich_help_panel="Decoding")
     ] = EngineConfig.max_num_seqs,
@@ -82,7 +83,7 @@ def distill(
     Killed at any point, the same command goes on without a lost or doubled row.
     """
     need("train", "idlm distill")
-    wanted = drafts.Drafts(stride, branches)
+    wanted = drafts.Drafts(stride, branches, draft_source)
     config = wanted.config(
         max_num_seqs=max_num_seqs, weights=weights, threads=threads, max_model_len=max_model_len
     )

@@ -1,6 +1,6 @@
 """The options for drafts, and what becomes of them for a model that was never trained to draft.
 
-Such a model decodes AR, and a line says so, unless the command line asks for drafts.
+Such a model has lookup drafts alone, and a line says so, unless the command line asks for others.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Stride = Annotated[
     int | None,
     typer.Option(
         metavar="N",
-        help="The most tokens a forward commits; 1 is plain AR.",
+        help="The most tokens a forward commits with drafts of MASK rows; 1 is plain AR.",
         rich_help_panel="Decoding",
-        show_default=f"{STRIDE}; 1 for a model that was not trained to draft",
+        show_default=f"{STRIDE}",
     ),
 ]
 Branches = Annotated[
@@ -39,18 +39,33 @@ Branches = Annotated[
 ]
 
 
+Source = Annotated[
+    Literal["auto", "masks", "lookup"] | None,
+    typer.Option(
+        "--drafts",
+        help="Where drafts come from: MASK rows; repeats in the request's own text, which needs "
+        "no training; or whichever is better at a step.",
+        rich_help_panel="Decoding",
+        show_default="auto; lookup for a model that was not trained to draft",
+    ),
+]
+
+
 @dataclass(frozen=True)
 class Drafts:
     """What the command line says about drafts; None where it says nothing."""
 
     stride: int | None
     branches: str | None
+    source: str | None
 
     @property
     def asked(self) -> str | None:
-        """The option that asks for drafts."""
-        if self.stride == 1:
+        """The option that asks for drafts of MASK rows."""
+        if self.stride == 1 or self.source == "lookup":
             return None
+        if self.source == "masks":
+            return "--drafts masks"
         if self.branches in ("all", "chain"):
             return f"--branches {self.branches}"
         return None if self.stride is None else f"--stride {self.stride}"
@@ -58,7 +73,8 @@ class Drafts:
     def config(self, **options: Any) -> EngineConfig:
         """The options of an engine, before it is known whether the model can draft."""
         stride = STRIDE if self.stride is None else self.stride
-        return EngineConfig(stride, self.branches or BRANCHES, **options)
+        source = self.source or EngineConfig.drafts
+        return EngineConfig(stride, self.branches or BRANCHES, source, **options)
 
 
 def checked(
@@ -72,8 +88,8 @@ def checked(
     """Check all that can be checked before weights are read.
 
     Returns:
-        the config, with stride 1 for a model that was not trained to draft, and whether the command
-        should say so.
+        the config, with lookup drafts alone for a model that was not trained to draft, and whether
+        the command should say so.
 
     Raises:
         InputError: an argument cannot be used, or asks for drafts of a model that has none.
@@ -84,9 +100,9 @@ def checked(
     if found.trained or config.stride == 1:
         return config, False
     if drafts.asked is None:
-        return replace(config, stride=1, branches=BRANCHES), True
+        return replace(config, drafts="lookup"), drafts.source is None
     if not found.possible:
-        refuse(model, drafts.asked, "--stride 1")
+        refuse(model, drafts.asked, "--drafts lookup, --stride 1")
     return config, False
 
 
@@ -102,10 +118,10 @@ def refuse(model: str, asked: str, instead: str) -> None:
     )
 
 
-def say_ar(model: str) -> None:
-    """Say that the model decodes AR, in one line."""
+def say_lookup(model: str) -> None:
+    """Say that the model has lookup drafts alone, in one line."""
     typer.echo(
-        f"AR: {model} was not trained to draft, so a forward commits one token; "
-        "'idlm train' converts it (docs/converting.md), --adapter names a gated LoRA",
+        f"lookup drafts: {model} was not trained to draft, so drafts are repeats of a request's "
+        "own text; 'idlm train' converts it (docs/converting.md), --adapter names a gated LoRA",
         err=True,
     )

@@ -31,6 +31,7 @@ def generate(
     adapter: common.Adapter = None,
     stride: drafts.Stride = None,
     branches: drafts.Branches = None,
+    draft_source: drafts.Source = None,
     chat: common.Chat = True,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
@@ -51,7 +52,7 @@ def generate(
     from idlm.models.loading import load
 
     # before the model is loaded, which can take minutes
-    wanted = drafts.Drafts(stride, branches)
+    wanted = drafts.Drafts(stride, branches, draft_source)
     config = wanted.config(
         max_model_len=max_model_len,
         weights=weights,
@@ -68,7 +69,7 @@ def generate(
     started = perf_counter()
     first = llm.generate(ids, params, progress=True)
     if ordinary:
-        drafts.say_ar(model)
+        drafts.say_lookup(model)
     results = [sample for result in first for sample in (result, *result.samples)]
     report(model, config, results, perf_counter() - started, as_json)
 
@@ -97,5 +98,5 @@ def report(
         }
         for result in results
     ]
-    plan = {"stride": config.stride, "branches": config.branches}
+    plan = {"stride": config.stride, "branches": config.branches, "drafts": config.drafts}
     common.print_json({"model": model, **plan, **totals, "results": answers})

@@ -64,6 +64,7 @@ def serve(
     ] = "auto",
     stride: drafts.Stride = None,
     branches: drafts.Branches = None,
+    draft_source: drafts.Source = None,
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
     max_model_len: common.MaxModelLen = None,
@@ -125,7 +126,7 @@ def serve(
     _check(limits)
     _at_least("--max-num-seqs", max_num_seqs, 1)
     _at_least("--threads", 1 if threads is None else threads, 1)
-    wanted = drafts.Drafts(stride, branches)
+    wanted = drafts.Drafts(stride, branches, draft_source)
     engine = wanted.config(
         max_num_seqs=max_num_seqs,
         kv_memory=kv_memory,
@@ -159,7 +160,8 @@ def serve(
     from idlm.serving.server import serve as run
 
     bind(host, port).close()  # an address that cannot be used is said first
-    wanted = drafts.Drafts(None, None) if lora_dir else wanted  # adapters that come later draft
+    if lora_dir:  # adapters that come later draft
+        wanted = drafts.Drafts(None, None, draft_source)
     folders = [*adapters.values()]
     checked, ordinary = drafts.checked(wanted, engine, model, folders, dtype, device)
     config = replace(config, worker=replace(worker, engine=engine if lora_dir else checked))
@@ -170,7 +172,7 @@ def _announce(config: ServeConfig, url: str, ordinary: bool) -> None:
     """Print the URL, and a warning if others can reach a server without a key. `ordinary`: the
     model was not trained to draft."""
     if ordinary:
-        drafts.say_ar(config.worker.model)
+        drafts.say_lookup(config.worker.model)
     if not config.api_keys and not _is_loopback(config.host):
         typer.echo(
             f"warning: {config.host} can be reached by others, and there is no key; give --api-key",

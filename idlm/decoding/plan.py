@@ -8,7 +8,8 @@ without drafts commits 1, and the window after it has drafts. So windows with dr
 
     tokens per forward = (1 + r_1 + .. + r_K + 1 - P) / (2 - P)
 
-All outcomes have P = 1, the chain has P = r_K.
+All outcomes have P = 1, the chain has P = r_K. Windows of lookup drafts have no branches; their
+expected tokens are those of `idlm.decoding.lookup`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from idlm.decoding.lookup import DEPTH
 from idlm.decoding.window import MAX_WIDTH, Branches, outcomes, parse_branches, window
 from idlm.errors import InputError
 
@@ -42,6 +44,11 @@ class Plan:
         """K = N - 1: the drafts that a window verifies, and the MASK rows of a branch."""
         return self.stride - 1
 
+    @property
+    def masks(self) -> int:
+        """The MASK rows of a window; 0 for AR and for lookup."""
+        return self.width - self.stride
+
     @cached_property
     def outcomes(self) -> tuple[int, ...]:
         """The outcomes that have a branch if all drafts are valid."""
@@ -49,12 +56,14 @@ class Plan:
 
     @cached_property
     def width(self) -> int:
-        """W, the rows of a window: N**2 for all outcomes, 2N - 1 for the chain, 1 for AR."""
+        """W, the rows of a window: N**2 for all outcomes, 2N - 1 for the chain, N for lookup, 1 for
+        AR."""
         return self.stride + len(self.outcomes) * self.drafts
 
     @property
     def name(self) -> str:
-        """The plan's name: "ar", "all-4", "chain-4"; "0+3-4" for outcomes 0 and 3 at stride 4."""
+        """The plan's name: "ar", "all-4", "chain-4", "lookup-4"; "0+3-4" for outcomes 0 and 3 at
+        stride 4."""
         if self.stride == 1:
             return "ar"
         branches = (
@@ -227,8 +236,13 @@ def candidates(stride: int) -> list[Plan]:
     ]
 
 
+LOOKUPS = tuple(Plan(n, "lookup") for n in (3, 5, DEPTH + 1))
+"""The plans without MASK rows that the planner compares."""
+
+
 def plans_for(stride: int, branches: str | tuple[int, ...]) -> list[Plan]:
-    """The plans that an engine chooses from: `candidates` for "planner", else a single plan.
+    """The plans that an engine chooses from: `candidates` for "planner", else a single plan. Those
+    of lookup drafts are beside them.
 
     Raises:
         InputError: the stride or the branches are invalid, or the window is wider than MAX_WIDTH.

@@ -22,6 +22,8 @@ from idlm.decoding.window import outcomes, parse_branches
 from idlm.params import SamplingParams
 
 NEVER = -math.inf
+LONGEST = 8
+"""Tokens of a match that count when drafts are looked up."""
 TOKEN, DRAFT, ACCEPT = range(3)
 """Streams of noise: each seed has three."""
 
@@ -30,6 +32,8 @@ Head = Callable[[Tensor, int | None], Tensor]
 """A draft head: maps a MASK row's output of the forward, and the token before the one that it
 drafts, to logits [V]. The forward may then give more than logits of a row; None stands for the
 token before a verify row, whose logits know it. See `reference_heads`."""
+Drafted = tuple[list[int], list[Tensor]]
+"""Drafts, and the laws [V] that they were sampled from."""
 Allowed = Callable[[Sequence[int]], Tensor]
 """A guide: maps the output so far to the tokens that may follow, bool [V]. After its end it allows
 all."""
@@ -152,6 +156,24 @@ def residual(log_p: Tensor, log_q: Tensor) -> Tensor:
     return mass.log() if mass.sum() > 0 else log_p
 
 
+def look_up(text: Sequence[int], depth: int) -> tuple[int, list[int]]:
+    """Of all matches of the text's end earlier in the text, the length of the longest, up to
+    `LONGEST`, and the tokens that followed it. Of equally long ones the last counts. At the end of
+    the text they begin again."""
+    last = len(text) - 1
+    longest, end = 0, -1
+    for at in range(last):
+        matched = 0
+        while matched < min(at + 1, LONGEST) and text[at - matched] == text[last - matched]:
+            matched += 1
+        if matched and matched >= longest:
+            longest, end = matched, at
+    if not longest:
+        return 0, []
+    after = list(text[end + 1 :])
+    return longest, [after[k % len(after)] for k in range(depth)]
+
+
 @dataclass
 class Request:
     """The constants of a request. Its methods take the output so far."""
@@ -213,7 +235,7 @@ class Request:
             return relaxed(log_p, draft, noise, self.params.tau)
         return coupled(log_p, draft, noise)
 
-    def draft(self, output: list[int], rows: Tensor) -> tuple[list[int], list[Tensor]]:
+    def draft(self, output: list[int], rows: Tensor) -> Drafted:
         """Draw drafts after `output` from the MASK rows `rows` [K, .]; also return their laws.
 
         The law of a draft counts the drafts before it, and the head knows the last of them. They
@@ -231,6 +253,16 @@ class Request:
             position = len(self.prompt) + len(output) + len(drafts)
             drafts.append(self.sample(laws[-1], position, stream))
         return drafts, laws
+
+    def look_up(self, output: list[int], depth: int, vocab_size: int) -> tuple[int, Drafted]:
+        """The length of the longest match of the text's end, and the drafts after it with their
+        laws. They were not drawn, so each law is a point mass."""
+        matched, drafts = look_up([*self.prompt, *output], depth)
+        laws = []
+        for draft in drafts:
+            laws.append(torch.full((vocab_size,), NEVER, dtype=torch.float64))
+            laws[-1][draft] = 0.0
+        return matched, (drafts, laws)
 
     def done(self, output: Sequence[int]) -> bool:
         """Whether the output ends in a stop id or has `max_tokens` tokens."""
@@ -273,11 +305,17 @@ def ar(forward: Forward, request: Request) -> Decoded:
 
 
 def isd(
-    forward: Forward, request: Request, stride: int, branches: str | Iterable[int] = "all"
+    forward: Forward,
+    request: Request,
+    stride: int,
+    branches: str | Iterable[int] = "all",
+    long: int | None = None,
 ) -> Decoded:
     """Introspective Strided Decoding: verify, commit, draft from the branch of the outcome.
 
-    With a `head` of the request the drafts are chained.
+    With a `head` of the request the drafts are chained. With `long`, drafts are also looked up:
+    where there are no others, and in the place of others after a match of `long` tokens. The
+    branches "lookup" need it.
     """
     chosen = parse_branches(branches, stride)
     depth = stride - 1
@@ -304,6 +342,10 @@ def isd(
             break
         if accepted in branch_rows and not request.done(decoded.tokens):
             drafts, laws = request.draft(decoded.tokens, branch_rows[accepted])
+        if long is not None and not request.done(decoded.tokens):
+            matched, found = request.look_up(decoded.tokens, depth, verify_logits.shape[1])
+            if matched >= (long if drafts else 1):
+                drafts, laws = found
     return decoded
 
 

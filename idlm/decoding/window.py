@@ -50,25 +50,26 @@ MAX_WIDTH = 64
 """Rows of a window whose visibility fits a 64-bit word."""
 Branches = str | tuple[int, ...]
 """The outcomes that get MASK rows: "all", "chain" (only the outcome that all drafts are accepted),
-or a list of outcomes, each the number of accepted drafts."""
+"lookup" (none: the drafts are looked up in the text), or a list of outcomes, each the number of
+accepted drafts."""
 
 
 def parse_branches(branches: str | Iterable[int], stride: int) -> Branches:
     """Check the stride and branches that a user gave; a list of outcomes is sorted.
 
     Raises:
-        InputError: the stride is not in 1..64, or the branches are neither "all", "chain" nor
-            numbers in 0..stride-1.
+        InputError: the stride is not in 1..64, or the branches are neither "all", "chain", "lookup"
+            nor numbers in 0..stride-1.
     """
     if isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= MAX_STRIDE:
         raise InputError(
             f"stride={stride!r} is out of range; use a whole number from 1 (AR) to {MAX_STRIDE}"
         )
     if isinstance(branches, str):
-        if branches not in ("all", "chain"):
+        if branches not in ("all", "chain", "lookup"):
             raise InputError(
                 f"branches={branches!r} is unknown; "
-                "use 'all', 'chain' or numbers of accepted drafts"
+                "use 'all', 'chain', 'lookup' or numbers of accepted drafts"
             )
         return branches
     chosen = tuple(sorted(set(branches)))
@@ -82,8 +83,11 @@ def parse_branches(branches: str | Iterable[int], stride: int) -> Branches:
 def outcomes(branches: Branches, drafts: int) -> tuple[int, ...]:
     """The outcomes that get MASK rows in a window with `drafts` valid drafts.
 
-    There is always at least one, since otherwise a window without drafts would draft nothing.
+    There is always at least one, since otherwise a window without drafts would draft nothing; with
+    "lookup" there is none.
     """
+    if branches == "lookup":
+        return ()
     if branches == "all":
         return tuple(range(drafts + 1))
     chosen = () if isinstance(branches, str) else tuple(j for j in branches if j <= drafts)
@@ -95,7 +99,8 @@ class Window:
     """The tables of a plan: stride N and branches. Their first index is v, the valid drafts.
 
     Attributes:
-        groups: G, the groups of MASK rows: N for all outcomes, 1 for the chain, 0 at stride 1.
+        groups: G, the groups of MASK rows: N for all outcomes, 1 for the chain, 0 at stride 1 and
+            for lookup.
         offsets: int64 [K + 1, W]: the position of each row, relative to the pending token.
         visible: int64 [K + 1, W], the visibility words: row r sees row s of the window if bit s of
             visible[v, r] is set. Every row also sees the whole cache.
@@ -134,7 +139,7 @@ class Window:
 
     @property
     def num_masks(self) -> int:
-        """K = N - 1: the MASK rows of a group, and the drafts that a window verifies."""
+        """K = N - 1: the drafts that a window verifies, and the MASK rows of a group."""
         return self.stride - 1
 
     @property

@@ -64,6 +64,7 @@ class Admission:
             stop_ids=self._stop_ids(params),
             adapter=index,
             drafting=terms.drafting and self.adapters.drafts(index),
+            looking=terms.drafting,
             order=(terms.priority, number),
             deadline=None if terms.timeout is None else now + terms.timeout,
             stream=self._stream(params),

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 
 from idlm.config import EngineConfig
-from idlm.decoding.plan import AR, Plan, plans_for
+from idlm.decoding.plan import AR, LOOKUPS, Plan, plans_for
 from idlm.engine.costs import measured_costs
 from idlm.engine.engine import Engine
 from idlm.engine.kv_cache import KVCache
+from idlm.engine.lookup_planner import LookupPlanner
 from idlm.engine.memory import cache_pages
 from idlm.engine.planner import Planner
 from idlm.engine.products import free_weights, products_for
@@ -42,13 +43,14 @@ def build_engine(
     Raises:
         InputError: an option cannot be used with this model or on this machine.
     """
-    plans = _plans(idlm, config)
+    usual, lookups = _plans(idlm, config)
+    plans = [*usual, *lookups]
     idlm.model.requires_grad_(False)
-    depth = max(plan.drafts for plan in plans)
+    drafting = any(plan.masks for plan in plans) and not changing
     shapes, window = attention_shapes(idlm)
     # before the kernels copy the weights: the cache's share is of the memory that is free now
     pages = cache_pages(idlm, config, shapes, max(plans, key=lambda plan: plan.width))
-    products = products_for(idlm, config, shapes, drafting=depth > 0 and not changing)
+    products = products_for(idlm, config, shapes, drafting)
     cache = KVCache(
         shapes,
         pages,
@@ -56,25 +58,39 @@ def build_engine(
         torch.empty(0, dtype=idlm.dtype, device=idlm.device),
         config.deterministic,
     )
-    runner = Runner(idlm, config, depth, cache, products)
+    runner = Runner(idlm, config, plans, cache, products)
     if take_weights and products.linears is not None:
         free_weights(idlm, products.linears)  # before recording: a recording keeps them alive
     costs = measured_costs(runner, plans, config.max_num_seqs) if len(plans) > 1 else None
-    return Engine(runner, Planner(plans, costs), config, adapters, window)
+    planner = Planner(usual, costs)
+    if not lookups or planner.costs is None or runner.lookup is None:
+        return Engine(runner, planner, config, adapters, window)
+    replace_from = runner.lookup.replace_from
+    second = LookupPlanner(lookups, planner.costs, planner.acceptance, replace_from)
+    return Engine(runner, planner, config, adapters, window, second)
 
 
-def _plans(idlm: Idlm, config: EngineConfig) -> list[Plan]:
-    """The configured plans that the model can run: only AR if it has no MASK row."""
+def _plans(idlm: Idlm, config: EngineConfig) -> tuple[list[Plan], list[Plan]]:
+    """The configured plans that the model can run, those that only look drafts up apart. Without a
+    MASK row the others are AR."""
     if any(not layer.weight.numel() for _, layer in idlm.linear_layers()):
         raise InputError(
             f"model {idlm.name!r}: its weights are an engine's, which freed them; load it again"
         )
+    looking = config.stride > 1 and config.branches == "planner" and config.drafts != "masks"
+    lookups = list(LOOKUPS) if looking else []
+    if looking and config.drafts == "lookup":
+        return [AR], lookups
     plans = plans_for(config.stride, config.branches)
-    if idlm.can_draft or plans == [AR]:
-        return plans
+    if idlm.can_draft or not any(plan.masks for plan in plans):
+        return plans, lookups
     if config.branches != "planner":
         raise InputError(
             f"model {idlm.name!r} has no MASK row to draft with; give an adapter, or use stride 1"
         )
-    log.info("AR: model %r has no MASK row to draft with; an adapter would bring one", idlm.name)
-    return [AR]
+    log.info(
+        "%s: model %r has no MASK row to draft with; an adapter would bring one",
+        "lookup drafts only" if lookups else "AR",
+        idlm.name,
+    )
+    return [AR], lookups

@@ -34,14 +34,16 @@ from idlm.engine.admission import Admission
 from idlm.engine.budget import PrefillBudget
 from idlm.engine.guide import Constraint
 from idlm.engine.logprobs import add_prompt_logprobs, logprob_entries
+from idlm.engine.lookup_planner import LookupPlanner
 from idlm.engine.metrics import Metrics
 from idlm.engine.pages import PagePool
 from idlm.engine.planner import Planner
 from idlm.engine.prefill import Chunk
 from idlm.engine.request import USUAL, Logprob, Request, Result, Terms, Update
+from idlm.engine.results import SlotResult
 from idlm.engine.runner import PendingStep, Runner
 from idlm.engine.scheduler import Scheduler, longest
-from idlm.engine.step import SlotResult, StepKey
+from idlm.engine.step import StepKey
 from idlm.models.more_adapters import Loaded
 from idlm.params import SamplingParams
 
@@ -80,6 +82,7 @@ class Engine:
         planner: chooses the plan of each step.
         adapters: the names of the adapters, by index; None: an index without adapter.
         window: the largest sliding window if all layers have one; see `Scheduler`.
+        lookups: chooses the steps that verify lookup drafts, if there is a choice.
     """
 
     def __init__(
@@ -89,10 +92,12 @@ class Engine:
         config: EngineConfig,
         adapters: Sequence[str | None] = (),
         window: int | None = None,
+        lookups: LookupPlanner | None = None,
     ) -> None:
         cache, idlm = runner.model_step.cache, runner.idlm
         late = int(idlm.device.type == "cuda")
         self.runner, self.planner, self.config = runner, planner, config
+        self.lookups = lookups
         self.lookahead = late if config.lookahead is None else config.lookahead
         pool = PagePool(len(cache.pages[0][0]), cache.page_size)
         root = f"{idlm.name} {idlm.dtype}".encode()
@@ -175,7 +180,8 @@ class Engine:
     def warm_up(self, seconds: float = WARM_UP_SECONDS) -> None:
         """Record the steps that most requests need, within about `seconds`. A server does so before
         it reports that it is ready."""
-        self.runner.warm_up(self.planner.likely(self.config.max_num_seqs), seconds)
+        most, lookups = self.config.max_num_seqs, self.lookups.plans if self.lookups else []
+        self.runner.warm_up([*self.planner.likely(most), *lookups], seconds)
 
     def load_adapter(self, name: str, adapter: Loaded) -> None:
         """Attach an adapter that requests can then name. Running requests go on, and cached pages
@@ -238,12 +244,7 @@ class Engine:
         running = scheduler.decoding or scheduler.prefilling
         if not running:
             return False
-        prefilling = bool(scheduler.prefilling)  # then the planner learns nothing from the step
-        plan = self.planner.choose(
-            len(running),
-            sum(request.drafting for request in running),
-            lambda plan: not prefilling and self.runner.ready(self._key(plan)),
-        )
+        plan = self._plan(running)
         self._grow(plan)
         budget = self.budget.tokens(len(scheduler.decoding), len(scheduler.prefilling))
         prompts = scheduler.chunks(budget)
@@ -257,6 +258,14 @@ class Engine:
         self._in_flight.append(InFlight(pending, plan, requests, prompts, self._last))
         self._last = plan
         return True
+
+    def _plan(self, running: list[Request]) -> Plan:
+        masks = self.planner.widest.masks
+        drafting = sum(one.drafting or (one.looking and not masks) for one in running)
+        prefilling = bool(self.scheduler.prefilling)  # then the planner learns nothing
+        ready = lambda plan: not prefilling and self.runner.ready(self._key(plan))  # noqa: E731
+        plan = self.planner.choose(len(running), drafting, ready)
+        return self.lookups.choose(plan, self.scheduler.decoding) if self.lookups else plan
 
     def _run(self, plan: Plan, requests: list[Request], chunks: list[Chunk]) -> PendingStep:
         slots = [request.slot for request in requests if request.slot is not None]
@@ -285,6 +294,8 @@ class Engine:
         guided = any(map(self._constraint, requests))
         if not prompts and not guided and self.runner.steady:
             self.planner.observe_cost(batch, plan, seconds)
+            if self.lookups is not None:
+                self.lookups.observe_cost(batch, plan, seconds)
 
     def _key(self, plan: Plan) -> StepKey:
         params = [request.params.logprobs for request in self.scheduler.running]
@@ -335,21 +346,25 @@ class Engine:
         self.metrics.device_seconds += perf_counter() - started
         if result.prompt is not None:
             add_prompt_logprobs(self.runner.idlm, step.prompts, result.prompt, self._raw)
-        reached, accepted = [0] * self.runner.depth, [0] * self.runner.depth
-        windows = tokens = 0
+        depth = self.planner.widest.drafts
+        reached, accepted, windows, tokens = [0] * depth, [0] * depth, 0, 0
         for row, (request, slot) in enumerate(zip(step.requests, result.slots(), strict=False)):
             done = request.finished or request.slot is None
             if done or (slot.committed == 0 and not slot.stuck):
                 continue
-            if request.drafting:
-                windows, tokens = windows + 1, tokens + slot.committed
-            for depth in range(min(slot.drafted, slot.accepted + 1)):
-                reached[depth] += 1
-                accepted[depth] += depth < slot.accepted
+            if request.matched and self.lookups is not None:
+                self.lookups.observe(request, slot)
+            elif not request.matched:
+                if request.drafting:
+                    windows, tokens = windows + 1, tokens + slot.committed
+                for k in range(min(slot.drafted, slot.accepted + 1)):
+                    reached[k] += 1
+                    accepted[k] += k < slot.accepted
+            request.matched, request.guess = slot.matched, slot.guess
             logprobs = logprob_entries(result, row, request) if result.logprobs else []
             self._deliver(request, slot, logprobs)
         self.planner.observe(reached, accepted)
-        if step.after != AR:
+        if step.after.masks and step.plan.masks:
             self.planner.observe_tokens(step.plan, windows, tokens)
 
     def _deliver(

@@ -49,8 +49,8 @@ class LLM:
         device: for example "cpu", "cuda" or "cuda:1".
         config: the engine's options.
         options: fields of `EngineConfig`, which replace those of `config`: stride, branches,
-            max_num_seqs, kv_memory, page_size, prefill_tokens, deterministic, weights, threads,
-            max_model_len, ...
+            drafts, max_num_seqs, kv_memory, page_size, prefill_tokens, deterministic, weights,
+            threads, max_model_len, ...
 
     Attributes:
         engine: runs the requests; its counters are `engine.metrics`.

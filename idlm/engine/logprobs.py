@@ -12,7 +12,7 @@ from idlm.decoding.law import Law
 from idlm.decoding.verify import logprobs
 from idlm.engine.prefill import Chunk
 from idlm.engine.request import Logprob, Request
-from idlm.engine.step import StepResult
+from idlm.engine.results import StepResult
 from idlm.models.idlm_model import Idlm
 from idlm.params import SamplingParams
 

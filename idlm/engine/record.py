@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from idlm.engine.prefill import PrefillBatch
-from idlm.engine.step import ModelStep, StepKey, StepResult
+from idlm.engine.results import StepResult
+from idlm.engine.step import ModelStep, StepKey
 from idlm.kernels.fused import fuse
 
 log = logging.getLogger("idlm")

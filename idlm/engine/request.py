@@ -146,7 +146,8 @@ class Request:
     Attributes:
         limit: the length (prompt and output) at which the request ends.
         adapter: the index of the adapter that drafts.
-        drafting: False: plain AR.
+        drafting: whether MASK rows draft; looking: whether drafts are looked up in its text.
+            Neither: plain AR.
         order: (priority, number of arrival); requests with lower orders run first.
         deadline: in seconds of `time.perf_counter`; None: no deadline.
         slot: the request's slot; None while it waits.
@@ -155,6 +156,8 @@ class Request:
         computed: tokens of its text that are cached or whose prefill has been launched.
         page_keys: the hashes of its first full pages, as many as the scheduler has needed.
         matcher: follows the output if the request has a guide or a budget of thoughts.
+        matched, guess: of the drafts for the next window, as far as the host knows; see
+            `SlotResult`.
     """
 
     id: str
@@ -165,6 +168,7 @@ class Request:
     stop_ids: frozenset[int]
     adapter: int
     drafting: bool
+    looking: bool
     order: tuple[int, int]
     deadline: float | None
     stream: TextStream | None
@@ -175,6 +179,8 @@ class Request:
     trimmed: int = 0
     page_keys: list[bytes] = field(default_factory=list)
     matcher: Constraint | None = None
+    matched: int = 0
+    guess: int = 0
 
     @property
     def text(self) -> list[int]:

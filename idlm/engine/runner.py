@@ -21,12 +21,14 @@ from idlm.decoding.plan import AR, Plan
 from idlm.decoding.settings import Features, Settings
 from idlm.engine.guide import Constraint, GuidedRows
 from idlm.engine.kv_cache import KVCache
+from idlm.engine.lookup import Lookup
 from idlm.engine.prefill import Chunk, PrefillBatch
 from idlm.engine.products import Products
 from idlm.engine.record import Recorder
 from idlm.engine.request import Request
+from idlm.engine.results import COUNTS, StepResult
 from idlm.engine.slots import Slots, staged
-from idlm.engine.step import ModelStep, StepKey, StepResult, Verify
+from idlm.engine.step import ModelStep, StepKey, Verify
 from idlm.models.experts import unrecordable
 from idlm.models.idlm_model import Idlm
 
@@ -70,18 +72,31 @@ class Runner:
     """The device side of an engine. Its methods must be called in torch's inference mode.
 
     Args:
-        depth: K, the most drafts of any plan.
+        plans: all plans of the engine. If any looks drafts up, every step does.
         products: the kernels that multiply by the model's weights.
+
+    Attributes:
+        depth: K, the most drafts of any plan.
     """
 
     def __init__(
-        self, idlm: Idlm, config: EngineConfig, depth: int, cache: KVCache, products: Products
+        self,
+        idlm: Idlm,
+        config: EngineConfig,
+        plans: Sequence[Plan],
+        cache: KVCache,
+        products: Products,
     ) -> None:
-        self.idlm, self.depth = idlm, depth
+        self.idlm, self.depth = idlm, max(plan.drafts for plan in plans)
+        self._masks = max(plan.drafts if plan.masks else 0 for plan in plans)
+        depth, looking = self.depth, any(plan.branches == "lookup" for plan in plans)
         slots, deterministic = config.max_num_seqs, config.deterministic
         self.slots = Slots(slots, depth, cache.columns(idlm.context), idlm.vocab_size, idlm.device)
         self.settings = Settings.empty(slots + 1, idlm.vocab_size, idlm.mask_id, idlm.device)
-        self.model_step = ModelStep(idlm, cache, self.slots, self.settings, products, deterministic)
+        self.lookup = Lookup(self.slots, cache.page_size) if looking else None
+        self.model_step = ModelStep(
+            idlm, cache, self.slots, self.settings, products, deterministic, self.lookup
+        )
         # a CPU recording serves all batch sizes, but deterministic kernels fix a number of tiles
         tiled = deterministic and idlm.device.type == "cpu"
         routed = unrecordable(idlm.model, deterministic)
@@ -97,15 +112,17 @@ class Runner:
         """Write a request's state to its slot. Later steps must prefill its text except the last
         token, which is pending."""
         assert request.slot is not None  # noqa: S101
-        if request.params.verification == "ratio" and self.slots.log_q is None:
+        if request.params.verification == "ratio" and self.slots.log_q is None and self._masks:
             rows = len(self.slots.state.length)
-            shape = (rows, self.depth, self.idlm.vocab_size)
+            shape = (rows, self._masks, self.idlm.vocab_size)
             self.slots.log_q = torch.zeros(shape, dtype=torch.float64, device=self.idlm.device)
         result, stop_ids = request.result, sorted(request.stop_ids)
         self.settings.put(
             request.slot, request.params, result.seed, request.prompt, result.token_ids, stop_ids
         )
         self.slots.put(request)
+        if self.lookup is not None:
+            self.lookup.put(request.slot, request.text)
 
     def replace_verify(self, verify: Verify) -> None:
         """Change the rule that accepts drafts. Benches use this to simulate acceptance."""
@@ -148,7 +165,7 @@ class Runner:
                 return PendingStep.of(self._windows(key, slots, tokens, prompts, matchers))
             hidden = self.model_step.prefill(prompts)  # separately: graphs have windows only
             if not slots:
-                nothing = hidden.new_empty(0, key.plan.stride + 3, dtype=torch.int64)
+                nothing = hidden.new_empty(0, key.plan.stride + COUNTS, dtype=torch.int64)
                 return PendingStep.of(StepResult(nothing, prompt=hidden))
             return PendingStep.of(
                 replace(self._windows(key, slots, tokens, None, matchers), prompt=hidden)

@@ -176,7 +176,7 @@ class Scheduler:
         self.publish(request, request.length - 1 if decoding else request.computed)
         self.pool.release(request.pages[request.trimmed :])
         slot, request.slot, request.pages = request.slot, None, []
-        request.computed = request.trimmed = 0
+        request.computed = request.trimmed = request.matched = 0
         self._free_slots.append(slot)
         return slot
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from idlm.decoding.settings import Features, Settings, on_device
+from idlm.decoding.settings import NEVER, Features, Settings, on_device
 from idlm.engine.request import Request
 
 
@@ -32,9 +32,12 @@ class State:
         length: int64 [B], n; pending: int64 [B].
         limit: int64 [B], the length at which the request ends.
         alive: bool [B], whether the request has not ended yet.
-        drafting: bool [B]; False: plain AR.
+        drafting: bool [B], whether MASK rows draft; looking: bool [B], whether drafts are looked up
+            in the request's text. Neither: plain AR.
         drafts: int64 [B, K]; valid: int64 [B], the number of valid drafts.
         adapter: int64 [B], the index of the adapter that drafts.
+        matched: int64 [B], the length of the match that the drafts were looked up by; 0 if they
+            were not.
         table: int64 [B, M], the page tables.
     """
 
@@ -43,9 +46,11 @@ class State:
     limit: Tensor
     alive: Tensor
     drafting: Tensor
+    looking: Tensor
     drafts: Tensor
     valid: Tensor
     adapter: Tensor
+    matched: Tensor
     table: Tensor
 
 
@@ -54,8 +59,8 @@ class Slots:
 
     Attributes:
         stops: bool [B, V], the tokens that end each request.
-        log_q: [B, K, V], the laws that the drafts were drawn from; None until a request uses the
-            ratio rule.
+        log_q: [B, K of MASK rows, V], the laws that these drafts were drawn from; None until a
+            request uses the ratio rule.
     """
 
     def __init__(
@@ -67,10 +72,10 @@ class Slots:
             return torch.zeros(rows, *shape, dtype=torch.int64, device=device)
 
         # fields are columns of two tables, so that a request's row is written in two copies
-        self._numbers = torch.tensor([1, 0, 1, 0, 0], device=device).repeat(rows, 1)
-        self._flags = torch.zeros(rows, 2, dtype=torch.bool, device=device)
-        length, pending, limit, valid, adapter = self._numbers.unbind(1)
-        alive, drafting = self._flags.unbind(1)
+        self._numbers = torch.tensor([1, 0, 1, 0, 0, 0], device=device).repeat(rows, 1)
+        self._flags = torch.zeros(rows, 3, dtype=torch.bool, device=device)
+        length, pending, limit, valid, adapter, matched = self._numbers.unbind(1)
+        alive, drafting, looking = self._flags.unbind(1)
         self.spare = number
         self.log_q: Tensor | None = None
         self.state = State(
@@ -79,9 +84,11 @@ class Slots:
             limit,
             alive,
             drafting,
+            looking,
             whole(depth),
             valid,
             adapter,
+            matched,
             table=whole(columns),
         )
         self.stops = torch.zeros(rows, vocab_size, dtype=torch.bool, device=device)
@@ -91,9 +98,10 @@ class Slots:
         slot, text, pages = request.slot, request.text, request.pages
         assert slot is not None  # noqa: S101
         table, device = self.state.table[slot], self.state.table.device
-        numbers = [len(text), text[-1], request.limit, 0, request.adapter]
+        numbers = [len(text), text[-1], request.limit, 0, request.adapter, 0]
         self._numbers[slot] = staged(numbers, device)
-        self._flags[slot] = staged([True, request.drafting], device).bool()
+        flags = [True, request.drafting, request.looking]
+        self._flags[slot] = staged(flags, device).bool()
         table.copy_(staged([*pages, *[0] * (len(table) - len(pages))], device))
         stops = staged(sorted(request.stop_ids), device)
         self.stops[slot].fill_(False).index_fill_(0, stops, True)
@@ -124,6 +132,29 @@ class Slots:
         """Write fields of the slots `rows` in place; `values` are by the name of the field."""
         for name, value in values.items():
             getattr(self.state, name).index_copy_(0, rows, value)
+
+    def left(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the drafts left for the next windows of the slots `rows` [B]: `matched` [B], and the
+        first draft [B], which is 0 where nothing is ever drafted."""
+        matched, drafts = self.state.matched, self.state.drafts
+        first = drafts[:, 0] if drafts.shape[1] else torch.zeros_like(matched)
+        return matched.index_select(0, rows), first.index_select(0, rows)
+
+    def laws(self, rows: Tensor, drafts: Tensor, matched: Tensor | None) -> Tensor | None:
+        """The laws [B, K, V] that the `drafts` [B, K] of the slots `rows` were drawn from: point
+        masses where they were looked up. `matched` [B] is None if none ever are."""
+        depth, kept = drafts.shape[1], self.log_q
+        kept = None if kept is None else kept.index_select(0, rows)[:, :depth]
+        if matched is None:
+            return kept
+        wide = (*drafts.shape, self.stops.shape[1])
+        point = torch.full(wide, NEVER, dtype=torch.float64, device=drafts.device)
+        point = point.scatter(2, drafts[..., None].clamp(0, wide[2] - 1), 0.0)
+        if kept is None:
+            return point
+        # at depths that MASK rows never draw, all drafts were looked up
+        kept = torch.cat([kept, point[:, kept.shape[1] :]], dim=1)
+        return torch.where(matched[:, None, None] > 0, point, kept)
 
     def keep_laws(self, rows: Tensor, log_q: Tensor) -> None:
         """Store the laws [B, K, V] that the drafts of the slots `rows` were drawn from."""

@@ -7,6 +7,7 @@
        becomes pending.
     5. Run the head on the MASK rows of the outcome; draw the next drafts, in turn if the adapter
        has a draft head.
+    6. Look drafts up in the slots' own texts, if the engine does so.
 
 A prompt's last token is not prefilled. It is the pending token of its slot's first window, which
 has no drafts. That window may be in the forward that prefills the other tokens.
@@ -34,8 +35,10 @@ from idlm.decoding.window import window
 from idlm.engine.chain import chain
 from idlm.engine.guide import GuidedRows
 from idlm.engine.kv_cache import KVCache
+from idlm.engine.lookup import Lookup
 from idlm.engine.prefill import PrefillBatch
 from idlm.engine.products import Products
+from idlm.engine.results import StepResult
 from idlm.engine.slots import Slots, State, select, store
 from idlm.kernels.batch_invariant import batch_invariant
 from idlm.kernels.keep import rules
@@ -60,47 +63,6 @@ class StepKey:
     features: Features
     logprobs: int | None = None
     raw_logprobs: bool = False
-
-
-class SlotResult(NamedTuple):
-    """One slot's row of a `StepResult`, on the host.
-
-    Attributes:
-        tokens: R tokens, of which the first `committed` are committed.
-        drafted: the number of drafts verified; accepted: the number accepted.
-    """
-
-    tokens: list[int]
-    committed: int
-    drafted: int
-    accepted: int
-
-    @property
-    def stuck(self) -> bool:
-        """Whether the request's bans leave no token after those committed. It means nothing if the
-        request is complete with them."""
-        return self.committed <= self.accepted and self.tokens[self.committed] == NOTHING
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """The results of a step for the host.
-
-    Attributes:
-        packed: int64 [B, R + 3]: R tokens, then the numbers of tokens committed, drafts verified
-            and drafts accepted. It is a single tensor, so that the host needs a single copy.
-        logprobs: those of the R tokens, if requested; see `idlm.decoding.verify.logprobs`.
-        prompt: hidden states [T, D] of the prompt tokens prefilled, for prompt logprobs.
-    """
-
-    packed: Tensor
-    logprobs: tuple[Tensor, ...] = ()
-    prompt: Tensor | None = None
-
-    def slots(self) -> Iterator[SlotResult]:
-        """The rows of `packed`, which must be on the host."""
-        for *tokens, committed, drafted, accepted in self.packed.tolist():
-            yield SlotResult(tokens, committed, drafted, accepted)
 
 
 class StepContext(NamedTuple):
@@ -154,6 +116,7 @@ class ModelStep:
             simulates acceptance.
         kernels: a context for every step: batch-invariant kernels if the engine is deterministic.
         rules: choose and filter tokens on the model's device.
+        lookup: the texts of the slots; None: drafts are not looked up.
     """
 
     def __init__(
@@ -164,9 +127,10 @@ class ModelStep:
         settings: Settings,
         products: Products,
         deterministic: bool = False,
+        lookup: Lookup | None = None,
     ) -> None:
         self.idlm, self.cache, self.slots, self.settings = idlm, cache, slots, settings
-        self.products = products
+        self.products, self.lookup = products, lookup
         self.verify: Verify = verify
         self.kernels = batch_invariant if deterministic else nullcontext
         self.rules = rules(idlm.device)
@@ -181,7 +145,8 @@ class ModelStep:
     def written(self) -> list[Tensor]:
         """Every tensor that a step writes to and a later one reads."""
         settings = self.settings
-        optional = (self.slots.log_q, settings.seen, settings.counts, settings.recent)
+        looked_up = [] if self.lookup is None else self.lookup.written
+        optional = (self.slots.log_q, settings.seen, settings.counts, settings.recent, *looked_up)
         state = [getattr(self.slots.state, field.name) for field in fields(State)]
         return [*self.cache.pages, *state, *(tensor for tensor in optional if tensor is not None)]
 
@@ -301,13 +266,13 @@ class ModelStep:
         guided: Guided,
     ) -> Verified:
         """Verify the drafts by the slots' laws, and choose the tokens that follow."""
-        features, log_q = key.features, self.slots.log_q
+        features = key.features
         law, own = Law(select(self.settings, slots, features), features, *self.rules), logits
         if guided is not None:
             logits = guided.restrict(logits, drafts.tokens, drafts.valid)
-        if log_q is not None and features.ratio and drafts.tokens.shape[1]:
-            kept = log_q.index_select(0, slots)[:, : drafts.tokens.shape[1]]
-            drafts = drafts._replace(log_q=kept)
+        if features.ratio and drafts.tokens.shape[1]:
+            matched = None if self.lookup is None else state.matched
+            drafts = drafts._replace(log_q=self.slots.laws(slots, drafts.tokens, matched))
         verdict = self.verify(law, logits, drafts, state.length)
         logits = own if key.raw_logprobs else logits
         return Verified(slots, state, law, logits, drafts.valid, verdict, guided)
@@ -330,8 +295,11 @@ class ModelStep:
             store(self.settings, verified.slots, verified.law.settings)
         self.slots.write(verified.slots, length=length, pending=pending, alive=alive)
         self._draft(key, verified, mask_hidden, served, length)
-        columns = torch.stack([count, verified.valid, verified.verdict.accepted], dim=1)
-        return torch.cat([tokens, columns], dim=1), top
+        if self.lookup is not None:
+            self.lookup.draft(verified.slots, state, tokens, length)
+        left = self.slots.left(verified.slots)
+        counts = [count, verified.valid, verified.verdict.accepted, *left]
+        return torch.cat([tokens, torch.stack(counts, dim=1)], dim=1), top
 
     def _cut(self, verified: Verified) -> tuple[Tensor, Tensor]:
         """The tokens [B, R] to commit, as flags: up to the limit and the first stop token, and
@@ -386,8 +354,8 @@ def _chosen(
     tables: WindowTables, verified: Verified, mask_hidden: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
     """The hidden states [B, K, D] of the MASK rows of each slot's outcome, and whether the outcome
-    has a branch [B]; None for AR."""
-    if not tables.num_masks:
+    has a branch [B]; None without MASK rows."""
+    if not tables.mask_rows:
         return None, None
     group = tables.group[verified.valid, verified.verdict.accepted]
     by_group = mask_hidden.unflatten(0, (-1, tables.num_groups, tables.num_masks))

@@ -9,7 +9,7 @@ import resource
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from time import perf_counter, process_time
@@ -19,8 +19,8 @@ import torch
 
 from idlm.config import EngineConfig
 from idlm.decoding.plan import Plan, choose
+from idlm.engine.engine import Engine
 from idlm.engine.llm import LLM, Result
-from idlm.engine.planner import Planner
 from idlm.evaluation.simulation import simulate_acceptance
 from idlm.evaluation.workload import Request
 from idlm.models.idlm_model import Idlm
@@ -110,7 +110,7 @@ class BenchEngine(Protocol):
 
 @dataclass
 class Ours:
-    """Our engine in one mode: "ar", "chain", "all" or "planner"."""
+    """Our engine in one mode: "ar", "lookup", "chain", "all" or "planner"."""
 
     llm: LLM
     mode: str
@@ -120,14 +120,15 @@ class Ours:
     def run(self, requests: Sequence[Request], concurrency: int) -> Run:
         device = self.llm.idlm.device
         metrics, planner = self.llm.engine.metrics, self.llm.engine.planner
-        plan = planner.plans[0] if len(planner.plans) == 1 else None
+        single = len(planner.plans) == 1 and self.llm.engine.lookups is None
+        plan = planner.plans[0] if single else None
         plans, rows = Counter(metrics.plans), metrics.window_rows
         host, steps = metrics.host_seconds, metrics.step_seconds
         _forget_peak(device)
         started, cpu = perf_counter(), process_time()
         results = closed_loop(self.llm, requests, concurrency)
         seconds, cpu_seconds = perf_counter() - started, process_time() - cpu
-        reason = _reason(planner, concurrency)
+        reason = _reason(self.llm.engine, concurrency)
         host_share = (metrics.host_seconds - host) / (metrics.step_seconds - steps)
         decoding = Decoding(
             plan, results, metrics.window_rows - rows, metrics.plans - plans, host_share, reason
@@ -153,14 +154,24 @@ def bench_engines(
     """
     engines = []
     for mode in modes:
-        n, branches = (1, "all") if mode == "ar" else (stride, mode)
-        config = EngineConfig(n, branches, max_num_seqs=slots, kv_memory=kv_memory, weights=weights)
-        llm, simulated = LLM(idlm, config=config), None if mode == "ar" else shares
+        plain = EngineConfig(*_options(mode, stride, shares is not None), max_num_seqs=slots)
+        config = replace(plain, kv_memory=kv_memory, weights=weights)
+        llm, simulated = LLM(idlm, config=config), None if mode in ("ar", "lookup") else shares
         if simulated is not None:
             simulate_acceptance(llm.engine, simulated)
         llm.engine.warm_up(WARM_UP_SECONDS)
         engines.append(Ours(llm, mode, simulated is not None))
     return engines
+
+
+def _options(mode: str, stride: int, simulated: bool) -> tuple[int, str, str]:
+    """Stride, branches and drafts of an engine. Simulated texts repeat nothing that a model would
+    write, so nothing is looked up in them."""
+    if mode == "ar":
+        return 1, "all", "masks"
+    if mode == "lookup":
+        return max(2, stride), "planner", "lookup"
+    return stride, mode, "masks" if simulated else "auto"
 
 
 def closed_loop(llm: LLM, requests: Sequence[Request], concurrency: int) -> list[Result]:
@@ -184,13 +195,15 @@ def closed_loop(llm: LLM, requests: Sequence[Request], concurrency: int) -> list
     return [results[name] for name in order]
 
 
-def _reason(planner: Planner, batch: int) -> str:
+def _reason(engine: Engine, batch: int) -> str:
     """The planner's reason for a full batch; `planner.reason` is that of the run's end, when few
     are left."""
+    planner, reasons = engine.planner, [] if engine.lookups is None else [engine.lookups.reason]
     if planner.costs is None:
         return planner.reason
     costs, acceptance = planner.costs.costs(batch), planner.acceptance.values
-    return choose(planner.plans, costs, acceptance, gain=planner.gain).reason
+    usual = choose(planner.plans, costs, acceptance, gain=planner.gain).reason
+    return "; ".join([usual, *reasons])
 
 
 def _served(result: Result) -> Served:

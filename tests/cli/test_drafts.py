@@ -1,4 +1,5 @@
-"""An ordinary model decodes AR and says so; what cannot be is said before weights are read."""
+"""An ordinary model has lookup drafts and says so; what cannot be is said before weights are
+read."""
 
 from __future__ import annotations
 
@@ -20,6 +21,9 @@ SHORT = ("--max-tokens", "4", "--seed", "1", "--dtype", "float64")
 BENCH = ("--concurrency", "1", "--requests", "2", "--repeats", "1")
 
 
+SAID = "lookup drafts: "
+
+
 def run(*arguments: object, text: str | None = None) -> Result:
     return CliRunner().invoke(app, [*map(str, arguments)], input=text)
 
@@ -38,35 +42,39 @@ def weightless(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def only_line(result: Result) -> str:
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("AR: ")]
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith(SAID)]
     assert "idlm train" in line and "--adapter" in line
     return line
 
 
-def test_generate_decodes_ar_and_says_so(checkpoint: Path) -> None:
+def test_generate_looks_drafts_up_and_says_so(checkpoint: Path) -> None:
     plain = run("generate", checkpoint / "base", "Tom", *SHORT, "--json")
     assert plain.exit_code == 0 and str(checkpoint / "base") in only_line(plain)
     report = json.loads(plain.stdout)
-    assert report["stride"] == 1 and report["tpf"] == 1
+    assert (report["stride"], report["drafts"]) == (4, "lookup")
     ar = run("generate", checkpoint / "base", "Tom", *SHORT, "--stride", 1, "--json")
-    assert "AR: " not in ar.stderr, "who asks for AR need not be told"
+    lookup = run("generate", checkpoint / "base", "Tom", *SHORT, "--drafts", "lookup", "--json")
+    for told in (ar, lookup):
+        assert SAID not in told.stderr, "who asks need not be told"
     results = json.loads(ar.stdout)["results"]
-    assert results == report["results"]
+    assert json.loads(ar.stdout)["tpf"] == 1
+    for other in (report, json.loads(lookup.stdout)):
+        assert other["results"][0]["token_ids"] == results[0]["token_ids"]
     lora = checkpoint / "lora"
     isd = run("generate", checkpoint / "base", "Tom", *SHORT, "--adapter", lora, "--json")
-    assert "AR: " not in isd.stderr and json.loads(isd.stdout)["stride"] == 4
+    assert SAID not in isd.stderr and json.loads(isd.stdout)["stride"] == 4
     assert json.loads(isd.stdout)["results"][0]["token_ids"] == results[0]["token_ids"]
 
 
-def test_chat_and_bench_decode_ar_and_say_so(checkpoint: Path) -> None:
+def test_chat_and_bench_look_drafts_up_and_say_so(checkpoint: Path) -> None:
     chat = run("chat", checkpoint / "base", *SHORT, text="Tom\n")
     assert chat.exit_code == 0 and only_line(chat)
     bench = run("bench", checkpoint / "base", *BENCH, "--json")
     assert bench.exit_code == 0 and only_line(bench)
-    assert [row["mode"] for row in json.loads(bench.stdout)["rows"]] == ["ar"]
+    assert [row["mode"] for row in json.loads(bench.stdout)["rows"]] == ["ar", "lookup"]
 
 
-def test_serve_decodes_ar_and_says_so(checkpoint: Path) -> None:
+def test_serve_looks_drafts_up_and_says_so(checkpoint: Path) -> None:
     options = [
         "--port",
         "0",
@@ -86,7 +94,7 @@ def test_serve_decodes_ar_and_says_so(checkpoint: Path) -> None:
         process.terminate()
         _, errors = process.communicate(timeout=HANG_SECONDS)
     assert announced.startswith("idlm serves small at ")
-    (line,) = [line for line in errors.splitlines() if line.startswith("AR: ")]
+    (line,) = [line for line in errors.splitlines() if line.startswith(SAID)]
     assert "idlm train" in line and "base" in line
 
 
@@ -96,6 +104,7 @@ def test_serve_decodes_ar_and_says_so(checkpoint: Path) -> None:
         (("--stride", "4"), "--stride 4"),
         (("--branches", "chain"), "--branches chain"),
         (("--branches", "all", "--stride", "2"), "--branches all"),
+        (("--drafts", "masks"), "--drafts masks"),
     ],
 )
 @pytest.mark.parametrize("command", ["generate", "serve", "chat"])

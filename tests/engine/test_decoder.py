@@ -150,9 +150,10 @@ def test_a_mask_in_the_prompt_is_refused(idlm: Idlm) -> None:
         LLM(idlm, branches="all").generate([[1, idlm.mask_id]])
 
 
-def test_a_model_without_mask_row_decodes_ar_only() -> None:
+def test_a_model_without_mask_row_has_no_drafts_of_masks() -> None:
     plain = tiny_idlm("qwen3", adapter=False)
-    for options in ({"stride": 1}, {}):  # the planner has nothing but AR to choose
+    # of plans of MASK rows the planner has nothing but AR to choose
+    for options in ({"stride": 1}, {"drafts": "masks"}):
         assert (
             LLM(plain, **options).generate([[1, 2]], SamplingParams(max_tokens=3))[0].forwards == 3
         )

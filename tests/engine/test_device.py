@@ -23,8 +23,9 @@ from idlm.engine.budget import PREFILL_LATE
 from idlm.engine.build import build_engine
 from idlm.engine.memory import gpu_share
 from idlm.engine.record import Recorder
+from idlm.engine.results import StepResult
 from idlm.engine.slots import select
-from idlm.engine.step import StepKey, StepResult
+from idlm.engine.step import StepKey
 from tests.engine.tiny import tiny_idlm
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -137,7 +138,7 @@ def test_while_nobody_decodes_no_window_is_run(idlm: Idlm) -> None:
     engine.runner.seat(request)
     outcome = engine.runner.step(StepKey(AR, Features()), [], 1, [chunk]).read()
     assert (
-        outcome.packed.shape == (0, 4) and outcome.prompt is not None and len(outcome.prompt) == 3
+        outcome.packed.shape == (0, 6) and outcome.prompt is not None and len(outcome.prompt) == 3
     )
 
 

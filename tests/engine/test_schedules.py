@@ -28,7 +28,14 @@ from idlm.engine.engine import Engine
 from idlm.engine.request import Result, Terms
 from idlm.models.heads import HeadSpec
 from idlm.models.idlm_model import Idlm
-from tests.engine.tiny import DTYPE, VOCAB, sliding_idlm, tiny_idlm, with_second_adapter
+from tests.engine.tiny import (
+    DTYPE,
+    VOCAB,
+    sliding_idlm,
+    tiny_idlm,
+    with_lookups,
+    with_second_adapter,
+)
 from tests.heads import random_head
 
 STEPS = int(os.environ.get("IDLM_SCHEDULE_STEPS", "5000"))
@@ -105,6 +112,8 @@ class Schedules(RuleBasedStateMachine):
     """Whether drafts are chained."""
     entry = 0
     """The layer that MASK rows enter at."""
+    lookups = False
+    """Whether drafts are also looked up: alone in place of all outcomes, else beside MASK rows."""
     steps = 0
 
     def __init__(self) -> None:
@@ -120,6 +129,8 @@ class Schedules(RuleBasedStateMachine):
         prefill=st.sampled_from([3, 16, None]),
     )
     def build(self, plan: tuple[int, str], late: bool, pages: int, prefill: int | None) -> None:
+        if self.lookups and plan[1] == "all":
+            plan = (plan[0] + 1, "lookup")
         page_bytes = 2 * 2 * 4 * 2 * 8 * DTYPE.itemsize
         self.engine: Engine = build_engine(
             model(self.window, self.heads, self.entry),
@@ -134,6 +145,8 @@ class Schedules(RuleBasedStateMachine):
             ),
             adapters=["first", "second"],
         )
+        if self.lookups and plan[1] != "lookup":
+            with_lookups(self.engine)
 
     @rule(
         prompt=st.sampled_from(PROMPTS),
@@ -245,6 +258,13 @@ class LateSlidingSchedules(Schedules):
     entry = 1
 
 
+class LookupSchedules(Schedules):
+    """With drafts looked up, alone and beside those of MASK rows, in recorded steps."""
+
+    record = True
+    lookups = True
+
+
 class SlidingSchedules(Schedules):
     """With layers that see less than a page and less than a window, or a little more."""
 
@@ -267,6 +287,7 @@ LIMITS = settings(
         (RecordedSchedules, STEPS),
         (EagerSchedules, STEPS),
         (ChainedSchedules, STEPS // 5),
+        (LookupSchedules, STEPS // 5),
         (SlidingSchedules, STEPS // 10),
         (WiderSlidingSchedules, STEPS // 10),
         (LateSchedules, STEPS // 10),

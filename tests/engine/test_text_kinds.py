@@ -132,6 +132,7 @@ def test_a_request_that_ends_so_has_stopped(reason, end):
         stop_ids=frozenset(),
         adapter=0,
         drafting=True,
+        looking=False,
         order=(0, 0),
         deadline=None,
         stream=TextStream(tokenizer, stop=["世"]),

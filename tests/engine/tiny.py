@@ -26,6 +26,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from idlm.engine.engine import Engine
+from idlm.engine.lookup import Lookup
 from idlm.models import attention, experts
 from idlm.models.gated_lora import LoraSpec, adapter_parameters, all_linear, attach, attach_more
 from idlm.models.idlm_model import Idlm
@@ -162,3 +164,12 @@ def with_second_adapter(idlm: Idlm) -> Idlm:
     spec = LoraSpec(3, 6.0, ("k_proj", "down_proj"), entry=idlm.entry)
     attach_more(idlm.model, idlm.gate, spec, tensors, row)
     return idlm
+
+
+def with_lookups(engine: Engine) -> Engine:
+    """The engine, with lookup drafts beside its one plan of MASK rows, as engines with a planner
+    have them."""
+    runner = engine.runner
+    lookup = Lookup(runner.slots, engine.config.page_size)
+    runner.lookup = runner.model_step.lookup = lookup
+    return engine
