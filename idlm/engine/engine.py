@@ -42,6 +42,7 @@ from idlm.engine.request import USUAL, Logprob, Request, Result, Terms, Update
 from idlm.engine.runner import PendingStep, Runner
 from idlm.engine.scheduler import Scheduler, longest
 from idlm.engine.step import SlotResult, StepKey
+from idlm.engine.windows import recorded, wanted
 from idlm.models.more_adapters import Loaded
 from idlm.params import SamplingParams
 
@@ -260,7 +261,8 @@ class Engine:
         slots = [request.slot for request in requests if request.slot is not None]
         tokens = longest(requests) + self._ahead(plan) if requests else 1
         matchers = [self._constraint(request) for request in requests]
-        return self.runner.step(self._key(plan), slots, tokens, chunks, matchers)
+        key, windows = self._key(plan), wanted(requests)
+        return self.runner.step(key, slots, tokens, chunks, matchers, windows)
 
     def _constraint(self, request: Request) -> Constraint | None:
         """The request's matcher, unless it cannot restrict a token or draft of the next step: steps
@@ -335,6 +337,7 @@ class Engine:
             add_prompt_logprobs(self.runner.idlm, step.prompts, result.prompt, self._raw)
         reached, accepted = [0] * self.runner.depth, [0] * self.runner.depth
         windows = tokens = 0
+        drafts = None if step.pending.drafts is None else step.pending.drafts.tolist()
         for row, (request, slot) in enumerate(zip(step.requests, result.slots(), strict=False)):
             done = request.finished or request.slot is None
             if done or (slot.committed == 0 and not slot.stuck):
@@ -343,6 +346,8 @@ class Engine:
             for depth in range(min(slot.drafted, slot.accepted + 1)):
                 reached[depth] += 1
                 accepted[depth] += depth < slot.accepted
+            if request.result.windows is not None and drafts is not None:
+                request.result.windows.append(recorded(request, step.plan, slot, drafts[row]))
             logprobs = logprob_entries(result, row, request) if result.logprobs else []
             self._deliver(request, slot, logprobs)
         self.planner.observe(reached, accepted)
