@@ -155,7 +155,7 @@ docs: $(STAMP)
 web: web/node_modules
 	cd web && npm run build
 
-# the page in Debian's Chromium against real servers, about two minutes: apt-get install chromium
+# the page in Debian's Chromium against real servers, a few minutes: apt-get install chromium
 ui-test: $(STAMP) web/node_modules
 	@command -v chromium >/dev/null || { echo "error: missing here: apt-get install chromium" >&2; exit 1; }
 	cd web && npm test -- $(ARGS)

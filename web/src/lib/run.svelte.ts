@@ -79,8 +79,12 @@ export class Run {
     this.abort.abort();
   }
 
-  /** Run a request to its end. Only an error about the key is thrown. */
-  async go(endpoint: Endpoint, request: Record<string, unknown>, key: (e: unknown) => boolean) {
+  /** Run a request to its end; `failed` is called with what ended it early. */
+  async go(
+    endpoint: Endpoint,
+    request: Record<string, unknown>,
+    failed: (error: unknown) => void,
+  ): Promise<void> {
     this.model = String(request.model);
     this.started = performance.now();
     try {
@@ -90,7 +94,7 @@ export class Run {
       if (this.status !== "stopped") {
         this.status = "failed";
         this.error = error instanceof Error ? error.message : String(error);
-        key(error);
+        failed(error);
       }
     }
     cancelAnimationFrame(this.frame);
