@@ -114,9 +114,6 @@ const VIEWS = ["chat", "race", "steps", "explorer"];
 test("375 pixels are enough", async ({ page }) => {
   await page.setViewportSize({ width: 375, height: 740 });
   await asked(page);
-  await page.locator("details.settings summary").click();
-  await page.evaluate(() => scrollTo(0, 0));
-  await picture(page, "narrow");
   for (const view of VIEWS) {
     await page.goto(`/#${view}`);
     await expect(page.locator("main section").first()).toBeVisible();
@@ -132,7 +129,6 @@ for (const scheme of ["light", "dark"] as const)
   test(`axe finds no serious fault, ${scheme}`, async ({ page }) => {
     await page.emulateMedia({ colorScheme: scheme, reducedMotion: "reduce" });
     await asked(page);
-    if (scheme === "dark") await picture(page, "chat-dark");
     for (const view of VIEWS) {
       await page.goto(`/#${view}`);
       await expect(page.locator("main section").first()).toBeVisible();
