@@ -18,7 +18,7 @@ FOREIGN := gcc-aarch64-linux-gnu=/usr/bin/aarch64-linux-gnu-gcc \
 	libc6-dev-arm64-cross=/usr/aarch64-linux-gnu/include/stdio.h qemu-user=/usr/bin/qemu-aarch64
 
 .PHONY: demo test test-lowest kernels-everywhere foreign-packages lint wheel bench cost-curve gpu-check gpu-kernels soak server-faults server-bytes server-fuzz server-speed clients \
-	real-model peers vllm llamacpp models families docs clean
+	real-model peers vllm llamacpp models families docs web ui-test clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -153,6 +153,19 @@ families: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/typer idlm.cli utils docs --name idlm --title 'Command line' --output docs/cli.md
 	$(BIN)/python -m benchmarks.pages
+
+# the page of `idlm serve --ui`, built into idlm/ui/page; needs node 20 and npm, which nothing else of the package does
+web: web/node_modules
+	cd web && npm run build
+
+# the page in Debian's Chromium against real servers, a few minutes: apt-get install chromium
+ui-test: $(STAMP) web/node_modules
+	@command -v chromium >/dev/null || { echo "error: missing here: apt-get install chromium" >&2; exit 1; }
+	cd web && npm test -- $(ARGS)
+
+web/node_modules: web/package-lock.json
+	cd web && PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD=1 npm ci
+	@touch $@
 
 clean:
 	rm -rf $(VENV)

@@ -2,7 +2,7 @@
 
 It has to be for this platform, with a library of the C kernels for each of its instruction sets,
 made from the sources beside them, and every library has to load; and it has to have the bundled
-model.
+model and the built page.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ NEEDED = (
     "idlm/py.typed",
     "idlm/nano/weights/base/model.safetensors",
     "idlm/nano/weights/base/tokenizer.json",
+    *(f"idlm/ui/page/{name}" for name in ("index.html", "app.js", "app.css", "explorer.html")),
 )
 
 

@@ -8,7 +8,7 @@ from idlm.errors import InputError
 
 MODULES = {
     "serve": (
-        *("fastapi", "fastapi_offline", "uvicorn", "httptools", "uvloop"),
+        *("fastapi", "fastapi_offline", "uvicorn", "httptools", "httpx2", "uvloop"),
         *("msgspec", "prometheus_client"),
     ),
     "train": ("accelerate", "yaml"),

@@ -16,8 +16,9 @@ from tests.waiting import HANG_SECONDS
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 PACKAGES = {"yaml": "pyyaml", "fastapi_offline": "fastapi-offline"}
 """Packages that are not called as their module is."""
-LIBRARY = sorted({module for modules in MODULES.values() for module in modules} - {"yaml"})
-"""Modules that must not be needed; transformers itself needs yaml."""
+NEEDED = {"yaml", "httpx2"}
+LIBRARY = sorted({module for modules in MODULES.values() for module in modules} - NEEDED)
+"""Modules that must not be needed; transformers itself needs yaml, huggingface_hub httpx2."""
 
 
 def names(requirements: list[str]) -> set[str]:

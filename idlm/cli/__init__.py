@@ -17,6 +17,7 @@ from idlm.cli import (
     export,
     generate,
     inspect,
+    page,
     report,
     serve,
     train,
@@ -62,10 +63,12 @@ app.command("bench")(bench.bench)
 app.command("chat")(chat.chat)
 app.command("demo")(demo.demo)
 app.command("distill")(distill.distill)
+app.command("explore")(page.explore)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)
 app.command("report")(report.report)
 app.command("serve")(serve.serve)
+app.command("ui")(page.ui)
 app.command("train", context_settings=train.CONTEXT)(train.train)
 app.command("verify")(verify.verify)
 app.command("inspect")(inspect.inspect)

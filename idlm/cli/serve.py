@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -93,6 +94,7 @@ def serve(
     log_prompts: Annotated[
         bool, _option("Network", "Write prompts and outputs to the log.")
     ] = False,
+    ui: Annotated[bool, _option("Network", "Give the playground at /, a page for people.")] = False,
     vllm_metrics: Annotated[
         bool, _option("Network", "Give /metrics under vLLM's names too, for its boards and tools.")
     ] = False,
@@ -154,18 +156,44 @@ def serve(
         _origins(allowed_origins or []),
         reasoning_parser,
         vllm_metrics,
+        ui,
     )
-    _check_port(port)
-    from idlm.serving.server import bind
-    from idlm.serving.server import serve as run
+    check_port(port)
+    launch(config, wanted)
 
-    bind(host, port).close()  # an address that cannot be used is said first
-    if lora_dir:  # adapters that come later draft
-        wanted = drafts.Drafts(None, None, draft_source)
-    folders = [*adapters.values()]
-    checked, ordinary = drafts.checked(wanted, engine, model, folders, dtype, device)
-    config = replace(config, worker=replace(worker, engine=engine if lora_dir else checked))
-    run(config, lambda url: _announce(config, url, ordinary))
+
+def launch(
+    config: ServeConfig, wanted: drafts.Drafts, opened: Callable[[str], None] | None = None
+) -> None:
+    """Serve until a signal. `opened` is called with the page's URL once the engine is ready.
+
+    Raises:
+        InputError: the address is not available, or the model cannot be served as configured.
+    """
+    from idlm.serving.server import bind, serve
+
+    worker = config.worker
+    engine, later = worker.engine, bool(worker.lora_dirs)
+    bind(config.host, config.port).close()  # an address that cannot be used is said first
+    if later:  # adapters that come later draft
+        wanted = drafts.Drafts(None, None, wanted.source)
+    folders = [*worker.adapters.values()]
+    checked, ordinary = drafts.checked(
+        wanted, engine, worker.model, folders, worker.dtype, worker.device
+    )
+    config = replace(config, worker=replace(worker, engine=engine if later else checked))
+
+    def announce(url: str) -> None:
+        _announce(config, url, ordinary)
+        if opened is not None:
+            opened(_page(url))
+
+    serve(config, announce)
+
+
+def _page(url: str) -> str:
+    """The playground's URL, from the API's."""
+    return url.removesuffix("v1")
 
 
 def _announce(config: ServeConfig, url: str, ordinary: bool) -> None:
@@ -178,10 +206,17 @@ def _announce(config: ServeConfig, url: str, ordinary: bool) -> None:
             f"warning: {config.host} can be reached by others, and there is no key; give --api-key",
             err=True,
         )
+    if config.ui:
+        typer.echo(f"the page is at {_page(url)}")
     typer.echo(f"idlm serves {config.name} at {url}")
 
 
-def _check_port(port: int) -> None:
+def check_port(port: int) -> None:
+    """Refuse a number that is no port.
+
+    Raises:
+        InputError: it is none.
+    """
     if not 0 <= port <= MOST_PORT:
         raise InputError(f"--port {port} is no port; use 0 to {MOST_PORT}")
 

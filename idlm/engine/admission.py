@@ -55,6 +55,8 @@ class Admission:
             result.logprobs = []
         if params.prompt_logprobs is not None:
             result.prompt_logprobs = [None]
+        if terms.windows:
+            result.windows = []
         return Request(
             id=f"request-{number}",
             prompt=list(prompt),

@@ -40,10 +40,11 @@ from idlm.engine.pages import PagePool
 from idlm.engine.planner import Planner
 from idlm.engine.prefill import Chunk
 from idlm.engine.request import USUAL, Logprob, Request, Result, Terms, Update
-from idlm.engine.results import SlotResult
+from idlm.engine.results import SlotResult, Tally
 from idlm.engine.runner import PendingStep, Runner
 from idlm.engine.scheduler import Scheduler, longest
 from idlm.engine.step import StepKey
+from idlm.engine.windows import recorded, wanted
 from idlm.models.more_adapters import Loaded
 from idlm.params import SamplingParams
 
@@ -271,7 +272,8 @@ class Engine:
         slots = [request.slot for request in requests if request.slot is not None]
         tokens = longest(requests) + self._ahead(plan) if requests else 1
         matchers = [self._constraint(request) for request in requests]
-        return self.runner.step(self._key(plan), slots, tokens, chunks, matchers)
+        key, windows = self._key(plan), wanted(requests)
+        return self.runner.step(key, slots, tokens, chunks, matchers, windows)
 
     def _constraint(self, request: Request) -> Constraint | None:
         """The request's matcher, unless it cannot restrict a token or draft of the next step: steps
@@ -346,8 +348,8 @@ class Engine:
         self.metrics.device_seconds += perf_counter() - started
         if result.prompt is not None:
             add_prompt_logprobs(self.runner.idlm, step.prompts, result.prompt, self._raw)
-        depth = self.planner.widest.drafts
-        reached, accepted, windows, tokens = [0] * depth, [0] * depth, 0, 0
+        tally = Tally(self.planner.widest.drafts)
+        drafts = None if step.pending.drafts is None else step.pending.drafts.tolist()
         for row, (request, slot) in enumerate(zip(step.requests, result.slots(), strict=False)):
             done = request.finished or request.slot is None
             if done or (slot.committed == 0 and not slot.stuck):
@@ -355,17 +357,15 @@ class Engine:
             if request.matched and self.lookups is not None:
                 self.lookups.observe(request, slot)
             elif not request.matched:
-                if request.drafting:
-                    windows, tokens = windows + 1, tokens + slot.committed
-                for k in range(min(slot.drafted, slot.accepted + 1)):
-                    reached[k] += 1
-                    accepted[k] += k < slot.accepted
+                tally.add(slot, request.drafting)
             request.matched, request.guess = slot.matched, slot.guess
+            if request.result.windows is not None and drafts is not None:
+                request.result.windows.append(recorded(request, step.plan, slot, drafts[row]))
             logprobs = logprob_entries(result, row, request) if result.logprobs else []
             self._deliver(request, slot, logprobs)
-        self.planner.observe(reached, accepted)
+        self.planner.observe(tally.reached, tally.accepted)
         if step.after.masks and step.plan.masks:
-            self.planner.observe_tokens(step.plan, windows, tokens)
+            self.planner.observe_tokens(step.plan, tally.windows, tally.tokens)
 
     def _deliver(
         self, request: Request, slot: SlotResult, logprobs: list[dict[int, Logprob]]

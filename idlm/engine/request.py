@@ -42,6 +42,28 @@ class Logprob:
     rank: int
 
 
+@dataclass(frozen=True)
+class WindowRecord:
+    """What the window of one forward held, for requests that ask for it.
+
+    Attributes:
+        position: of the pending token, counted from the start of the prompt.
+        plan: the name of the step's plan; width: the rows of its window.
+        drafts: those that were verified, of which the first `accepted` were accepted.
+        outcomes: the numbers of accepted drafts for which the window had MASK rows.
+        masks: the MASK rows of each.
+    """
+
+    position: int
+    plan: str
+    width: int
+    pending: int
+    drafts: list[int]
+    accepted: int
+    outcomes: list[int]
+    masks: int
+
+
 @dataclass
 class Result:
     """The output of a request that runs or has finished.
@@ -65,6 +87,7 @@ class Result:
         cached_tokens: prompt tokens that were found in the prefix cache.
         drafted: drafts that were verified, also those after one that was rejected.
         samples: if n > 1, the other samples of the prompt.
+        windows: for each forward, its window; None unless requested.
     """
 
     prompt_token_ids: list[int]
@@ -83,6 +106,7 @@ class Result:
     cached_tokens: int = 0
     drafted: int = 0
     samples: list[Result] = field(default_factory=list)
+    windows: list[WindowRecord] | None = None
 
     @property
     def outputs(self) -> list[Result]:
@@ -127,6 +151,7 @@ class Terms:
         timeout: seconds after which the request ends with finish reason "timeout". It keeps the
             output that it has by then.
         salt: requests share cached prefixes only if they have the same salt.
+        windows: keep what every window held.
     """
 
     adapter: str | None = None
@@ -134,6 +159,7 @@ class Terms:
     priority: int = 0
     timeout: float | None = None
     salt: bytes = b""
+    windows: bool = False
 
 
 USUAL = Terms()

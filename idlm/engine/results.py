@@ -58,3 +58,24 @@ class StepResult:
         """The rows of `packed`, which must be on the host."""
         for row in self.packed.tolist():
             yield SlotResult(row[:-COUNTS], *row[-COUNTS:])
+
+
+class Tally:
+    """What the windows of a step show of drafts by MASK rows.
+
+    Attributes:
+        reached, accepted: the drafts reached and accepted at each depth.
+        windows, tokens: of requests that draft, and the tokens that they committed.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self.reached, self.accepted = [0] * depth, [0] * depth
+        self.windows = self.tokens = 0
+
+    def add(self, slot: SlotResult, drafting: bool) -> None:
+        """Count a window."""
+        if drafting:
+            self.windows, self.tokens = self.windows + 1, self.tokens + slot.committed
+        for k in range(min(slot.drafted, slot.accepted + 1)):
+            self.reached[k] += 1
+            self.accepted[k] += k < slot.accepted

@@ -45,21 +45,27 @@ times as long."""
 
 @dataclass
 class PendingStep:
-    """A launched step and the copy of its result to the host; `read` waits for it."""
+    """A launched step and the copy of its result to the host; `read` waits for it.
+
+    Attributes:
+        drafts: int64 [B, K], the drafts of the step's slots before it, if they are wanted.
+    """
 
     result: StepResult
     done: torch.cuda.Event | None = None
+    drafts: Tensor | None = None
 
     @classmethod
-    def of(cls, result: StepResult) -> PendingStep:
+    def of(cls, result: StepResult, drafts: Tensor | None = None) -> PendingStep:
         """Start to copy `result` to the host. The hidden states of prompts stay on the device."""
         if result.packed.device.type != "cuda":
-            return cls(result)
+            return cls(result, None, drafts)
         packed = result.packed.to("cpu", non_blocking=True)
         logprobs = tuple(tensor.to("cpu", non_blocking=True) for tensor in result.logprobs)
+        drafts = None if drafts is None else drafts.to("cpu", non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-        return cls(StepResult(packed, logprobs, result.prompt), done)
+        return cls(StepResult(packed, logprobs, result.prompt), done, drafts)
 
     def read(self) -> StepResult:
         """Wait for the copy; returns the result on the host."""
@@ -149,8 +155,10 @@ class Runner:
         tokens: int,
         chunks: Sequence[Chunk] = (),
         matchers: Sequence[Constraint | None] = (),
+        windows: bool = False,
     ) -> PendingStep:
-        """Launch a window for each of `slots`, and the prefill of `chunks`.
+        """Launch a window for each of `slots`, and the prefill of `chunks`. With `windows` the
+        drafts that the windows verify are copied to the host too.
 
         No slot has more than `tokens` tokens, including drafts. `matchers` are those of the slots.
         A step with a matcher is not recorded, since the host takes part in it.
@@ -161,14 +169,15 @@ class Runner:
                 if chunks
                 else None
             )
+            drafts = self.slots.state.drafts[self._on_device(slots)] if windows else None
             if prompts is None or not self._graphs:
-                return PendingStep.of(self._windows(key, slots, tokens, prompts, matchers))
+                return PendingStep.of(self._windows(key, slots, tokens, prompts, matchers), drafts)
             hidden = self.model_step.prefill(prompts)  # separately: graphs have windows only
             if not slots:
                 nothing = hidden.new_empty(0, key.plan.stride + COUNTS, dtype=torch.int64)
                 return PendingStep.of(StepResult(nothing, prompt=hidden))
             return PendingStep.of(
-                replace(self._windows(key, slots, tokens, None, matchers), prompt=hidden)
+                replace(self._windows(key, slots, tokens, None, matchers), prompt=hidden), drafts
             )
 
     def _windows(

@@ -31,13 +31,13 @@ from idlm.serving.responses import (
     PromptLogprobs,
     TopLogprob,
     Trace,
-    TraceEntry,
     Usage,
 )
 from idlm.serving.schema import CompletionRequest
 from idlm.serving.schema_chat import ChatRequest
 from idlm.serving.sending import Streamable, named_event
 from idlm.serving.tools import Family
+from idlm.serving.traces import Tracer
 from idlm.serving.wire import Delta, Finished
 
 Entry = Mapping[int, Logprob]
@@ -53,8 +53,8 @@ class Answer(Streamable):
     def __init__(self, job: Job, body: Body, prompts: Prompts) -> None:
         self.job, self.prompts = job, prompts
         self.include_usage, self._continuous = body.include_usage, body.continuous_usage
-        self._traced, self._with_ids = body.idlm.trace, bool(body.return_token_ids)
-        self._forwards = [0] * len(job.tickets)
+        self._with_ids = bool(body.return_token_ids)
+        self._tracer = Tracer(len(job.tickets), prompts.token) if body.idlm.traced else None
         self._begun: set[int] = set()
 
     @abstractmethod
@@ -108,21 +108,8 @@ class Answer(Streamable):
         }
 
     def trace(self, index: int, *events: Delta | Finished) -> Trace | UnsetType:
-        """The source of each token in `events`, and the TPF once the sample has finished."""
-        if not self._traced:
-            return UNSET
-        trace = Trace([])
-        for event in events:
-            if isinstance(event, Finished):
-                trace.tpf = event.completion_tokens / max(1, event.forwards)
-                continue
-            self._forwards[index] += bool(event.tokens)
-            for token, source in zip(event.tokens, event.sources or (), strict=True):
-                text: Any = source
-                trace.trace.append(
-                    TraceEntry(self.prompts.token(token), token, text, self._forwards[index])
-                )
-        return trace
+        """The value of the field `idlm`."""
+        return UNSET if self._tracer is None else self._tracer.of(index, *events)
 
 
 class ChatAnswer(Answer):

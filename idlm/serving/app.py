@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
 
 from idlm import __version__
-from idlm.serving import adapters, apis, info, responses
+from idlm.serving import adapters, apis, info, page, responses
 from idlm.serving.answers import CompletionAnswer
 from idlm.serving.chat import chat_answer
 from idlm.serving.client import EngineClient
@@ -207,6 +207,8 @@ def create_app(config: ServeConfig, client: EngineClient, prompts: Prompts) -> F
     meters = Meters(client, config.name if config.vllm_metrics else None)
     reasoner = find_reasoner(config.reasoning_parser, prompts)
     app.state.server = Server(config, client, prompts, meters, reasoner)
+    if config.ui:  # before info's own /
+        app.include_router(page.router)
     for routes in (router, apis.router, info.router):
         app.include_router(routes)
     if config.worker.lora_dirs:

@@ -81,6 +81,7 @@ class ServeConfig:
         allowed_origins: of web pages that may use the server, or "*"; none by default.
         reasoning_parser: how thoughts are told from the answer; one of `reasoning.PARSERS`.
         vllm_metrics: give the metrics under vLLM's names too.
+        ui: give the playground at /.
     """
 
     worker: WorkerConfig
@@ -95,3 +96,4 @@ class ServeConfig:
     allowed_origins: tuple[str, ...] = ()
     reasoning_parser: str = "auto"
     vllm_metrics: bool = False
+    ui: bool = False

@@ -318,7 +318,8 @@ def _submit(
         priority=body.priority or 0,
         timeout=body.timeout,
         salt=_salt(server, request, body),
-        trace=body.idlm.trace,
+        trace=body.idlm.traced,
+        windows=body.idlm.windows,
     )
 
 

@@ -27,9 +27,9 @@ STATUS = {
     431: b"431 Request Header Fields Too Large",
 }
 OPEN_PATHS = ("/", "/health", "/ping", "/docs")
-OPEN_FOLDER = "/docs/"
-"""Paths that need no key: those of probes, and the documentation's page, which holds nothing of
-this server."""
+OPEN_FOLDERS = ("/docs/", "/ui/")
+"""Paths that need no key: those of probes, and the files of the documentation's page and of the
+playground, which hold nothing of this server."""
 KEY_HEADERS = (b"x-api-key", b"api-key")
 """Headers with a key, besides `Authorization: Bearer`: Anthropic's and Azure's."""
 CLOSE = {"Connection": "close"}
@@ -173,7 +173,7 @@ class AuthAndLimits:
             ApiError: 401: no key, or one that the server does not have.
         """
         path = scope["path"]
-        if not self._keys or path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
+        if not self._keys or path in OPEN_PATHS or path.startswith(OPEN_FOLDERS):
             return b""
         for key in _keys(scope):
             digest = hashlib.sha256(key).digest()

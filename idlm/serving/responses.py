@@ -62,10 +62,36 @@ class TraceEntry(msgspec.Struct):
     forward: int
 
 
+class TracedToken(msgspec.Struct):
+    """A token: its text and its id."""
+
+    token: str
+    id: int
+
+
+class TracedWindow(msgspec.Struct):
+    """The window of a forward: the pending token and the drafts that it verified, of which the
+    first `accepted` were accepted, and for each of the `outcomes` (numbers of accepted drafts) so
+    many MASK rows as `masks`. `position` is that of the pending token in prompt and output;
+    `width` counts the window's rows."""
+
+    forward: int
+    position: int
+    plan: str
+    width: int
+    pending: TracedToken
+    drafts: list[TracedToken]
+    accepted: int
+    outcomes: list[int]
+    masks: int
+
+
 class Trace(msgspec.Struct):
-    """The source of each token of a sample, and at the end its tokens per forward."""
+    """The source of each token of a sample, if asked for the windows of its forwards, and at the
+    end its tokens per forward."""
 
     trace: list[TraceEntry]
+    windows: list[TracedWindow] | UnsetType = UNSET
     tpf: float | UnsetType = UNSET
 
 

@@ -62,9 +62,16 @@ class StreamOptions(Strict):
 
 
 class Extras(Strict):
-    """Options that only this server has: `trace` reports the source of each token."""
+    """Options that only this server has: `trace` reports the source of each token, `windows` also
+    what the window of each forward held."""
 
     trace: bool = False
+    windows: bool = False
+
+    @property
+    def traced(self) -> bool:
+        """Whether the source of each token is reported."""
+        return self.trace or self.windows
 
 
 class Generation(Neutral, Structured):

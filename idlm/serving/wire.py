@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
-from idlm.engine.request import Logprob
+from idlm.engine.request import Logprob, WindowRecord
 from idlm.params import SamplingParams
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ class Submit(Message):
         drafting: False: AR.
         timeout: in seconds.
         salt: of the prefix cache.
-        trace: report the source of each token.
+        trace: report the source of each token; windows: also what every window held.
     """
 
     id: str
@@ -48,6 +48,7 @@ class Submit(Message):
     timeout: float | None = None
     salt: bytes = b""
     trace: bool = False
+    windows: bool = False
 
 
 class Abort(Message):
@@ -85,6 +86,7 @@ class Delta(Message):
     Attributes:
         sources: as in `Result`, for each token, if the request traces.
         logprobs: as in `Result`, for each token, if the request asks for them.
+        window: of the forward, if the request asks for windows.
     """
 
     id: str
@@ -92,6 +94,7 @@ class Delta(Message):
     text: str = ""
     sources: list[str] | None = None
     logprobs: list[dict[int, Logprob]] | None = None
+    window: WindowRecord | None = None
 
 
 class Finished(Message):

@@ -105,12 +105,13 @@ class Link:
 
 @dataclass
 class Sample:
-    """A sample in the engine: its request, its growing result, and how many tokens were
-    reported."""
+    """A sample in the engine: its request, its growing result, and how many tokens and forwards
+    were reported."""
 
     submit: Submit
     result: Result
     tokens: int = 0
+    forwards: int = 0
 
 
 class Reports:
@@ -171,6 +172,9 @@ class Reports:
             delta.logprobs = sample.result.logprobs[new]
         if sample.submit.trace:
             delta.sources = list(update.sources)
+        if sample.result.windows is not None and update.tokens:
+            delta.window = sample.result.windows[sample.forwards]
+        sample.forwards += bool(update.tokens)
         return delta
 
     def _finished(self, sample: Sample) -> Finished:
@@ -297,7 +301,8 @@ class Worker:
                 f"are more than {MOST_PROMPT_LOGPROBS} entries; ask for fewer",
                 "prompt_logprobs",
             )
-        terms = Terms(submit.adapter, submit.drafting, submit.priority, submit.timeout, submit.salt)
+        how = submit.adapter, submit.drafting, submit.priority, submit.timeout, submit.salt
+        terms = Terms(*how, windows=submit.windows)
         self._reports.open(self.engine.add(prompt, params, params.seed or 0, terms), submit)
 
     def _step(self) -> list[Message]:

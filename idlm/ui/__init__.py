@@ -1,1 +1,1 @@
-"""The terminal chat, and the colours of tokens by their source."""
+"""The terminal chat, the colours of tokens by their source, and the built page in `page/`."""

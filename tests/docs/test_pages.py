@@ -9,7 +9,18 @@ import pytest
 
 from idlm.config import EngineConfig
 from idlm.params import MOST_LOGPROBS
-from idlm.serving import adapters, apis, info, limits, schema, server, strict, supervisor, wire
+from idlm.serving import (
+    adapters,
+    apis,
+    info,
+    limits,
+    page,
+    schema,
+    server,
+    strict,
+    supervisor,
+    wire,
+)
 from idlm.serving.app import router
 from idlm.serving.client import EngineClient
 from idlm.serving.config import Limits, WorkerConfig
@@ -47,7 +58,7 @@ def test_the_table_of_fields_is_complete(
 
 def test_the_table_of_routes_is_complete() -> None:
     documented = {name.split()[1] for row in table("Routes") for name in names(row[0])}
-    routers = router, apis.router, info.router, adapters.router
+    routers = router, apis.router, info.router, adapters.router, page.router
     routes = [route for one in routers for route in one.routes]
     there = {getattr(route, "path", "").replace(":path", "") for route in routes}
     assert documented == there | {"/openapi.json"}
@@ -114,6 +125,6 @@ def test_the_numbers_of_the_threat_model_are_the_servers() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in (SERVING, SECURITY):
-        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page):
+    for text in (SERVING, SECURITY):
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
             assert (DOCS / target).exists(), target
