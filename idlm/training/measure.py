@@ -12,6 +12,7 @@ from torch import Tensor
 
 from idlm.training.config import TrainConfig
 from idlm.training.data import Example, Phased
+from idlm.training.diffusion import DiffusionObjective
 from idlm.training.layout import Texts
 from idlm.training.objective import Objective, Wanted
 from idlm.training.plan import Bounds, Drawn, batches
@@ -20,14 +21,14 @@ from idlm.training.store import lengths
 
 @torch.no_grad()
 def measure(
-    objective: Objective,
+    objective: Objective | DiffusionObjective,
     examples: Sequence[Example],
     config: TrainConfig,
     step: int,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
     """Alpha and argmax acceptance by draft depth, and the TPF that they imply; for AR the
-    cross-entropy.
+    cross-entropy, for a baseline its loss under the same noise each time.
 
     Measured on the true text (teacher forced): acceptance at depth k is not conditioned on the
     acceptance of the drafts before. The block size is that of the stage of step `step`. Each rank
@@ -58,19 +59,23 @@ def _shares(batches: int, accelerator: Accelerator) -> Iterator[tuple[int, int]]
         yield min(index, batches - 1), int(index < batches)
 
 
-def _sums(objective: Objective, texts: Texts, config: TrainConfig, block_size: int) -> Tensor:
-    """Sums over one batch: [3, b] of `Objective.measure`; for AR [2]: rows and nats."""
+def _sums(
+    objective: Objective | DiffusionObjective, texts: Texts, config: TrainConfig, block_size: int
+) -> Tensor:
+    """Sums over one batch: [3, b] of `Objective.measure`; otherwise [2]: rows and nats."""
     texts = send_to_device(texts, objective.idlm.device)
-    if config.objective == "idlm":
+    if isinstance(objective, Objective) and config.objective == "idlm":
         return objective.measure(texts, block_size)
-    rows = texts.supervised.sum()
-    terms = objective(texts, Wanted(0, clean=True))
-    return torch.stack([rows.double(), terms.clean.double()])
+    terms = Wanted(block_size if config.denoises else 0, clean=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        nats = objective(texts, terms).clean
+    return torch.stack([objective.count(texts, terms)[1].double(), nats.double()])
 
 
 def summary(sums: Tensor, objective: str, block_size: int) -> dict[str, Any]:
     """The means of the sums of `measure`, by name."""
-    if objective == "ar":
+    if objective != "idlm":
         return {"held_out_ce": float(sums[1] / sums[0])}
     rows, alpha, agree = sums
     shares = {

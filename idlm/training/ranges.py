@@ -52,6 +52,8 @@ RANGES = {
     "model.max_model_len": Range(2),
     "lora.rank": Range(1, 2**16),
     "lora.alpha": POSITIVE,
+    "diffusion.random": Range(0, 1),
+    "diffusion.fill": NOT_NEGATIVE,
     "head.size": COUNT,
     "head.top": COUNT,
     "data.examples": COUNT,
