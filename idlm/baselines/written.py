@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from idlm.decoding.law import Law
-from idlm.decoding.settings import Features
 from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
 from idlm.params import SamplingParams
@@ -51,27 +50,40 @@ class Written:
         return len(self.token_ids) / self.forwards
 
 
+def law_of(idlm: Idlm, params: SamplingParams) -> Callable[[Tensor], Tensor]:
+    """A function from logits [n, V] to the logs of the law that `params` make of them, float64
+    [n, V]; for greedy params at temperature 1.
+
+    Raises:
+        InputError: the params need more than temperature, top-k, top-p and min-p.
+    """
+    law = Law.of_one(params, idlm.vocab_size, idlm.mask_id)
+    needs = law.features
+    if needs.historic or needs.biased or needs.held or params.stop or params.n > 1:
+        raise InputError(
+            "acceptance and baselines take temperature, top_k, top_p, min_p, seed and max_tokens; "
+            "leave the other sampling parameters out"
+        )
+    at = torch.zeros(1, dtype=torch.int64)
+
+    def log_law(logits: Tensor) -> Tensor:
+        return law.soft_log_p(law.scores(logits[None].clone(), at))[0].double()
+
+    return log_law
+
+
 def drawer(idlm: Idlm, params: SamplingParams) -> Callable[[Tensor], Drawn]:
     """A function that draws a token for each row of logits [n, V], with random numbers of its own
     that `params.seed` starts (0 if it is None).
 
     Raises:
-        InputError: the params need more than temperature, top-k, top-p and min-p.
+        InputError: as `law_of`.
     """
-    law = Law.of_one(params, idlm.vocab_size, idlm.mask_id, device=idlm.device)
-    known = Features(
-        sampled=law.features.sampled, filtered=law.features.filtered, ranked=law.features.ranked
-    )
-    if law.features != known or params.n > 1:
-        raise InputError(
-            "a baseline takes temperature, top_k, top_p, min_p, seed and max_tokens; "
-            "leave the other sampling parameters out"
-        )
-    random = torch.Generator(idlm.device).manual_seed(params.seed or 0)
+    law = law_of(idlm, params)
+    random = torch.Generator().manual_seed(params.seed or 0)
 
     def draw(logits: Tensor) -> Drawn:
-        log_q = law.soft_log_p(law.scores(logits[None].clone(), _ZERO.to(logits.device)))[0]
-        log_q = log_q.double()
+        log_q = law(logits)
         if params.greedy:
             tokens = log_q.argmax(-1)
         else:
@@ -79,9 +91,6 @@ def drawer(idlm: Idlm, params: SamplingParams) -> Callable[[Tensor], Drawn]:
         return Drawn(tokens, log_q.gather(1, tokens[:, None])[:, 0].exp(), log_q)
 
     return draw
-
-
-_ZERO = torch.zeros(1, dtype=torch.int64)
 
 
 def cut(tokens: list[int], ends: frozenset[int], limit: int) -> list[int]:

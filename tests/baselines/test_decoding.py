@@ -92,7 +92,7 @@ def test_first_token_of_sdar_is_a_sample_of_its_law(idlm: Idlm) -> None:
     ("params", "prompts", "named"),
     [
         (SamplingParams(max_tokens=60), [[3]], "context"),
-        (SamplingParams(presence_penalty=0.5, max_tokens=4), [[3]], "baseline takes"),
+        (SamplingParams(presence_penalty=0.5, max_tokens=4), [[3]], "baselines take"),
         (SamplingParams(max_tokens=4), [[3], []], "no tokens"),
     ],
 )
