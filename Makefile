@@ -18,7 +18,7 @@ FOREIGN := gcc-aarch64-linux-gnu=/usr/bin/aarch64-linux-gnu-gcc \
 	libc6-dev-arm64-cross=/usr/aarch64-linux-gnu/include/stdio.h qemu-user=/usr/bin/qemu-aarch64
 
 .PHONY: demo test test-lowest kernels-everywhere foreign-packages lint wheel bench cost-curve gpu-check gpu-kernels soak server-faults server-bytes server-fuzz server-speed clients \
-	real-model peers vllm llamacpp models families docs web ui-test clean
+	real-model paper peers vllm llamacpp models families docs web ui-test clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -98,6 +98,10 @@ clients: $(STAMP) models
 # against those peers that have an environment: `make peers` builds them all
 real-model: $(STAMP)
 	$(BIN)/python -m benchmarks.real_model $(ARGS)
+
+# AR, I-DLM, SDAR and LLaDA from one base with equal training tokens; hours: make paper ARGS="--size full"
+paper: $(STAMP)
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.paper $(ARGS)
 
 peers: vllm llamacpp
 

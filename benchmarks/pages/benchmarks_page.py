@@ -84,6 +84,12 @@ SECTIONS = {
                 "Greedy and seeded requests, streamed and not, at several requests at once, with a cold and a warm "
                 "prefix cache. The same bytes are those of `LLM.generate`, whose own are those of AR.",
                 tables.server_bytes),
+        Section("Exactness and its price", "exactness.json", "python -m benchmarks.exactness",
+                "The rules that verify drafts. First a random model with 4 tokens to write: the total variation between "
+                "AR's law of three tokens and that of stride 3, enumerated, and counted in the engine's samples beside "
+                "as many samples of AR. Then nano at stride 4, all outcomes: the distance of the token's law at a draft "
+                "from AR's, with its standard error over texts. The expected TPF follows from the acceptance by depth.",
+                tables.exactness),
         Section("Structured output", "structured.json", "python -m benchmarks.structured",
                 "Random JSON schemas of growing size. Every output that ended was validated.", tables.structured),
     ),

@@ -615,3 +615,32 @@ def gpu(report: Report) -> Iterator[str]:
     yield from markdown(
         ("nano, share of equal tokens", "ISD, AR", "batch, alone", "graph, eager"), shares
     )
+
+
+def exactness(report: Report) -> Iterator[str]:
+    """The enumerated laws, the engine's samples, and nano's texts."""
+    rows = [
+        (
+            temperature,
+            *(f"{each['tiny']['enumerated'][rule]:.2g}" for rule in ("ratio", "published")),
+            *(f"{each['tiny']['sampled'][rule]:.4f}" for rule in ("coupled", "ratio")),
+            f"{each['tiny']['sampled_by_chance']:.4f}, {each['tiny']['sampled_by_chance_99']:.4f}",
+        )
+        for temperature, each in report["temperatures"].items()
+    ]
+    head = ("temperature", "ratio, enumerated", "published, enumerated", "coupled, sampled")
+    yield from markdown((*head, "ratio, sampled", "AR, sampled: mean, 99 %"), rows)
+    yield ""
+    rows = []
+    for temperature, each in report["temperatures"].items():
+        for rule in ("coupled", "ratio", "published"):
+            one = each["nano"][rule]
+            off = "0, by construction"
+            if "distance" in one:
+                off = f"{one['distance']:.2g} ± {one['standard_error']:.2g}"
+            tpf = f"{one['tpf_decode']:.2f}" if "tpf_decode" in one else "-"
+            expected = f"{one['tpf_expected']:.2f}" if "tpf_expected" in one else "-"
+            depths = shares(one["acceptance"]) if "acceptance" in one else "-"
+            rows.append((temperature, rule, off, depths, expected, tpf))
+    head = ("temperature", "rule", "distance at a draft", "acceptance by depth", "TPF expected")
+    yield from markdown((*head, "TPF decoded"), rows)

@@ -10,6 +10,7 @@ import typer
 
 from idlm import __version__
 from idlm.cli import (
+    accept,
     bench,
     chat,
     demo,
@@ -59,6 +60,7 @@ def main(
         typer.echo(context.get_help())
 
 
+app.command("accept")(accept.accept)
 app.command("bench")(bench.bench)
 app.command("chat")(chat.chat)
 app.command("demo")(demo.demo)

@@ -21,17 +21,20 @@ BUILT_IN = (
     "In the beginning there was",
     "def main():",
 )
+GROUPS = ("domain", "language")
+"""Keys of a .jsonl file by which `idlm accept` groups prompts."""
 HELD_OUT = 8
 """How many held-out problems the bundled models get."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text, a conversation, or token ids."""
+    """A text, a conversation, or token ids; `groups` are what `GROUPS` of a .jsonl file say."""
 
     text: str | None = None
     messages: Sequence[Mapping[str, Any]] | None = None
     token_ids: Sequence[int] | None = None
+    groups: tuple[tuple[str, str], ...] = ()
 
     def encode(self, idlm: Idlm, chat: bool) -> list[int]:
         """Its token ids; a text goes through the model's chat template if `chat` and if there is
@@ -82,15 +85,16 @@ def _parse(line: str, where: str) -> Prompt:
         text, messages, ids = (
             record.get(key) for key in ("prompt", "messages", "prompt_token_ids")
         )
+        groups = tuple((key, str(record[key])) for key in GROUPS if record.get(key) is not None)
         if isinstance(text, str):
-            return Prompt(text)
+            return Prompt(text, groups=groups)
         if isinstance(messages, list):
             try:
-                return Prompt(messages=read_messages(messages))
+                return Prompt(messages=read_messages(messages), groups=groups)
             except InputError as error:
                 raise InputError(f"{where}: {error}") from None
         if isinstance(ids, list) and ids:
-            return Prompt(token_ids=ids)
+            return Prompt(token_ids=ids, groups=groups)
     raise InputError(
         f"{where} is no prompt: {line[:60]!r}; "
         'write {"prompt": "..."}, {"messages": [{"role": "user", "content": "..."}]} '

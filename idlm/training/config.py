@@ -54,6 +54,26 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class DiffusionConfig:
+    """The noise of the baselines `objective: sdar` and `objective: llada`.
+
+    Attributes:
+        noise: the share of an answer's tokens that are noise, from the least to the most; drawn for
+            each text.
+        weight: of a text's loss: `inverse`, one over that share, as in SDAR and LLaDA; or `none`,
+            with `noise: [0.3, 0.8]` as in LLaDA-2.
+        random: the share of the noise that are random tokens in the place of MASK, which teaches
+            the editing of LLaDA-2.1.
+        fill: of `llada`: texts are filled with the end token to at least this many tokens.
+    """
+
+    noise: tuple[float, float] = (0.001, 1.0)
+    weight: Literal["inverse", "none"] = "inverse"
+    random: float = 0.0
+    fill: int = 0
+
+
+@dataclass(frozen=True)
 class WeightedPath:
     """A source of rows: what a path may be, and its share of the draws among the others'."""
 
@@ -209,7 +229,8 @@ class TrainConfig:
     Attributes:
         output_dir: the folder of the run; the result is in its `final`.
         stages: one after the other.
-        objective: convert to an I-DLM, or train an AR model.
+        objective: convert to an I-DLM, train an AR model, or one of the baselines `sdar` and
+            `llada` (docs/methods.md).
         method: a gated LoRA on the frozen model, or all weights.
         random_phase: each text's blocks begin at a random place, so that every position is trained
             at every depth.
@@ -242,13 +263,14 @@ class TrainConfig:
         model: the model.
         lora: the adapter.
         head: the draft head.
+        diffusion: the noise of `sdar` and `llada`.
         data: the texts.
         optimizer: the optimizer.
     """
 
     output_dir: str
     stages: tuple[StageConfig, ...]
-    objective: Literal["idlm", "ar"] = "idlm"
+    objective: Literal["idlm", "ar", "sdar", "llada"] = "idlm"
     method: Literal["lora", "full"] = "lora"
     random_phase: bool = True
     phases: int = 1
@@ -273,8 +295,14 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    @property
+    def denoises(self) -> bool:
+        """Whether the objective is that of a baseline."""
+        return self.objective in ("sdar", "llada")
 
     @property
     def batch_rows(self) -> int | None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from idlm.errors import InputError
+from idlm.models.idlm_model import Idlm
 from idlm.models.sources import read_json
 from idlm.models.weights import whole
 from idlm.training import checkpoint
@@ -30,6 +31,7 @@ from idlm.training.config import StageConfig, TrainConfig
 from idlm.training.corpus import Corpus
 from idlm.training.data import Batch, Phased
 from idlm.training.decode import decode
+from idlm.training.diffusion import DiffusionObjective
 from idlm.training.keep import keep, score
 from idlm.training.log import Log, Meter
 from idlm.training.measure import measure
@@ -54,11 +56,7 @@ class Trainer:
         self.folder = Path(config.output_dir)
         self.log = Log(self.folder, accelerator.is_main_process, accelerator.trackers)
         self.state = State()
-        self.objective = Objective(
-            student.idlm,
-            trains_clean=config.method == "full",
-            emits_mask=config.objective == "ar",
-        ).train()
+        self.objective = objective(config, student.idlm).train()
         parts = optimizers(self.objective, config.optimizer)
         self.model, self.optimizers = prepare(accelerator, self.objective, parts)
         self.plan = data.plan(config, config.accumulation * accelerator.num_processes)
@@ -182,12 +180,10 @@ class Trainer:
         return [send_to_device(self.texts.batch(rows), self.accelerator.device) for rows in mine]
 
     def count(self, batches: list[Batch]) -> Rows:
-        """Supervised rows of the whole step: n clean rows, and in each phase n - 1 MASK rows, for
-        an answer of n tokens."""
-        phases = len(wanted(self.config, self.state).shifts)
-        noisy = phases * torch.stack([batch.texts.masked.sum() for batch in batches]).sum()
-        clean = torch.stack([batch.texts.supervised.sum() for batch in batches]).sum()
-        rows = self.accelerator.reduce(torch.stack([noisy, clean]), reduction="sum")
+        """Supervised rows of the whole step, as its objective counts them."""
+        terms = wanted(self.config, self.state)
+        mine = torch.stack([self.objective.count(batch.texts, terms) for batch in batches]).sum(0)
+        rows = self.accelerator.reduce(mine, reduction="sum")
         return Rows(*rows.tolist())
 
     def step_seed(self) -> int:
@@ -275,14 +271,23 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """Write the adapter or the whole model in its current state; all ranks take part."""
-        block_size = None if self.config.objective == "ar" else self.stage.block_size
+        block_size = self.stage.block_size if self.config.objective == "idlm" else None
         self.student.export(folder, block_size, self.accelerator)
+
+
+def objective(config: TrainConfig, idlm: Idlm) -> Objective | DiffusionObjective:
+    """The model with the loss of its config."""
+    if config.objective == "sdar" or config.objective == "llada":
+        return DiffusionObjective(idlm, config.objective, config.diffusion)
+    return Objective(idlm, config.method == "full", emits_mask=config.objective == "ar")
 
 
 def wanted(config: TrainConfig, state: State) -> Wanted:
     """The terms in the loss of the next step."""
     if config.objective == "ar":
         return Wanted(0, clean=True)
+    if config.denoises:
+        return Wanted(config.stage(state.step).block_size, clean=True)
     stage, weights = config.stage(state.step), config.row_weights(state.step, state.acceptance)
     # FSDP gathers a layer for its backward when a gradient of its output comes. The clean half's
     # last layer gets gradients of its keys and values only, unless its output has a loss

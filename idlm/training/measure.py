@@ -12,6 +12,7 @@ from torch import Tensor
 
 from idlm.training.config import TrainConfig
 from idlm.training.data import Example, Phased
+from idlm.training.diffusion import DiffusionObjective
 from idlm.training.layout import Texts
 from idlm.training.objective import Objective, Wanted
 from idlm.training.plan import Bounds, Drawn, Row, batches
@@ -20,14 +21,14 @@ from idlm.training.store import lengths
 
 @torch.no_grad()
 def measure(
-    objective: Objective,
+    objective: Objective | DiffusionObjective,
     examples: Sequence[Example],
     config: TrainConfig,
     step: int,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
     """Alpha and argmax acceptance by draft depth, and what greedy decoding will see; for AR the
-    cross-entropy.
+    cross-entropy, for a baseline its loss under the same noise each time.
 
     Alpha and acceptance are of all drafts, reached or not. `training.path` has the others: it walks
     along one of b texts in all b phases, which takes as long as the former. The block size is that
@@ -59,25 +60,31 @@ def _shares(batches: int, accelerator: Accelerator) -> Iterator[tuple[int, int]]
 
 
 def _sums(
-    objective: Objective, data: Phased, drawn: Sequence[Row], config: TrainConfig, block_size: int
+    objective: Objective | DiffusionObjective,
+    data: Phased,
+    drawn: Sequence[Row],
+    config: TrainConfig,
+    block_size: int,
 ) -> Tensor:
-    """Sums over one batch: [3 b] of `Objective.measure` and [3 + 2 b] of `Objective.walk`; for AR
-    [2]: rows and nats."""
+    """Sums over one batch: [3 b] of `Objective.measure` and [3 + 2 b] of `Objective.walk`;
+    otherwise [2]: rows and nats."""
     texts = send_to_device(data.batch(drawn).texts, objective.idlm.device)
-    if config.objective == "idlm":
+    if isinstance(objective, Objective) and config.objective == "idlm":
         # one of b texts, whatever the batches are; if this one has none, ranks still run together
         chosen = [row for row, (each,) in enumerate(drawn) if each.draw % block_size == 0]
         some = Texts(*(part[chosen or [0]] for part in texts))
         path = bool(chosen) * objective.walk(some, block_size).to(texts.tokens.device)
         return torch.cat([objective.measure(texts, block_size).flatten(), path.double()])
-    rows = texts.supervised.sum()
-    terms = objective(texts, Wanted(0, clean=True))
-    return torch.stack([rows.double(), terms.clean.double()])
+    terms = Wanted(block_size if config.denoises else 0, clean=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        nats = objective(texts, terms).clean
+    return torch.stack([objective.count(texts, terms)[1].double(), nats.double()])
 
 
 def summary(sums: Tensor, objective: str, block_size: int) -> dict[str, Any]:
     """The means of the sums of `measure`, by name."""
-    if objective == "ar":
+    if objective != "idlm":
         return {"held_out_ce": float(sums[1] / sums[0])}
     by_depth, path = sums[: 3 * block_size].view(3, block_size), sums[3 * block_size :]
     rows, alpha, agree = by_depth

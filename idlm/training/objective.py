@@ -111,6 +111,12 @@ class Objective(nn.Module):
             ce_clean = self._clean_loss(texts, clean)
         return Terms(loss, ce_clean, ce, kl, tv)
 
+    def count(self, texts: Texts, wanted: Wanted) -> Tensor:
+        """The supervised rows of a batch, int64 [2]: for an answer of n tokens n - 1 MASK rows in
+        each phase, and n clean rows."""
+        noisy = len(wanted.shifts) * texts.masked.sum()
+        return torch.stack([noisy, texts.supervised.sum()])
+
     def noisy_rows(self, half: CleanHalf, wanted: Wanted) -> NoisyRows:
         """The MASK rows of all phases, those of a phase side by side."""
         found = []

@@ -53,6 +53,8 @@ RANGES = {
     "lora.rank": Range(1, 2**16),
     "lora.alpha": POSITIVE,
     "lora.entry": NOT_NEGATIVE,
+    "diffusion.random": Range(0, 1),
+    "diffusion.fill": NOT_NEGATIVE,
     "head.size": COUNT,
     "head.top": COUNT,
     "data.examples": COUNT,

@@ -65,19 +65,25 @@ def _check(config: TrainConfig) -> None:
             raise InputError(f"{key} is empty; give the path of a folder")
     if config.lora.targets == ():
         raise InputError("lora.targets is empty; name linear layers, or write all-linear")
-    if config.eval_decode and config.objective == "ar":
+    if config.eval_decode and config.objective != "idlm":
         raise InputError(
-            f"eval_decode is {config.eval_decode}; objective: ar has no drafts, leave it out"
+            f"eval_decode is {config.eval_decode}; objective: {config.objective} has no drafts, "
+            "leave it out"
         )
     if (config.model.path is None) == (config.model.architecture is None):
         raise InputError("model.path and model.architecture: give exactly one of the two")
     _check_data(config.data)
-    if config.objective == "ar" and config.head.kind != "none":
+    if config.objective != "idlm" and config.head.kind != "none":
         raise InputError(
-            f"head.kind is {config.head.kind!r}; objective: ar has no drafts, leave it out"
+            f"head.kind is {config.head.kind!r}; objective: {config.objective} has no drafts, "
+            "leave it out"
         )
-    if config.objective == "ar" and config.method == "lora":
-        raise InputError("method is 'lora'; objective: ar trains all weights, set method: full")
+    if config.objective != "idlm" and config.method == "lora":
+        raise InputError(
+            f"method is 'lora'; objective: {config.objective} trains all weights, set method: full"
+        )
+    if config.denoises:
+        _check_diffusion(config)
     if config.method == "full" and config.model.dtype == "bfloat16":
         raise InputError(
             "model.dtype is 'bfloat16'; method: full trains the weights, which bfloat16 rounds "
@@ -87,6 +93,19 @@ def _check(config: TrainConfig) -> None:
         raise InputError(
             "lambda has no effect with method: lora, whose clean rows are the frozen base; "
             "leave it out"
+        )
+
+
+def _check_diffusion(config: TrainConfig) -> None:
+    """The noise of a baseline, and what it cannot do."""
+    low, high = config.diffusion.noise
+    if not 0 < low <= high <= 1:
+        raise InputError(
+            f"diffusion.noise is {[low, high]}; give two shares of 0 to 1, the smaller one first"
+        )
+    if config.packing:
+        raise InputError(
+            f"packing is true; objective: {config.objective} takes one text a row, leave it out"
         )
 
 

@@ -161,7 +161,7 @@ def trainee(config: TrainConfig, idlm: Idlm) -> Trainee:
             trained.data = trained.data.to(torch.promote_types(trained.dtype, torch.float32))
         student = Trainee(idlm, spec, base)
     else:
-        if config.objective == "idlm":
+        if config.objective != "ar":
             ensure_mask_row(idlm)
         idlm.model.requires_grad_(True)
         student = Trainee(idlm)

@@ -58,7 +58,7 @@ def weighted_terms(logits: Tensor, laws: Laws, weights: Tensor) -> tuple[Tensor,
         logits: of the MASK rows, [n, V], in float32 or more.
         weights: of each term of each row, [n, terms].
     """
-    total, sums = _Weighted.apply(logits, laws, weights)
+    total, sums = _Weighted.apply(logits, laws, weights.to(logits.dtype))
     return total, sums
 
 

@@ -1,0 +1,1 @@
+"""Other diffusion decoders, small and faithful to their papers: what ISD is compared with."""
