@@ -556,3 +556,23 @@ def gpu(report: Report) -> Iterator[str]:
     yield from markdown(
         ("nano, share of equal tokens", "ISD, AR", "batch, alone", "graph, eager"), shares
     )
+
+
+def graders(report: Report) -> Iterator[str]:
+    rows = [
+        (
+            name,
+            kind,
+            "right" if line["should"] else "wrong",
+            line["answers"],
+            line["correct"],
+            ", ".join(line["others"]),
+        )
+        for name, kinds in report["graders"].items()
+        for kind, line in kinds.items()
+    ]
+    head = ("grader", "answer", "should be", "answers", "counted as right", "not as it should")
+    yield from markdown(head, rows)
+    yield ""
+    programs = [(name, one["counted"], one["why"]) for name, one in report["malicious"].items()]
+    yield from markdown(("a program that", "counts as", "ended by"), programs)

@@ -12,11 +12,14 @@ from idlm import __version__
 from idlm.cli import (
     bench,
     chat,
+    compare,
     demo,
     distill,
+    eval,
     export,
     generate,
     inspect,
+    lm_eval,
     report,
     serve,
     train,
@@ -60,10 +63,13 @@ def main(
 
 app.command("bench")(bench.bench)
 app.command("chat")(chat.chat)
+app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
 app.command("distill")(distill.distill)
+app.command("eval")(eval.evaluate)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)
+app.command("lm-eval", context_settings=lm_eval.CONTEXT)(lm_eval.lm_eval)
 app.command("report")(report.report)
 app.command("serve")(serve.serve)
 app.command("train", context_settings=train.CONTEXT)(train.train)

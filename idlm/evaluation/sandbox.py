@@ -13,13 +13,18 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import monotonic
 from typing import IO
+
+import psutil
 
 from idlm.errors import InputError
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
+PATIENCE = 30
 SIGNALS = {
     "SIGSYS": "a system call that is not allowed (a process, a socket, a mount)",
     "SIGKILL": "the limit of CPU time",
@@ -33,7 +38,7 @@ class Limits:
     """What a program may use.
 
     Attributes:
-        seconds: of wall time.
+        seconds: of wall time; longer, up to `PATIENCE` times, for a program that still computes.
         cpu: seconds of CPU time.
         memory: bytes of address space.
         file: bytes of a file, and of the output.
@@ -131,15 +136,30 @@ def _wait(folder: str, files: tuple[IO[bytes], ...], seconds: float) -> bool:
         cwd=folder,
         start_new_session=True,
     )
+    started = monotonic()
     try:
-        child.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return False
+        while monotonic() - started < PATIENCE * seconds:
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(min(1.0, seconds))
+                return True
+            if monotonic() - started >= seconds and not _computes(child.pid):
+                return False
     finally:  # also when we are interrupted
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
-    return True
+    return False
+
+
+def _computes(pid: int) -> bool:
+    """Whether a process of the child's wants the CPU. On a busy machine that is no fault of its
+    own, and the limit of CPU time ends it in any case."""
+    with suppress(psutil.Error):
+        return any(
+            one.status() in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
+            for one in psutil.Process(pid).children()
+        )
+    return False
 
 
 def _outcome(told: str, nonce: str, output: str) -> Outcome:
