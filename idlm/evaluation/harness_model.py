@@ -26,9 +26,9 @@ class Ask(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """The answer to request number `index`, and what else to record of it."""
+    """The answer to request number `at`, and what else to record of it."""
 
-    index: int
+    at: int
     value: Any
     more: dict[str, Any]
 
@@ -66,7 +66,7 @@ class Journaled:
             self.advance()
         asks = [Ask(requests[at].args, seed_of(names[at], self.base_seed)) for at in missing]
         for answer in produce(asks) if asks else ():
-            self.journal.put(names[missing[answer.index]], answer.value, **answer.more)
+            self.journal.put(names[missing[answer.at]], answer.value, **answer.more)
             self.advance()
         return [known[name]["value"] for name in names]
 

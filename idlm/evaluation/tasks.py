@@ -130,8 +130,30 @@ def _of_harness(suite: Suite, chosen: Harness, way: Way) -> list[Any]:
             f"suite {suite.name}: the data names a part {unknown[0]!r} that the harness does not "
             "know; take its rows out, or use --generative"
         )
-    members = [{"task": name, "custom_dataset": _dataset(splits)} for name, splits in parts.items()]
-    return list(manager.load([{"group": f"idlm {suite.name}", "task": members}])["tasks"].values())
+    empty: Splits = {split: [] for split in suite.files}
+    members = [
+        {"task": name, "custom_dataset": _dataset({**empty, **splits})}
+        for name, splits in parts.items()
+    ]
+    loaded = manager.load([{"group": f"idlm {suite.name}", "task": members}])
+    tasks = list(loaded["tasks"].values())
+    for task in tasks:
+        _check_examples(suite, task)
+    return tasks
+
+
+def _check_examples(suite: Suite, task: Any) -> None:
+    """Check that a task that shows examples has some.
+
+    Raises:
+        InputError: there is no file of them.
+    """
+    split = task.config.fewshot_split or task.config.training_split
+    if task.config.num_fewshot and split in suite.files and not len(task.dataset[split]):
+        raise InputError(
+            f"suite {suite.name} shows {task.config.num_fewshot} examples; put a file like "
+            f"{suite.files[split][0]}.jsonl beside the others, or use --generative"
+        )
 
 
 def _dataset(splits: Splits) -> Callable[..., dict[str, Any]]:

@@ -40,7 +40,10 @@ def test_completions(served: Running, engine: EngineModel) -> None:
     """Texts, likelihoods, and likelihoods of whole texts: ours, the harness's, the engine's."""
     model = UrlModel(served.url, "nano", chat=False, concurrency=4)
     theirs = LocalCompletionsAPI(
-        base_url=f"{served.url}/completions", model="nano", tokenizer_backend="remote"
+        base_url=f"{served.url}/completions",
+        model="nano",
+        tokenizer_backend="remote",
+        auth_token=KEY,
     )
     texts = asks("generate_until", [(text, dict(OPTIONS)) for text in QUESTIONS])
     expected = engine.generate_until(texts)
