@@ -101,9 +101,7 @@ SECTIONS = {
     "Evaluation": (
         Section("Graders", "graders.json", "python -m benchmarks.graders --data DIR",
                 "Known answers through each grader of `idlm eval`: right ones, and the same perturbed. The last column "
-                "names items that did not count as they should: of `mbpp`, 123 and 501 ran into a limit of wall time on a "
-                "machine with forty processes (the limit now leaves a program that computes to the limit of CPU time, and "
-                "both pass); the wrong ones that count have a last line that is not needed. Then programs that must not "
+                "names items that did not count as they should: their last line is not needed. Then programs that must not "
                 "count, in the sandbox.",
                 tables.graders),
     ),
