@@ -120,7 +120,7 @@ def write(folder: Path) -> Path:
     _lines(folder / "arc_challenge" / "ARC-Challenge-Test.jsonl", ARC)
     _lines(folder / "mmlu" / "test.jsonl", MMLU)
     _lines(folder / "mmlu_pro" / "test.jsonl", MMLU_PRO)
-    _lines(folder / "mmlu_pro" / "validation.jsonl", MMLU_PRO)
+    _lines(folder / "mmlu_pro" / "validation.jsonl", MMLU_PRO * 6)
     for name in ("main", "diamond"):
         with open(_ready(folder / "gpqa" / f"gpqa_{name}.csv"), "w", newline="") as file:
             writer = csv.DictWriter(file, GPQA[0])
