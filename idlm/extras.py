@@ -14,6 +14,7 @@ MODULES = {
     "train": ("accelerate", "yaml"),
     "data": ("datasets", "pyarrow"),
     "chat": ("openai",),
+    "eval": ("lm_eval", "openai"),
     "gguf": ("gguf", "accelerate"),
     "report": ("matplotlib",),
     "tensorboard": ("tensorboard",),

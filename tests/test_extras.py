@@ -14,7 +14,7 @@ from idlm.extras import MODULES
 from tests.waiting import HANG_SECONDS
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-PACKAGES = {"yaml": "pyyaml", "fastapi_offline": "fastapi-offline"}
+PACKAGES = {"yaml": "pyyaml", "fastapi_offline": "fastapi-offline", "lm_eval": "lm-eval"}
 """Packages that are not called as their module is."""
 NEEDED = {"yaml", "httpx2"}
 LIBRARY = sorted({module for modules in MODULES.values() for module in modules} - NEEDED)
@@ -45,6 +45,7 @@ def test_an_extra_brings_what_is_imported(extra: str) -> None:
 def test_all_is_all_but_those_that_bring_dozens_of_packages() -> None:
     (requirement,) = PROJECT["optional-dependencies"]["all"]
     assert set(requirement.removeprefix("idlm[").removesuffix("]").split(",")) == set(MODULES) - {
+        "eval",
         "wandb",
         "mlflow",
     }
@@ -58,8 +59,9 @@ def test_all_is_all_but_those_that_bring_dozens_of_packages() -> None:
         (["distill", "nano", "prompts.jsonl", "-o", "rows"], "train"),
         (["report", "runs/mine"], "report"),
         (["chat", "--url", "http://127.0.0.1:1/v1"], "chat"),
+        (["eval", "--list"], "eval"),
     ],
-    ids=["serve", "train", "distill", "report", "chat"],
+    ids=["serve", "train", "distill", "report", "chat", "eval"],
 )
 def test_a_missing_extra_is_one_line(words: list[str], extra: str) -> None:
     for module in MODULES[extra]:

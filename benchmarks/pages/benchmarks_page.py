@@ -104,6 +104,13 @@ SECTIONS = {
                 "python -m benchmarks.outcomes --model nano-base --adapter runs/nano-300/final",
                 "Entry 23 of the log trains this adapter.", tables.outcomes),
     ),
+    "Evaluation": (
+        Section("Graders", "graders.json", "python -m benchmarks.graders --data DIR",
+                "Known answers through each grader of `idlm eval`: right ones, and the same perturbed. The last column "
+                "names items that did not count as they should: their last line is not needed. Then programs that must not "
+                "count, in the sandbox.",
+                tables.graders),
+    ),
     "GPU": (
         Section("Qwen3-8B's shape and nano on a GPU", "gpu.json", "make gpu-check",
                 "The 8B shape has random weights in bf16; its acceptance is SIMULATED (0.9, 0.88, 0.86). nano drafts "

@@ -644,3 +644,23 @@ def exactness(report: Report) -> Iterator[str]:
             rows.append((temperature, rule, off, depths, expected, tpf))
     head = ("temperature", "rule", "distance at a draft", "acceptance by depth", "TPF expected")
     yield from markdown((*head, "TPF decoded"), rows)
+
+
+def graders(report: Report) -> Iterator[str]:
+    rows = [
+        (
+            name,
+            kind,
+            "right" if line["should"] else "wrong",
+            line["answers"],
+            line["correct"],
+            ", ".join(line["others"]),
+        )
+        for name, kinds in report["graders"].items()
+        for kind, line in kinds.items()
+    ]
+    head = ("grader", "answer", "should be", "answers", "counted as right", "not as it should")
+    yield from markdown(head, rows)
+    yield ""
+    programs = [(name, one["counted"], one["why"]) for name, one in report["malicious"].items()]
+    yield from markdown(("a program that", "counts as", "ended by"), programs)

@@ -13,11 +13,14 @@ from idlm.cli import (
     accept,
     bench,
     chat,
+    compare,
     demo,
     distill,
+    eval,
     export,
     generate,
     inspect,
+    lm_eval,
     page,
     report,
     serve,
@@ -63,11 +66,14 @@ def main(
 app.command("accept")(accept.accept)
 app.command("bench")(bench.bench)
 app.command("chat")(chat.chat)
+app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
 app.command("distill")(distill.distill)
+app.command("eval")(eval.evaluate)
 app.command("explore")(page.explore)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)
+app.command("lm-eval", context_settings=lm_eval.CONTEXT)(lm_eval.lm_eval)
 app.command("report")(report.report)
 app.command("serve")(serve.serve)
 app.command("ui")(page.ui)
