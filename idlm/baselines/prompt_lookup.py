@@ -20,7 +20,7 @@ from idlm.decoding.law import Law
 from idlm.decoding.settings import Settings
 from idlm.decoding.verify import Drafts, verify
 from idlm.errors import InputError
-from idlm.models.gated_lora import NO_ROWS
+from idlm.models.gate import NO_ROWS
 from idlm.models.idlm_model import Idlm
 from idlm.params import SamplingParams
 

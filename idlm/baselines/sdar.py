@@ -21,7 +21,7 @@ from idlm.baselines.block_cache import BlockCache
 from idlm.baselines.remasking import Step, Strategy, committed, edited, transfer_counts
 from idlm.baselines.written import Drawn, Written, check, cut, drawer
 from idlm.errors import InputError
-from idlm.models.gated_lora import NO_ROWS
+from idlm.models.gate import NO_ROWS
 from idlm.models.idlm_model import Idlm
 from idlm.params import SamplingParams
 

@@ -104,6 +104,7 @@ def evaluate(
     adapter: common.Adapter = None,
     stride: drafts.Stride = None,
     branches: drafts.Branches = None,
+    draft_source: drafts.Source = None,
     deterministic: Annotated[
         bool,
         typer.Option(
@@ -151,7 +152,8 @@ def evaluate(
         built, decoding = _server(url, model, asked, concurrency), {"url": url}
     else:
         options = {"max_num_seqs": max_num_seqs, "threads": threads}
-        built, decoding = _engine(model, asked, device, drafts.Drafts(stride, branches), options)
+        wanted = drafts.Drafts(stride, branches, draft_source)
+        built, decoding = _engine(model, asked, device, wanted, options)
         way = replace(way, chat=chat and built.idlm.encoder.has_template)
     settings = {"model": model, **asked, "chat": way.chat, **decoding}
     with progress() as show:
@@ -207,7 +209,7 @@ def _engine(
     idlm = load(model, adapter, asked["dtype"], device, asked["max_model_len"])
     llm = LLM(idlm, config=config)
     if ordinary:
-        drafts.say_ar(model)
+        drafts.say_lookup(model)
     built = EngineModel(
         llm,
         enable_thinking=asked["thinking"],

@@ -38,6 +38,7 @@ def ui(
     port: Annotated[int, typer.Option(help="Of the page; 0 takes a free one.")] = 0,
     stride: drafts.Stride = None,
     branches: drafts.Branches = None,
+    draft_source: drafts.Source = None,
     browser: Browser = True,
 ) -> None:
     """Open the playground for a model, or for a server that runs.
@@ -66,7 +67,7 @@ def ui(
         show(url, port, announce)
         return
     assert model is not None
-    wanted = drafts.Drafts(stride, branches)
+    wanted = drafts.Drafts(stride, branches, draft_source)
     worker = WorkerConfig(model, {}, "auto", "cpu", wanted.config())
     launch(ServeConfig(worker, model, port=port, ui=True), wanted, opened)
 

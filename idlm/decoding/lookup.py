@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LONGEST = 8
-"""Tokens of a match that count. Longer matches are not accepted more often (entry 39 of the
+"""Tokens of a match that count. Longer matches are not accepted more often (entry 43 of the
 log)."""
 DEPTH = 8
 """K, the most lookup drafts of a window if a planner chooses."""

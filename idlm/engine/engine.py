@@ -6,8 +6,7 @@ The life of a request:
     3. Its prompt is prefilled in chunks, beside the windows of other requests. The step of the last
        chunk also runs its first window, which commits its first token and makes drafts.
     4. Each step verifies its drafts, commits tokens and makes new drafts.
-    5. The host reads the step's result (one step late on a GPU), finds stop strings and returns
-       the text.
+    5. The host reads the result (one step late on a GPU), finds stop strings and returns text.
     6. It ends at a stop, at its limit, by `abort` or at its deadline. Its slot becomes free; its
        full pages stay cached.
     7. If pages run out, the last request in the order is pre-empted: it loses its pages, waits, and

@@ -30,7 +30,7 @@ SCORE = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detoken
 
 
 @register_model("idlm")
-class EngineModel(Journaled, TemplateLM):  # type: ignore[misc]  # the harness has no types
+class EngineModel(Journaled, TemplateLM):
     """A model in our engine, for the harness.
 
     Args:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from idlm.models.gated_lora import NO_ROWS
+from idlm.models.gate import NO_ROWS
 from idlm.models.heads import RowsBefore, corrected
 from idlm.models.idlm_model import Idlm
 

@@ -34,7 +34,7 @@ class Conversation(str):
     """Messages as JSON: a chat is sent as it is, and the server applies its template."""
 
 
-class UrlModel(Journaled, LM):  # type: ignore[misc]  # the harness has no types
+class UrlModel(Journaled, LM):
     """A model on a server.
 
     Args:
@@ -156,7 +156,7 @@ class UrlModel(Journaled, LM):  # type: ignore[misc]  # the harness has no types
         return postprocess_generated_text(text, generation.until, None), more
 
     def _chat(self, prompt: str, options: dict[str, Any]) -> tuple[str, str, Any]:
-        messages = (
+        messages: Any = (
             json.loads(prompt)
             if isinstance(prompt, Conversation)
             else [{"role": "user", "content": prompt}]

@@ -41,7 +41,7 @@ class Laws(NamedTuple):
     excluded: int | None
 
     @property
-    def count(self) -> int:
+    def terms(self) -> int:
         """The number of terms: CE, or CE, KL(p || q) and TV."""
         return 1 if self.teacher is None else 3
 
@@ -69,7 +69,7 @@ class _Weighted(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, laws: Laws, weights: Tensor) -> tuple[Tensor, Tensor]:
         wanted = ctx.needs_input_grad[0]
         ctx.gradient = torch.empty_like(logits) if wanted else None
-        sums = torch.zeros(laws.count, dtype=logits.dtype, device=logits.device)
+        sums = torch.zeros(laws.terms, dtype=logits.dtype, device=logits.device)
         total = sums.new_zeros(())
         with torch.autocast(logits.device.type, enabled=False):  # of the sums of products
             for rows in _blocks(logits):

@@ -60,7 +60,7 @@ def test_the_gradient_is_that_of_autograd(
     monkeypatch.setattr(terms, "BLOCK", block)
     logits, teacher = random_logits()
     laws = Laws(TARGET, teacher if soft else None, EXCLUDED)
-    weights = torch.rand(ROWS, laws.count, dtype=torch.float64)
+    weights = torch.rand(ROWS, laws.terms, dtype=torch.float64)
     logits.requires_grad_()
     (mine, _), theirs = weighted_terms(logits, laws, weights), plain(logits, laws, weights)
     assert mine.item() == pytest.approx(theirs.item(), rel=1e-13)
