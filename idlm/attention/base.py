@@ -70,7 +70,8 @@ class Segment:
         if not self.num_masks:
             return self
         real = self.cache_rows.shape[1]
-        visible = None if self.visible is None else self.visible[:, :real]
+        # kernels read the words as one dense block
+        visible = None if self.visible is None else self.visible[:, :real].contiguous()
         return replace(self, visible=visible, num_masks=0)
 
     def windows(self) -> list[Segment]:

@@ -61,9 +61,9 @@ def test_equals_the_oracle(
 @pytest.mark.parametrize("record", [False, True])
 def test_every_entry_gives_ar_and_the_oracles_drafts(entry: int, record: bool) -> None:
     idlm = late(entry)
-    prompts = [[5, 9, 3], [7], [4, 8] * 6]
+    prompts = [[5, 9, 3], [7], [4, 8] * 6, [11, 2]]
     ar = LLM(idlm, stride=1).generate(prompts, GREEDY)
-    llm = LLM(idlm, stride=4, branches="all", record=record, max_num_seqs=2, prefill_tokens=5)
+    llm = LLM(idlm, stride=4, branches="all", record=record, max_num_seqs=4)
     for prompt, one, isd in zip(prompts, ar, llm.generate(prompts, GREEDY), strict=True):
         request = reference.Request(prompt, GREEDY, idlm.mask_id)
         expected = reference.isd(idlm.forward, request, 4)

@@ -290,7 +290,7 @@ LIMITS = settings(
         (LookupSchedules, STEPS // 5),
         (SlidingSchedules, STEPS // 10),
         (WiderSlidingSchedules, STEPS // 10),
-        (LateSchedules, STEPS // 10),
+        (LateSchedules, STEPS // 20),
         (LateSlidingSchedules, STEPS // 20),
     ],
 )
