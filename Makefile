@@ -21,8 +21,9 @@ FOREIGN := gcc-aarch64-linux-gnu=/usr/bin/aarch64-linux-gnu-gcc \
 	real-model paper peers vllm llamacpp models families docs web ui-test clean
 .DELETE_ON_ERROR:
 
-demo: $(STAMP)
-	$(BIN)/idlm demo $(ARGS)
+# `make demo MODEL=smollm2` fetches a small chat model and decodes it with the adapter that is here
+demo: $(STAMP) $(if $(filter smollm2,$(MODEL)),models)
+	$(BIN)/idlm demo $(if $(filter smollm2,$(MODEL)),$(SMOLLM) --adapter adapters/smollm2-135m) $(ARGS)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)

@@ -1,4 +1,4 @@
-"""`idlm demo`: AR and ISD answer the same questions in turn, on the bundled model."""
+"""`idlm demo`: AR and ISD answer the same questions in turn, on the bundled model or another."""
 
 from __future__ import annotations
 
@@ -18,7 +18,20 @@ if TYPE_CHECKING:
 
 
 def demo(
-    stride: common.Stride = 8,
+    model: Annotated[
+        str,
+        typer.Argument(metavar="[MODEL]", help="A bundled model, a folder, a GGUF file, a hub id."),
+    ] = "nano",
+    adapter: common.Adapter = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="The most tokens a forward commits; 1 is plain AR.",
+            show_default="as many as MODEL has learnt to draft, and one",
+            rich_help_panel="Decoding",
+        ),
+    ] = None,
     branches: common.BranchesOption = "planner",
     questions: Annotated[int, typer.Option(help="Held-out problems to answer.")] = 4,
     rounds: Annotated[
@@ -29,9 +42,8 @@ def demo(
     ] = 1,
     as_json: common.Json = False,
 ) -> None:
-    """Decode with AR and with ISD on the bundled model: same bytes, fewer forward passes, less
-    time."""
-    _check(stride, branches, questions=questions, rounds=rounds, threads=threads)
+    """Decode with AR and with ISD: same bytes, fewer forward passes, less time."""
+    _check(2 if stride is None else stride, branches, questions=questions, rounds=rounds, threads=threads)
 
     import torch
 
@@ -42,7 +54,8 @@ def demo(
     from idlm.params import SamplingParams
 
     torch.set_num_threads(threads)
-    idlm = load("nano")
+    idlm = load(model, adapter=adapter)
+    stride = (idlm.block_size or 7) + 1 if stride is None else stride
     problems = [problem.question for problem in held_out_problems(questions)]
     params = SamplingParams(max_tokens=256, temperature=0.0)
 
@@ -142,7 +155,7 @@ def _coloured(idlm: Idlm, result: Result) -> Text:
 
     text = Text()
     for token, source in zip(result.token_ids, result.sources, strict=True):
-        assert idlm.tokenizer is not None  # the bundled model has one
+        assert idlm.tokenizer is not None  # else there is no chat template
         text.append(
             str(idlm.tokenizer.decode([token], skip_special_tokens=True)), style=COLOURS[source]
         )
