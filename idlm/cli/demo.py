@@ -43,7 +43,13 @@ def demo(
     as_json: common.Json = False,
 ) -> None:
     """Decode with AR and with ISD: same bytes, fewer forward passes, less time."""
-    _check(2 if stride is None else stride, branches, questions=questions, rounds=rounds, threads=threads)
+    _check(
+        2 if stride is None else stride,
+        branches,
+        questions=questions,
+        rounds=rounds,
+        threads=threads,
+    )
 
     import torch
 
