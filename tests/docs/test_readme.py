@@ -17,7 +17,6 @@ MOST_WORDS = 700
 SHORTER = {
     "generate": ["--max-tokens", "20"],
     "verify": ["--max-tokens", "8"],
-    "bench": ["--requests", "2", "--repeats", "1", "--modes", "ar,planner"],
     "train": [
         *("--stages.0.steps=1", "--stages.1.steps=1", "--batch_size=2", "--optimizer.warmup=0"),
         *("--data.examples=6", "--data.held_out=2", "--data.max_tokens=8", "--data.prompts=nano"),
