@@ -77,12 +77,12 @@ def build(suite: Suite, way: Way) -> tuple[list[Any], int | None]:
     """The tasks of a suite, and the most items of each."""
     chosen = form(suite, way)
     assert chosen is not None  # a speed suite has no task
-    random.seed(ORDER_SEED)
     if isinstance(chosen, Own):
         tasks = [_own(suite, chosen, way)]
     else:
         tasks = _of_harness(suite, chosen, way)
     for task in tasks:
+        _same_order(task)
         task.set_fewshot_seed(SHOTS_SEED)
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
@@ -90,6 +90,20 @@ def build(suite: Suite, way: Way) -> tuple[list[Any], int | None]:
             task.set_config(key="generation_kwargs", value=dict(way.generation), update=True)
     limit = None if way.limit is None else math.ceil(way.limit / len(tasks))
     return tasks, limit
+
+
+def _same_order(task: Any) -> None:
+    """Give a task the same documents whenever it makes them. GPQA's shuffles their choices, and the
+    harness asks for them once for the requests and once more for the grading."""
+    process = task.config.process_docs
+    if process is None:
+        return
+
+    def seeded(documents: Any) -> Any:
+        random.seed(ORDER_SEED)
+        return process(documents)
+
+    task.config.process_docs = seeded
 
 
 def rows(suite: Suite, way: Way) -> Splits:

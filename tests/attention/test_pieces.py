@@ -175,7 +175,7 @@ def test_launches_do_not_grow_with_the_number_of_pieces(monkeypatch: pytest.Monk
         table = torch.arange(1, 1 + 2 * number, device=DEVICE).view(number, 2)
         rows = [torch.zeros(1, heads, 20 * number, 8, device=DEVICE) for heads in (4, 2, 2)]
         with calls:
-            cache.prepare([cache.pieces(table, batch)])
+            cache.prepare([cache.pieces(table, batch)], 0)
             for layer in range(2):
                 cache.attend(layer, *rows, Scores(0.3))
         counted.append((launches.number, calls.number))

@@ -54,6 +54,7 @@ def serves(command: list[str], folder: Path, model: str) -> None:
     ) as server:
         try:
             assert server.stdout is not None
-            assert server.stdout.readline().startswith(f"idlm serves {model} at http://127.0.0.1:")
+            said = f"idlm serves {model} at http://127.0.0.1:"
+            assert any(line.startswith(said) for line in server.stdout)
         finally:
             server.kill()

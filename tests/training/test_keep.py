@@ -66,7 +66,7 @@ def config(folder: Path, **changes: Any) -> TrainConfig:
         "lora": {"rank": 2, "alpha": 4.0, "targets": ["q_proj", "v_proj"]},
         "stages": [{"steps": 8, "block_size": 2}],
         "optimizer": {"lr": 0.01, "warmup": 0},
-        "data": {"source": "jsonl", "path": str(folder / "data.jsonl"), "held_out": 10},
+        "data": {"source": "jsonl", "path": str(folder / "data.jsonl"), "held_out": 8},
         "eval_steps": 1,
         "keep_checkpoints": 1,
     }
