@@ -38,7 +38,7 @@ from tests.engine.tiny import (
 )
 from tests.heads import random_head
 
-STEPS = int(os.environ.get("IDLM_SCHEDULE_STEPS", "5000"))
+STEPS = int(os.environ.get("IDLM_SCHEDULE_STEPS", "3000"))
 """Engine steps of each of the two machines below, at least. `make soak` runs more."""
 CHOICE = random.Random(0)
 PROMPTS = [
