@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from idlm.kernels.forwards import replaced_forwards
+
 
 @dataclass
 class _Group:
@@ -61,18 +63,15 @@ class Merged:
     @contextmanager
     def use(self) -> Iterator[None]:
         """Run model code inside with merged products."""
-        layers = [
+        outputs = [
             (layer, partial(group.output, number))
             for group in self.groups
             for number, layer in enumerate(group.layers)
         ]
-        for layer, output in layers:
-            layer.__dict__["forward"] = output  # `nn.Module` takes long to set an attribute
         try:
-            yield
+            with replaced_forwards(outputs):
+                yield
         finally:
-            for layer, _ in layers:
-                layer.__dict__.pop("forward", None)
             for group in self.groups:
                 group.forget()
 

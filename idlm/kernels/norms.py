@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from idlm.kernels.forwards import replaced_forwards
+
 
 class Norms:
     """Computes the norms `modules`; see `rms_norms`."""
@@ -25,14 +27,9 @@ class Norms:
     @contextmanager
     def use(self) -> Iterator[None]:
         """Run model code inside with fused norms."""
-        for module in self.modules:
-            # `nn.Module` takes long to set an attribute
-            module.__dict__["forward"] = partial(_norm, module.weight, _epsilon(module))
-        try:
+        norms = [(each, partial(_norm, each.weight, _epsilon(each))) for each in self.modules]
+        with replaced_forwards(norms):
             yield
-        finally:
-            for module in self.modules:
-                module.__dict__.pop("forward", None)
 
 
 @torch.no_grad()
