@@ -134,7 +134,7 @@ def row_example(row: Row, idlm: Idlm) -> Example:
         if row.text is not None:
             ids = ids_of(row.text, "text", idlm)
             return exchange(ids[:1], ids[1:] + _end_of(row.text, idlm, False), row.name)
-        if not row.response and not row.answered:
+        if not row.responds:
             raise InputError('it has no response; give it a non-empty "response"')
         if row.messages is not None and not row.response:
             prompt, answer = idlm.encoder.exchange(row.messages, row.tools)

@@ -76,6 +76,13 @@ class Row:
         """Whether the messages end with an answer."""
         return bool(self.messages) and (self.messages or [])[-1]["role"] == "assistant"
 
+    @property
+    def responds(self) -> bool:
+        """Whether there is a response: ids or a text, or an answer that says or calls something."""
+        if self.response or not self.answered:
+            return bool(self.response)
+        return any(said for key, said in (self.messages or [])[-1].items() if key != "role")
+
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, str]]:
     """The rows of a jsonl file as text, each with its name for error messages.

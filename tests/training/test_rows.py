@@ -140,6 +140,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no answer": ({"messages": [QUESTION]}, "row: it has no response"),
     "an answer alone": ({"messages": [ANSWER]}, "row: messages="),
     "an empty response": ({"prompt": "a", "response": ""}, "row: it has no response"),
+    "an answer that says nothing": (
+        {"messages": [QUESTION, {**ANSWER, "content": ""}]},
+        "row: it has no response",
+    ),
     "a prompt alone": ({"prompt": "a"}, "row: it has no response"),
     "nothing known": ({"ask": "a", "output": "b"}, "row: it has no prompt; write"),
     "an instruction alone": ({"instruction": "a"}, "row: it has no response"),
