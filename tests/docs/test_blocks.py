@@ -32,7 +32,7 @@ RUN = {
 """The pages whose `idlm` commands a test of this folder runs."""
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS = get_command(app).commands
 
 
 def fault(words: list[str]) -> str | None:
