@@ -10,6 +10,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 VLLM     := build/vllm
 LLAMACPP := build/llamacpp
 LOWEST   := build/lowest
+DOCS     := build/docs
 MODELS   := build/models
 SMOLLM   := $(MODELS)/SmolLM2-135M-Instruct
 
@@ -18,7 +19,7 @@ FOREIGN := gcc-aarch64-linux-gnu=/usr/bin/aarch64-linux-gnu-gcc \
 	libc6-dev-arm64-cross=/usr/aarch64-linux-gnu/include/stdio.h qemu-user=/usr/bin/qemu-aarch64
 
 .PHONY: demo test test-lowest kernels-everywhere foreign-packages lint wheel bench cost-curve gpu-check gpu-kernels soak server-faults server-bytes server-fuzz server-speed clients \
-	real-model paper peers vllm llamacpp models families docs web ui-test clean
+	real-model paper peers vllm llamacpp models families pages docs docs-check notebook web ui-test clean
 .DELETE_ON_ERROR:
 
 # `make demo MODEL=smollm2` fetches a small chat model and decodes it with the adapter that is here
@@ -155,9 +156,28 @@ families: $(STAMP)
 	$(BIN)/python -m benchmarks.pages
 
 # everything in the documents that is generated; a test fails where it is stale
-docs: $(STAMP)
+pages: $(STAMP)
 	$(BIN)/typer idlm.cli utils docs --name idlm --title 'Command line' --output docs/cli.md
 	$(BIN)/python -m benchmarks.pages
+
+# the generated pages, then the site at http://127.0.0.1:8001, made anew whenever a page changes
+docs: pages $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs serve --strict --dev-addr 127.0.0.1:8001
+
+# the site in build/site; any warning is an error
+docs-check: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+# an environment of its own: it reads the sources, and needs neither torch nor this package
+$(DOCS)/.installed: requirements-docs.txt
+	$(PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	@touch $@
+
+# the notebook, cell by cell, in a kernel; what that takes is 27 packages more, so it is in no extra
+notebook: $(STAMP)
+	@$(PIP) nbmake ipykernel
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake --nbmake-timeout=1200 examples/tour.ipynb $(ARGS)
 
 # the page of `idlm serve --ui`, built into idlm/ui/page; needs node 20 and npm, which nothing else of the package does
 web: web/node_modules

