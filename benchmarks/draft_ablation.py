@@ -6,7 +6,8 @@
 Every variant of the config has the same steps, and with a seed the same texts in the same order.
 Its adapter decodes held-out prompts greedily: the bundled model's own problems, or a file of chat
 prompts. TPF and acceptance by depth are those of the chain and of all outcomes; tokens a CPU second
-are of one request after the other, with those of AR beside them.
+are of one request after the other, with those of AR beside them. FILE is written after each
+variant, and a run with the same FILE goes on after it.
 """
 
 from __future__ import annotations
@@ -118,7 +119,20 @@ def run(options: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
         "ar" if stride == 1 else f"{kind}-{stride}": decoded(idlm, (stride, kind), prompts, params)
         for stride, kind in plans
     }
-    return {"train_cpu_seconds": seconds, "alpha": measured["alpha"], "decoding": rows}
+    figures = {"train_cpu_seconds": seconds, "alpha": measured["alpha"], "decoding": rows}
+    return {"seed": seed, **figures}
+
+
+def begun(options: argparse.Namespace) -> dict[str, Any]:
+    """The report that `--out` holds of an earlier run, or an empty one."""
+    other = ("only", "seeds", "out")  # they say what is run, not how
+    asked = {key: str(value) for key, value in vars(options).items() if key not in other}
+    if options.out is None or not options.out.exists():
+        return {"options": asked, "environment": environment(), "variants": {}}
+    report: dict[str, Any] = json.loads(options.out.read_text())
+    if report["options"] != asked:
+        raise SystemExit(f"{options.out} has the options {report['options']}; name another --out")
+    return report
 
 
 def main() -> None:
@@ -138,12 +152,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    asked = {key: str(value) for key, value in vars(options).items() if key != "out"}
-    report: dict[str, Any] = {"options": asked, "environment": environment(), "variants": {}}
+    report = begun(options)
     for seed in options.seeds:
         for name in options.only:
+            rows = report["variants"].setdefault(name, [])
+            if any(row["seed"] == seed for row in rows):
+                continue
             row = run(options, name, seed)
-            report["variants"].setdefault(name, []).append(row)
+            rows.append(row)
             print(f"{name}, seed {seed}: {json.dumps(row)}", file=sys.stderr, flush=True)
             if options.out:
                 options.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -18,19 +18,23 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from time import process_time
 from typing import Any
 
 import torch
 
 from benchmarks.lookup_prompts import prompts
-from idlm import LLM, SamplingParams
+from idlm import LLM, SamplingParams, load
 from idlm.cli.common import keep_what_is_loaded
 from idlm.environment import environment
+from idlm.models.idlm_model import Idlm
 
 ROOT = Path(__file__).parent
 MODEL = ROOT.parent / "build" / "models" / "SmolLM2-135M-Instruct"
 LOOKUP = {"drafts": "lookup"}
+CONTEXT = 2048
+"""Tokens of the longest request: prompts have up to about 600."""
 ROUND = 8
 """Prompts of a kind that are measured before the next kind has its turn."""
 
@@ -100,7 +104,8 @@ def main() -> None:
     torch.set_num_threads(1)
     given = prompts(options.data, options.prompts)
     slots = max(options.concurrency)
-    ar, lookup = (engine(options.model, slots, **kind) for kind in ({"stride": 1}, LOOKUP))
+    model = load(options.model, dtype="float32")  # once: engines of one model share its weights
+    ar, lookup = (engine(model, slots, **kind) for kind in ({"stride": 1}, LOOKUP))
     keep_what_is_loaded()
     params = SamplingParams(temperature=0, max_tokens=options.tokens)
     tallies: dict[tuple[str, int], Tally] = {}
@@ -116,15 +121,17 @@ def main() -> None:
 
 def write(tallies: dict[tuple[str, int], Tally], options: argparse.Namespace) -> None:
     rows = [tally.row(*key) for key, tally in tallies.items()]
-    settings = {"threads": 1, "dtype": "float32", "max_tokens": options.tokens}
+    peak = round(getrusage(RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    settings = {"threads": 1, "dtype": "float32", "max_tokens": options.tokens, "peak_gib": peak}
     report = {"rows": rows, "environment": environment() | settings}
     options.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def engine(model: Path, slots: int, **settings: Any) -> LLM:
-    """An engine whose steps are recorded before it is measured."""
-    memory = {"max_num_seqs": slots, "kv_memory": "128MiB"}
-    llm = LLM(model, dtype="float32", threads=1, **memory, **settings)
+def engine(model: Idlm, slots: int, **settings: Any) -> LLM:
+    """An engine whose steps are recorded before it is measured. Its pages hold 8 requests of 700
+    tokens."""
+    memory = {"max_num_seqs": slots, "max_model_len": CONTEXT, "kv_memory": "256MiB"}
+    llm = LLM(model, threads=1, **memory, **settings)
     llm.engine.warm_up(600)
     return llm
 

@@ -134,6 +134,9 @@ SECTIONS = {
                 "64 greedy tokens for each chat prompt, AR on every engine. llama.cpp is compiled for the machine. "
                 "The model was not trained to draft, so the second table counts rows and not accepted drafts.",
                 tables.real_model),
+        Section("Lookup drafts", "lookup.json", "python -m benchmarks.lookup --data DATA",
+                "SmolLM2-135M-Instruct, which was not trained to draft. Edits of code and summaries repeat what the "
+                "prompt says, chat hardly does. Greedy; CPU times. The speed-up's range is over runs.", tables.lookup),
         Section("What a wider step costs", "cost_curve.json", "make cost-curve",
                 "Random models of 0.1 and 0.6 billion parameters, since the cost does not depend on what the weights "
                 "say. The speed-up is what is expected at the acceptance named.", tables.cost_curve),

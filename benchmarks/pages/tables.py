@@ -555,6 +555,23 @@ def soak(report: Report) -> Iterator[str]:
     )
 
 
+def lookup(report: Report) -> Iterator[str]:
+    rows = [
+        (
+            row["kind"],
+            row["concurrency"],
+            row["prompts"],
+            row["same"],
+            f"{row['tpf']:.2f}",
+            shares(row["acceptance"][:4]),
+            f"{row['speedup']:.2f} ({row['speedup_range'][0]:.2f}-{row['speedup_range'][1]:.2f})",
+        )
+        for row in report["rows"]
+    ]
+    head = ("prompts", "at once", "number", "same as AR", "TPF", "acceptance, depths 1 to 4")
+    yield from markdown((*head, "speed-up over AR"), rows)
+
+
 def ablation(report: Report) -> Iterator[str]:
     """Older files hold one run of a variant, newer ones a list."""
     rows = []
