@@ -1,4 +1,4 @@
-"""Write all generated pages: `make docs`.
+"""Write all generated pages: `make pages`.
 
     python -m benchmarks.pages [--check]
 

@@ -13,7 +13,7 @@ from benchmarks.pages import tables
 RESULTS = Path(__file__).parents[1] / "results"
 HEAD = """# Benchmarks
 
-This page is made from [benchmarks/results](../benchmarks/results) by `make docs`. Do not edit it.
+This page is made from [benchmarks/results](../benchmarks/results) by `make pages`. Do not edit it.
 
 Each section names its file, the command that writes it, and what the file records of the machine. Where a file does
 not record something, the page says so. **Earlier engine** marks a file that was written before the kernels of entry 24

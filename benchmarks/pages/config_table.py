@@ -25,7 +25,7 @@ NAMES = {
 
 HEAD = """# Keys of a training config
 
-Written by `make docs` from the program. A config is a YAML file for `idlm train`; `configs/` has
+Written by `make pages` from the program. A config is a YAML file for `idlm train`; `configs/` has
 examples with a comment beside each key, [converting.md](converting.md) the way from a model to a
 converted one. Any key can be set on the command line: `--optimizer.lr=0.001 --stages.0.steps=50`.
 An unknown key is refused with the nearest known one, a wrong value with the type expected. `null`

@@ -235,4 +235,4 @@ def test_the_help_page_is_up_to_date(tmp_path: Path) -> None:
         cwd=ROOT,
         timeout=HANG_SECONDS,
     )
-    assert page.read_text() == (ROOT / "docs" / "cli.md").read_text(), "run `make docs`"
+    assert page.read_text() == (ROOT / "docs" / "cli.md").read_text(), "run `make pages`"

@@ -1,4 +1,4 @@
-"""Generated pages and pictures are what `make docs` would write now, and every result is shown."""
+"""Generated pages and pictures are what `make pages` would write now, and every result is shown."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from idlm.decoding.window import window
 
 @pytest.mark.parametrize("page", generated.PAGES, ids=lambda page: page.path.name)
 def test_nothing_is_stale(page: generated.Page) -> None:
-    assert page.path.read_text() == page.render(), f"{page.path} is stale; run make docs"
+    assert page.path.read_text() == page.render(), f"{page.path} is stale; run make pages"
 
 
 def test_a_key_without_a_meaning_is_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
