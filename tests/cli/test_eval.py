@@ -42,7 +42,7 @@ def test_ar_and_isd_are_compared(checkpoint: Path, tmp_path: Path) -> None:
     assert found == json.loads((tmp_path / "isd" / "results.json").read_text())
     assert found["settings"]["limit"] == 200 and found["settings"]["stride"] == 3
     both = invoke("compare", tmp_path / "ar", tmp_path / "isd", "--json")
-    assert json.loads(both.stdout)["aime-25"]["same_answers"] == 1.0
+    assert json.loads(both.stdout)["suites"]["aime-25"]["same_answers"] == 1.0
     words = invoke("compare", tmp_path / "ar", tmp_path / "isd").stdout
     assert words.startswith("aime-25: 100.0 % of the answers are equal\n  exact_match: 0.0% and")
 
