@@ -50,7 +50,7 @@ class Table(NamedTuple):
     """A table; each cell is text."""
 
     head: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
 
 class Section(NamedTuple):
@@ -74,7 +74,7 @@ def _number(value: float | None, form: str = ".2f") -> str:
 def _quality(results: Results) -> Table:
     head = ("figure", "method", "value (95 % interval)", "items", "source")
     rows = [
-        (r.what, r.method, _interval(r.figure), f"{r.count:,}", f"[{r.source}]")
+        (r.what, r.method, _interval(r.figure), f"{r.items:,}", f"[{r.source}]")
         for r in results.quality
     ]
     return Table(head, rows)

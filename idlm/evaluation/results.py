@@ -46,7 +46,7 @@ class Quality(NamedTuple):
     method: str
     what: str
     figure: Interval
-    count: int
+    items: int
 
 
 class Drafting(NamedTuple):
