@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from idlm.cli import app
@@ -75,5 +76,10 @@ def test_the_harness_knows_our_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["idlm"])
     words = ["run", "--model", "idlm", "--model_args", "pretrained=nano", "--help"]
     invoke("lm-eval", *words)
-    assert called == ["idlm lm-eval", *words]
+    device = [] if torch.cuda.is_available() else ["--device", "cpu"]  # its default is cuda:0
+    assert called == ["idlm lm-eval", *words, *device]
+    for others in (["run", "--device=cuda:1"], ["ls", "tasks"], ["run", "-C", "file.yaml"]):
+        called.clear()
+        invoke("lm-eval", *others)
+        assert called == ["idlm lm-eval", *others]
     assert get_model("idlm").__name__ == "EngineModel" and get_model("hf").__name__ == "HFLM"
