@@ -13,14 +13,14 @@
    TPF over the cost of an engine's step of as many rows (the plan all-2, which has 4).
 
 SDAR's block is the stride of ISD: both commit at most 4 tokens at a time. LLaDA decodes one token,
-and two, for each forward; both are shown. Prompt lookup is the plain rival, without training.
+and two, for each forward; both are shown. Prompt lookup is the plain rival, without training: the
+engine with 7 lookup drafts in every step.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import process_time
@@ -31,12 +31,13 @@ import torch
 import idlm.nano.source  # noqa: F401  # registers the texts
 from benchmarks.pages.tables import markdown, shares
 from idlm import LLM, SamplingParams
-from idlm.baselines import llada, prompt_lookup, sdar
+from idlm.baselines import llada, sdar
 from idlm.baselines.llada import Llada
-from idlm.baselines.prompt_lookup import PromptLookup
 from idlm.baselines.sdar import Sdar
+from idlm.decoding.plan import plans_for
 from idlm.environment import environment
 from idlm.evaluation.acceptance import Item, measure_baseline, measure_causal
+from idlm.evaluation.results import wilson
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import load
 from idlm.nano.problems import Problem, held_out_problems, read_answer
@@ -62,17 +63,18 @@ WHOLE = {"name": "muon", "lr": 0.003}
 
 
 class Method(NamedTuple):
-    """A way to decode: the training it needs (None: the base), and a baseline's rule, or the stride
-    of the engine."""
+    """A way to decode: the training it needs (None: the base), and a baseline's rule, or stride and
+    branches of the engine."""
 
     trained: str | None
-    rule: Sdar | Llada | PromptLookup | None = None
+    rule: Sdar | Llada | None = None
     stride: int = 1
+    branches: str = "all"
 
 
 METHODS = {
     "ar": Method(None),
-    "prompt lookup": Method(None, PromptLookup()),
+    "prompt lookup": Method(None, stride=8, branches="lookup"),
     "idlm-lora": Method("idlm-lora", stride=BLOCK),
     "idlm-full": Method("idlm-full", stride=BLOCK),
     "sdar": Method("sdar", Sdar(BLOCK, BLOCK, "dynamic", 0.9)),
@@ -104,14 +106,6 @@ def config(method: str, steps: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share."""
-    share, scale = right / count, z * z / count
-    middle = (share + scale / 2) / (1 + scale)
-    half = z * math.sqrt(share * (1 - share) / count + scale / (4 * count)) / (1 + scale)
-    return middle - half, middle + half
-
-
 class Decoded(NamedTuple):
     """Answers as token ids, with their forwards and the rows of these."""
 
@@ -127,18 +121,19 @@ def decoder(idlm: Idlm, method: Method, width: int) -> Decode:
     """A function that decodes prompts greedily, `width` at once."""
     params = SamplingParams(temperature=0.0, max_tokens=ANSWER)
     if method.rule is None:
-        branches = "all"
-        llm = LLM(idlm, stride=method.stride, branches=branches, max_num_seqs=width, threads=1)
+        plan = {"stride": method.stride, "branches": method.branches}
+        llm = LLM(idlm, **plan, max_num_seqs=width, threads=1)
+        (window,) = plans_for(**plan)
 
         def by_engine(prompts: list[list[int]]) -> Decoded:
             results = llm.generate(prompts, params)
             forwards = sum(result.forwards for result in results)
             ids = [result.token_ids for result in results]
-            return Decoded(ids, forwards, forwards * method.stride**2)
+            return Decoded(ids, forwards, forwards * window.width)
 
         return by_engine
     rule = method.rule
-    run: Any = {Sdar: sdar, Llada: llada, PromptLookup: prompt_lookup}[type(rule)].decode
+    run: Any = {Sdar: sdar, Llada: llada}[type(rule)].decode
 
     def by_baseline(prompts: list[list[int]]) -> Decoded:
         parts = [prompts[at : at + width] for at in range(0, len(prompts), width)]
@@ -163,7 +158,7 @@ def quality(
     return {
         "problems": len(problems),
         "accuracy": right / len(problems),
-        "interval": wilson(right, len(problems)),
+        "interval": wilson(right, len(problems))[1:],
         "tpf": tokens / found.forwards,
         "rows_per_token": found.rows / tokens,
     }
@@ -182,13 +177,11 @@ def speeds(idlm: Idlm, method: Method, prompts: list[list[int]]) -> dict[str, fl
 
 
 def alpha(idlm: Idlm, method: Method, prompts: list[list[int]]) -> dict[str, Any]:
-    """Part 3, by definition of p: alpha in all and by depth; none where nothing has a law q."""
-    if isinstance(method.rule, PromptLookup):
-        return {}
+    """Part 3, by definition of p: alpha in all and by depth."""
     items = [Item(prompt) for prompt in prompts]
     params = SamplingParams(temperature=1.0, max_tokens=ANSWER, seed=0)
     if method.rule is None:
-        report = measure_causal(idlm, items, params, method.stride)
+        report = measure_causal(idlm, items, params, method.stride, branches=method.branches)
     else:
         report = measure_baseline(idlm, items, params, method.rule)
     return {

@@ -11,6 +11,15 @@ from idlm.models import attention
 from idlm.models.idlm_model import Idlm
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "narrow": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 640,
+    },
     "0.1B": {
         "hidden_size": 640,
         "intermediate_size": 1792,
@@ -39,7 +48,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 151_936,
     },
 }
-"""A shape of about 0.1 B parameters, and those of Qwen3-0.6B and Qwen3-8B."""
+"""nano's layers, heads and vocabulary with next to no weights; about 0.1 B parameters; and the
+shapes of Qwen3-0.6B and Qwen3-8B."""
 
 
 def random_model(shape: str, dtype: torch.dtype, device: str = "cpu", context: int = 2048) -> Idlm:

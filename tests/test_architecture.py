@@ -20,6 +20,8 @@ EVERYWHERE = {
     "inputs",
     "messages",
     "params",
+    "plots",
+    "progress",
     "__version__",
 }
 """Modules at the package's top that every package may use."""

@@ -12,6 +12,7 @@ from benchmarks.pages import (
     config_table,
     families_page,
     headline,
+    results_page,
     throughput_plot,
     window_picture,
 )
@@ -54,6 +55,7 @@ PAGES = (
     Page(ROOT / "docs" / "window.svg", window_picture.render),
     Page(ROOT / "docs" / "throughput.svg", _plot),
     Page(ROOT / "docs" / "benchmarks.md", benchmarks_page.render),
+    Page(ROOT / "docs" / "results.md", results_page.render),
     Page(ROOT / "docs" / "families.md", families_page.render),
     Page(ROOT / "docs" / "config.md", config_table.render),
     Page(ROOT / "README.md", headline.render, "figures"),

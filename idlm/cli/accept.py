@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from idlm.cli import common, prompts
+from idlm.cli import report as reports
 from idlm.cli.sampling import Sampling, with_sampling
 from idlm.errors import InputError
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from idlm.baselines.sdar import Sdar, TwoThresholds
     from idlm.models.idlm_model import Idlm
 
-Method = Literal["ar", "idlm", "sdar", "llada", "llada2"]
+Method = Literal["ar", "idlm", "lookup", "sdar", "llada", "llada2"]
 
 
 def _option(help: str, default: str) -> Any:
@@ -38,7 +39,7 @@ def accept(
     method: Annotated[
         Method | None,
         typer.Option(
-            help="What wrote the text: AR, ISD, or a baseline of docs/methods.md.",
+            help="What wrote the text: AR, ISD, lookup drafts, or a baseline of docs/methods.md.",
             show_default="idlm for a model that drafts, else ar",
         ),
     ] = None,
@@ -59,6 +60,7 @@ def accept(
     dtype: common.Dtype = "auto",
     device: common.Device = "cpu",
     max_model_len: common.MaxModelLen = None,
+    plot: reports.Plot = None,
     as_json: common.Json = False,
     sampling: Sampling,
 ) -> None:
@@ -67,9 +69,11 @@ def accept(
     q is the law that a token was drafted or committed from, p what the model says of it once the
     text is clean. docs/methods.md defines both for each method.
     """
+    reports.check_plot(plot, "idlm accept")
     given = prompts.given([], prompts_file)
     rule = _rule(method, {"block": block, "steps": steps, "threshold": threshold}, strategy, edit)
 
+    from idlm.environment import environment
     from idlm.evaluation.acceptance import Item, measure_baseline, measure_causal
     from idlm.models.loading import load
 
@@ -78,21 +82,29 @@ def accept(
     chosen = (given or prompts.defaults(idlm))[:limit]
     items = [Item(prompt.encode(idlm, chat), prompt.groups) for prompt in chosen]
     params = sampling.of(idlm)
-    with common.progress("measuring", len(items)) as advance:
+    if rule is None:
+        _check_stride(method, stride, idlm)
+    width = stride if method in ("idlm", "lookup") else 1
+    with common.progress("measuring", (1 if rule else 2) * len(items)) as advance:
         if rule is not None:
             figures = measure_baseline(idlm, items, params, rule, advance)
         else:
-            _check_stride(method, stride, idlm)
-            width = stride if method == "idlm" else 1
-            figures = measure_causal(idlm, items, params, width, advance)
-    report = {
+            branches = "lookup" if method == "lookup" else "all"
+            figures = measure_causal(idlm, items, params, width, advance, branches)
+    report: dict[str, Any] = {
         "model": model,
+        "adapter": adapter,
         "method": method,
+        "stride": width if rule is None else None,
         "rule": str(rule) if rule is not None else params.verification,
         "temperature": params.temperature,
         "prompts": len(items),
+        "dtype": str(idlm.dtype).removeprefix("torch."),
+        "device": str(idlm.device),
         **figures,
+        "environment": environment(),
     }
+    reports.plot(plot, "idlm accept", report)
     if as_json:
         common.print_json(report)
     else:
@@ -131,7 +143,9 @@ def _rule(
 def _check_stride(method: str, stride: int, idlm: Idlm) -> None:
     from idlm.decoding.plan import plans_for
 
-    plans_for(stride, "all")
+    plans_for(stride, "lookup" if method == "lookup" else "all")
+    if method == "lookup" and stride < 2:
+        raise InputError("--method lookup at stride 1 has no drafts; give a stride of 2 or more")
     if method == "idlm" and (stride < 2 or idlm.block_size is None):
         raise InputError(
             f"--method idlm at stride {stride} with model {idlm.name!r} has no drafts; "

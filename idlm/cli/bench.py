@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from idlm.cli import common, drafts, prompts
+from idlm.cli import report as reports
 from idlm.config import EngineConfig
 from idlm.errors import InputError
 
@@ -68,6 +69,7 @@ def bench(
     threads: Annotated[
         int, typer.Option(help="CPU threads; small models gain nothing from more.")
     ] = 1,
+    plot: reports.Plot = None,
     as_json: common.Json = False,
 ) -> None:
     """Measure speed under load: tokens per second, latency, TPF and memory of each mode, in turn,
@@ -81,6 +83,7 @@ def bench(
     in_flight = [_count("concurrency", text, 1024) for text in _split("concurrency", concurrency)]
     shares = None if simulate_acceptance is None else _shares(simulate_acceptance)
     _check(stride, chosen, requests=requests, repeats=repeats, threads=threads)
+    reports.check_plot(plot, "idlm bench")
     given = prompts.given([], prompts_file)
 
     import torch
@@ -108,7 +111,10 @@ def bench(
             drafts.refuse(model, asked, f"--modes {','.join(ORDINARY)}")
     idlm = load(model, adapter, dtype, device, max_model_len)
     draw = workload(idlm, [prompt.encode(idlm, chat=True) for prompt in given])
-    engines = bench_engines(idlm, chosen, stride, max(in_flight), shares, weights=weights)
+    with common.progress("starting engines", len(chosen)) as advance:
+        engines = bench_engines(
+            idlm, chosen, stride, max(in_flight), shares, weights=weights, advance=advance
+        )
     if chosen == list(ORDINARY) and modes is None:
         drafts.say_lookup(model)
     common.keep_what_is_loaded()
@@ -123,6 +129,7 @@ def bench(
     }
     settings |= {"simulated_acceptance": shares} | _work(idlm, requests, repeats)
     report = {"rows": rows, "environment": environment() | settings}
+    reports.plot(plot, "idlm bench", report)
     if as_json:
         common.print_json(report)
     else:

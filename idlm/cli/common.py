@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from idlm.progress import Lines
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -92,8 +94,8 @@ def print_json(value: Mapping[str, object]) -> None:
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr, if that is a terminal; call the function that this yields after each
-    step."""
+    """A bar on stderr, or a line at times if that is no terminal; call the function that this
+    yields after each step."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -110,8 +112,9 @@ def progress(label: str, total: int) -> Iterator[Callable[[], None]]:
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    if not console.is_terminal:
+        yield Lines(label, total)
+        return
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(label, total=total)
         yield lambda: bar.advance(task)

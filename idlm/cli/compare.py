@@ -27,9 +27,11 @@ def compare(
     """
     from idlm.evaluation import paired
 
-    report = paired.compare(first, second)
+    with common.progress("comparing", len(paired.common_suites(first, second))) as advance:
+        report = paired.compare(first, second, advance)
     if as_json:
-        return common.print_json(report)
+        runs = {"first": paired.about(first), "second": paired.about(second)}
+        return common.print_json({**runs, "suites": report})
     for name, suite in report.items():
         typer.echo(f"{name}: {100 * suite['same_answers']:.1f} % of the answers are equal")
         for metric, figures in suite["metrics"].items():

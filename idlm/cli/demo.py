@@ -68,8 +68,10 @@ def demo(
     def run(llm: LLM) -> list[Result]:
         return [llm.chat([{"role": "user", "content": problem}], params) for problem in problems]
 
-    ar = LLM(idlm, stride=1, max_num_seqs=1)
-    isd = LLM(idlm, stride=stride, branches=branches, max_num_seqs=1)
+    with common.progress("starting engines", 2) as advance:
+        ar = LLM(idlm, stride=1, max_num_seqs=1)
+        advance()
+        isd = LLM(idlm, stride=stride, branches=branches, max_num_seqs=1)
     common.keep_what_is_loaded()
     with common.progress("AR and ISD in turn", 2 * (rounds + 1)) as advance:
         laps = race({"ar": lambda: run(ar), "isd": lambda: run(isd)}, rounds, advance)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -18,13 +17,12 @@ import typer
 from idlm.cli import common, drafts
 from idlm.errors import InputError
 from idlm.extras import need
+from idlm.progress import Lines
 
 if TYPE_CHECKING:
     from idlm.evaluation.suites.suite import Suite
     from idlm.evaluation.tasks import Way
 
-EVERY = 10.0
-"""Seconds between two lines of progress where stderr is no terminal."""
 FAST_ITEMS = 200
 PAPER = {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 0.95, "max_gen_toks": 32768}
 GREEDY = {"do_sample": False, "temperature": 0.0}
@@ -241,22 +239,9 @@ def progress() -> Iterator[Callable[[str, int], Callable[[], None]]]:
             task = bar.add_task(label, total=total)
             if console.is_terminal:
                 return lambda: bar.advance(task)
-            return _Lines(label, total)
+            return Lines(label, total)
 
         yield show
-
-
-class _Lines:
-    """Progress as lines, at most one every `EVERY` seconds."""
-
-    def __init__(self, label: str, total: int) -> None:
-        self.label, self.total, self.done, self.shown = label, total, 0, perf_counter()
-
-    def __call__(self) -> None:
-        self.done += 1
-        if perf_counter() - self.shown > EVERY:
-            self.shown = perf_counter()
-            typer.echo(f"{self.label}: {self.done} of {self.total}", err=True)
 
 
 def _list(as_json: bool) -> None:

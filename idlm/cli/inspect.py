@@ -46,9 +46,10 @@ def _accuracy(path: str, weights: str, max_model_len: int | None) -> dict[str, f
     from idlm.engine.weights_accuracy import weights_accuracy
     from idlm.models.loading import load
 
-    return asdict(
-        weights_accuracy(load(path, dtype="float32", max_model_len=max_model_len), weights)
-    )
+    with common.progress("loading and comparing", 2) as advance:
+        model = load(path, dtype="float32", max_model_len=max_model_len)
+        advance()
+        return asdict(weights_accuracy(model, weights))
 
 
 def _shown(key: str, value: object) -> str:

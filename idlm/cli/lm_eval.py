@@ -28,5 +28,15 @@ def lm_eval(context: typer.Context) -> None:
 
     import idlm.evaluation.engine_model  # noqa: F401  # registers itself
 
-    sys.argv = ["idlm lm-eval", *context.args]
+    sys.argv = ["idlm lm-eval", *context.args, *_device(context.args)]
     cli_evaluate()
+
+
+def _device(words: list[str]) -> list[str]:
+    """--device cpu for a run that names no device, where there is no GPU: the harness's default is
+    cuda:0."""
+    import torch
+
+    runs = bool(words) and (words[0] == "run" or words[0].startswith("-"))
+    named = any(word.split("=")[0] in ("--device", "--config", "-C") for word in words)
+    return [] if not runs or named or torch.cuda.is_available() else ["--device", "cpu"]

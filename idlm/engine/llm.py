@@ -26,6 +26,7 @@ from idlm.models.loading import load
 from idlm.models.more_adapters import attach_place, load_more
 from idlm.models.sources import resolve
 from idlm.params import SamplingParams
+from idlm.progress import Lines
 
 __all__ = ["LLM", "Result"]
 
@@ -108,7 +109,7 @@ class LLM:
         adapter: str | None = None,
         priority: int = 0,
         timeout: float | None = None,
-        progress: bool = False,
+        progress: bool | Callable[[], None] = False,
     ) -> list[Result]:
         """Complete each prompt: a text, token ids, or a dict of vLLM's with one of them.
 
@@ -121,7 +122,8 @@ class LLM:
             adapter: the name of the adapter that drafts.
             priority: requests with lower numbers run first.
             timeout: seconds after which each request ends with the output that it has.
-            progress: show a progress bar if stderr is a terminal.
+            progress: show a progress bar on stderr, or a line at times if that is no terminal; or
+                a function to call after each request.
 
         Raises:
             InputError: a prompt is empty or longer than the context, or contains MASK or ids that
@@ -137,15 +139,12 @@ class LLM:
         with self._requests() as add:
             groups = [add(prompt, one, terms) for prompt, one in zip(ids, params, strict=True)]
             done: dict[str, Result] = {}
-            console = Console(stderr=True)
-            shown = progress and console.is_terminal
-            with Progress(console=console, disable=not shown) as bar:
-                task = bar.add_task("requests", total=sum(map(len, groups)))
+            with _progress(progress, sum(map(len, groups))) as advance:
                 while len(done) < sum(map(len, groups)):
                     for update in self.engine.step():
                         if update.result is not None:
                             done[update.request_id] = update.result
-                            bar.advance(task)
+                            advance()
         return [_gather([done[one] for one in group]) for group in groups]
 
     @overload
@@ -286,6 +285,22 @@ def _gather(samples: list[Result]) -> Result:
     """The first sample's result; its `samples` are the other results of the same prompt."""
     first, *others = samples
     return replace(first, samples=others) if others else first
+
+
+@contextmanager
+def _progress(asked: bool | Callable[[], None], total: int) -> Iterator[Callable[[], object]]:
+    """A function to call after each request, as `progress` of `generate` says."""
+    console = Console(stderr=True)
+    if callable(asked):
+        yield asked
+    elif not asked:
+        yield lambda: None
+    elif not console.is_terminal:
+        yield Lines("requests", total)
+    else:
+        with Progress(console=console) as bar:
+            task = bar.add_task("requests", total=total)
+            yield lambda: bar.advance(task)
 
 
 def _as_prompts(prompts: Any) -> list[Prompt]:

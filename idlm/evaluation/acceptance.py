@@ -20,8 +20,9 @@ from idlm.baselines.llada import Llada
 from idlm.baselines.rereading import left_to_right, reference_tokens
 from idlm.baselines.sdar import Sdar, TwoThresholds
 from idlm.baselines.written import Written, law_of
+from idlm.decoding.plan import plans_for
 from idlm.engine.llm import LLM, Result
-from idlm.evaluation.laws import Pairs, ar_pairs, draft_pairs
+from idlm.evaluation.laws import Pairs, ar_pairs, draft_pairs, lookup_pairs
 from idlm.evaluation.metrics import summary, tpf_decode
 from idlm.evaluation.parity import numbered_seeds
 from idlm.evaluation.speedup import tokens_per_forward
@@ -129,40 +130,47 @@ def measure_causal(
     params: SamplingParams,
     stride: int,
     advance: Advance = lambda: None,
+    branches: str = "all",
 ) -> dict[str, Any]:
-    """AR (stride 1) or I-DLM, on the texts that the engine decodes with drafts for all outcomes.
+    """AR (stride 1), I-DLM or lookup drafts, on the texts that the engine decodes with `branches`:
+    "all" outcomes, or "lookup".
 
-    `params.verification` relaxed measures the same laws on texts of that rule.
+    `params.verification` relaxed measures the same laws on texts of that rule. `advance` is called
+    twice for each item: when it is decoded, and when its laws are known.
 
     Raises:
         InputError: a prompt or the params cannot be used.
     """
     law, definition = law_of(idlm, params), Definition()
-    llm = LLM(idlm, stride=stride, branches="all", generation_config="none")
+    llm = LLM(idlm, stride=stride, branches=branches, generation_config="none")
+    pairs_of = lookup_pairs if branches == "lookup" else draft_pairs
     seeded = numbered_seeds(params, len(items))
-    results = llm.generate([list(item.prompt) for item in items], seeded)
+    results = llm.generate([list(item.prompt) for item in items], seeded, progress=advance)
     for item, result in zip(items, results, strict=True):
         text, first = item.prompt + result.token_ids, len(item.prompt)
         if stride == 1:
             definition.add(ar_pairs(idlm, text, first, law), item)
         elif len(result.token_ids) > 1:
-            definition.add(draft_pairs(idlm, text, first, stride - 1, law), item)
+            definition.add(pairs_of(idlm, text, first, stride - 1, law), item)
         advance()
-    return _causal_report(definition, results, stride)
+    return _causal_report(definition, results, stride, branches)
 
 
 def _causal_report(
-    definition: Definition, results: Sequence[Result], stride: int
+    definition: Definition, results: Sequence[Result], stride: int, branches: str
 ) -> dict[str, Any]:
-    totals = summary(results)
-    expected = tokens_per_forward(definition.total.alpha, stride) if stride > 1 else 1.0
+    """`tpf_expected` is unknown for lookup drafts: where nothing matches a window has none."""
+    totals, width = summary(results), plans_for(stride, branches)[0].width
+    expected = None
+    if branches != "lookup":
+        expected = tokens_per_forward(definition.total.alpha, stride) if stride > 1 else 1.0
     return {
         "answer_tokens": totals["tokens"],
         "forwards": totals["forwards"],
         "tpf": totals["tpf"],
         "tpf_decode": tpf_decode(results),
         "tpf_expected": expected,
-        "rows_per_token": stride**2 * totals["forwards"] / totals["tokens"],
+        "rows_per_token": width * totals["forwards"] / totals["tokens"],
         "accepted": totals["acceptance"],
         "definitions": {"causal": definition.to_json()},
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import resource
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -146,10 +146,12 @@ def bench_engines(
     shares: Sequence[float] | None = None,
     kv_memory: str | None = None,
     weights: str = "auto",
+    advance: Callable[[], None] = lambda: None,
 ) -> list[Ours]:
     """Our engine in each of the modes, over the same weights; `stride` is the planner's largest.
 
-    Each has a KV cache of `kv_memory`. Raises the errors of `LLM`. With `shares`, drafts are
+    Each has a KV cache of `kv_memory`. `advance` is called as each one is ready. Raises the errors
+    of `LLM`. With `shares`, drafts are
     accepted by chance; see `simulate_acceptance`.
     """
     engines = []
@@ -161,6 +163,7 @@ def bench_engines(
             simulate_acceptance(llm.engine, simulated)
         llm.engine.warm_up(WARM_UP_SECONDS)
         engines.append(Ours(llm, mode, simulated is not None))
+        advance()
     return engines
 
 

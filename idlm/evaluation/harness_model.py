@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from tqdm import tqdm
+
 from idlm.errors import InputError
 from idlm.evaluation.journal import Journal, key, seed_of
 
@@ -65,7 +67,9 @@ class Journaled:
         for _ in range(len(names) - len(missing)):
             self.advance()
         asks = [Ask(requests[at].args, seed_of(names[at], self.base_seed)) for at in missing]
-        for answer in produce(asks) if asks else ():
+        # of the harness's own command; `idlm eval` has switched it off and has bars of its own
+        produced = tqdm(produce(asks) if asks else (), desc=kind, total=len(asks))
+        for answer in produced:
             self.journal.put(names[missing[answer.at]], answer.value, **answer.more)
             self.advance()
         return [known[name]["value"] for name in names]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from idlm.decoding.lookup import look_up
 from idlm.models.gate import NO_ROWS
 from idlm.models.heads import RowsBefore, corrected
 from idlm.models.idlm_model import Idlm
@@ -30,6 +31,8 @@ class Pairs(NamedTuple):
 
 PLACES = 16
 """Places of a text where an AR model's law is computed once more."""
+LOOKED_UP = 256
+"""Places that are looked up at once."""
 
 
 @torch.inference_mode()
@@ -63,6 +66,27 @@ def draft_pairs(idlm: Idlm, tokens: Sequence[int], first: int, drafts: int, law:
     column, depth, logits = (torch.cat(part) for part in zip(*parts, strict=True))
     text = torch.tensor(tokens)
     return Pairs(text[column + 1], depth, log_p[column], law(logits))
+
+
+def lookup_pairs(idlm: Idlm, tokens: Sequence[int], first: int, drafts: int, law: Law) -> Pairs:
+    """Lookup drafts: q is a point mass on the draft, p that of the row before it.
+
+    The text is looked up at every token of the answer. A draft counts where the drafts before it
+    are the text's own tokens, so that it would be reached; where nothing matches there is none.
+    """
+    text, log_p = torch.tensor(tokens), law(causal_logits(idlm, tokens))
+    parts = []
+    for length in torch.arange(first + 1, len(tokens)).split(LOOKED_UP):
+        found = look_up(text.expand(len(length), -1), length, drafts)
+        place = length[:, None] + torch.arange(drafts)
+        right = found.drafts == text[place.clamp(max=len(tokens) - 1)]
+        reached = torch.cat([right.new_ones(len(length), 1), right[:, :-1]], 1).cumprod(1).bool()
+        counts = reached & (place < len(tokens)) & (found.matched > 0)[:, None]
+        depth = torch.arange(1, drafts + 1).expand_as(place)
+        parts.append(torch.stack([found.drafts[counts], depth[counts], place[counts]]))
+    token, depth, place = torch.cat(parts, 1)
+    log_q = torch.full((len(token), log_p.shape[1]), -torch.inf, dtype=torch.float64)
+    return Pairs(token, depth, log_p[place - 1], log_q.scatter(1, token[:, None], 0.0))
 
 
 @torch.inference_mode()

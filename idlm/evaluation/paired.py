@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import NormalDist, fmean
 from typing import Any
@@ -25,11 +25,34 @@ DRAWS = 10_000
 """Of the bootstrap."""
 
 
-def compare(first: Path, second: Path) -> dict[str, Any]:
-    """Compare all suites that both folders of `idlm eval` have.
+def compare(
+    first: Path, second: Path, advance: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Compare all suites that both folders of `idlm eval` have; `advance` is called after each.
 
     Raises:
         InputError: a folder is no result, or they have no suite or not the same items in common.
+    """
+    report = {}
+    for name in common_suites(first, second):
+        report[name] = _compare_suite(name, first, second)
+        advance()
+    return report
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """The settings, versions and machine of a folder of `idlm eval`."""
+    results, run = read_json(folder / "results.json"), folder / "run.json"
+    machine = read_json(run).get("environment") if run.exists() else None
+    parts = {name: results.get(name) for name in ("settings", "versions")}
+    return {"folder": folder.name, **parts, "environment": machine}
+
+
+def common_suites(first: Path, second: Path) -> list[str]:
+    """The suites that both folders have.
+
+    Raises:
+        InputError: a folder is no result, or there is none.
     """
     names = [_suites(folder) for folder in (first, second)]
     both = [name for name in names[0] if name in names[1]]
@@ -38,7 +61,7 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
             f"{str(first)!r} ({', '.join(names[0])}) and {str(second)!r} ({', '.join(names[1])}) "
             "have no suite in common; run the same suite with 'idlm eval' twice"
         )
-    return {name: _compare_suite(name, first, second) for name in both}
+    return both
 
 
 def _suites(folder: Path) -> list[str]:

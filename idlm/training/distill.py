@@ -25,6 +25,7 @@ from idlm.engine.request import Result
 from idlm.errors import InputError
 from idlm.models.adapter import fingerprint
 from idlm.params import SamplingParams
+from idlm.progress import Lines
 from idlm.training.prompts import Prompt, Prompts
 from idlm.training.shards import Place, Shards
 
@@ -250,8 +251,10 @@ def _row(job: Job, result: Result) -> dict[str, Any]:
 
 @contextmanager
 def _bar(engine: Engine, done: int, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, if that is a terminal, with tokens/s and the time left."""
+    """A bar on stderr with tokens/s and the time left, or a line at times if that is no
+    terminal."""
     console, began = Console(stderr=True), perf_counter()
+    lines = Lines("responses", total, done)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -264,6 +267,8 @@ def _bar(engine: Engine, done: int, total: int) -> Iterator[Callable[[int], None
 
         def show(ended: int) -> None:
             rate = engine.metrics.tokens / (perf_counter() - began)
+            if not console.is_terminal:
+                lines(ended, f", {rate:.0f} tokens/s")
             bar.update(task, advance=ended, rate=rate)
 
         yield show

@@ -1,15 +1,14 @@
 """`idlm report`: the curves of runs as one page of HTML that needs nothing from elsewhere.
 
-The curves are one SVG picture of matplotlib. Whatever comes from the runs' files is escaped, and
-the page's own policy forbids scripts and all requests.
+Whatever comes from the runs' files is escaped.
 """
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from idlm.errors import InputError
+from idlm.plots import HEAD, draw
 from idlm.training.log import METRICS, read_entries
 from idlm.training.record import ENVIRONMENT
 
@@ -41,33 +41,11 @@ PANELS = {
 }
 """The title of each picture, by the key of its figures; a picture without figures is left out."""
 SUMMARY = ("step", "tokens", "loss", "held_out_ce", "tpf", "acceptance", "tokens_per_second")
-COLUMNS, WIDTH, HEIGHT = 2, 11.0, 2.6
-"""Pictures beside each other; inches of all, and of one."""
 STYLES = ("solid", "dashed", "dotted", "dashdot")
 """Of lines, by depth."""
-SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "idlm",  # the same page each time
-    "text.parse_math": False,
-    "path.simplify": False,
-    "font.size": 9.0,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-}
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{{ title }}</title>
-<style>
-body { font: 14px system-ui, sans-serif; max-width: 1060px; margin: 2em auto; padding: 0 1em; }
-svg { max-width: 100%; height: auto; }
-table { border-collapse: collapse; } td, th { padding: .2em .8em .2em 0; text-align: left; }
-pre { background: #f5f6f8; padding: 1em; overflow-x: auto; }
-</style>
-</head>
-<body>
+PAGE = (
+    HEAD
+    + """<body>
 <h1>{{ title }}</h1>
 <table>
 <tr><th></th><th>run</th>{% for key in summary %}<th>{{ key }}</th>{% endfor %}</tr>
@@ -86,6 +64,7 @@ pre { background: #f5f6f8; padding: 1em; overflow-x: auto; }
 </body>
 </html>
 """
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +112,8 @@ def _read(folder: Path, colour: str) -> Run:
     entries = read_entries(folder / METRICS)
     if not entries:
         raise InputError(
-            f"{str(folder)!r} has no figures in {METRICS}; give the output_dir of `idlm train`"
+            f"{str(folder)!r} has no figures in {METRICS}; give the output_dir of `idlm train`, "
+            "or results of idlm eval, bench, accept or compare"
         )
     files = [folder / name for name in ("config.yaml", ENVIRONMENT)]
     texts = {file.name: file.read_text(encoding="utf-8") for file in files if file.exists()}
@@ -142,20 +122,8 @@ def _read(folder: Path, colour: str) -> Run:
 
 def _picture(runs: Sequence[Run]) -> str:
     """All pictures as one SVG element."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     keys = [key for key in PANELS if any(run.curves(key) for run in runs)]
-    rows = math.ceil(len(keys) / COLUMNS)
-    with matplotlib.rc_context(SETTINGS):
-        figure = Figure((WIDTH, HEIGHT * rows), layout="constrained")
-        for number, key in enumerate(keys, start=1):
-            _panel(figure.add_subplot(rows, COLUMNS, number), key, runs)
-        out = io.StringIO()
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(out, format="svg", metadata=nothing)
-    text = out.getvalue()
-    return text[text.index("<svg") :]
+    return draw([partial(_panel, key=key, runs=runs) for key in keys], "svg").decode()
 
 
 def _panel(axes: Any, key: str, runs: Sequence[Run]) -> None:

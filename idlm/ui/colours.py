@@ -8,12 +8,19 @@ from unicodedata import category
 
 from rich.text import Text
 
-COLOURS = {"first": "white", "accepted": "green", "corrected": "bold red", "bonus": "bold cyan"}
+COLOURS = {
+    "first": "bright_black",
+    "accepted": "green",
+    "corrected": "bold red",
+    "bonus": "bold cyan",
+}
 LEGEND = {
+    "first": "of the first forward, which has no drafts",
     "accepted": "a draft that AR would have chosen too",
     "corrected": "a wrong draft, replaced",
     "bonus": "the token after the drafts, all accepted",
 }
+"""Colours and words are those of the page in web/."""
 
 Token = tuple[str, str]
 """The text of a token alone, and its source as in `Result.sources`."""

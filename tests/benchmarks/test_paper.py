@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.paper import METHODS, OBJECTIVES, config, wilson
+from benchmarks.paper import METHODS, OBJECTIVES, config
+from idlm.evaluation.results import wilson
 from idlm.training.read_config import parse_config
 
 
@@ -24,6 +25,6 @@ def test_runs_differ_in_their_objectives_alone() -> None:
 
 
 def test_interval_of_a_share() -> None:
-    low, high = wilson(90, 100)
+    _, low, high = wilson(90, 100)
     assert (low, high) == (pytest.approx(0.8256, abs=1e-4), pytest.approx(0.9448, abs=1e-4))
-    assert wilson(0, 10)[0] == pytest.approx(0) and wilson(10, 10)[1] == pytest.approx(1)
+    assert wilson(0, 10).low == pytest.approx(0) and wilson(10, 10).high == pytest.approx(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from idlm.cli import app
+from idlm.cli.report import plot
 
 KEYS = {
     "engine",
@@ -94,6 +96,16 @@ def test_simulated_acceptance_is_named_wherever_it_shows(checkpoint: Path) -> No
     assert shown.count("(simulated)") == 2  # and their rows
 
 
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
+def test_its_figures_are_drawn(checkpoint: Path, tmp_path: Path) -> None:
+    shared = ("--modes", "ar", "--concurrency", 1, "--plot", tmp_path / "plot.png", "--json")
+    done = bench(checkpoint, *shared)
+    assert done.exit_code == 0 and (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    plot(tmp_path / "plot.html", "idlm bench", json.loads(done.stdout))
+    text = (tmp_path / "plot.html").read_text()
+    assert "<td>idlm ar</td>" in text and "<svg" in text
+
+
 REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "an unknown mode": (("--modes", "ar,fast"), "fast"),
     "a mode twice": (("--modes", "ar,ar"), "ar twice"),
@@ -110,6 +122,8 @@ REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
     "acceptance above 1": (("--simulate-acceptance", "0.9,1.2"), "1.2"),
     "acceptance of letters": (("--simulate-acceptance", "high"), "high"),
     "acceptance of nothing": (("--simulate-acceptance", ""), "''"),
+    "a plot of another form": (("--plot", "plot.pdf"), "plot.pdf"),
+    "a plot nowhere": (("--plot", "nowhere/plot.png"), "nowhere"),
     "no such prompts": (("--prompts", "nowhere.txt"), "nowhere.txt"),
 }
 

@@ -188,7 +188,8 @@ def test_distill_and_train_on_what_it_wrote(checkpoint: Path, tmp_path: Path) ->
     assert found == {"prompts": 5, "rows": 10, "duplicates": 1, "bad_rows": 1, "dropped": {}}
     assert report["tokens"] > 10 and report["resumed"] == 0
     words = CliRunner().invoke(app, [*map(str, command), "--skip-bad-rows"])
-    assert words.exit_code == 0 and words.stderr == ""
+    assert words.exit_code == 0
+    assert all(line.startswith("responses: ") for line in words.stderr.splitlines())  # if slow
     assert "10 rows of 5 prompts in" in words.stdout
     assert "left out: 1 duplicate prompts, 1 bad rows" in words.stdout
     config = {

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from idlm.cli import app
@@ -42,7 +43,7 @@ def test_ar_and_isd_are_compared(checkpoint: Path, tmp_path: Path) -> None:
     assert found == json.loads((tmp_path / "isd" / "results.json").read_text())
     assert found["settings"]["limit"] == 200 and found["settings"]["stride"] == 3
     both = invoke("compare", tmp_path / "ar", tmp_path / "isd", "--json")
-    assert json.loads(both.stdout)["aime-25"]["same_answers"] == 1.0
+    assert json.loads(both.stdout)["suites"]["aime-25"]["same_answers"] == 1.0
     words = invoke("compare", tmp_path / "ar", tmp_path / "isd").stdout
     assert words.startswith("aime-25: 100.0 % of the answers are equal\n  exact_match: 0.0% and")
 
@@ -75,5 +76,10 @@ def test_the_harness_knows_our_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["idlm"])
     words = ["run", "--model", "idlm", "--model_args", "pretrained=nano", "--help"]
     invoke("lm-eval", *words)
-    assert called == ["idlm lm-eval", *words]
+    device = [] if torch.cuda.is_available() else ["--device", "cpu"]  # its default is cuda:0
+    assert called == ["idlm lm-eval", *words, *device]
+    for others in (["run", "--device=cuda:1"], ["ls", "tasks"], ["run", "-C", "file.yaml"]):
+        called.clear()
+        invoke("lm-eval", *others)
+        assert called == ["idlm lm-eval", *others]
     assert get_model("idlm").__name__ == "EngineModel" and get_model("hf").__name__ == "HFLM"

@@ -15,7 +15,7 @@ from idlm.baselines.written import law_of
 from idlm.cli import app
 from idlm.errors import InputError
 from idlm.evaluation.acceptance import Item, Tally, measure_baseline, measure_causal
-from idlm.evaluation.laws import Pairs, causal_logits, draft_pairs
+from idlm.evaluation.laws import Pairs, causal_logits, draft_pairs, lookup_pairs
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import load
 from idlm.params import SamplingParams
@@ -71,6 +71,55 @@ def test_drafts_are_those_of_every_window() -> None:
         torch.testing.assert_close(q, wanted[at, int(depth)])
         torch.testing.assert_close(p, log_p[at - 1])
     assert seen == wanted.keys()
+
+
+def looked_up_by_loops(text: list[int], first: int, drafts: int) -> list[tuple[int, int, int]]:
+    """The drafts that are reached: token, depth, and the place that each is for."""
+    found = []
+    for length in range(first + 1, len(text)):
+        before = text[:length]
+        matches = [
+            (size, end)
+            for end in range(1, length)
+            for size in range(1, min(end, 8) + 1)
+            if before[end - size : end] == before[length - size :]
+        ]
+        if not matches:
+            continue
+        _, end = max(matches)
+        ahead = (before[end:] * drafts)[:drafts]
+        for depth, token in enumerate(ahead, 1):
+            if length + depth - 1 < len(text) and (
+                ahead[: depth - 1] == text[length : length + depth - 1]
+            ):
+                found.append((token, depth, length + depth - 1))
+    return found
+
+
+def test_lookup_drafts_are_those_that_are_reached() -> None:
+    idlm, text, first = tiny.model("lora"), [3, 4, 5, 6, 4, 5, 6, 7, 7, 7, 4, 5, 8, 9], 3
+    law = law_of(idlm, SAMPLED)
+    pairs = lookup_pairs(idlm, text, first, 3, law)
+    wanted = looked_up_by_loops(text, first, 3)
+    assert list(zip(pairs.tokens.tolist(), pairs.depth.tolist(), strict=True)) == [
+        (token, depth) for token, depth, _ in wanted
+    ]
+    log_p, tally = law(causal_logits(idlm, text)), Tally()
+    chances = [float(log_p[place - 1, token].exp()) for token, _, place in wanted]
+    tally.add(pairs)
+    assert tally.to_json()["alpha"] == pytest.approx(sum(chances) / len(chances))
+    assert {depth for _, depth, _ in wanted} == {1, 2, 3}
+
+
+def test_lookup_of_the_engine_is_measured(checkpoint: Path) -> None:
+    words = ("--method", "lookup", "--stride", "3", "--temperature", "0", "--max-tokens", "24")
+    done = CliRunner().invoke(app, ["accept", str(checkpoint / "base"), *words, "--json"])
+    report = json.loads(done.stdout)
+    assert report["method"] == "lookup" and report["stride"] == 3
+    assert report["rows_per_token"] == pytest.approx(3 / report["tpf"])
+    assert report["tpf_expected"] is None and report["environment"]["threads"] >= 1
+    causal = report["definitions"]["causal"]
+    assert causal["tokens"] == sum(one["tokens"] for one in causal["by_depth"]) > 0
 
 
 def questions(idlm: Idlm, count: int) -> list[Item]:

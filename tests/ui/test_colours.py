@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from colorsys import rgb_to_hsv
+from pathlib import Path
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.text import Text
 
 from idlm.cli.serve import AR_SUFFIX
 from idlm.ui import chat_remote
-from idlm.ui.colours import COLOURS, Painter, harmless
+from idlm.ui.colours import COLOURS, LEGEND, Painter, harmless
 
+WEB = Path(__file__).parents[2] / "web" / "src"
+HUES = {"red": 0, "yellow": 60, "green": 120, "cyan": 180, "blue": 240, "magenta": 300}
+"""Of a terminal's colours, in degrees."""
 SOURCES = st.sampled_from(sorted(COLOURS))
 
 
@@ -22,7 +30,7 @@ def test_each_token_has_its_colour_also_where_its_space_is_left_out() -> None:
     painted = Painter().paint(
         "Mia has 3", [("Mia", "first"), ("has", "accepted"), (" 3", "corrected")]
     )
-    assert parts(painted) == [("Mia", "white"), (" has", "green"), (" 3", "bold red")]
+    assert parts(painted) == [("Mia", "bright_black"), (" has", "green"), (" 3", "bold red")]
 
 
 def test_text_that_was_held_back_has_the_colour_of_its_own_token() -> None:
@@ -60,3 +68,26 @@ def test_control_characters_are_shown_and_not_obeyed() -> None:
 
 def test_the_name_without_drafts_is_the_servers() -> None:
     assert chat_remote.AR_SUFFIX == AR_SUFFIX
+
+
+def test_words_are_those_of_the_page() -> None:
+    block = (WEB / "lib" / "api.ts").read_text().split("MEANING", 1)[1].split("};")[0]
+    assert dict(re.findall(r'^  (\w+): "(.*)",$', block, re.MULTILINE)) == LEGEND
+
+
+def terminal_colour(shade: str) -> str:
+    """The terminal's colour nearest to #rrggbb; grey where it has next to no colour."""
+    red, green, blue = (int(shade[at : at + 2], 16) / 255 for at in (1, 3, 5))
+    if max(red, green, blue) - min(red, green, blue) < 0.12:
+        return "bright_black"
+    hue = 360 * rgb_to_hsv(red, green, blue)[0]
+    return min(HUES, key=lambda name: min(abs(hue - HUES[name]), 360 - abs(hue - HUES[name])))
+
+
+@pytest.mark.parametrize("source", COLOURS)
+def test_colours_are_those_of_the_page(source: str) -> None:
+    """In its light and in its dark form."""
+    pattern = rf"--{source}: light-dark\((#\w{{6}}), (#\w{{6}})\);"
+    (shades,) = re.findall(pattern, (WEB / "app.css").read_text())
+    for shade in shades:
+        assert terminal_colour(shade) == COLOURS[source].split()[-1]
