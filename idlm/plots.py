@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 Panel = Callable[[Any], None]
 """Draws one picture into matplotlib's axes."""
@@ -51,7 +51,7 @@ def draw(panels: Sequence[Panel], form: Literal["svg", "png"], height: float = H
 
     columns = min(COLUMNS, len(panels))
     rows = math.ceil(len(panels) / COLUMNS)
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(cast(Any, SETTINGS)):
         figure = Figure((WIDTH * columns / COLUMNS, height * rows), layout="constrained")
         for number, panel in enumerate(panels, start=1):
             panel(figure.add_subplot(rows, columns, number))

@@ -128,7 +128,7 @@ def bench(
         "weights": weights,
     }
     settings |= {"simulated_acceptance": shares} | _work(idlm, requests, repeats)
-    report = {"rows": rows, "environment": environment() | settings}
+    report: dict[str, object] = {"rows": rows, "environment": environment() | settings}
     reports.plot(plot, "idlm bench", report)
     if as_json:
         common.print_json(report)
