@@ -80,7 +80,7 @@ def runner_for(
     if config.tensor_parallel_size > 1:
         pages = least(pages, idlm.device)
     cache = KVCache(shapes, pages, config.page_size, like, config.deterministic)
-    if config.tensor_parallel_size > 1 and idlm.device.type == "cpu" and not config.deterministic:
+    if config.tensor_parallel_size > 1 and idlm.device.type == "cpu":
         # not the faster one here: ranks must record the same steps
         cache.backend = TorchAttention(cache.pages[0], shapes[0][0])
     return make(idlm, config, plans, cache, products), window

@@ -92,8 +92,8 @@ def _no_ranks(config: EngineConfig, device: torch.device, folder: Path) -> str |
         return f"does not go with the GGUF file {folder.name!r}; give the model's original folder"
     if config.weights != "auto":
         return f"does not go with weights={config.weights!r}; leave one of them out"
-    if config.deterministic and ranks > 2:
-        return "does not go with deterministic=True, since the order of a sum varies; use 2"
+    if config.deterministic:
+        return "does not go with deterministic=True; leave one of them out"
     if backend is None or device.index is not None:
         return f"does not go with device {str(device)!r}; use 'cuda' (rank k has GPU k) or 'cpu'"
     if kind == "cuda" and gpus < ranks:

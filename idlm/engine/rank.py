@@ -46,7 +46,7 @@ def main(file_descriptor: int) -> int:
     return 1
 
 
-def _read(link: Connection, inbox: SimpleQueue[Any]) -> None:
+def _read(link: Connection[Any, Any], inbox: SimpleQueue[Any]) -> None:
     try:
         while True:
             inbox.put(link.recv())

@@ -104,7 +104,7 @@ class Ranks:
         others = range(1, config.tensor_parallel_size)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._sockets: list[socket] = []
-        self._links: list[Connection] = []
+        self._links: list[Connection[Any, Any]] = []
         for rank in others:
             self._begin(replace(start, rank=rank))
         threading.Thread(target=self._watch, daemon=True).start()

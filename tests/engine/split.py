@@ -42,7 +42,8 @@ def checkpoint(folder: Path, family: str, entry: int = 0, head: str | None = Non
 
 
 def engine(folder: Path, ranks: int = 1, **options: Any) -> LLM:
-    """An engine on all of it, with few pages. One with ranks has as many as one without."""
+    """An engine on all of it, with few pages. One with ranks has as many as one without. The
+    prefill's budget is fixed, not steered by time: the ratio rule's tokens depend on the steps."""
     return LLM(
         str(folder / "base"),
         adapters={"one": folder / "0", "two": folder / "1"},
@@ -51,6 +52,7 @@ def engine(folder: Path, ranks: int = 1, **options: Any) -> LLM:
         kv_memory=KV_BYTES // ranks,
         page_size=PAGE,
         max_num_seqs=4,
+        prefill_tokens=8,
         **options,
     )
 
@@ -66,7 +68,7 @@ REQUESTS = {
     "filtered": settings(temperature=0.8, top_k=9, top_p=0.9, min_p=0.01, seed=4),
     "penalised": settings(temperature=0.9, presence_penalty=0.5, repetition_penalty=1.2, seed=5),
     "ratio": settings(temperature=0.9, verification="ratio", seed=6),
-    "guided": settings(temperature=1.0, thinking=Thinking(30, 31, True, 5), max_tokens=12),
+    "guided": settings(temperature=1.0, seed=7, thinking=Thinking(30, 31, True, 5), max_tokens=12),
 }
 
 

@@ -10,12 +10,16 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from idlm import LLM, InputError, SamplingParams, load
 from idlm.engine.ranks import RankError
 from tests.engine.split import REQUESTS, answers, checkpoint, engine, settings, with_an_abort
 from tests.models.tiny import write
 
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="ranks on a CPU need CUDA_VISIBLE_DEVICES set to nothing"
+)
 WIDE = bool(os.environ.get("IDLM_TEST_RANKS"))
 CASES: dict[str, tuple[str, int, str | None, dict[str, Any]]] = {
     "all outcomes, late entry, head": ("llama", 1, "mlp", {"stride": 3, "branches": "all"}),
@@ -30,6 +34,54 @@ if WIDE:
         "AR": ("qwen3", 0, None, {"stride": 1}),
     }
 ROUNDING = 1e-10
+
+
+def test_a_rank_that_dies_ends_the_engine(tmp_path: Path) -> None:
+    llm = LLM(str(write(tmp_path, "llama")), tensor_parallel_size=2, stride=1, kv_memory="1MiB")
+    for child in psutil.Process().children():
+        if "idlm.engine.rank" in child.cmdline():
+            child.kill()
+    with pytest.raises(RankError, match=r"rank 1 has ended \(its process ended with status -9\)"):
+        llm.generate([[5, 9]] * 2, settings())
+    with pytest.raises(RankError, match="rank 1 has ended"):
+        llm.generate([[5, 9]], settings())
+    llm.close()
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "options", "problem"),
+    [
+        ("llama", {}, {"tensor_parallel_size": 4}, "=4 does not divide the 2 KV heads .* 1, 2$"),
+        ("llama", {"intermediate_size": 49}, {}, "=2 does not divide the 49 outputs .*gate_proj"),
+        ("llama", {}, {"weights": "int8"}, "=2 does not go with weights='int8'"),
+        ("llama", {}, {"device": "cpu:0"}, "=2 does not go with device 'cpu:0'; use 'cuda' "),
+        ("llama", {}, {"deterministic": True}, "=2 does not go with deterministic=True"),
+        ("llama", {}, {"changing": True}, "=2 does not go with adapters that change"),
+        ("gpt2", {}, {}, "no tensor-parallel plan for 'gpt2'"),
+        ("qwen3_moe", {}, {}, "splits .*experts.* by the rule '.*', which is not supported"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(
+    tmp_path: Path, family: str, keys: dict[str, Any], options: dict[str, Any], problem: str
+) -> None:
+    folder = str(write(tmp_path, family, **keys))
+    with pytest.raises(InputError, match=problem):
+        LLM(folder, **({"tensor_parallel_size": 2} | options))
+
+
+def test_a_loaded_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="=2 does not go with a loaded model; give its folder"):
+        LLM(load(write(tmp_path)), tensor_parallel_size=2)
+
+
+@pytest.mark.skipif(not WIDE, reason="the wider sweep, IDLM_TEST_RANKS=1, has it")
+def test_a_planner_chooses_for_all_ranks(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, "qwen3")
+    one, two = engine(folder, stride=4), engine(folder, ranks=2, stride=4)
+    for params in (settings(), settings(temperature=1.0, seed=3)):
+        pairs = zip(answers(one, params), answers(two, params), strict=True)
+        assert all(b.token_ids == a.token_ids for a, b in pairs)
+    two.close()
 
 
 @dataclass
@@ -81,57 +133,3 @@ def test_each_rank_has_half_of_the_heads_and_layers(pair: Pair) -> None:
     own, all_heads = (llm.engine.runner.model_step.cache.pages[0] for llm in (pair.two, pair.one))
     assert own.shape[3] * 2 == all_heads.shape[3]
     assert own.shape[1] == all_heads.shape[1]
-
-
-@pytest.mark.skipif(not WIDE, reason="the wider sweep, IDLM_TEST_RANKS=1, has it")
-def test_a_planner_chooses_for_all_ranks(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path, "qwen3")
-    one, two = engine(folder, stride=4), engine(folder, ranks=2, stride=4)
-    for params in (settings(), settings(temperature=1.0, seed=3)):
-        pairs = zip(answers(one, params), answers(two, params), strict=True)
-        assert all(b.token_ids == a.token_ids for a, b in pairs)
-    two.close()
-
-
-def test_a_rank_that_dies_ends_the_engine(tmp_path: Path) -> None:
-    llm = LLM(str(write(tmp_path, "llama")), tensor_parallel_size=2, stride=1, kv_memory="1MiB")
-    for child in psutil.Process().children():
-        if "idlm.engine.rank" in child.cmdline():
-            child.kill()
-    with pytest.raises(RankError, match=r"rank 1 has ended \(its process ended with status -9\)"):
-        llm.generate([[5, 9]] * 2, settings())
-    with pytest.raises(RankError, match="rank 1 has ended"):
-        llm.generate([[5, 9]], settings())
-    llm.close()
-
-
-@pytest.mark.parametrize(
-    ("family", "keys", "options", "problem"),
-    [
-        ("llama", {}, {"tensor_parallel_size": 4}, "=4 does not divide the 2 KV heads .* 1, 2$"),
-        ("llama", {"intermediate_size": 49}, {}, "=2 does not divide the 49 outputs .*gate_proj"),
-        ("llama", {}, {"weights": "int8"}, "=2 does not go with weights='int8'"),
-        ("llama", {}, {"device": "cuda"}, "cuda"),
-        ("llama", {}, {"changing": True}, "=2 does not go with adapters that change"),
-        ("gpt2", {}, {}, "no tensor-parallel plan for 'gpt2'"),
-        ("qwen3_moe", {}, {}, "splits .*experts.* by the rule '.*', which is not supported"),
-    ],
-)
-def test_what_cannot_be_split_is_refused(
-    tmp_path: Path, family: str, keys: dict[str, Any], options: dict[str, Any], problem: str
-) -> None:
-    folder = str(write(tmp_path, family, **keys))
-    with pytest.raises(InputError, match=problem):
-        LLM(folder, **({"tensor_parallel_size": 2} | options))
-
-
-def test_three_ranks_and_deterministic(tmp_path: Path) -> None:
-    sizes = {"num_attention_heads": 6, "num_key_value_heads": 3}
-    folder = str(write(tmp_path, "llama", **sizes))
-    with pytest.raises(InputError, match="=3 does not go with deterministic=True"):
-        LLM(folder, tensor_parallel_size=3, deterministic=True)
-
-
-def test_a_loaded_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="=2 does not go with a loaded model; give its folder"):
-        LLM(load(write(tmp_path)), tensor_parallel_size=2)
