@@ -20,6 +20,10 @@ CHOICES = {
     "logprobs_mode": ("processed_logprobs", "raw_logprobs"),
 }
 """Options that are one of a few words."""
+COUNTS = (
+    *("max_num_seqs", "page_size", "prefill_tokens", "max_model_len"),
+    "tensor_parallel_size",
+)
 MOST_THREADS = 1024
 UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -62,6 +66,8 @@ class EngineConfig:
         record: whether decode steps are recorded and replayed without Python.
         max_model_len: the most tokens of a request, prompt and output together. None: the model's
             context. Some models (longrope) are exact up to a length only, and need it.
+        tensor_parallel_size: the processes that hold a part of the model each, on a GPU of their
+            own; `kv_memory` is then that of each. 1: the model is in one process.
         generation_config: "auto": the sampling settings of the checkpoint's generation_config.json
             are the defaults of a request. "none": those of `SamplingParams` are. Its end tokens
             count in both.
@@ -84,10 +90,11 @@ class EngineConfig:
     lookahead: int | None = None
     record: bool = True
     max_model_len: int | None = None
+    tensor_parallel_size: int = 1
     generation_config: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "page_size", "prefill_tokens", "max_model_len"):
+        for name in COUNTS:
             _check_count(name, getattr(self, name))
         threads = self.threads
         if threads is not None and (type(threads) is not int or not 1 <= threads <= MOST_THREADS):

@@ -73,6 +73,9 @@ def serve(
     kv_memory: Annotated[
         str | None, _option("Engine", "Memory of the KV cache: bytes, or such as 512MiB.")
     ] = None,
+    tensor_parallel_size: Annotated[
+        int, _option("Engine", "The GPUs, or CPU processes, that hold a part of the model each.")
+    ] = 1,
     threads: Annotated[
         int | None, _option("Engine", "Threads of the engine; measured if not given.")
     ] = None,
@@ -128,6 +131,7 @@ def serve(
     _check(limits)
     _at_least("--max-num-seqs", max_num_seqs, 1)
     _at_least("--threads", 1 if threads is None else threads, 1)
+    _at_least("--tensor-parallel-size", tensor_parallel_size, 1)
     wanted = drafts.Drafts(stride, branches, draft_source)
     engine = wanted.config(
         max_num_seqs=max_num_seqs,
@@ -137,6 +141,7 @@ def serve(
         logprobs_mode=logprobs_mode,
         threads=threads,
         max_model_len=max_model_len,
+        tensor_parallel_size=tensor_parallel_size,
         generation_config=generation_config,
     )
     adapters = _adapters(adapter or [])

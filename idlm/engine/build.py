@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
+from idlm.attention.torch import TorchAttention
 from idlm.config import EngineConfig
 from idlm.decoding.plan import AR, LOOKUPS, Plan, plans_for
 from idlm.engine.costs import measured_costs
@@ -20,6 +21,7 @@ from idlm.engine.runner import Runner
 from idlm.engine.shapes import attention_shapes
 from idlm.errors import InputError
 from idlm.models.idlm_model import Idlm
+from idlm.models.parallel import least
 
 log = logging.getLogger("idlm")
 
@@ -30,6 +32,7 @@ def build_engine(
     adapters: Sequence[str | None] = (),
     take_weights: bool = False,
     changing: bool = False,
+    make: Callable[..., Runner] = Runner,
 ) -> Engine:
     """An engine for the model. The log gives the reason for each automatic choice.
 
@@ -39,38 +42,51 @@ def build_engine(
             kernels have a copy of.
         changing: adapters can be loaded and unloaded later. Then MASK rows have no weights of
             their own, which would hold all adapters.
+        make: makes the runner, of the arguments of `Runner`.
 
     Raises:
         InputError: an option cannot be used with this model or on this machine.
     """
-    usual, lookups = _plans(idlm, config)
+    usual, lookups = plans_of(idlm, config)
     plans = [*usual, *lookups]
-    idlm.model.requires_grad_(False)
-    drafting = any(plan.masks for plan in plans) and not changing
-    shapes, window = attention_shapes(idlm)
-    # before the kernels copy the weights: the cache's share is of the memory that is free now
-    pages = cache_pages(idlm, config, shapes, max(plans, key=lambda plan: plan.width))
-    products = products_for(idlm, config, shapes, drafting)
-    cache = KVCache(
-        shapes,
-        pages,
-        config.page_size,
-        torch.empty(0, dtype=idlm.dtype, device=idlm.device),
-        config.deterministic,
-    )
-    runner = Runner(idlm, config, plans, cache, products)
+    runner, window = runner_for(idlm, config, plans, changing, make)
+    products = runner.model_step.products
     if take_weights and products.linears is not None:
         free_weights(idlm, products.linears)  # before recording: a recording keeps them alive
     costs = measured_costs(runner, plans, config.max_num_seqs) if len(plans) > 1 else None
     planner = Planner(usual, costs)
     if not lookups or planner.costs is None or runner.lookup is None:
         return Engine(runner, planner, config, adapters, window)
-    replace_from = runner.lookup.replace_from
-    second = LookupPlanner(lookups, planner.costs, planner.acceptance, replace_from)
+    second = LookupPlanner(lookups, planner.costs, planner.acceptance, runner.replace_from)
     return Engine(runner, planner, config, adapters, window, second)
 
 
-def _plans(idlm: Idlm, config: EngineConfig) -> tuple[list[Plan], list[Plan]]:
+def runner_for(
+    idlm: Idlm,
+    config: EngineConfig,
+    plans: Sequence[Plan],
+    changing: bool,
+    make: Callable[..., Runner],
+) -> tuple[Runner, int | None]:
+    """The runner of an engine, and the largest sliding window if all layers have one; arguments and
+    errors as of `build_engine`. If the model is split, all ranks call this together."""
+    idlm.model.requires_grad_(False)
+    drafting = any(plan.masks for plan in plans) and not changing
+    shapes, window = attention_shapes(idlm)
+    # before the kernels copy the weights: the cache's share is of the memory that is free now
+    pages = cache_pages(idlm, config, shapes, max(plans, key=lambda plan: plan.width))
+    products = products_for(idlm, config, shapes, drafting)
+    like = torch.empty(0, dtype=idlm.dtype, device=idlm.device)
+    if config.tensor_parallel_size > 1:
+        pages = least(pages, idlm.device)
+    cache = KVCache(shapes, pages, config.page_size, like, config.deterministic)
+    if config.tensor_parallel_size > 1 and idlm.device.type == "cpu":
+        # not the faster one here: ranks must record the same steps
+        cache.backend = TorchAttention(cache.pages[0], shapes[0][0])
+    return make(idlm, config, plans, cache, products), window
+
+
+def plans_of(idlm: Idlm, config: EngineConfig) -> tuple[list[Plan], list[Plan]]:
     """The configured plans that the model can run, those that only look drafts up apart. Without a
     MASK row the others are AR."""
     if any(not layer.weight.numel() for _, layer in idlm.linear_layers()):

@@ -73,9 +73,10 @@ def _cache_file(runner: Runner, plans: Sequence[Plan], slots: int) -> Path:
         if idlm.device.type == "cuda"
         else platform.processor()
     )
+    heads = list(runner.model_step.cache.pages[0].shape[3:])  # fewer on each of several ranks
     node = None if idlm.device.type == "cuda" else platform.node()  # a container's is not stable
     facts = [config, str(idlm.dtype), idlm.gate is not None, idlm.entry]
-    facts += [where, node, torch.__version__]
+    facts += [where, node, torch.__version__, heads]
     linears = runner.model_step.products.linears
     facts += [runner.clock.__name__, torch.get_num_threads(), slots, [plan.name for plan in plans]]
     facts += [] if linears is None else [linears.format, linears.drafts]

@@ -253,11 +253,15 @@ class GuidedRows:
     def _allowed(self, paths: Sequence[Sequence[list[int]]], device: torch.device) -> Tensor:
         """bool [B, R, V]: the tokens allowed after each of a slot's R paths. A path is a list of
         tokens that follow the committed ones."""
+        return _unpacked(self.bits(paths).to(device), self._vocab_size)
+
+    def bits(self, paths: Sequence[Sequence[list[int]]]) -> Tensor:
+        """The tokens of `_allowed` as bit masks, uint8 [B, R, ceil(V / 8)], on the host."""
         bits = [
             torch.stack([self._all if matcher is None else matcher.allowed(path) for path in row])
             for matcher, row in zip(self._matchers, paths, strict=True)
         ]
-        return _unpacked(torch.stack(bits).to(device), self._vocab_size)
+        return torch.stack(bits)
 
 
 def grammar_of(guide: Guide) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from os import PathLike, fspath
 from typing import Any, overload
+from weakref import finalize
 
 import torch
 from rich.console import Console
@@ -17,14 +19,14 @@ from idlm.config import EngineConfig
 from idlm.engine.build import build_engine
 from idlm.engine.engine import Engine
 from idlm.engine.preflight import Wanted, preflight
+from idlm.engine.ranks import LeadingRunner, Ranks, rank_device
 from idlm.engine.request import Result, Terms, Update
+from idlm.engine.runner import Runner
 from idlm.errors import InputError
 from idlm.inputs import plain
-from idlm.models.check import check_adapter
 from idlm.models.idlm_model import Idlm
 from idlm.models.loading import load
-from idlm.models.more_adapters import attach_place, load_more
-from idlm.models.sources import resolve
+from idlm.models.more_adapters import attach_place, load_checked
 from idlm.params import SamplingParams
 from idlm.progress import Lines
 
@@ -51,7 +53,9 @@ class LLM:
         config: the engine's options.
         options: fields of `EngineConfig`, which replace those of `config`: stride, branches,
             drafts, max_num_seqs, kv_memory, page_size, prefill_tokens, deterministic, weights,
-            threads, max_model_len, ...
+            threads, max_model_len, tensor_parallel_size, ...
+
+    With `tensor_parallel_size` above 1 the other ranks are processes, which end with the LLM.
 
     Attributes:
         engine: runs the requests; its counters are `engine.metrics`.
@@ -78,23 +82,52 @@ class LLM:
                 f"adapter={adapter!r} with a loaded model; give it to idlm.load instead"
             )
         named = ({} if adapter is None else {"default": adapter}) | dict(adapters or {})
+        ranks = self.config.tensor_parallel_size
+        if ranks > 1 and (changing or isinstance(model, Idlm)):
+            what = "adapters that change" if changing else "a loaded model; give its folder"
+            raise InputError(f"tensor_parallel_size={ranks} does not go with {what}")
+        folders = {name: fspath(folder) for name, folder in named.items()}
+        with ExitStack() as others:
+            self._start(model, folders, changing, (dtype, device), others)
+            self._others = finalize(self, others.pop_all().close)
+
+    def _start(
+        self,
+        model: str | PathLike[str] | Idlm,
+        named: Mapping[str, str],
+        changing: bool,
+        kind: tuple[str | torch.dtype, str],
+        others: ExitStack,
+    ) -> None:
+        """Load the model, in `kind`, its type and device, and build the engine. `others` closes the
+        other ranks."""
         ours, limit = not isinstance(model, Idlm), self.config.max_model_len
+        make: Callable[..., Runner] = Runner
         if isinstance(model, Idlm):
             self.idlm = model if limit is None else model.limited(limit)
         else:
-            folders = [fspath(folder) for folder in named.values()]
-            preflight(Wanted(fspath(model), folders, dtype, device), self.config)
-            self.idlm = load(fspath(model), dtype=dtype, device=device, max_model_len=limit)
+            wanted = Wanted(fspath(model), list(named.values()), *kind)
+            preflight(wanted, self.config)
+            if (size := self.config.tensor_parallel_size) > 1:
+                ranks = Ranks(wanted, self.config)
+                others.callback(ranks.close)
+                make = partial(LeadingRunner, ranks)
+            device = rank_device(wanted, self.config)
+            self.idlm = load(wanted.model, None, wanted.dtype, device, limit, size)
         names: list[str | None] = ["default"] if self.idlm.gate is not None else []
         names += named
         for folder in named.values():
-            load_more(self.idlm, resolve(fspath(folder))[0])
-            check_adapter(self.idlm)
+            load_checked(self.idlm, folder)
         self.get_default_sampling_params()  # refused and warned about before the engine is built
         if changing and self.idlm.gate is None:
             attach_place(self.idlm)
             names = [None] if self.idlm.block_size is None else []
-        self.engine: Engine = build_engine(self.idlm, self.config, names, ours, changing)
+        self.engine: Engine = build_engine(self.idlm, self.config, names, ours, changing, make)
+
+    def close(self) -> None:
+        """End the other ranks, if there are any; the LLM is of no use then. It happens by itself
+        when the LLM is not used any more."""
+        self._others()
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The settings of requests that give none: those of the checkpoint's generation config,

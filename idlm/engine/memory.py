@@ -37,7 +37,7 @@ def cache_pages(idlm: Idlm, config: EngineConfig, shapes: Sequence[Shape], wides
     per_request = math.ceil(idlm.context / page_size)
     enough = 2 * slots * per_request + 1  # all slots at full length, and as many cached pages
     if config.kv_memory is None:
-        budget = _share(idlm, slots, widest)
+        budget = _share(idlm, config, widest)
         pages = min(enough, budget // page_bytes)
     else:
         budget = parse_memory(config.kv_memory)
@@ -79,10 +79,12 @@ def _two_at_least(config: EngineConfig, pages: int, page_bytes: int) -> None:
         )
 
 
-def _share(idlm: Idlm, slots: int, widest: Plan) -> int:
-    """The bytes of the KV cache if `kv_memory` is not set."""
+def _share(idlm: Idlm, config: EngineConfig, widest: Plan) -> int:
+    """The bytes of the KV cache if `kv_memory` is not set. On a CPU all ranks share the memory."""
     if idlm.device.type != "cuda":
-        return int(MEMORY_SHARE["cpu"] * psutil.virtual_memory().available)
+        free = psutil.virtual_memory().available
+        return int(MEMORY_SHARE["cpu"] * free / config.tensor_parallel_size)
+    slots = config.max_num_seqs
     work = working_memory(idlm, PREFILL_ALONE + slots * widest.width, slots * widest.stride)
     return gpu_share(torch.cuda.mem_get_info(idlm.device)[0], work)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from idlm.config import EngineConfig
@@ -18,7 +20,9 @@ from idlm.errors import InputError
 from idlm.models import adapter as adapters
 from idlm.models.architecture import mask_token, read_config, read_tokenizer, trained_block_size
 from idlm.models.check import prepare
+from idlm.models.gguf_header import is_gguf
 from idlm.models.idlm_model import Idlm
+from idlm.models.parallel import check_split
 from idlm.models.placement import named_dtype, usable_device
 from idlm.models.quiet import quiet
 from idlm.models.routes import implementation
@@ -61,6 +65,11 @@ def preflight(wanted: Wanted, config: EngineConfig) -> Drafting:
     mask_id, _ = mask_token(hf, read_tokenizer(folder, hf))
     dtype = _loaded(hf, dtype, device)
     check_weights(config.weights, device, dtype, config.deterministic)
+    ranks = config.tensor_parallel_size
+    if ranks > 1:
+        if (reason := _no_ranks(config, device, folder)) is not None:
+            raise InputError(f"tensor_parallel_size={ranks} {reason}")
+        check_split(hf, ranks, wanted.model)
     empty = _empty(hf, dtype, wanted.model)
     if empty is not None:
         base_mask = mask_id if mask_id < hf.vocab_size else None
@@ -68,10 +77,36 @@ def preflight(wanted: Wanted, config: EngineConfig) -> Drafting:
             adapters.check_fit(empty.model, info, base_mask)
         shapes = _shapes(empty)
         if shapes is not None:
-            check_kv_memory(config, shapes, dtype)
+            parts = [(heads // ranks, groups // ranks, size) for heads, groups, size in shapes]
+            check_kv_memory(config, parts, dtype)
     adapted = bool(given) or bundled is not None
     trained = adapted or trained_block_size(hf) is not None
     return Drafting(adapted or mask_id < hf.vocab_size, trained)
+
+
+def _no_ranks(config: EngineConfig, device: torch.device, folder: Path) -> str | None:
+    """Why this machine or these options allow no split of the model; None if they do."""
+    ranks, gpus = config.tensor_parallel_size, torch.cuda.device_count()
+    kind, backend = device.type, {"cpu": "gloo", "cuda": "nccl"}.get(device.type)
+    if is_gguf(folder):
+        return f"does not go with the GGUF file {folder.name!r}; give the model's original folder"
+    if config.weights != "auto":
+        return f"does not go with weights={config.weights!r}; leave one of them out"
+    if config.deterministic:
+        return "does not go with deterministic=True; leave one of them out"
+    if backend is None or device.index is not None:
+        return f"does not go with device {str(device)!r}; use 'cuda' (rank k has GPU k) or 'cpu'"
+    if kind == "cuda" and gpus < ranks:
+        return f"needs {ranks} GPUs, and there are {gpus}; use at most as many as there are"
+    if kind == "cpu" and gpus:
+        return "with device 'cpu' would use the GPUs; set CUDA_VISIBLE_DEVICES to nothing"
+    if not dist.is_available() or not dist.is_backend_available(backend):
+        return f"needs PyTorch's {backend}, which this build has not; install another build"
+    if dist.is_initialized():
+        return "needs a process of its own, and this one is in a group already; close the other LLM"
+    if find_spec("accelerate") is None:
+        return "needs the package accelerate; install it with pip install accelerate"
+    return None
 
 
 def _loaded(

@@ -12,7 +12,7 @@ import torch
 
 from idlm.config import EngineConfig
 from idlm.engine.shapes import Shape
-from idlm.engine.threads import choose_threads
+from idlm.engine.threads import choose_threads, free_cores
 from idlm.errors import InputError
 from idlm.kernels import native
 from idlm.kernels.choice import choose_linears, drafts_pay
@@ -70,6 +70,11 @@ def products_for(
     Raises:
         InputError: `config.weights` cannot be used with this model or on this machine.
     """
+    if config.tensor_parallel_size > 1 and idlm.device.type == "cpu":
+        # nothing is measured: what ranks compute alike must be the same bits
+        share = max(1, free_cores() // config.tensor_parallel_size)
+        torch.set_num_threads(config.threads or share)
+        return Products(fused=frozenset())
     linears = _linears(idlm, config.weights, config.deterministic)
     if idlm.device.type == "cpu":
         choose_threads(idlm, linears, config.threads)

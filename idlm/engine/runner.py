@@ -144,6 +144,11 @@ class Runner:
         self.settings.clear(slot)
         self.slots.clear(slot)
 
+    def replace_from(self, long: int) -> None:
+        """Set `Lookup.long`, for the steps that are launched from now on."""
+        if self.lookup is not None:
+            self.lookup.replace_from(long)
+
     def map_pages(self, entries: Sequence[tuple[int, int, int]]) -> None:
         """Write (slot, column, page) entries into the page tables."""
         self.slots.map_pages(entries)
@@ -196,11 +201,13 @@ class Runner:
         rows = self._on_device([*slots, *[self.slots.spare] * (batch - len(slots))])
         taken = torch.arange(columns, device=self.idlm.device)
         if any(matchers):
-            guided = GuidedRows(
-                [*matchers, *[None] * (batch - len(matchers))], self.idlm.vocab_size
-            )
+            guided = self.guided([*matchers, *[None] * (batch - len(matchers))])
             return self.model_step.step(key, rows, taken, prompts, guided)
         return self._steps.step(key, rows, taken, prompts)
+
+    def guided(self, matchers: Sequence[Constraint | None]) -> GuidedRows:
+        """What the matchers of a step's slots allow."""
+        return GuidedRows(matchers, self.idlm.vocab_size)
 
     def _shared(self, key: StepKey) -> StepKey:
         """The key of a CUDA graph that serves this step too. A graph for sampling also filters, if
@@ -224,18 +231,26 @@ class Runner:
         """The seconds of a greedy decode step of `batch` windows with `prefix` cached tokens each.
         All windows are on the spare slot."""
         prefix = min(prefix, self.idlm.context - self.depth - 1)
-        self.slots.state.length[self.slots.spare] = prefix
+        self.lengthen_spare(prefix)
         key, slots = StepKey(plan, Features()), [self.slots.spare] * batch
         shape = (plan, batch if self.idlm.device.type == "cuda" else 0)  # one recording for each
-        self._steps.prepare(key)
+        self.prepare(key)
         for _ in range(1 if shape in self._measured else WARM_UP):
             self.step(key, slots, prefix + self.depth).read()
         self._measured.add(shape)
         started = self.clock()
         self.step(key, slots, prefix + self.depth).read()
         seconds = self.clock() - started
-        self.slots.state.length[self.slots.spare] = 1
+        self.lengthen_spare(1)
         return seconds
+
+    def lengthen_spare(self, length: int) -> None:
+        """Set the tokens of the spare slot."""
+        self.slots.state.length[self.slots.spare] = length
+
+    def prepare(self, key: StepKey) -> None:
+        """Let the next step of this kind be recorded; see `Recorder.prepare`."""
+        self._steps.prepare(key)
 
     def ready(self, key: StepKey) -> bool:
         """Whether no step of this kind has to be recorded first."""
@@ -261,7 +276,7 @@ class Runner:
             dict.fromkeys([AR, *plans]), (Features(), Features(sampled=True))
         ):
             key = StepKey(plan, features)
-            self._steps.prepare(key)
+            self.prepare(key)
             for chunks in ((), [Chunk(spare, [0, 0], 0)]):
                 self.step(key, [spare], 3, chunks)
                 if perf_counter() - started > seconds:

@@ -39,6 +39,7 @@ from idlm.models.heads import (
     save_head,
 )
 from idlm.models.idlm_model import Idlm
+from idlm.models.parallel import part_of, whole_shape
 from idlm.models.peft_config import refuse_features
 from idlm.models.sources import read_json
 from idlm.models.tensor_info import TensorInfo
@@ -326,8 +327,8 @@ def _check_modules(model: PreTrainedModel, info: AdapterInfo) -> None:
                 f"{where} targets {module!r}, below its entry at layer {info.spec.entry}; "
                 "use the idlm that wrote it"
             )
-        layer = linear[module]
-        shape = (rank, layer.in_features) if kind == "lora_A" else (layer.out_features, rank)
+        out, inner = whole_shape(linear[module])
+        shape = (rank, inner) if kind == "lora_A" else (out, rank)
         if tensor.shape != shape:
             raise InputError(
                 f"{where}: {module}.{kind} has shape {list(tensor.shape)}, not {list(shape)}; "
@@ -382,4 +383,6 @@ def _stored_row(folder: Path, width: int) -> Tensor:
 
 def _fill(model: PreTrainedModel, tensors: Mapping[str, Tensor], row: Tensor) -> None:
     for name, parameter in adapter_parameters(model).items():
-        fill(parameter, row if name.endswith("mask_row") else tensors[f"{PREFIX}{name}.weight"])
+        owner, _, kind = name.rpartition(".")
+        value = row if kind == "mask_row" else tensors[f"{PREFIX}{name}.weight"]
+        fill(parameter, part_of(model.get_submodule(owner).base, kind, value))

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from idlm.errors import InputError
 from idlm.models.entry import below_entry, enter_late
 from idlm.models.gate import NO_ROWS, Gate
+from idlm.models.parallel import InputPart, part_of
 
 ALL_LINEAR = "all-linear"
 ROUTERS = {"router", "gate", "shared_expert_gate", "altup"}
@@ -109,7 +110,12 @@ class GatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [B, Q, in] to [B, Q, out], or [B Q, in] to [B Q, out]."""
-        y: Tensor = self.base(x)
+        if isinstance(self.base, InputPart):  # one sum over ranks, of base and update
+            return self.base.total(self._updated(x, self.base.part(x)))
+        return self._updated(x, self.base(x))
+
+    def _updated(self, x: Tensor, y: Tensor) -> Tensor:
+        """The base's outputs y of rows x, with the update of MASK rows added in place."""
         if self.gate.shut or self.gate.merged:  # AR does not compute the adapter
             return y
         mask_x, mask_y = self.gate.select(x), self.gate.select(y)
@@ -334,7 +340,10 @@ def attach_more(
             layer = GatedLinear(layer, LoraSpec(1, 1.0, spec.targets), gate)
             setattr(model.get_submodule(parent), name, layer)
         assert isinstance(layer, GatedLinear)  # noqa: S101
-        a, b = (tensors[module, kind].to(layer.base.weight) for kind in ("lora_A", "lora_B"))
+        a, b = (
+            part_of(layer.base, kind, tensors[module, kind]).to(layer.base.weight)
+            for kind in ("lora_A", "lora_B")
+        )
         layer.more.append(LowRank(index, a, b, spec.scale))
     embedding.more[index - 1 : index] = [mask_row.to(embedding.weight)]
     gate.adapters = max(gate.adapters, index + 1)

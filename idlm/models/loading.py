@@ -22,6 +22,7 @@ from idlm.models.gguf_header import is_gguf
 from idlm.models.heads import head_tensors, load_head, model_head, save_head
 from idlm.models.idlm_model import Idlm
 from idlm.models.more_adapters import load_first
+from idlm.models.parallel import distribution, localise
 from idlm.models.placement import device_of, named_dtype
 from idlm.models.quiet import quiet
 from idlm.models.routes import implementation
@@ -49,6 +50,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
     max_model_len: int | None = None,
+    ranks: int = 1,
 ) -> Idlm:
     """Load a model, and an adapter if there is one.
 
@@ -61,6 +63,8 @@ def load(
             again: see `weights` of `LLM`). Quantised weights of a GGUF file become float32.
         device: the device of the weights.
         max_model_len: the context, at most the model's own.
+        ranks: the processes that load a part of the model each, and call this together; see
+            `idlm.models.parallel`.
 
     Raises:
         InputError: the model cannot be loaded; the message says why and what to do.
@@ -81,7 +85,7 @@ def load(
             f"mask_token_id {mask_id} is outside the vocabulary of {config.vocab_size}; "
             "give an adapter with its row"
         )
-    model = _read_model(folder, config, wanted)
+    model = _read_model(folder, config, wanted, ranks)
     stored = model.dtype
     if wanted == "auto" and target.type == "cpu" and stored in (torch.bfloat16, torch.float16):
         model.float()  # type: ignore[no-untyped-call]
@@ -106,7 +110,7 @@ def load(
 
 
 def _read_model(
-    folder: Path, config: PreTrainedConfig, dtype: str | torch.dtype
+    folder: Path, config: PreTrainedConfig, dtype: str | torch.dtype, ranks: int
 ) -> PreTrainedModel:
     """Load the model with transformers, and check that all weights are there with their shapes."""
     tensors = model_tensors(folder)  # raises for pickles and truncated files
@@ -114,6 +118,7 @@ def _read_model(
         check_generation_config(folder)
     if is_gguf(folder) and dtype == "auto":
         dtype = auto_dtype(tensors)
+    parts = {} if ranks == 1 else distribution(config, ranks, str(folder))
     try:
         with quiet(), _origin(folder) as (source, options):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -127,6 +132,7 @@ def _read_model(
                 local_files_only=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **parts,
             )
     except Exception as error:  # model families raise many types
         raise InputError(
@@ -152,6 +158,8 @@ def _read_model(
     if is_gguf(folder):
         _check_all_used(folder, model, tensors)
     model.name_or_path = str(folder.absolute())
+    if parts:
+        localise(model)
     prepare(model)
     return model
 

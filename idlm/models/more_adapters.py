@@ -12,6 +12,7 @@ from torch import Tensor
 
 from idlm.errors import InputError
 from idlm.models.adapter import TENSOR_NAME, TENSORS, checked, load_into, mask_row
+from idlm.models.check import check_adapter
 from idlm.models.entry import enter_late
 from idlm.models.gated_lora import (
     LoraSpec,
@@ -23,7 +24,7 @@ from idlm.models.gated_lora import (
 )
 from idlm.models.heads import DraftHead, load_head
 from idlm.models.idlm_model import Idlm
-from idlm.models.sources import first_line
+from idlm.models.sources import first_line, resolve
 from idlm.models.weights import embedding_rows
 
 
@@ -48,6 +49,13 @@ def load_more(idlm: Idlm, folder: Path) -> int:
         load_first(idlm, folder, base_mask)
         return 0
     return attach_loaded(idlm, read_more(idlm, folder))
+
+
+def load_checked(idlm: Idlm, folder: str | Path) -> None:
+    """Load a further adapter, of a folder or hub id, and check that the model runs with it; errors
+    as of `load_more` and `check_adapter`."""
+    load_more(idlm, resolve(folder)[0])
+    check_adapter(idlm)
 
 
 def load_first(idlm: Idlm, folder: Path, base_mask: int | None) -> None:
