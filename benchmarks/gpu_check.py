@@ -56,6 +56,8 @@ TESTS = (
     "tests/attention",
     "tests/kernels/test_verification.py",
     "tests/kernels/test_batch_invariant.py",
+    "tests/kernels/test_layer_ops.py",
+    "tests/engine/test_layers.py",
     "tests/engine/test_decoder.py",
     "tests/engine/test_requests.py",
     "tests/engine/test_deterministic.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from idlm import Idlm, SamplingParams, load
 from idlm.config import EngineConfig
 from idlm.engine.build import build_engine
+from idlm.engine.prefill import Chunk, PrefillBatch
 from idlm.nano.problems import held_out_problems
 
 Figure = tuple[str, Callable[[], dict[str, object]]]
@@ -37,6 +39,7 @@ def smoke(device: str = "cuda") -> Iterator[Figure]:
             label = f"{str(dtype).removeprefix('torch.')} {name}"
             label += " deterministic" if deterministic else ""
             yield label, partial(comparisons, idlm, prompts, PARAMS[name], deterministic)
+        yield f"{dtype} layers".removeprefix("torch."), partial(few_launches, idlm, prompts)
     yield "float32 greedy against the CPU", partial(against_the_cpu, device)
 
 
@@ -87,6 +90,26 @@ def comparisons(
     bounds = {name: [share, share == 1.0] for name, share in shares.items() if exact}
     bounds["graph = eager"] = [graph, graph == 1.0]
     return {**shares, "graph = eager": graph, "took": perf_counter() - started, "bounds": bounds}
+
+
+def few_launches(idlm: Idlm, prompts: Outputs) -> dict[str, object]:
+    """Whether layers run by few kernels, and how far the hidden states of a prompt are from those
+    of the model's own layers, relative to their size."""
+    config = EngineConfig(1, max_num_seqs=1, kv_memory="64MiB", record=False)
+    products = build_engine(idlm, config).runner.model_step.products
+    states = []
+    for used in (products, replace(products, layers=None)):
+        engine = build_engine(idlm, config)
+        step = engine.runner.model_step
+        step.products = used
+        page = step.cache.page_size  # the spare slot has one page
+        chunk = [Chunk(engine.runner.slots.spare, prompts[0][:page], 0)]
+        batch = PrefillBatch.of(chunk, page, engine.runner._on_device)
+        with torch.inference_mode():
+            states.append(step.prefill(batch).double())
+    apart = float((states[0] - states[1]).norm() / states[1].norm())
+    few, limit = products.layers is not None, 50 * torch.finfo(idlm.dtype).eps
+    return {"apart": apart, "bounds": {"few": [few, few], "alike": [apart, apart <= limit]}}
 
 
 def against_the_cpu(device: str) -> dict[str, object]:

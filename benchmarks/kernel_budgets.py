@@ -31,6 +31,7 @@ from idlm.kernels import (
     batch_invariant_triton,
     choose_triton,
     keep_triton,
+    layer_ops_triton,
     prefill_attention_triton,
     window_attention_triton,
 )
@@ -42,8 +43,9 @@ MOST_STACK = {128: 96, 256: 640}
 """Bytes of the stack of a thread, by head size."""
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 INT64 = ("lengths", "table", "visible", "firsts", "order", "counts", "keys", "positions", "ids")
-INT64 += ("starts", "ends", "top_ks")
+INT64 += ("starts", "ends", "top_ks", "cache_rows", "adapter", "owners")
 FLOATS = ("query", "key", "value", "pages", "x", "weight", "bias", "out", "sinks", "scores", "kept")
+FLOATS += ("more", "total", "cosine", "sine", "query_norm", "key_norm", "y", "low", "b")
 FLOAT64 = ("temperatures", "bests", "top_ps", "min_ps")
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 FOUR = {"num_warps": 4, "num_stages": 2}
@@ -57,6 +59,7 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, Any], str, dict[str, int], i
     yield "keep", keep_triton._keep, {"BLOCK": keep_triton.BLOCK}, "bf16", eight, 256
     linear = {"BIASED": True, "ROWS": 16, "COLUMNS": 64, "DEPTH": 64}
     yield "linear", batch_invariant_triton._linear, linear, "bf16", FOUR, 128
+    yield from layer_kernels()
     for size in (128, 256):
         join = {"E": size, "SPLITS": 16, "SIZE": size}
         yield f"join {size}", window_attention_triton._join, join, "bf16", FOUR, size
@@ -82,13 +85,31 @@ def kernels() -> Iterator[tuple[str, Any, dict[str, Any], str, dict[str, int], i
             yield what, batch_invariant_triton._attend, block, name, stages, size
 
 
+def layer_kernels() -> Iterator[tuple[str, Any, dict[str, Any], str, dict[str, int], int]]:
+    """As `kernels`, those between a layer's products."""
+    inner = {"BLOCK": layer_ops_triton.INNER}
+    for dtype, name in NAMES.items():
+        for hidden in (4096, 12_288):
+            row = layer_ops_triton.row_block(hidden)
+            block = {"ADDED": True, "BLOCK": row.pop("BLOCK")}
+            yield f"norm {name} {hidden}", layer_ops_triton._norm, block, name, row, 128
+        yield f"swiglu {name}", layer_ops_triton._swiglu, inner, name, FOUR, 128
+        heads = {"NORMED": True, "H": 32, "G": 8, "E": 128, "SIZE": 128}
+        yield f"rotate {name}", layer_ops_triton._rotate, heads, name, {"num_warps": 1}, 128
+        tile = {"ROWS": layer_ops_triton.ROWS, "COLUMNS": layer_ops_triton.COLUMNS, "PARTS": 3}
+        tile["DEPTH"] = layer_ops_triton.depth_of(dtype)
+        yield f"update {name}", layer_ops_triton._update, tile, name, FOUR, 128
+
+
 def compiled(
     kernel: Any, constants: dict[str, Any], floats: str, options: dict[str, int], cc: int
 ) -> Any:
     """The kernel for a compute capability, as launched by the engine."""
     types = dict.fromkeys(INT64, "*i64") | dict.fromkeys(FLOATS, f"*{floats}")
     types |= dict.fromkeys(FLOAT64, "*fp64") | {"partial": "*fp32", "weights": "*fp32"}
-    types |= {"scale": "fp32", "cap": "fp32"}
+    types |= {"scale": "fp32", "cap": "fp32", "epsilon": "fp32", "scales": "*fp32"}
+    if kernel is layer_ops_triton._rotate:  # elsewhere a number
+        types["rows"] = f"*{floats}"
     names = kernel.arg_names
     signature = {name: types.get(name, "i32") for name in names}
     signature |= dict.fromkeys((name for name in names if name in constants), "constexpr")

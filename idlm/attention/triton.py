@@ -14,10 +14,11 @@ from idlm.attention.base import (
     first_keys,
     last_rows,
     visible_rows,
-    write_by_slot,
     write_pages,
 )
 from idlm.decoding.scores import Scores
+from idlm.kernels.layer_kernels import ops_for
+from idlm.kernels.layer_ops import Heads, Turn
 
 
 class TritonMetadata(NamedTuple):
@@ -26,6 +27,15 @@ class TritonMetadata(NamedTuple):
 
     segment: Segment
     firsts: Tensor | None = None
+
+
+class Products(NamedTuple):
+    """Rows [T, (H + 2 G) E] of a layer before the norms of its heads and the rotary embedding:
+    queries, keys and values. `turn` has the embedding of each row."""
+
+    rows: Tensor
+    turn: Turn
+    heads: Heads
 
 
 class TritonAttention:
@@ -46,21 +56,31 @@ class TritonAttention:
         return TritonMetadata(segment, firsts)
 
     def attend(self, metadata: TritonMetadata, pages: Tensor, qkv: QKV, scores: Scores) -> Tensor:
-        segment, firsts = metadata
-        if segment.ends is not None:
-            return _attend_chunks(segment, segment.ends, pages, qkv, scores)
-        from idlm.kernels.window_attention_triton import Prefix, attend  # Triton is optional
+        rows = metadata.segment.cache_rows
+        real = rows.numel()
+        write_pages(pages, qkv.key[None, :real], qkv.value[None, :real], rows)
+        return _attend(metadata, pages, qkv, scores)
 
-        query, key, value = write_by_slot(segment, pages, qkv)
-        prefix = Prefix(pages, segment.table, segment.lengths)
-        return segment.flat(attend(query, key, value, prefix, segment.visible, firsts, scores))
+    def attend_products(
+        self, metadata: TritonMetadata, pages: Tensor, products: Products, scores: Scores
+    ) -> Tensor:
+        """`attend` for rows as the layer's product gives them: one kernel norms, rotates and writes
+        them."""
+        rows, turn, heads = products
+        cache_rows = metadata.segment.cache_rows.flatten()
+        qkv = QKV(*ops_for(rows).rotate(rows, turn, heads, pages, cache_rows))
+        return _attend(metadata, pages, qkv, scores)
 
 
-def _attend_chunks(
-    segment: Segment, ends: Tensor, pages: Tensor, qkv: QKV, scores: Scores
-) -> Tensor:
-    """Attention of chunks of prompts; the kernel reads their keys in the pages too."""
-    from idlm.kernels.prefill_attention_triton import attend  # Triton is optional
+def _attend(metadata: TritonMetadata, pages: Tensor, qkv: QKV, scores: Scores) -> Tensor:
+    """Attention [T, H, E] of rows whose keys and values are in the pages, but for MASK rows'."""
+    from idlm.kernels import prefill_attention_triton, window_attention_triton  # optional
 
-    write_pages(pages, qkv.key[None], qkv.value[None], segment.cache_rows)
-    return attend(qkv.query, pages, segment.table, segment.lengths, ends, scores)
+    segment, firsts = metadata
+    query, key, value = qkv
+    if segment.ends is not None:  # the kernel reads the chunks' own keys in the pages too
+        ends = segment.table, segment.lengths, segment.ends
+        return prefill_attention_triton.attend(query, pages, *ends, scores)
+    prefix = window_attention_triton.Prefix(pages, segment.table, segment.lengths)
+    windows = window_attention_triton.Windows(segment.visible, firsts, segment.num_masks)
+    return window_attention_triton.attend(query, key, value, prefix, windows, scores)

@@ -16,7 +16,7 @@ Shapes as in `idlm.attention.base`; P pieces.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,9 +24,11 @@ from torch import Tensor
 
 from idlm.attention.base import QKV, Segment, cache_rows
 from idlm.attention.choice import choose
+from idlm.attention.triton import Products
 from idlm.decoding.scores import Scores
 from idlm.engine.prefill import PrefillBatch
 from idlm.errors import InputError
+from idlm.kernels.layer_ops import Turn
 
 
 class KVCache:
@@ -98,20 +100,37 @@ class KVCache:
     ) -> Tensor:
         """Attention of a layer's rows, as `idlm.models.attention.Cache` defines it. Writes the keys
         and values of real rows to the pages."""
-        pages, qkv = (
-            self.pages[layer],
-            QKV(*(rows[0].transpose(0, 1) for rows in (query, key, value))),
-        )
+        qkv = QKV(*(rows[0].transpose(0, 1) for rows in (query, key, value)))
+
+        def attend(metadata: Any, part: slice) -> Tensor:
+            rows = QKV(*(each[part] for each in qkv))
+            return self.backend.attend(metadata, self.pages[layer], rows, scores)
+
+        return self._by_segment(layer, scores, attend)[None]
+
+    def attend_products(self, layer: int, products: Products, scores: Scores) -> Tensor:
+        """`attend` for a layer's flat rows before norms and rotary embedding: [T, H, E]. The
+        back-end must be `TritonAttention`."""
+        rows, (cosine, sine), heads = products
+        backend: Any = self.backend
+
+        def attend(metadata: Any, part: slice) -> Tensor:
+            own = Products(rows[part], Turn(cosine[part], sine[part]), heads)
+            mixed: Tensor = backend.attend_products(metadata, self.pages[layer], own, scores)
+            return mixed
+
+        return self._by_segment(layer, scores, attend)
+
+    def _by_segment(
+        self, layer: int, scores: Scores, attend: Callable[[Any, slice], Tensor]
+    ) -> Tensor:
+        """The results of each segment's metadata and rows, one below the other."""
         at = scores.window, layer >= self._entry
-        prepared = self._prepared.get(at) or self._prepare(*at)
-        if len(prepared) == 1:
-            return self.backend.attend(prepared[0][1], pages, qkv, scores)[None]
         mixed, start = [], 0
-        for size, metadata in prepared:
-            part = QKV(*(rows[start : start + size] for rows in qkv))
-            mixed.append(self.backend.attend(metadata, pages, part, scores))
-            start = start + size
-        return torch.cat(mixed)[None]
+        for size, metadata in self._prepared.get(at) or self._prepare(*at):
+            mixed.append(attend(metadata, slice(start, start + size)))
+            start += size
+        return mixed[0] if len(mixed) == 1 else torch.cat(mixed)
 
     def _prepare(self, window: int | None, masks: bool) -> list[tuple[int, Any]]:
         """What all layers share with this sliding window, with MASK rows or without."""

@@ -16,6 +16,9 @@ from idlm.engine.results import StepResult
 from idlm.models.idlm_model import Idlm
 from idlm.params import SamplingParams
 
+PROMPT_ROWS = 128
+"""Prompt tokens whose laws are computed at once: a chunk's may be larger than what is free."""
+
 
 def logprob_entries(outcome: StepResult, row: int, request: Request) -> list[dict[int, Logprob]]:
     """For each token of a result's row: its own log-probability, then those of the likeliest
@@ -77,7 +80,9 @@ def add_prompt_logprobs(
         law = Law.of_one(
             SamplingParams() if raw else params, idlm.vocab_size, idlm.mask_id, device=hidden.device
         )
-        tokens = torch.tensor([targets], device=hidden.device)
-        logits, first = idlm.head(rows[: len(targets)])[None], torch.zeros_like(tokens[:, 0])
-        found = logprobs(law, logits, tokens, first, top)
-        known += _entries(targets, [tensor[0] for tensor in found], top)
+        states, ids = rows[: len(targets)].split(PROMPT_ROWS), torch.tensor(targets)
+        for some, tokens in zip(states, ids.split(PROMPT_ROWS), strict=True):
+            on_device = tokens[None].to(hidden.device)
+            first = torch.zeros_like(on_device[:, 0])
+            found = logprobs(law, idlm.head(some)[None], on_device, first, top)
+            known += _entries(tokens.tolist(), [tensor[0] for tensor in found], top)

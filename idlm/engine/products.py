@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from idlm.config import EngineConfig
+from idlm.engine.layers import Layers, layers_for
 from idlm.engine.shapes import Shape
 from idlm.engine.threads import choose_threads, free_cores
 from idlm.errors import InputError
@@ -39,6 +40,7 @@ class Products:
         linears: the linear layers as C kernels with a copy of the weights; None: PyTorch's.
         merged: layers with the same input as one product of PyTorch's; norms: RMS norms as one
             operator of PyTorch's. Both on a GPU alone.
+        layers: whole layers by few kernels, on a GPU, if the model's are of the usual kind.
         fused: the operators for which recorded steps use C kernels.
     """
 
@@ -46,12 +48,13 @@ class Products:
     fused: frozenset[str] = OPERATORS
     merged: Merged | None = None
     norms: Norms | None = None
+    layers: Layers | None = None
 
     @contextmanager
     def use(self) -> Iterator[None]:
         """Run model code inside on these kernels."""
-        chosen: tuple[Linears | Merged | Norms | None, ...]
-        chosen = self.linears, self.merged, self.norms
+        chosen: tuple[Linears | Merged | Norms | Layers | None, ...]
+        chosen = self.linears, self.merged, self.norms, self.layers
         with ExitStack() as stack:
             for kernels in chosen:
                 if kernels is not None:
@@ -76,6 +79,7 @@ def products_for(
         torch.set_num_threads(config.threads or share)
         return Products(fused=frozenset())
     linears = _linears(idlm, config.weights, config.deterministic)
+    multiply_in_float32(idlm.device)
     if idlm.device.type == "cpu":
         choose_threads(idlm, linears, config.threads)
     if linears is not None:
@@ -87,7 +91,15 @@ def products_for(
     fused = _fused(idlm, shapes[0]) if floats else frozenset()
     if idlm.device.type == "cpu" or config.deterministic:
         return Products(linears, fused)
-    return Products(linears, fused, Merged(idlm.same_input()), Norms(rms_norms(idlm.model)))
+    merged, norms = Merged(idlm.same_input()), rms_norms(idlm.model)
+    return Products(linears, fused, merged, Norms(norms), layers_for(idlm, merged, norms))
+
+
+def multiply_in_float32(device: torch.device) -> None:
+    """Let a GPU multiply float32 as float32. PyTorch's default does; an environment variable of
+    NVIDIA's images (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE) makes it TF32, with 10 bits."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def free_weights(idlm: Idlm, linears: Linears) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
 from time import perf_counter, thread_time
@@ -29,6 +28,7 @@ from idlm.engine.request import Request
 from idlm.engine.results import COUNTS, StepResult
 from idlm.engine.slots import Slots, staged
 from idlm.engine.step import ModelStep, StepKey, Verify
+from idlm.kernels.gpu import current
 from idlm.models.experts import unrecordable
 from idlm.models.idlm_model import Idlm
 
@@ -297,9 +297,3 @@ def _context(tokens: int) -> int:
     while size < tokens:
         size *= 4
     return size
-
-
-def current(device: torch.device) -> AbstractContextManager[object]:
-    """A context that makes a GPU CUDA's current device. Triton, graphs, streams and events use the
-    current device, not that of their tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -10,15 +10,17 @@ from torch import Tensor, nn
 
 @contextmanager
 def replaced_forwards(
-    replacements: Iterable[tuple[nn.Module, Callable[[Tensor], Tensor]]],
+    replacements: Iterable[tuple[nn.Module, Callable[..., Tensor]]],
 ) -> Iterator[None]:
-    """Inside, each module is called by its replacement; its weights and hooks stay."""
-    modules = []
+    """Inside, each module is called by its replacement; its weights and hooks stay. A module that
+    got another forward meanwhile keeps that."""
+    replaced = []
     for module, forward in replacements:
         module.__dict__["forward"] = forward  # `nn.Module` takes long to set an attribute
-        modules.append(module)
+        replaced.append((module, forward))
     try:
         yield
     finally:
-        for module in modules:
-            module.__dict__.pop("forward", None)
+        for module, forward in replaced:
+            if module.__dict__.get("forward") is forward:
+                del module.__dict__["forward"]

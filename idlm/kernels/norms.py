@@ -58,6 +58,13 @@ def _norm(weight: Tensor, epsilon: float | None, x: Tensor) -> Tensor:
     return weight * F.rms_norm(x, (len(weight),), None, epsilon)
 
 
+def epsilon_of(module: Any) -> float:
+    """What a norm of `rms_norms` adds to the mean of the squares."""
+    epsilon = _epsilon(module)
+    assert epsilon is not None  # noqa: S101
+    return epsilon
+
+
 def _epsilon(module: Any) -> float | None:
     given = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     return given if isinstance(given, float) else None

@@ -36,6 +36,23 @@ class Prefix(NamedTuple):
     lengths: Tensor
 
 
+class Windows(NamedTuple):
+    """What the rows of windows see: `visible` int64 [B, W], the first prefix token `firsts` int64
+    [B, W] that a sliding window leaves to each row, and the number of `masks` M among the W rows of
+    a window; see `idlm.attention.base`."""
+
+    visible: Tensor | None = None
+    firsts: Tensor | None = None
+    masks: int = 0
+
+
+@triton.jit
+def flat_row(slot, row, slots, real, width):  # type: ignore[no-untyped-def]
+    """The flat row of row `row` of a slot's window, which has `real` real rows."""
+    mask_row = slots * real + slot * (width - real) + row - real
+    return tl.where(row < real, slot * real + row, mask_row)
+
+
 @triton.jit
 def begun(sinks, head, here, ROWS: tl.constexpr, SINKS: tl.constexpr):  # type: ignore[no-untyped-def]
     """`top` and `total` of `absorb` before any key: those of the sinks, if the layer has SINKS and
@@ -79,17 +96,18 @@ def absorb(  # type: ignore[no-untyped-def]
 
 # Without these lists Triton compiles again for arguments that are 1 or multiples of 16.
 @triton.jit(
-    do_not_specialize=["columns", "width", "splits", "window"],
+    do_not_specialize=["columns", "real", "width", "splits", "window"],
     do_not_specialize_on_alignment=["table", "lengths", "visible", "firsts"],
 )
 def _attend(  # type: ignore[no-untyped-def]
     query, key, value, pages, table, lengths, visible, firsts, sinks, partial, weights, scale, cap,
-    half, columns, width, splits, window,
+    half, columns, real, width, splits, window,
     CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SINKS: tl.constexpr,
     PAGE: tl.constexpr, G: tl.constexpr, F: tl.constexpr, E: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """A tile of query rows over a share of the keys; `half` is the offset of the values in `pages`.
+    Rows are flat; `real` of the `width` rows of a window are no MASK rows.
 
     `firsts` [B, W] is the first prefix token that the sliding window leaves to each row, if the
     layer is WINDOWED; then `visible` has the window in it. The result is stored normalised in
@@ -102,7 +120,8 @@ def _attend(  # type: ignore[no-untyped-def]
     window_row = row // F
     alive = window_row < width
     size = tl.arange(0, SIZE)
-    query_row = ((slot * width + window_row) * G + group) * F + row % F  # of [B, W, H]
+    slots = tl.num_programs(0) // G
+    query_row = (flat_row(slot, window_row, slots, real, width) * G + group) * F + row % F
     q = tl.load(query + query_row[:, None] * E + size, mask=alive[:, None] & (size < E), other=0.0)
     top, total = begun(sinks, group * F + row % F, split == splits - 1, ROWS, SINKS)
     mixed = tl.zeros([ROWS, SIZE], tl.float32)
@@ -131,7 +150,7 @@ def _attend(  # type: ignore[no-untyped-def]
             end = tl.minimum(width, (tl.program_id(1) * ROWS + ROWS - 1) // F + 1)
         for begin in range(0, end, KEYS):
             key_row = begin + tl.arange(0, KEYS)
-            source = ((slot * width + key_row) * G + group)[:, None] * E + size
+            source = (flat_row(slot, key_row, slots, real, width) * G + group)[:, None] * E + size
             loaded = (key_row < width)[:, None] & (size < E)
             k = tl.load(key + source, mask=loaded, other=0.0)
             v = tl.load(value + source, mask=loaded, other=0.0)
@@ -144,9 +163,8 @@ def _attend(  # type: ignore[no-untyped-def]
                 seen = ((words[:, None] >> key_row[None, :]) & 1) != 0
             seen = seen & (key_row < width)[None, :]
             top, total, mixed = absorb(q, k, v, seen, top, total, mixed, scale, cap, CAPPED)
-
-    # `partial` is [splits, B, W, H, E], `weights` [splits, B, W, H]
-    query_row += split * (tl.num_programs(0) // G).to(tl.int64) * width * G * F
+    # `partial` is [splits, T, H, E], `weights` [splits, T, H]
+    query_row += split * slots.to(tl.int64) * width * G * F
     # a row that sees nothing: the result is 0 and its weight too, since `top` is -inf
     total = tl.where(total > 0, total, 1.0)
     tl.store(
@@ -195,19 +213,20 @@ def attend(
     key: Tensor,
     value: Tensor,
     prefix: Prefix,
-    visible: Tensor | None,
-    firsts: Tensor | None,
+    windows: Windows,
     scores: Scores,
     splits: int | None = None,
 ) -> Tensor:
-    """Attention [B, W, H, E] in float16, bfloat16 or float32.
+    """Attention [T, H, E] of flat rows in float16, bfloat16 or float32.
 
-    `firsts` int64 [B, W] is needed if there is a sliding window: the first prefix token that each
-    row sees. `splits` is the number of programs per prefix; by default as many as fill the device.
+    `windows.firsts` is needed if there is a sliding window. `splits` is the number of programs per
+    prefix; by default as many as fill the device.
     """
-    batch, width, heads, size = query.shape
+    (total, heads, size), groups = query.shape, key.shape[1]
     pages, table, lengths = prefix
-    groups, rows = key.shape[2], batch * width * heads
+    visible, firsts, masks = windows
+    batch, rows = len(lengths), total * heads
+    width = total // batch
     tile, keys = tile_sizes(width * heads // groups, size, query.dtype)
     tiles = triton.cdiv(width * heads // groups, tile)
     if splits is None:
@@ -221,7 +240,7 @@ def attend(
         query.contiguous(), key.contiguous(), value.contiguous(), pages, table, lengths,
         lengths if visible is None else visible, lengths if firsts is None else firsts,
         query if scores.sinks is None else scores.sinks, partial, weights, *base_2(scores),
-        pages.stride(0), table.shape[1], width, splits, scores.window or 0,
+        pages.stride(0), table.shape[1], width - masks, width, splits, scores.window or 0,
         CAUSAL=visible is None, WINDOWED=firsts is not None, CAPPED=scores.softcap is not None,
         SINKS=scores.sinks is not None, PAGE=pages.shape[2], G=groups, F=heads // groups, E=size,
         ROWS=tile, KEYS=keys, SIZE=padded, num_warps=4, num_stages=2,

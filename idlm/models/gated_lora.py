@@ -149,12 +149,16 @@ class GatedLinear(nn.Module):
         if self.gate.adapters == 1:
             y.addmm_(F.linear(x, self.lora_A), self.lora_B.T, alpha=self.scale)
             return
-        if self._stack is None or self._stack.parts != self._parts():
+        if self._stack is None or self._stack.parts != self.parts():
             self._stack = self._stacked()
         low = F.linear(x, self._stack.a) * self.gate.factors(self._stack.columns, x.dtype)
         y.addmm_(low, self._stack.b.T)
 
-    def _parts(self) -> tuple[int, ...]:
+    def updates(self) -> list[LowRank]:
+        """The updates by all adapters."""
+        return [LowRank(0, self.lora_A, self.lora_B, self.scale), *self.more]
+
+    def parts(self) -> tuple[int, ...]:
         """What changes when an adapter is attached or detached."""
         matrices = (self.lora_A, self.lora_B, *(m for more in self.more for m in (more.a, more.b)))
         return tuple(matrix.data_ptr() for matrix in matrices)
@@ -162,7 +166,7 @@ class GatedLinear(nn.Module):
     @torch.no_grad()
     def _stacked(self) -> Stack:
         """All adapters' matrices side by side. Theirs become slices of these."""
-        updates = [LowRank(0, self.lora_A, self.lora_B, self.scale), *self.more]
+        updates = self.updates()
         a = torch.cat([update.a for update in updates])
         b = torch.cat([update.b for update in updates], dim=1)
         ranks = [len(update.a) for update in updates]
@@ -176,7 +180,7 @@ class GatedLinear(nn.Module):
             for update, rank in zip(updates, ranks, strict=True)
             for _ in range(rank)
         ]
-        return Stack(a, b, tuple(columns), self._parts())
+        return Stack(a, b, tuple(columns), self.parts())
 
     @torch.no_grad()
     def merged(self) -> list[Tensor]:

@@ -91,6 +91,12 @@ def routed(model: PreTrainedModel, visible: Visible | None, cache: Cache | None)
         yield
 
 
+def running_cache() -> Cache | None:
+    """The cache of the forward that runs; None if it has none, or outside of `routed`."""
+    route = _route.get()
+    return None if route is None else route.cache
+
+
 def same_route() -> AbstractContextManager[None]:
     """The route of the running forward from its current layer on, for a later recomputation."""
     route = _route.get()

@@ -27,9 +27,10 @@ def triton_attend(case: Case, splits: int) -> Tensor:
         Segment(c.table, c.lengths, trash(c), c.visible), c.scores.window
     )
     prefix = kernel.Prefix(c.pages, c.table, c.lengths)
-    where = prefix, segment.visible, firsts
-    found: Tensor = kernel.attend(c.query, c.key, c.value, *where, c.scores, splits)
-    return found
+    windows = kernel.Windows(segment.visible, firsts)
+    rows = (each.flatten(0, 1) for each in (c.query, c.key, c.value))
+    found: Tensor = kernel.attend(*rows, prefix, windows, c.scores, splits)
+    return found.view(c.query.shape)
 
 
 @pytest.mark.parametrize("shape", [*SHAPES[:4], SHAPES[-1]], ids=str)

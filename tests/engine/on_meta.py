@@ -16,23 +16,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from idlm.attention import triton
 from idlm.attention.triton import TritonAttention
 from idlm.decoding.plan import Plan
 from idlm.decoding.settings import Features, Settings
+from idlm.engine import layers as engine_layers
 from idlm.engine.kv_cache import KVCache
+from idlm.engine.layers import Layers
 from idlm.engine.prefill import Chunk, PrefillBatch
 from idlm.engine.products import Products
 from idlm.engine.slots import Slots
 from idlm.engine.step import ModelStep, StepKey
 from idlm.kernels import keep, norms, prefill_attention_triton, window_attention_triton
+from idlm.kernels.layer_ops import Heads, Turn, Update
 from idlm.kernels.merged import Merged
 from idlm.kernels.norms import Norms
-from idlm.models import attention
+from idlm.models import attention, standard
 from idlm.models.gated_lora import LoraSpec, all_linear, attach, attach_more
 from idlm.models.idlm_model import Idlm
 
 META = torch.device("meta")
-FREE = ("empty", "new_empty", "detach", "alias", "lift_fresh", "_unsafe_view")
+FREE = ("empty", "empty_like", "new_empty", "detach", "alias", "lift_fresh", "_unsafe_view")
 """Operators that launch nothing, beside views."""
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "item")
 DEPTH = 7
@@ -83,6 +87,34 @@ class Watched(TorchDispatchMode):
         self.live -= size
 
 
+class OneLaunch:
+    """The functions of `idlm.kernels.layer_ops`, as one launch each."""
+
+    @staticmethod
+    def norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def add_norm(x: Tensor, more: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(x), torch.zeros_like(x)
+
+    @staticmethod
+    def swiglu(x: Tensor) -> Tensor:
+        return x.new_zeros(len(x), x.shape[1] // 2)
+
+    @staticmethod
+    def rotate(
+        rows: Tensor, turn: Turn, heads: Heads, pages: Tensor, cache_rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        key = rows.new_empty(len(rows), heads.groups, pages.shape[-1])
+        query = rows.new_zeros(len(rows), heads.queries, pages.shape[-1])
+        return query, key, torch.empty_like(key)
+
+    @staticmethod
+    def update(y: Tensor, low: Tensor, of: Update, adapter: Tensor) -> None:
+        y.add_(0)
+
+
 @contextmanager
 def kernels_on_meta() -> Iterator[None]:
     """Triton's kernels, and PyTorch's fused norm, as one launch each; attention with its join."""
@@ -108,6 +140,9 @@ def kernels_on_meta() -> Iterator[None]:
         patch.setattr(keep, "filterer", lambda device: filtered)
         patch.setattr(keep, "chooser", lambda device: chosen)
         patch.setattr(norms.F, "rms_norm", norm)
+        for module in (engine_layers, triton):
+            patch.setattr(module, "ops_for", lambda like: OneLaunch)
+        patch.setattr(standard, "_alike", lambda given, expected: given.shape == expected.shape)
         yield
 
 
@@ -143,8 +178,9 @@ def qwen(sizes: dict[str, int], layers: int, adapters: int) -> Idlm:
     return Idlm(model.requires_grad_(False), None, sizes["vocab_size"] - 1, gate)
 
 
-def step_of(idlm: Idlm, slots: int, features: Features) -> ModelStep:
-    """The steps of an engine on the model with what a GPU runs."""
+def step_of(idlm: Idlm, slots: int, features: Features, few: bool) -> ModelStep:
+    """The steps of an engine on the model with what a GPU runs. With `few` launches its layers are
+    known to be of the usual kind."""
     config, rows = idlm.model.config, slots + 1
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     like = torch.empty(0, dtype=torch.bfloat16, device=META)
@@ -163,7 +199,11 @@ def step_of(idlm: Idlm, slots: int, features: Features) -> ModelStep:
     if features.ratio:
         state.log_q = torch.zeros(rows, DEPTH, idlm.vocab_size, dtype=torch.float64, device=META)
     plain = [m for m in idlm.model.modules() if type(m).__name__.endswith("RMSNorm")]
-    products = Products(None, frozenset(), Merged(idlm.same_input()), Norms(plain))
+    merged, layers = Merged(idlm.same_input()), None
+    if few:
+        usual = standard.standard_layers(idlm, plain)
+        layers = Layers(idlm, usual, merged, idlm.model.base_model.norm)
+    products = Products(None, frozenset(), merged, Norms(plain), layers)
     return ModelStep(idlm, cache, state, settings, products)
 
 
@@ -174,10 +214,11 @@ def watch(
     features: Features = Features(),  # noqa: B008 - it is frozen
     logprobs: int | None = None,
     chunks: Sequence[Chunk] = (),
+    few: bool = True,
 ) -> Watched:
     """A step, or a prefill of chunks, after one that made what later ones share."""
     with torch.no_grad(), kernels_on_meta():
-        step, key = step_of(idlm, batch, features), StepKey(plan, features, logprobs)
+        step, key = step_of(idlm, batch, features, few), StepKey(plan, features, logprobs)
         rows = torch.zeros(batch, dtype=torch.int64, device=META)
         columns = torch.arange(32, device=META)
         prompts = (

@@ -26,6 +26,7 @@ from idlm.engine.record import Recorder
 from idlm.engine.results import StepResult
 from idlm.engine.slots import select
 from idlm.engine.step import StepKey
+from idlm.kernels import gpu
 from tests.engine.tiny import tiny_idlm
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -156,8 +157,8 @@ def test_where_results_come_late_the_host_does_not_time_the_prefill(idlm: Idlm) 
 
 
 def test_steps_run_on_the_models_own_device(idlm: Idlm, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(runner.current(torch.device("cpu")), nullcontext)
-    assert runner.current(torch.device("cuda", 1)).idx == 1  # type: ignore[attr-defined]
+    assert isinstance(gpu.current(torch.device("cpu")), nullcontext)
+    assert gpu.current(torch.device("cuda", 1)).idx == 1  # type: ignore[attr-defined]
     entered = []
     monkeypatch.setattr(runner, "current", lambda device: entered.append(device) or nullcontext())
     engine = build_engine(idlm, EngineConfig(1, "all"))
