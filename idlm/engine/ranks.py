@@ -162,10 +162,10 @@ class Ranks:
 
     def _watch(self) -> None:
         """Wait until a rank fails or ends."""
-        (link, *_) = wait(self._links)
-        number = self._links.index(link)  # type: ignore[arg-type]
+        ready = wait(self._links)
+        number = next(at for at, link in enumerate(self._links) if link in ready)
         try:
-            reason = str(link.recv())  # type: ignore[union-attr]
+            reason = str(self._links[number].recv())
         except (EOFError, OSError):
             reason = f"its process ended with status {self._processes[number].wait()}"
         if not self._closing:
@@ -189,8 +189,9 @@ class Ranks:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for each in (*self._links, *self._sockets):
-            each.close()
+        for link, ours in zip(self._links, self._sockets, strict=True):
+            link.close()
+            ours.close()
         if self._cuda:
             _abort()
         elif dist.is_initialized():
