@@ -83,7 +83,7 @@ def verdict(answer: Answer, text: str) -> str:
         return "two answers in one"
     if answer.finished and answer.error is None:
         return "as AR" if said(answer) == text else "other bytes"
-    if answer.status == 200 and not text.startswith(said(answer)):
+    if answer.status == 200 and answer.streamed and not text.startswith(said(answer)):
         return "other bytes"
     if answer.status != 200:
         return f"status {answer.status}"

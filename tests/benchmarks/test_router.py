@@ -53,6 +53,13 @@ def test_every_end_of_a_stream_has_its_name() -> None:
     assert verdict(stream(event("4"), event("3", end="stop"), DONE), "42") == "other bytes"
 
 
+def test_comments_and_an_event_that_is_cut_are_no_events() -> None:
+    parts = (b": keep-alive\n\n", event("4"), b": keep-alive\n\n", event("2"))
+    assert said(stream(*parts)) == "42"
+    assert said(stream(*parts, event("7")[:20], complete=False)) == "42"
+    assert stream(b": keep-alive", complete=False).events() == []
+
+
 @pytest.mark.parametrize(
     "parts",
     [
