@@ -9,6 +9,8 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 
 VLLM     := build/vllm
 LLAMACPP := build/llamacpp
+ROUTER   := build/integrations/router
+RAY      := build/integrations/ray
 LOWEST   := build/lowest
 DOCS     := build/docs
 MODELS   := build/models
@@ -18,7 +20,7 @@ SMOLLM   := $(MODELS)/SmolLM2-135M-Instruct
 FOREIGN := gcc-aarch64-linux-gnu=/usr/bin/aarch64-linux-gnu-gcc \
 	libc6-dev-arm64-cross=/usr/aarch64-linux-gnu/include/stdio.h qemu-user=/usr/bin/qemu-aarch64
 
-.PHONY: demo test test-lowest kernels-everywhere foreign-packages lint wheel bench cost-curve gpu-check gpu-kernels soak server-faults server-bytes server-fuzz server-speed clients \
+.PHONY: demo test test-lowest kernels-everywhere foreign-packages lint wheel bench cost-curve gpu-check gpu-kernels soak server-faults server-bytes server-fuzz server-speed clients integrations \
 	real-model paper peers vllm llamacpp models families pages docs docs-check notebook web ui-test clean
 .DELETE_ON_ERROR:
 
@@ -96,6 +98,24 @@ server-speed: $(STAMP)
 # those in JavaScript need node and npm
 clients: $(STAMP) models
 	$(BIN)/python -m benchmarks.clients $(ARGS)
+
+# replicas behind a router, and under Ray Serve; each in an environment of its own
+integrations: $(STAMP) $(ROUTER)/.installed $(RAY)/.installed
+	$(BIN)/python -m benchmarks.router_faults $(ARGS)
+	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/integrations/test_ray.py
+
+$(ROUTER)/.installed: benchmarks/clients/requirements/routers.txt
+	$(PYTHON) -m venv --clear $(ROUTER)
+	$(ROUTER)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^smg==' $<)"
+	@touch $@
+
+# torch first, at its pin, as in `make test`
+$(RAY)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(RAY)
+	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH) setuptools
+	$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--no-build-isolation -e '.[serve,ray]' pytest pytest-timeout pyyaml
+	@touch $@
 
 # against those peers that have an environment: `make peers` builds them all
 real-model: $(STAMP)

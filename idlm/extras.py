@@ -20,6 +20,7 @@ MODULES = {
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
+    "ray": ("ray",),
 }
 """By extra: the modules that the code behind it imports."""
 

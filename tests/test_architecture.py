@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "evaluation": {"baselines", "config", "decoding", "models", "engine", "nano"},
     "serving": {"config", "decoding", "models", "engine"},
     "ui": {"decoding", "models", "engine"},
+    "integrations": {"config", "serving"},
     "cli": {
         "config",
         "decoding",

@@ -48,6 +48,7 @@ def test_all_is_all_but_those_that_bring_dozens_of_packages() -> None:
         "eval",
         "wandb",
         "mlflow",
+        "ray",
     }
 
 

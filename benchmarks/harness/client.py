@@ -54,8 +54,12 @@ class Answer:
         return json.loads(self.body)
 
     def events(self) -> list[dict[str, Any]]:
-        """The events of a stream, without [DONE]; their names are in their data too."""
-        lines = (event.rpartition(b"data: ")[2] for event in self.body.split(b"\n\n") if event)
+        """The events of a stream, without [DONE]; their names are in their data too.
+
+        Comments, which a router sends while nothing comes, and an event that is cut are none.
+        """
+        whole = self.body.rpartition(b"\n\n")[0]
+        lines = [line[6:] for line in whole.split(b"\n") if line.startswith(b"data: ")]
         return [json.loads(line) for line in lines if line != b"[DONE]"]
 
     @property

@@ -9,8 +9,6 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from idlm.environment import environment
-
 RESULTS = Path(__file__).parent.parent / "results"
 PACKAGES = ("fastapi", "starlette", "uvicorn", "uvloop", "httptools", "msgspec")
 
@@ -22,6 +20,8 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 def report(figures: dict[str, Any], out: Path | None) -> None:
     """Print the figures with their environment, and write them to `out`."""
+    from idlm.environment import environment  # it brings torch, which took no part so far
+
     versions = {name: version(name) for name in PACKAGES}
     text = json.dumps(figures | {"environment": environment() | versions}, indent=1)
     print(text)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from idlm.evaluation.workload import Request
+if TYPE_CHECKING:  # it brings torch, which a client of a server does without
+    from idlm.evaluation.workload import Request
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
@@ -51,11 +52,17 @@ def routed(bodies: Sequence[dict[str, Any]]) -> list[Asked]:
 def _routed(route: str, body: dict[str, Any]) -> Asked:
     if route == COMPLETIONS:
         return route, body
-    fields = dict(body)
-    prompt = fields.pop("prompt")
     if route == RESPONSES:
-        return route, fields | {"input": prompt, "max_output_tokens": fields.pop("max_tokens")}
-    return route, fields | {"messages": [{"role": "user", "content": prompt}]}
+        fields = dict(body)
+        prompt, most = fields.pop("prompt"), fields.pop("max_tokens")
+        return route, fields | {"input": prompt, "max_output_tokens": most}
+    return route, as_chat(body)
+
+
+def as_chat(body: dict[str, Any]) -> dict[str, Any]:
+    """The body of a completion as that of a conversation."""
+    fields = dict(body)
+    return fields | {"messages": [{"role": "user", "content": fields.pop("prompt")}]}
 
 
 def text(events: Sequence[dict[str, Any]]) -> str:

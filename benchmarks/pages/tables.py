@@ -345,6 +345,30 @@ def server_faults(report: Report) -> Iterator[str]:
     )
 
 
+def router_faults(report: Report) -> Iterator[str]:
+    def counts(verdicts: Report) -> str:
+        return ", ".join(f"{count:,} {name}" for name, count in verdicts.items())
+
+    kill, restart = report["kill"], report["restart"]
+    yield from markdown(
+        ("fault", "what happened"),
+        [
+            (
+                f"kill -9 of one of {report['replicas']} replicas with {kill['streams_at_each']} "
+                f"streams, {kill['kills']} times",
+                f"streams: {counts(kill['streams'])}, the last of them "
+                f"{kill['latest_error_seconds']['max']:.2f} s after the kill; "
+                f"not streamed: {counts(kill['whole'])}; "
+                f"new requests: {counts(kill['new_requests'])}",
+            ),
+            (
+                f"SIGTERM and a restart of {restart['replicas']} replicas in turn, under requests",
+                counts(restart["requests"]),
+            ),
+        ],
+    )
+
+
 def server_fuzz(report: Report) -> Iterator[str]:
     titles = ", ".join(
         f"{failure['count']} {failure['title'].lower()}" for failure in report["failures"]

@@ -153,7 +153,7 @@ def _attention(idlm: Idlm, module: Any, number: int) -> Scores:
     _must(_alike(seen[3], attended.mixed.flatten(2)), "attention changes what it mixes")
     norms = getattr(module, "q_norm", None), getattr(module, "k_norm", None), None
     for given, row, norm, place in zip(attended.given, rows, norms, range(3), strict=True):
-        heads = row.unflatten(2, (-1, size))
+        heads = row.view(*row.shape[:2], -1, size)
         heads = heads if norm is None else norm(heads)
         expected = (heads if place == 2 else _turned(heads, *turn)).transpose(1, 2)
         _must(_alike(given, expected), "another rotary embedding, or attention's own arithmetic")

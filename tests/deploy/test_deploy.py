@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from idlm.cli import app
 from idlm.cli.serve import KEY_VARIABLE
+from idlm.config import EngineConfig
 from idlm.serving.app import router
 from idlm.serving.client import EngineClient
 from idlm.serving.config import Limits, ServeConfig, WorkerConfig
@@ -42,9 +43,9 @@ def container() -> dict[str, Any]:
     return found
 
 
-def instructions() -> list[tuple[str, str]]:
-    """Name and rest of the Dockerfile's instructions."""
-    text = (DEPLOY / "Dockerfile").read_text()
+def instructions(name: str = "Dockerfile") -> list[tuple[str, str]]:
+    """Name and rest of a Dockerfile's instructions."""
+    text = (DEPLOY / name).read_text()
     lines = "\n".join(line for line in text.splitlines() if not line.startswith("#")).replace(
         "\\\n", " "
     )
@@ -58,6 +59,41 @@ def unit() -> dict[str, str]:
     """The settings of the systemd unit that occur once."""
     lines = (DEPLOY / "idlm.service").read_text().splitlines()
     return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+
+
+def composed() -> dict[str, Any]:
+    """The services of compose.yaml."""
+    (file,) = documents("compose.yaml")
+    services = file["services"]
+    assert isinstance(services, dict)
+    return services
+
+
+def manifests() -> dict[tuple[str, str], dict[str, Any]]:
+    """What `kubectl apply -k` applies, by kind and name."""
+    files = documents("kubernetes/kustomization.yaml")[0]["resources"]
+    found = [one for file in files for one in documents(f"kubernetes/{file}")]
+    return {(one["kind"], one["metadata"]["name"]): one for one in found}
+
+
+def router_pod() -> dict[str, Any]:
+    pod = manifests()["Deployment", "idlm-router"]["spec"]["template"]["spec"]
+    assert isinstance(pod, dict)
+    return pod
+
+
+def routers() -> dict[str, list[str]]:
+    """The arguments of the router, wherever it is started."""
+    entry = json.loads(dict(instructions("router.Dockerfile"))["ENTRYPOINT"])
+    given = {
+        "compose": composed()["router"]["command"],
+        "kubernetes": router_pod()["containers"][0]["args"],
+    }
+    return {name: [*entry, *arguments] for name, arguments in given.items()}
+
+
+def value(arguments: list[str], option: str) -> str:
+    return arguments[arguments.index(option) + 1]
 
 
 @pytest.mark.parametrize("file", sorted(DEPLOY.rglob("*.y*ml")), ids=lambda file: file.name)
@@ -171,7 +207,7 @@ def test_the_image_is_made_of_files_that_exist_and_that_docker_is_given() -> Non
     assert re.search(r"^torch==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("who", ["image", "pod", "service"])
+@pytest.mark.parametrize("who", ["image", "pod", "service", "replica-1", "replica-2"])
 def test_the_commands_are_ones_that_serve_understands(who: str) -> None:
     """They get as far as the model, which does not exist; an unknown option ends earlier."""
     entry = json.loads(dict(instructions())["ENTRYPOINT"])
@@ -180,6 +216,7 @@ def test_the_commands_are_ones_that_serve_understands(who: str) -> None:
         "image": [*entry, *json.loads(dict(instructions())["CMD"])],
         "pod": [*entry, *container()["args"]],
         "service": ["idlm", *start[1:]],
+        **{name: [*entry, *one["command"]] for name, one in composed().items() if name != "router"},
     }[who]
     assert command[:2] == ["idlm", "serve"]
     result = CliRunner().invoke(
@@ -195,6 +232,93 @@ def test_the_healthcheck_runs_a_file_of_the_image() -> None:
         "exec"
     ]["command"][1]
     assert check[2] == "/health"
+
+
+def test_the_router_knows_both_replicas_and_has_the_key_that_they_have() -> None:
+    services = composed()
+    arguments = services["router"]["command"]
+    urls = [one for one in arguments if one.startswith("http://")]
+    replicas = sorted(services.keys() - {"router"})
+    assert urls == [f"http://{name}:8000" for name in replicas] and len(replicas) == 2
+    for name in replicas:
+        one = services[name]
+        assert value(arguments, "--api-key") == one["environment"][KEY_VARIABLE]
+        assert "ports" not in one, "only the router is published"
+        assert one["healthcheck"]["test"][1:] == ["python", "/opt/idlm/probe.py", "/ready"]
+        assert float(one["stop_grace_period"].removesuffix("s")) > STOP_SECONDS
+        assert one["read_only"] and {"cache:/cache"} == set(one["volumes"])
+
+
+def test_the_router_finds_the_replicas_in_kubernetes() -> None:
+    found, pod, arguments = manifests(), router_pod(), routers()["kubernetes"]
+    replicas = found["Deployment", "idlm"]["spec"]
+    assert replicas["replicas"] == 2
+    label, _, name = value(arguments, "--selector").partition("=")
+    assert replicas["template"]["metadata"]["labels"][label] == name
+    port = container()["ports"][0]["containerPort"]
+    assert value(arguments, "--service-discovery-port") == str(port)
+    (router,) = pod["containers"]
+    own = next(one for one in router["ports"] if one["name"] == "http")["containerPort"]
+    assert value(arguments, "--port") == str(own)
+    account = pod["serviceAccountName"]
+    binding = found["RoleBinding", "idlm-router"]
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": account}]
+    assert ("ServiceAccount", account) in found
+    (rule,) = found["Role", binding["roleRef"]["name"]]["rules"]
+    assert rule["resources"] == ["pods"] and set(rule["verbs"]) == {"get", "list", "watch"}
+    grace = float(value(arguments, "--shutdown-grace-period-secs"))
+    assert pod["terminationGracePeriodSeconds"] > grace >= Limits().timeout
+    key = next(one for one in router["env"] if one["name"] == KEY_VARIABLE)
+    assert key in container()["env"] and value(arguments, "--api-key") == f"$({KEY_VARIABLE})"
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    user = dict(instructions("router.Dockerfile"))["USER"]
+    assert user == f"{pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}"
+
+
+@pytest.mark.parametrize("where", ["compose", "kubernetes"])
+def test_the_router_asks_for_paths_that_exist(where: str) -> None:
+    known = {getattr(route, "path", None) for route in router.routes}
+    assert value(routers()[where], "--health-check-endpoint") in known
+
+
+SMG = shutil.which("smg") or shutil.which(ROOT / "build/integrations/router/bin/smg")
+
+
+@pytest.mark.skipif(SMG is None, reason="no smg: make integrations")
+@pytest.mark.parametrize("where", ["compose", "kubernetes"])
+def test_the_router_knows_every_option(where: str) -> None:
+    assert SMG is not None
+    program, *arguments = routers()[where]
+    assert program == "smg" and arguments[0] == "launch"
+    # it refuses an unknown option, and a wrong value of a known one, before it shows its help
+    command = [SMG, *arguments, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert done.returncode == 0, done.stderr
+    for option in (one for one in arguments if one.startswith("--")):
+        assert re.search(rf"{option}\b", done.stdout), option
+
+
+def test_the_router_is_the_one_that_is_tested() -> None:
+    pins = (ROOT / "benchmarks/clients/requirements/routers.txt").read_text().split()
+    install = dict(instructions("router.Dockerfile"))["RUN"]
+    assert next(pin for pin in pins if pin.startswith("smg==")) in install.split()
+
+
+def test_ray_serves_what_the_integration_takes() -> None:
+    (file,) = documents("ray.yaml")
+    (application,) = file["applications"]
+    module, _, name = application["import_path"].partition(":")
+    source = (ROOT / (module.replace(".", "/") + ".py")).read_text()
+    (deployment,) = application["deployments"]
+    assert f"def {name}(" in source and f"class {deployment['name']}:" in source
+    for argument in application["args"]:
+        assert f'"{argument}"' in re.findall(r"^OPTIONS = .*$", source, re.MULTILINE)[0]
+    engine = EngineConfig(4, "planner", **application["args"]["engine"])
+    assert deployment["ray_actor_options"]["num_cpus"] == engine.threads
+    assert file["http_options"]["request_timeout_s"] >= Limits().timeout
+    scaling = deployment["autoscaling_config"]
+    assert scaling["target_ongoing_requests"] < engine.max_num_seqs
+    assert engine.max_num_seqs < deployment["max_ongoing_requests"]
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd-analyze")

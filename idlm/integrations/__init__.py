@@ -1,0 +1,1 @@
+"""Inside the engines and frameworks that people already run, each as an extra."""
