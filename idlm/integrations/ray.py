@@ -42,7 +42,7 @@ def configured(args: dict[str, Any]) -> ServeConfig:
     if unknown or not args.get("model"):
         wrong = f"{unknown[0]!r} is no argument" if unknown else "there is no model"
         raise InputError(f"{wrong}; use model and, if needed, {', '.join(OPTIONS[1:])}")
-    given = {"stride": 4, "branches": "planner"} | dict(args.get("engine") or {})
+    given: dict[str, Any] = {"stride": 4, "branches": "planner"} | dict(args.get("engine") or {})
     try:
         engine = EngineConfig(**given)
     except TypeError as error:
@@ -63,7 +63,7 @@ class Replica:
         InputError: the model cannot be served as configured.
     """
 
-    async def __init__(self, args: dict[str, Any]) -> None:
+    async def __init__(self, args: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray awaits it
         self._config = configured(args)
         worker = self._config.worker
         self._prompts = Prompts.load(worker.model, worker.engine.max_model_len)
@@ -96,4 +96,5 @@ def app(args: dict[str, Any]) -> serve.Application:
         InputError: an argument is not known, or the model is missing.
     """
     configured(args)  # what is wrong is said before a replica is made
-    return Replica.bind(args)
+    deployment: Any = Replica
+    return deployment.bind(args)
