@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,6 +20,10 @@ def export(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="A new or empty folder.")
     ],
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Round an adapter's weights to this type: half the size."),
+    ] = None,
     push_to_hub: Annotated[
         str | None,
         typer.Option(metavar="REPO", help="Upload it too: owner/name. The token is HF_TOKEN."),
@@ -33,11 +37,14 @@ def export(
     DIR is replaced.
     """
     need("train", "idlm export")
+    import torch
+
     from idlm.training import export as exporting
 
     if private and push_to_hub is None:
         raise InputError("--private makes a private repository; give --push-to-hub its name")
-    taken = exporting.export(source, output, push_to_hub)
+    rounded = None if dtype is None else getattr(torch, dtype)
+    taken = exporting.export(source, output, push_to_hub, rounded)
     report = {"output": str(output), "from": str(taken)}
     if push_to_hub is not None:
         report["address"] = exporting.push(output, push_to_hub, private)

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
 
 from idlm.errors import InputError
 from idlm.models import adapter
@@ -62,17 +64,28 @@ def _has_weights(folder: Path) -> bool:
     return any((folder / name).exists() for name in names) and any(folder.glob("*.safetensors"))
 
 
-def export(source: Path, folder: Path, repo: str | None = None) -> Path:
+def export(
+    source: Path, folder: Path, repo: str | None = None, dtype: torch.dtype | None = None
+) -> Path:
     """Write the result in `source` to `folder`: a PEFT adapter, or a whole model whose config names
     MASK id and block size; with a card that calls it `repo`, by default the folder's name.
+
+    Args:
+        dtype: of an adapter's weights; None keeps the type that they were trained in.
 
     Returns:
         the folder of weights that was taken.
 
     Raises:
-        InputError: there are no weights, or `folder` holds something else or cannot be written.
+        InputError: there are no weights, a whole model is to be converted, or `folder` holds
+            something else or cannot be written.
     """
     result = find(source)
+    if dtype is not None and not (result.folder / adapter.CONFIG).exists():
+        raise InputError(
+            f"{str(result.folder)!r} is a whole model, and a dtype is for adapters; "
+            "leave it out, and give --dtype to the commands that load the model"
+        )
     held = list(folder.iterdir()) if folder.is_dir() else []
     if folder.exists() and not folder.is_dir() or held and not _is_export(folder):
         raise InputError(f"{str(folder)!r} holds something else; name a new or empty folder")
@@ -82,6 +95,8 @@ def export(source: Path, folder: Path, repo: str | None = None) -> Path:
     try:
         shutil.rmtree(staging, ignore_errors=True)
         shutil.copytree(result.folder, staging, ignore=ignored)
+        if dtype is not None:
+            _convert(staging, dtype)
         (staging / CARD).write_text(text, encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
@@ -92,6 +107,13 @@ def export(source: Path, folder: Path, repo: str | None = None) -> Path:
             f"cannot write {str(folder)!r} ({first_line(error)}); make room or name another folder"
         ) from None
     return result.folder
+
+
+def _convert(folder: Path, dtype: torch.dtype) -> None:
+    """Round all weights in a folder to `dtype`."""
+    for file in folder.glob("*.safetensors"):
+        weights = {name: weight.to(dtype) for name, weight in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
 
 
 def _is_export(folder: Path) -> bool:

@@ -88,6 +88,18 @@ def test_a_gated_lora_is_a_peft_folder(runs: Path, tmp_path: Path) -> None:
     assert f"idlm verify {runs / 'model'} --adapter out" in card.text
 
 
+def test_an_adapter_can_be_rounded(runs: Path, tmp_path: Path) -> None:
+    exported(runs / "lora" / "run", "-o", tmp_path / "exact")
+    exported(runs / "lora" / "run", "-o", tmp_path / "half", "--dtype", "bfloat16")
+    for file in (tmp_path / "exact").glob("*.safetensors"):
+        rounded = load_file(tmp_path / "half" / file.name)
+        for name, weight in load_file(file).items():
+            assert torch.equal(rounded[name], weight.to(torch.bfloat16))
+    assert load(str(runs / "model"), str(tmp_path / "half")).block_size == 3
+    error = refused(runs / "full" / "run", "-o", tmp_path / "full", "--dtype", "bfloat16")
+    assert "is a whole model, and a dtype is for adapters" in error
+
+
 def test_the_card_has_the_recipe_the_data_and_the_acceptance_of_its_step(
     runs: Path, tmp_path: Path
 ) -> None:
