@@ -17,6 +17,7 @@ Quality, tokens per forward, speed and compute of everything in [benchmarks/resu
 such figures. This page is made by `make pages`. Do not edit it. [benchmarks.md](benchmarks.md) has all other figures too,
 with what is measured and how; [glossary.md](glossary.md) explains the words. The same tables with pictures, as one page:
 
+<!-- not run: tests/evaluation/test_report.py makes such pages -->
 ```sh
 idlm report benchmarks/results -o results.html   # and a PNG file for each section
 ```
