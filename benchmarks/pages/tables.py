@@ -596,6 +596,37 @@ def lookup(report: Report) -> Iterator[str]:
     yield from markdown((*head, "speed-up over AR"), rows)
 
 
+def converted(report: Report) -> Iterator[str]:
+    rows = []
+    for row in report["rows"]:
+        modes = row["modes"]
+        ups = [
+            f"{mode['speedup']:.2f} ({mode['speedup_range'][0]:.2f}-{mode['speedup_range'][1]:.2f})"
+            for mode in (modes["all"], modes["planner"])
+        ]
+        counts = (row["source"], row["concurrency"], row["prompts"], row["same"])
+        rows.append(
+            (
+                *counts,
+                f"{modes['all']['tpf']:.2f}",
+                shares(modes["all"]["acceptance"]),
+                f"{modes['planner']['tpf']:.2f}",
+                *ups,
+            )
+        )
+    head = (
+        "prompts",
+        "at once",
+        "number",
+        "same as AR",
+        "TPF, all outcomes",
+        "acceptance by depth",
+    )
+    yield from markdown(
+        (*head, "TPF, planner", "speed-up, all outcomes", "speed-up, planner"), rows
+    )
+
+
 def ablation(report: Report) -> Iterator[str]:
     """Older files hold one run of a variant, newer ones a list."""
     rows = []
