@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 
-from idlm import LLM, SamplingParams
+from idlm import LLM, SamplingParams, load
 from idlm.cli import prompts
 from idlm.cli.common import keep_what_is_loaded
 from idlm.engine.llm import Result
 from idlm.environment import environment
+from idlm.models.idlm_model import Idlm
 
 RESULTS = Path(__file__).parent / "results"
 MODES: dict[str, dict[str, Any]] = {
@@ -124,11 +125,10 @@ def _first_difference(left: list[int], right: list[int]) -> int:
     return next((at for at, (a, b) in pairs if a != b), min(len(left), len(right)) - 1)
 
 
-def engine(options: argparse.Namespace, settings: dict[str, Any]) -> LLM:
+def engine(idlm: Idlm, slots: int, settings: dict[str, Any]) -> LLM:
     """An engine whose steps are recorded before it is measured."""
-    memory = {"max_num_seqs": max(options.concurrency), "kv_memory": "256MiB"}
-    common = {"dtype": options.dtype, "threads": 1, **memory}
-    llm = LLM(options.model, str(options.adapter), **common, **settings)
+    memory = {"max_num_seqs": slots, "kv_memory": "256MiB", "max_model_len": 2048}
+    llm = LLM(idlm, threads=1, **memory, **settings)
     llm.engine.warm_up(600)
     return llm
 
@@ -147,13 +147,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS / "converted.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    engines = {mode: engine(options, settings) for mode, settings in MODES.items()}
+    idlm = load(options.model, str(options.adapter), dtype=options.dtype)
+    slots = max(options.concurrency)
+    engines = {mode: engine(idlm, slots, settings) for mode, settings in MODES.items()}
     keep_what_is_loaded()
     given = {}
     for pair in options.prompts:
         source, file = pair.split("=", 1)
         rows = prompts.read(Path(file))[: options.number]
-        given[source] = [row.encode(engines["ar"].idlm, chat=True) for row in rows]
+        given[source] = [row.encode(idlm, chat=True) for row in rows]
     params = SamplingParams(temperature=0, max_tokens=options.tokens)
     done = {key: Source() for key in product(given, options.concurrency)}
     for first in range(0, options.number, ROUND):

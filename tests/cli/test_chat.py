@@ -256,8 +256,9 @@ def test_on_a_terminal_tokens_have_colours_and_ctrl_c_ends_the_answer_only(
             terminal.type(QUESTION.encode() + b"\n")
             terminal.wait_for(b"\x1b[32m")  # an accepted draft is green
             process.send_signal(signal.SIGINT)
-            if terminal.first_of(b"interrupted", b"> ") == b"interrupted":
+            if terminal.first_of(b"interrupted", b"ctrl-D ends the chat") == b"interrupted":
                 break
+            terminal.wait_for(b"> ")
         else:
             pytest.fail("no answer was interrupted")
         terminal.wait_for(b"> ")
