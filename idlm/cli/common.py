@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -85,6 +86,7 @@ def keep_what_is_loaded() -> None:
     """
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # libraries report as leaks what is not collected at the end
 
 
 def print_json(value: Mapping[str, object]) -> None:
