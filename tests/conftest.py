@@ -3,6 +3,7 @@ tokenizer."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ from idlm.models.weights import folder_fingerprint
 from idlm.nano.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a shell's background job ignores ctrl-C, and so would the programs that tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # a busy machine is not a failure
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
