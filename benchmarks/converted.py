@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.lookup import engine
 from idlm import LLM, SamplingParams, load
 from idlm.cli import prompts
 from idlm.cli.common import keep_what_is_loaded
 from idlm.engine.llm import Result
 from idlm.environment import environment
-from idlm.models.idlm_model import Idlm
 
 RESULTS = Path(__file__).parent / "results"
 MODES: dict[str, dict[str, Any]] = {
@@ -125,14 +125,6 @@ def _first_difference(left: list[int], right: list[int]) -> int:
     return next((at for at, (a, b) in pairs if a != b), min(len(left), len(right)) - 1)
 
 
-def engine(idlm: Idlm, slots: int, settings: dict[str, Any]) -> LLM:
-    """An engine whose steps are recorded before it is measured."""
-    memory = {"max_num_seqs": slots, "kv_memory": "256MiB", "max_model_len": 2048}
-    llm = LLM(idlm, threads=1, **memory, **settings)
-    llm.engine.warm_up(600)
-    return llm
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -149,7 +141,7 @@ def main() -> None:
     torch.set_num_threads(1)
     idlm = load(options.model, str(options.adapter), dtype=options.dtype)
     slots = max(options.concurrency)
-    engines = {mode: engine(idlm, slots, settings) for mode, settings in MODES.items()}
+    engines = {mode: engine(idlm, slots, **settings) for mode, settings in MODES.items()}
     keep_what_is_loaded()
     given = {}
     for pair in options.prompts:

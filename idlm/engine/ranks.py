@@ -39,17 +39,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from idlm.config import EngineConfig
-from idlm.decoding.plan import Plan
 from idlm.engine.guide import Constraint, GuidedRows
-from idlm.engine.kv_cache import KVCache
 from idlm.engine.prefill import Chunk
 from idlm.engine.preflight import Wanted
-from idlm.engine.products import Products
 from idlm.engine.request import Request, Result
 from idlm.engine.runner import PendingStep, Runner
 from idlm.engine.step import StepKey, Verify
 from idlm.errors import InputError
-from idlm.models.idlm_model import Idlm
 
 log = logging.getLogger("idlm")
 
@@ -224,18 +220,10 @@ class Checksums:
 
 
 class LeadingRunner(Runner):
-    """Rank 0's runner."""
+    """Rank 0's runner: the others do the same. `parts` are the arguments of `Runner`."""
 
-    def __init__(
-        self,
-        ranks: Ranks,
-        idlm: Idlm,
-        config: EngineConfig,
-        plans: Sequence[Plan],
-        cache: KVCache,
-        products: Products,
-    ) -> None:
-        super().__init__(idlm, config, plans, cache, products)
+    def __init__(self, ranks: Ranks, *parts: Any) -> None:
+        super().__init__(*parts)
         self._ranks, self._sums = ranks, Checksums()
 
     def seat(self, request: Request) -> None:
@@ -320,18 +308,10 @@ Inbox = Any
 
 
 class FollowingRunner(Runner):
-    """The runner of a rank that does as rank 0 does."""
+    """The runner of a rank that does as rank 0 does. `parts`: the arguments of `Runner`."""
 
-    def __init__(
-        self,
-        inbox: Inbox,
-        idlm: Idlm,
-        config: EngineConfig,
-        plans: Sequence[Plan],
-        cache: KVCache,
-        products: Products,
-    ) -> None:
-        super().__init__(idlm, config, plans, cache, products)
+    def __init__(self, inbox: Inbox, *parts: Any) -> None:
+        super().__init__(*parts)
         self._inbox, self._sums = inbox, Checksums()
 
     @torch.inference_mode()

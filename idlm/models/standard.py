@@ -56,7 +56,7 @@ class StandardLayer:
 
     @property
     def heads(self) -> tuple[int, int, int]:
-        """H, G and E."""
+        """Query heads H, KV heads G and their size E."""
         attention = self.module.self_attn
         size = attention.head_dim
         return _outputs(attention.q_proj) // size, _outputs(attention.k_proj) // size, size
